@@ -1,0 +1,61 @@
+"""Cut a prompt into objects: full chunks, then one block-aligned tail.
+
+A *block* is the engine's page (16 tokens on most GPUs); a *chunk* is kvlab's object (256 tokens unless told).
+Tokens after the last full block belong to no object: an engine cannot reuse part of a page.
+"""
+
+from dataclasses import dataclass
+
+from kvlab.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Span:
+    """Blocks [first_block, end_block) of a prompt: one stored object."""
+
+    first_block: int
+    end_block: int
+
+    @property
+    def num_blocks(self) -> int:
+        return self.end_block - self.first_block
+
+
+@dataclass(frozen=True)
+class Chunker:
+    """Cuts prompts into chunks of `chunk_tokens`, a multiple of `block_tokens`.
+
+    >>> Chunker(chunk_tokens=256, block_tokens=16).spans(600)
+    [Span(first_block=0, end_block=16), Span(first_block=16, end_block=32), Span(first_block=32, end_block=37)]
+    """
+
+    chunk_tokens: int = 256
+    block_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_tokens", "block_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if self.chunk_tokens % self.block_tokens:
+            below = self.chunk_tokens // self.block_tokens * self.block_tokens
+            near = " or ".join(str(n) for n in (below, below + self.block_tokens) if n)
+            raise ConfigError(
+                f"chunk_tokens must be a multiple of block_tokens={self.block_tokens}, "
+                f"got {self.chunk_tokens}; try {near}"
+            )
+
+    @property
+    def chunk_blocks(self) -> int:
+        """Blocks in one chunk."""
+        return self.chunk_tokens // self.block_tokens
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Full blocks in `num_tokens` tokens."""
+        return num_tokens // self.block_tokens
+
+    def spans(self, num_tokens: int) -> list[Span]:
+        """All full chunks of a prompt of `num_tokens` tokens, then its tail if one full block or more is left."""
+        total = self.num_blocks(num_tokens)
+        starts = range(0, total, self.chunk_blocks)
+        return [Span(start, min(start + self.chunk_blocks, total)) for start in starts]

@@ -1,0 +1,122 @@
+"""Which prefix is this? Keys that agree across processes, machines and years.
+
+One SHA-256 chain runs over the engine's blocks::
+
+    h[-1] = H(namespace digest)
+    h[i]  = H(h[i-1] || block tokens as little-endian u32 || tagged extras of block i)
+
+so a key stands for *all* tokens up to and including its block. Never Python's `hash`, no seed from the
+environment. The namespace holds everything besides the tokens that makes KV differ (see `Namespace`).
+"""
+
+import hashlib
+import json
+import sys
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from kvlab.errors import ConfigError
+
+FORMAT = "kvlab/1"  # a change of the chain or of the canonical form below needs a new number
+HASH_BYTES = 16  # of SHA-256's 32: a collision among 2**40 objects has a chance of about 2**-49
+_sha256 = hashlib.sha256
+
+Extra = tuple[str, str]  # (tag, value); the tag keeps a LoRA "x" and a salt "x" apart
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """Everything but the tokens that makes KV differ: model, dtype, layout, block size, rank, serde...
+
+    `model` is a label for people; `fields` are what is hashed (`model` included). Two namespaces are the same
+    if and only if all fields are.
+    """
+
+    model: str
+    fields: Mapping[str, str | int | None] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes: SHA-256 of the fields as canonical JSON."""
+        return _sha256(self.canonical.encode()).digest()
+
+    @cached_property
+    def canonical(self) -> str:
+        """The fields as JSON with sorted keys; kept beside stored data so that a miss can name what differs."""
+        return json.dumps({"format": FORMAT, "model": self.model, **self.fields}, sort_keys=True, separators=(",", ":"))
+
+    @cached_property
+    def id(self) -> str:
+        """16 hex characters, used in keys."""
+        return self.digest.hex()[:16]
+
+    def key(self, block_hash: bytes) -> str:
+        """The store key of the object that ends at the block with this hash: ``kvlab:<model>:<namespace>:<hash>``."""
+        return f"{self._prefix}{block_hash.hex()}"
+
+    @cached_property
+    def _prefix(self) -> str:
+        label = "".join(c if c.isalnum() or c in "-._" else "-" for c in self.model)[:64]
+        return f"kvlab:{label}:{self.id}:"
+
+    def differing(self, other_canonical: str) -> list[str]:
+        """Names of the fields in which this namespace and another's canonical form differ."""
+        mine, theirs = json.loads(self.canonical), json.loads(other_canonical)
+        return sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+
+
+def _encode_extras(extras: Iterable[Extra]) -> bytes:
+    """Length-prefixed tag and value, so that no two lists of extras share an encoding."""
+    out = bytearray()
+    for tag, value in extras:
+        for text in (tag, value):
+            raw = text.encode()
+            out += len(raw).to_bytes(4, "little") + raw
+    return bytes(out)
+
+
+def token_bytes(token_ids: Sequence[int]) -> bytes:
+    """`token_ids` as little-endian u32, the form that is hashed."""
+    try:
+        packed = array("I", token_ids)
+    except (OverflowError, TypeError) as error:
+        raise ConfigError(f"token ids must be integers in [0, 2**32), got {error}") from error
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def block_hashes(
+    namespace: bytes,
+    token_ids: Sequence[int],
+    block_tokens: int,
+    *,
+    parent: bytes | None = None,
+    extras: Mapping[int, Sequence[Extra]] | None = None,
+) -> list[bytes]:
+    """The hash of every full block of `token_ids`, 16 bytes each.
+
+    Parameters
+    ----------
+    namespace : `Namespace.digest`.
+    parent : hash of the block before the first one, to go on with a chain; None starts it.
+    extras : block index (counted from the first block given here) -> (tag, value) pairs that change this block's
+        KV, such as ("lora", ...), ("cache_salt", ...) or ("mm", ...). Extras of a block also bind all later ones.
+    """
+    previous = parent if parent is not None else _sha256(b"root" + namespace).digest()[:HASH_BYTES]
+    raw = token_bytes(token_ids)
+    step = block_tokens * 4
+    hashes: list[bytes] = []
+    append = hashes.append
+    if not extras:  # the common case, worth its own loop: 16k tokens are 1,024 blocks
+        for at in range(0, len(raw) - step + 1, step):
+            previous = _sha256(previous + raw[at : at + step]).digest()[:HASH_BYTES]
+            append(previous)
+        return hashes
+    for index, at in enumerate(range(0, len(raw) - step + 1, step)):
+        message = previous + raw[at : at + step] + _encode_extras(extras.get(index, ()))
+        previous = _sha256(message).digest()[:HASH_BYTES]
+        append(previous)
+    return hashes

@@ -1,0 +1,41 @@
+"""Serde: KV tensor to bytes, by name.
+
+``get_serde("naive")``, ``get_serde("int4:group=64")``. A package adds its own through the entry point group
+``kvlab.serde`` (name -> class); a class is made with the options after the colon as keyword arguments.
+"""
+
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from kvlab.errors import ConfigError
+from kvlab.serde.base import Encoded, Serde
+
+__all__ = ["SERDES", "Encoded", "Serde", "get_serde"]
+
+SERDES = {  # name -> "module:Class"; imported on use
+    "naive": "kvlab.serde.naive:NaiveSerde",
+}
+
+
+def get_serde(spec: str) -> Serde:
+    """The serde that `spec` names: ``name`` or ``name:option=value,option=value``."""
+    name, _, options = spec.partition(":")
+    found = {point.name: point.value for point in entry_points(group="kvlab.serde")}
+    target = SERDES.get(name) or found.get(name)
+    if target is None:
+        raise ConfigError(f"unknown serde {name!r}; known: {', '.join(sorted({*SERDES, *found}))}")
+    arguments: dict[str, str] = {}
+    for item in filter(None, options.split(",")):
+        option, equals, value = item.partition("=")
+        if not equals or not option.isidentifier():
+            raise ConfigError(f"serde options must be like {name}:group=64,k=channel; got {item!r} in {spec!r}")
+        arguments[option] = value
+    module, _, attribute = target.partition(":")
+    cls = getattr(import_module(module), attribute)
+    try:
+        serde = cls(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"serde {name!r} does not take these options: {options!r} ({error})") from error
+    if not isinstance(serde, Serde):
+        raise ConfigError(f"{target} must be a kvlab Serde, got {type(serde).__name__}")
+    return serde

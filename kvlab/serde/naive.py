@@ -1,0 +1,26 @@
+"""Bytes as they are."""
+
+import torch
+
+from kvlab.errors import FormatError
+from kvlab.serde.base import Encoded, Serde, checked_out
+
+
+class NaiveSerde(Serde):
+    """Stores the tensor's own bytes: as large as the KV, bit-exact, and as fast as a copy."""
+
+    name = "naive"
+    lossless = True
+
+    def encode(self, kv: torch.Tensor, axes: tuple[str, ...]) -> Encoded:
+        payload = kv.detach().cpu().contiguous()
+        return Encoded(self.spec, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, {"payload": payload})
+
+    def decode(self, encoded: Encoded, out: torch.Tensor | None = None) -> torch.Tensor:
+        payload = encoded.parts.get("payload")
+        if payload is None or tuple(payload.shape) != encoded.shape or str(payload.dtype) != f"torch.{encoded.dtype}":
+            raise FormatError(f"naive payload must be {encoded.dtype}{list(encoded.shape)}, got {payload if payload is None else (payload.dtype, payload.shape)}")
+        return checked_out(encoded, out).copy_(payload)
+
+    def ratio(self) -> float:
+        return 1.0

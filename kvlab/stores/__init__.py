@@ -1,0 +1,37 @@
+"""Stores: bytes in a tier, by URL.
+
+``open_store("memory://?size=1GiB")``, ``open_store("file:///path?size=10GiB")``. A package adds a scheme through
+the entry point group ``kvlab.stores`` (scheme -> class with ``from_url(StoreURL)``).
+"""
+
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from kvlab.errors import ConfigError
+from kvlab.stores.base import Store, StoreStats
+from kvlab.stores.url import StoreURL
+
+__all__ = ["STORES", "Store", "StoreStats", "StoreURL", "open_store"]
+
+STORES = {  # scheme -> ("module:Class", what to install when the import fails)
+    "memory": ("kvlab.stores.memory:MemoryStore", ""),
+    "file": ("kvlab.stores.disk:DiskStore", ""),
+}
+
+
+def open_store(url: str) -> Store:
+    """Open the store that `url` names. Unknown schemes and options are refused with the known ones named."""
+    parsed = StoreURL.parse(url)
+    found = {point.name: (point.value, "") for point in entry_points(group="kvlab.stores")}
+    if parsed.scheme not in STORES and parsed.scheme not in found:
+        raise ConfigError(f"unknown store scheme {parsed.scheme!r} in {url!r}; known: {', '.join(sorted({*STORES, *found}))}")
+    target, hint = STORES.get(parsed.scheme) or found[parsed.scheme]
+    module, _, name = target.partition(":")
+    try:
+        cls = getattr(import_module(module), name)
+    except ImportError as error:
+        raise ConfigError(f"{parsed.scheme}:// needs an extra package: {hint or error}") from error
+    store = cls.from_url(parsed)
+    if not isinstance(store, Store):
+        raise ConfigError(f"{target} must be a kvlab Store, got {type(store).__name__}")
+    return store

@@ -1,0 +1,121 @@
+"""What a store is: bytes in a tier, within a budget."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Self, TypeAlias
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Value: TypeAlias = Buffer | Sequence[Buffer]
+
+
+@dataclass
+class StoreStats:
+    """Counters of one tier since it was opened. Bytes and seconds cover successful calls only."""
+
+    puts: int = 0
+    put_bytes: int = 0
+    put_s: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    get_bytes: int = 0
+    get_s: float = 0.0
+    evictions: int = 0
+    evicted_bytes: int = 0
+    refused: int = 0  # larger than the whole budget, or no room could be made
+    errors: int = 0  # the medium failed
+    dropped: int = 0  # broken objects set aside or removed
+
+
+def buffers(value: Value) -> list[memoryview]:
+    """`value` as flat byte views: one buffer, or several to be stored one after the other."""
+    pieces = [value] if isinstance(value, bytes | bytearray | memoryview) else value
+    return [memoryview(piece).cast("B") for piece in pieces]
+
+
+class Store(ABC):
+    """Bytes by key, within `max_bytes`, counting what the medium already holds.
+
+    Every store promises (kvlab.testing.StoreTests checks it): a missing key is None, never an error; `put` keeps
+    no reference to the caller's buffers; a reader sees a whole value or none; `used_bytes` never exceeds
+    `max_bytes`, not for a moment; answers are positional; methods may be called from several threads. A medium
+    that fails raises StoreError; whoever stacks stores (tiered, engine) turns that into a miss and counts it.
+    """
+
+    name: str = "store"
+    max_bytes: int
+    stats_: StoreStats
+
+    @abstractmethod
+    def put(self, key: str, value: Value) -> bool:
+        """Store `value` (one buffer, or several in a row) under `key`, replacing what was there.
+
+        True if it is stored now; False if it was refused because it cannot fit (counted, nothing else lost).
+        """
+
+    @abstractmethod
+    def get(self, key: str) -> Buffer | None:
+        """The value, or None. The caller owns the buffer."""
+
+    @abstractmethod
+    def get_into(self, key: str, out: memoryview) -> int | None:
+        """Read the value into `out`; its length, or None if absent. A value longer than `out` raises StoreError
+        and leaves `out` undefined."""
+
+    @abstractmethod
+    def size_of(self, key: str) -> int | None:
+        """Length of the value in bytes without reading it, or None if absent."""
+
+    @abstractmethod
+    def delete(self, key: str) -> bool:
+        """Remove; True if it was there."""
+
+    @abstractmethod
+    def keys(self) -> Iterator[str]:
+        """Keys held now, in no order; others may come and go meanwhile."""
+
+    @property
+    @abstractmethod
+    def used_bytes(self) -> int:
+        """Bytes held now, as the budget counts them."""
+
+    def contains(self, key: str) -> bool:
+        return self.size_of(key) is not None
+
+    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+        """One answer per key, in order."""
+        return [self.contains(key) for key in keys]
+
+    def get_many(self, keys: Sequence[str]) -> list[Buffer | None]:
+        """One slot per key, None for holes."""
+        return [self.get(key) for key in keys]
+
+    def touch(self, keys: Iterable[str]) -> None:
+        """Mark as used just now, without reading. Give a prompt's keys last-first: suffixes leave before prefixes."""
+
+    def set_aside(self, key: str, reason: str) -> None:
+        """A reader found this value broken: make it unreadable (and countable), keep it for a look if cheap."""
+        if self.delete(key):
+            self.stats_.dropped += 1
+
+    def why_missing(self, key: str) -> str:
+        """Best known reason why `key` is not here: ``never_stored``, ``evicted``, ..."""
+        return "never_stored"
+
+    def clear(self) -> None:
+        for key in list(self.keys()):
+            self.delete(key)
+
+    def stats(self) -> dict[str, int | float | str]:
+        """One row for pandas: the tier's name, budget, fill and counters."""
+        return {"tier": self.name, "max_bytes": self.max_bytes, "used_bytes": self.used_bytes, **asdict(self.stats_)}
+
+    def close(self) -> None:  # noqa: B027 - a store without resources has nothing to do
+        """Finish writing and release what is held; a closed store is not used again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

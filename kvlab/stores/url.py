@@ -1,0 +1,52 @@
+"""Store URLs: ``scheme://place?option=value``, every option checked."""
+
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from kvlab.errors import ConfigError
+from kvlab.units import parse_bytes
+
+
+@dataclass
+class StoreURL:
+    """A parsed store URL. Options are taken one by one; `done` refuses those nobody took, so that a typo is an
+    error and not a default."""
+
+    raw: str
+    scheme: str
+    netloc: str
+    path: str
+    options: dict[str, str]
+    _taken: set[str] = field(default_factory=set)
+
+    @classmethod
+    def parse(cls, raw: str) -> "StoreURL":
+        parts = urlsplit(raw)
+        if not parts.scheme or "://" not in raw:
+            raise ConfigError(f"a store must be named by a URL like memory://?size=1GiB or file:///path?size=10GiB, got {raw!r}")
+        pairs = parse_qsl(parts.query, keep_blank_values=True)
+        options = dict(pairs)
+        if len(options) != len(pairs):
+            raise ConfigError(f"an option is given twice in {raw!r}")
+        return cls(raw, parts.scheme, parts.netloc, unquote(parts.path), options)
+
+    def take(self, option: str, default: str) -> str:
+        self._taken.add(option)
+        return self.options.get(option, default)
+
+    def take_bytes(self, option: str, default: str) -> int:
+        size = parse_bytes(self.take(option, default))
+        if size < 1:
+            raise ConfigError(f"{option} must be at least one byte in {self.raw!r}")
+        return size
+
+    def take_bool(self, option: str, default: bool) -> bool:
+        text = self.take(option, "true" if default else "false").lower()
+        if text not in ("true", "false", "1", "0", "yes", "no"):
+            raise ConfigError(f"{option} must be true or false, got {text!r} in {self.raw!r}")
+        return text in ("true", "1", "yes")
+
+    def done(self) -> None:
+        unknown = sorted(set(self.options) - self._taken)
+        if unknown:
+            raise ConfigError(f"unknown option {unknown[0]!r} in {self.raw!r}; known: {', '.join(sorted(self._taken))}")
