@@ -34,4 +34,9 @@ def open_store(url: str) -> Store:
     store = cls.from_url(parsed)
     if not isinstance(store, Store):
         raise ConfigError(f"{target} must be a kvlab Store, got {type(store).__name__}")
+    try:
+        parsed.done()
+    except ConfigError:
+        store.close()
+        raise
     return store
