@@ -2,11 +2,12 @@
 
 One SHA-256 chain runs over the engine's blocks::
 
-    h[-1] = H(namespace digest)
+    h[-1] = H(format name)
     h[i]  = H(h[i-1] || block tokens as little-endian u32 || tagged extras of block i)
 
-so a key stands for *all* tokens up to and including its block. Never Python's `hash`, no seed from the
-environment. The namespace holds everything besides the tokens that makes KV differ (see `Namespace`).
+so a hash stands for *all* tokens up to and including its block. Never Python's `hash`, no seed from the
+environment. A store key is a namespace and a hash; the namespace holds everything besides the tokens that makes
+KV differ (see `Namespace`), and stays out of the chain so that a miss can tell "other namespace" from "never seen".
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from kvlab.errors import ConfigError
 FORMAT = "kvlab/1"  # a change of the chain or of the canonical form below needs a new number
 HASH_BYTES = 16  # of SHA-256's 32: a collision among 2**40 objects has a chance of about 2**-49
 _sha256 = hashlib.sha256
+ROOT = _sha256(FORMAT.encode()).digest()[:HASH_BYTES]
 
 Extra = tuple[str, str]  # (tag, value); the tag keeps a LoRA "x" and a salt "x" apart
 
@@ -89,7 +91,6 @@ def token_bytes(token_ids: Sequence[int]) -> bytes:
 
 
 def block_hashes(
-    namespace: bytes,
     token_ids: Sequence[int],
     block_tokens: int,
     *,
@@ -100,12 +101,11 @@ def block_hashes(
 
     Parameters
     ----------
-    namespace : `Namespace.digest`.
     parent : hash of the block before the first one, to go on with a chain; None starts it.
     extras : block index (counted from the first block given here) -> (tag, value) pairs that change this block's
         KV, such as ("lora", ...), ("cache_salt", ...) or ("mm", ...). Extras of a block also bind all later ones.
     """
-    previous = parent if parent is not None else _sha256(b"root" + namespace).digest()[:HASH_BYTES]
+    previous = parent if parent is not None else ROOT
     raw = token_bytes(token_ids)
     step = block_tokens * 4
     hashes: list[bytes] = []

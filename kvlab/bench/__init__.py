@@ -1,0 +1,1 @@
+"""Benchmarks: demo model, datasets, serving runs, simulation."""

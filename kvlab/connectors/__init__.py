@@ -1,0 +1,5 @@
+"""Connectors: where kvlab meets an engine."""
+
+from kvlab.connectors.config import ConnectorConfig, vllm_config
+
+__all__ = ["ConnectorConfig", "vllm_config"]

@@ -1,0 +1,115 @@
+"""Settings of the vLLM connector, checked before an engine starts. vLLM itself checks none of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+from urllib.parse import urlencode
+
+from kvlab.chunking import Chunker
+from kvlab.errors import ConfigError
+from kvlab.serde import get_serde
+from kvlab.stores.url import StoreURL
+from kvlab.units import parse_bytes
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """What ``kv_connector_extra_config`` may hold.
+
+    tiers : store URLs, fastest first. At most one ``memory://`` (the engine's own host memory, the first tier);
+        any others are lower tiers. ``?serde=NAME`` on the lower tiers chooses how they encode.
+    chunk_tokens : tokens of one stored object; a multiple of the engine's block size.
+    staging : host memory for objects on their way to and from lower tiers when no ``memory://`` tier is given.
+    lookup_timeout_ms : how long a request may wait for lower tiers to say what they have; then it goes without.
+    save_generated : store the KV of generated tokens too, not only of prompts.
+    min_hit_tokens : shorter hits are recomputed rather than loaded.
+    report : attach a row (tokens hit, bytes, ms, tier) to each finished request's ``kv_transfer_params``.
+    namespace : extra text that keeps this engine's entries apart from others'.
+    enabled : False turns the cache off without taking the connector out.
+    """
+
+    tiers: tuple[str, ...] = ("memory://?size=1GiB",)
+    chunk_tokens: int = 256
+    staging: int = 256 << 20
+    lookup_timeout_ms: float = 100.0
+    save_generated: bool = False
+    min_hit_tokens: int = 1
+    report: bool = False
+    namespace: str = ""
+    enabled: bool = True
+
+    memory_bytes: int = field(init=False, default=0)
+    policy: str = field(init=False, default="lru")
+    lower_tiers: tuple[str, ...] = field(init=False, default=())
+    serde: str = field(init=False, default="naive")
+
+    @classmethod
+    def from_extra(cls, extra: Mapping[str, Any]) -> Self:
+        """Check a dict from the user; unknown keys are refused with the known ones named."""
+        known = [f.name for f in fields(cls) if f.init]
+        unknown = sorted(set(extra) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown connector setting {unknown[0]!r}; known: {', '.join(known)}")
+        return cls(**extra)
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        if isinstance(self.tiers, str) or not self.tiers or not all(isinstance(url, str) for url in self.tiers):
+            raise ConfigError(f"tiers must be a list of store URLs like ['memory://?size=1GiB'], got {self.tiers!r}")
+        Chunker(self.chunk_tokens, 1)
+        put(self, "staging", parse_bytes(self.staging))
+        for name in ("save_generated", "report", "enabled"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.lookup_timeout_ms, int | float) or self.lookup_timeout_ms < 0:
+            raise ConfigError(f"lookup_timeout_ms must be a number >= 0, got {self.lookup_timeout_ms!r}")
+        if not isinstance(self.min_hit_tokens, int) or self.min_hit_tokens < 1:
+            raise ConfigError(f"min_hit_tokens must be an integer >= 1, got {self.min_hit_tokens!r}")
+        lower: list[str] = []
+        serdes: set[str] = set()
+        for position, raw in enumerate(self.tiers):
+            url = StoreURL.parse(raw)
+            if url.scheme == "memory":
+                if position:
+                    raise ConfigError(f"memory:// must be the first tier and the only one of its kind, got {list(self.tiers)}")
+                put(self, "memory_bytes", url.take_bytes("size", default="1GiB"))
+                put(self, "policy", url.take("policy", "lru"))
+                url.done()
+                continue
+            serdes.add(url.options.pop("serde", "naive"))
+            base = raw.partition("?")[0]
+            lower.append(f"{base}?{urlencode(url.options)}" if url.options else base)
+        if len(serdes) > 1:
+            raise ConfigError(f"all lower tiers must use one serde, got {sorted(serdes)}; objects move between them as they are")
+        put(self, "serde", serdes.pop() if serdes else "naive")
+        get_serde(self.serde)
+        put(self, "lower_tiers", tuple(lower))
+
+    @property
+    def keeps_memory(self) -> bool:
+        """True where host memory is a tier of its own and not only a way to the lower ones."""
+        return self.memory_bytes > 0
+
+    @property
+    def arena_bytes(self) -> int:
+        """Budget of the engine's host memory."""
+        return self.memory_bytes or self.staging
+
+
+def vllm_config(tiers: Sequence[str] = ("memory://?size=1GiB",), **settings: Any) -> dict[str, Any]:
+    """Arguments for vLLM's ``KVTransferConfig``, checked; as JSON they are the value of ``--kv-transfer-config``.
+
+    `settings` are those of ConnectorConfig. Raises ConfigError on anything unknown or out of range.
+
+    >>> vllm_config(["memory://?size=1GiB"])["kv_connector"]
+    'KVLabConnector'
+    """
+    extra = {"tiers": list(tiers), **settings}
+    ConnectorConfig.from_extra(extra)
+    return {
+        "kv_connector": "KVLabConnector",
+        "kv_connector_module_path": "kvlab.connectors.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra,
+    }

@@ -1,0 +1,84 @@
+"""What scheduler and workers tell each other, once per engine step. All of it pickles: they may be two processes."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+
+@dataclass
+class LoadOp:
+    """Copy blocks of one object into pages: blocks [first, first + len(block_ids)) of it go to `block_ids`.
+
+    `slots` are the whole object's; with `fetch`, a worker fills them from the lower tiers first.
+    """
+
+    hash: bytes
+    slots: tuple[int, ...]
+    first: int
+    block_ids: tuple[int, ...]
+    num_tokens: int  # tokens of the prefix that ends with this object
+    fetch: bool = False
+
+
+@dataclass
+class RequestLoad:
+    """All loads of one request in one step. `is_async`: between steps, reported when done."""
+
+    request_id: str
+    ops: list[LoadOp]
+    num_tokens: int  # tokens to load
+    prompt_tokens: int
+    is_async: bool
+
+
+@dataclass
+class SaveOp:
+    """Copy the pages `block_ids` into `slots`; with `write`, also hand the object on to the lower tiers."""
+
+    hash: bytes
+    slots: tuple[int, ...]
+    block_ids: tuple[int, ...]
+    num_tokens: int  # tokens of the prefix that ends with this object
+    write: bool
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """One step's copies. `lost_blocks` were promised and cannot be filled: the engine must recompute them."""
+
+    loads: list[RequestLoad] = field(default_factory=list)
+    saves: list[SaveOp] = field(default_factory=list)
+    lost_blocks: list[int] = field(default_factory=list)
+
+
+@dataclass
+class LoadRow:
+    """One request's load as measured by a worker, to the end of the copy."""
+
+    request_id: str
+    num_tokens: int
+    num_bytes: int
+    seconds: float
+    tier: str
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """What ranks finished since the last step. Counters count ranks, so that the scheduler knows when all did."""
+
+    loaded: Counter[str] = field(default_factory=Counter)  # request ids
+    settled: Counter[bytes] = field(default_factory=Counter)  # hashes whose hand-over to lower tiers ended
+    bad: set[bytes] = field(default_factory=set)  # hashes that must not be served again
+    rows: list[LoadRow] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.loaded or self.settled or self.bad or self.rows)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        if isinstance(other, WorkerReport):
+            self.loaded.update(other.loaded)
+            self.settled.update(other.settled)
+            self.bad |= other.bad
+            self.rows += other.rows
+        return self

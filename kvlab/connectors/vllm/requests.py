@@ -1,0 +1,84 @@
+"""What the scheduler side remembers of a request: its chain of block hashes and its pages."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvlab.chunking import Chunker, Span
+from kvlab.hashing import Extra, block_hashes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One object of a hit: blocks [span.first_block, span.end_block) of the prompt under `hash`."""
+
+    span: Span
+    hash: bytes
+    in_memory: bool
+
+
+@dataclass
+class RequestState:
+    """Per request; dropped when the request is finished."""
+
+    request: Any
+    extras: Mapping[int, Sequence[Extra]]
+    hashes: list[bytes] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+    num_saved_blocks: int = 0
+    plan: list[Piece] = field(default_factory=list)
+    plan_blocks: int = 0  # blocks of the plan that may be used
+    lookup: Any = None  # future of what the lower tiers hold
+    lookup_started_s: float = 0.0
+    row: dict[str, Any] = field(default_factory=dict)
+
+    def extend_hashes(self, chunker: Chunker) -> list[bytes]:
+        """Hashes of all full blocks of the tokens known now; only new blocks are computed."""
+        tokens = self.request.all_token_ids
+        done, block = len(self.hashes), chunker.block_tokens
+        if chunker.num_blocks(len(tokens)) > done:
+            extras = {at - done: pairs for at, pairs in self.extras.items() if at >= done}
+            parent = self.hashes[-1] if self.hashes else None
+            self.hashes += block_hashes(tokens[done * block :], block, parent=parent, extras=extras)
+        return self.hashes
+
+
+def request_extras(request: Any, block_tokens: int) -> dict[int, list[Extra]] | None:
+    """Tagged extras by block: LoRA, cache salt, multimodal inputs. None where the KV cannot be named by tokens."""
+    if getattr(request, "prompt_embeds", None) is not None or getattr(request, "resumable", False):
+        return None
+    extras: dict[int, list[Extra]] = {}
+    salt = getattr(request, "cache_salt", None)
+    if salt:
+        extras.setdefault(0, []).append(("cache_salt", salt))
+    lora = getattr(request, "lora_request", None)
+    if lora is not None:
+        digest = folder_digest(lora.lora_path)
+        extras.setdefault(0, []).append(("lora", f"{lora.lora_name}:{digest}"))
+    for feature in getattr(request, "mm_features", None) or ():
+        if feature.identifier is None:  # a placeholder: nothing says which input it stands for
+            return None
+        offset = feature.mm_position.offset
+        extras.setdefault(offset // block_tokens, []).append(("mm", f"{feature.identifier}@{offset}"))
+    return extras
+
+
+_digests: dict[tuple[str, int, int], str] = {}
+
+
+def folder_digest(path: str) -> str:
+    """SHA-256 over names and contents of a LoRA adapter's files, kept while sizes and times stay the same."""
+    root = Path(path)
+    files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else []
+    stats = [file.stat() for file in files]
+    stamp = (path, sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0))
+    if stamp not in _digests:
+        digest = hashlib.sha256(b"" if files else path.encode())
+        for file in files:
+            digest.update(str(file.relative_to(root)).encode() + b"\0")
+            with file.open("rb") as source:
+                digest.update(hashlib.file_digest(source, "sha256").digest())
+        _digests[stamp] = digest.hexdigest()
+    return _digests[stamp]

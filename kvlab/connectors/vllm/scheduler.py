@@ -1,0 +1,383 @@
+"""The scheduler side: decides. It owns the memory tier's index, asks the lower tiers, and writes each step's copies.
+
+Nothing here touches a byte of KV and nothing waits longer than `lookup_timeout_ms` over the life of a request.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from kvlab.chunking import Chunker, Span
+from kvlab.connectors.config import ConnectorConfig
+from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.requests import Piece, RequestState, request_extras
+from kvlab.connectors.vllm.slots import SlotIndex
+from kvlab.hashing import Namespace
+from kvlab.stores import Store
+
+logger = logging.getLogger("vllm.kvlab")
+INLINE_WAIT_S = 0.001  # a lookup that is answered this fast saves the request one trip through the scheduler
+
+
+class Scheduler:
+    """One per engine. `lower` may be None; `namespaces` holds one namespace per worker rank."""
+
+    def __init__(
+        self, config: ConnectorConfig, chunker: Chunker, index: SlotIndex, lower: Store | None, namespaces: Sequence[Namespace]
+    ) -> None:
+        self.config = config
+        self.chunker = chunker
+        self.index = index
+        self.lower = lower
+        self.namespaces = namespaces
+        self.enabled = config.enabled
+        self.counters: Counter[str] = Counter()
+        self._states: dict[str, RequestState] = {}
+        self._loads: list[RequestLoad] = []
+        self._lost_blocks: list[int] = []
+        self._in_flight: dict[str, list[bytes]] = {}  # async loads: request id -> hashes pinned for it
+        self._unsettled: dict[bytes, int] = {}  # hashes being handed to lower tiers -> ranks still to answer
+        self._arrived: dict[str, int] = {}  # ranks that finished an async load
+        self._bad: dict[bytes, None] = {}  # hashes a lower tier answered with broken or absent data
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvlab-lookup")
+
+    # ---- a hit?
+
+    def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens that can be loaded beyond `num_computed_tokens`, and whether between steps; None: ask again."""
+        if not self.enabled or _wants_recompute(request):
+            return 0, False
+        state = self._state(request)
+        if state is None:
+            return 0, False
+        hashes = state.extend_hashes(self.chunker)
+        usable = (request.num_tokens - 1) // self.chunker.block_tokens  # the last token must be computed
+        if usable * self.chunker.block_tokens <= num_computed_tokens:
+            return 0, False
+        plan = self._plan(hashes, {})
+        if self.lower is not None and _end(plan) < usable:
+            known = self._ask_lower(state, hashes)
+            if known is None:
+                return None, False
+            plan = self._plan(hashes, known)
+        if any(not entry.ready for piece in plan if (entry := self.index.get(piece.hash))):
+            if not self._overdue(state):
+                return None, False  # another request is fetching it right now
+            plan = self._ready_run(plan)
+        blocks = min(_end(plan), usable)
+        fetched = sum(piece.span.num_blocks for piece in plan if not piece.in_memory)
+        if fetched and not self._has_room(plan, fetched):
+            plan = self._ready_run([piece for piece in plan if piece.in_memory])
+            blocks = min(_end(plan), usable)
+        tokens = blocks * self.chunker.block_tokens - num_computed_tokens
+        if tokens < max(self.config.min_hit_tokens, 1):
+            return 0, False
+        state.plan, state.plan_blocks = plan, blocks
+        return tokens, any(not piece.in_memory for piece in plan)
+
+    def _plan(self, hashes: Sequence[bytes], lower: dict[bytes, bool]) -> list[Piece]:
+        """The longest run of chunks that some tier holds, then the longest tail present."""
+        plan: list[Piece] = []
+        step = self.chunker.chunk_blocks
+        start = 0
+        while start < len(hashes):
+            piece = next(
+                (
+                    Piece(Span(start, end), hashes[end - 1], self._in_memory(hashes[end - 1]))
+                    for end in range(min(start + step, len(hashes)), start, -1)
+                    if self._in_memory(hashes[end - 1]) or lower.get(hashes[end - 1], False)
+                ),
+                None,
+            )
+            if piece is None:
+                break
+            plan.append(piece)
+            if piece.span.num_blocks < step:
+                break
+            start += step
+        return plan
+
+    def _in_memory(self, key: bytes) -> bool:
+        entry = self.index.get(key)
+        return entry is not None and (self.config.keeps_memory or not entry.ready)
+
+    def _ready_run(self, plan: list[Piece]) -> list[Piece]:
+        """The beginning of `plan` that lies ready in memory, without holes."""
+        run: list[Piece] = []
+        for piece in plan:
+            entry = self.index.get(piece.hash)
+            if entry is None or not entry.ready or piece.span.first_block != _end(run):
+                break
+            run.append(piece)
+        return run
+
+    def _has_room(self, plan: list[Piece], fetched: int) -> bool:
+        held = sum(len(e.slots) for p in plan if (e := self.index.get(p.hash)) and not e.pins)
+        return self.index.can_reserve(fetched + held)
+
+    def _ask_lower(self, state: RequestState, hashes: list[bytes]) -> dict[bytes, bool] | None:
+        """What the lower tiers hold of these hashes; None while they have not answered; {} once they are late."""
+        if state.lookup is None:
+            state.lookup = self._pool.submit(self._query, list(hashes))
+            state.lookup_started_s = time.monotonic()
+        try:
+            known: dict[bytes, bool] = state.lookup.result(timeout=INLINE_WAIT_S)
+        except TimeoutError:
+            if not self._overdue(state):
+                return None
+            self.counters["lookup_late"] += 1
+            return {}
+        except Exception as error:
+            self.counters["lookup_failed"] += 1
+            logger.warning("kvlab: lookup in lower tiers failed: %s", error)
+            return {}
+        return {key: held and key not in self._bad for key, held in known.items()}
+
+    def _overdue(self, state: RequestState) -> bool:
+        if not state.lookup_started_s:
+            state.lookup_started_s = time.monotonic()
+        return time.monotonic() - state.lookup_started_s > self.config.lookup_timeout_ms / 1e3
+
+    def _query(self, hashes: list[bytes]) -> dict[bytes, bool]:
+        """In the lookup thread: chunks first, then the tails that could follow the run."""
+        step = self.chunker.chunk_blocks
+        chunks = hashes[step - 1 :: step]
+        known = self._held(chunks)
+        run = next((i for i, key in enumerate(chunks) if not known[key] and not self._in_memory(key)), len(chunks))
+        known |= self._held(hashes[run * step : (run + 1) * step])
+        return known
+
+    def _held(self, hashes: Sequence[bytes]) -> dict[bytes, bool]:
+        """Which hashes every rank's namespace holds in the lower tiers."""
+        assert self.lower is not None
+        held = [True] * len(hashes)
+        for namespace in self.namespaces:
+            found = self.lower.contains_many([namespace.key(key) for key in hashes])
+            held = [a and b for a, b in zip(held, found, strict=True)]
+        return dict(zip(hashes, held, strict=True))
+
+    # ---- take it
+
+    def allocated(self, request: Any, block_ids: Sequence[int], num_external_tokens: int) -> None:
+        """Pages are there for the tokens that `match` promised (0: none): note which objects fill them."""
+        state = self._states.get(request.request_id)
+        if state is None or (num_external_tokens == 0 and not state.plan_blocks and not state.hashes):
+            return
+        plan, usable = state.plan, state.plan_blocks
+        state.plan, state.plan_blocks, state.lookup, state.lookup_started_s = [], 0, None, 0.0
+        self._count_miss(state, plan)
+        if num_external_tokens == 0:
+            return
+        first = usable - num_external_tokens // self.chunker.block_tokens
+        used = [piece for piece in plan if piece.span.end_block > first and piece.span.first_block < usable]
+        missing = list(block_ids[first:usable])  # promised: what gets no place below must be recomputed
+        try:
+            missing = self._place(state, plan, used, first, usable, block_ids)
+        finally:
+            self._lost_blocks += missing
+        state.num_saved_blocks = max(state.num_saved_blocks, _end(plan))  # some tier holds them already
+        self.index.touch(piece.hash for piece in reversed(plan))
+        self.counters["hit_requests"] += 1
+        self.counters["hit_tokens"] += num_external_tokens
+
+    def _place(
+        self, state: RequestState, plan: list[Piece], used: list[Piece], first: int, usable: int, block_ids: Sequence[int]
+    ) -> list[int]:
+        """Queue the copies that fill blocks [first, usable); block ids that could not be served."""
+        request, block = state.request, self.chunker.block_tokens
+        is_async = any(not piece.in_memory for piece in plan)
+        load = RequestLoad(request.request_id, [], (usable - first) * block, request.num_tokens, is_async)
+        pinned: list[bytes] = []
+        if is_async:  # sync copies run before anything can be evicted; async ones may not
+            self._in_flight[request.request_id] = pinned
+            for piece in used:
+                if self.index.get(piece.hash) is not None:
+                    self.index.pin(piece.hash)
+                    pinned.append(piece.hash)
+        self._loads.append(load)
+        at = first
+        for piece in used:
+            entry = self.index.get(piece.hash)
+            fetch = entry is None
+            if entry is None:
+                entry = self.index.reserve(piece.hash, piece.span.num_blocks, ready=False)
+                if entry is None:
+                    break
+                self.index.pin(piece.hash)
+                pinned.append(piece.hash)
+            end = min(piece.span.end_block, usable)
+            skip = at - piece.span.first_block
+            pages = tuple(block_ids[at:end])
+            load.ops.append(LoadOp(piece.hash, entry.slots, skip, pages, piece.span.end_block * block, fetch))
+            at = end
+        return list(block_ids[at:usable])
+
+    def _count_miss(self, state: RequestState, plan: Sequence[Piece]) -> None:
+        """Count why the first block that no tier holds is not there."""
+        at = _end(plan)
+        if at >= (state.request.num_tokens - 1) // self.chunker.block_tokens:
+            return
+        chunk_end = min(at - at % self.chunker.chunk_blocks + self.chunker.chunk_blocks, len(state.hashes))
+        key = state.hashes[chunk_end - 1]
+        if key in self._bad:
+            reason = "broken"
+        elif self.index.get(key) is not None:
+            return
+        elif key in self.index.evicted:
+            reason = "evicted"
+        else:
+            reason = self.lower.why_missing(self.namespaces[0].key(key)) if self.lower else "never_stored"
+        state.row["miss"] = reason
+        self.counters[f"miss_{reason}"] += 1
+
+    # ---- each step
+
+    def build(self, output: Any) -> StepMetadata:
+        """This step's loads and saves."""
+        loads, self._loads = self._loads, []
+        lost, self._lost_blocks = self._lost_blocks, []
+        metadata = StepMetadata(loads, [], lost)
+        try:
+            self._collect_saves(output, metadata.saves)
+        except Exception:  # a save is only a later miss; the loads above must reach the workers
+            self.counters["errors"] += 1
+            logger.exception("kvlab: could not plan this step's saves")
+        return metadata
+
+    def _collect_saves(self, output: Any, saves: list[SaveOp]) -> None:
+        computed: dict[str, int] = {}
+        for new in output.scheduled_new_reqs:
+            computed[new.req_id] = new.num_computed_tokens
+            if (state := self._states.get(new.req_id)) is not None:
+                state.block_ids = list(new.block_ids[0])
+        cached = output.scheduled_cached_reqs
+        for req_id, blocks, num_computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+            computed[req_id] = num_computed
+            state = self._states.get(req_id)
+            if state is None:
+                continue
+            if req_id in cached.resumed_req_ids:
+                state.block_ids = []
+            if blocks:
+                state.block_ids += blocks[0]
+        if not self.enabled:
+            return
+        for req_id, num_scheduled in output.num_scheduled_tokens.items():
+            state = self._states.get(req_id)
+            if state is not None:
+                self._save_request(state, computed[req_id] + num_scheduled, saves)
+
+    def _save_request(self, state: RequestState, num_computed: int, saves: list[SaveOp]) -> None:
+        """Save the objects whose last block is computed by the end of this step."""
+        request, block = state.request, self.chunker.block_tokens
+        # The engine may still take back generated tokens; it never takes back the prompt's.
+        limit = request.num_tokens - 1 if self.config.save_generated else request.num_prompt_tokens
+        end = min(num_computed, limit) // block
+        if end <= state.num_saved_blocks:
+            return
+        hashes = state.extend_hashes(self.chunker)
+        prompt_end = request.num_prompt_tokens // block
+        for span in self.chunker.spans(min(end, len(hashes), len(state.block_ids)) * block):
+            full = span.num_blocks == self.chunker.chunk_blocks
+            if span.end_block <= state.num_saved_blocks or not (full or span.end_block == prompt_end):
+                continue
+            state.num_saved_blocks = span.end_block
+            key = hashes[span.end_block - 1]
+            if self.index.get(key) is not None:
+                continue
+            entry = self.index.reserve(key, span.num_blocks)
+            if entry is None:
+                self.counters["saves_dropped"] += 1
+                continue
+            write = self.lower is not None
+            if write:
+                self.index.pin(key)
+                self._unsettled[key] = len(self.namespaces)
+            pages = tuple(state.block_ids[span.first_block : span.end_block])
+            saves.append(SaveOp(key, entry.slots, pages, span.end_block * block, write))
+            self.counters["saved_tokens"] += span.num_blocks * block
+        self.index.touch(hashes[s.end_block - 1] for s in reversed(self.chunker.spans(end * block)))
+
+    def absorb(self, report: WorkerReport) -> None:
+        """Learn what the workers finished."""
+        ranks = len(self.namespaces)
+        for key in report.bad:
+            self._bad[key] = None
+            self.counters["bad_objects"] += 1
+            entry = self.index.get(key)
+            if entry is not None and entry.ready:
+                self.index.drop(key)  # one still being filled goes when the last rank has let go of its slots
+        while len(self._bad) > 65536:
+            self._bad.pop(next(iter(self._bad)))
+        for req_id, count in report.loaded.items():
+            self._arrived[req_id] = self._arrived.get(req_id, 0) + count
+            if self._arrived[req_id] >= ranks:
+                del self._arrived[req_id]
+                self._release(self._in_flight.pop(req_id, ()))
+        for key, count in report.settled.items():
+            left = self._unsettled.get(key, count) - count
+            if left > 0:
+                self._unsettled[key] = left
+                continue
+            self._unsettled.pop(key, None)
+            self._bad.pop(key, None)  # the lower tiers hold a fresh copy
+            self._release([key])
+        for row in report.rows:
+            state = self._states.get(row.request_id)
+            if state is not None:
+                state.row |= {"bytes": row.num_bytes, "ms": row.seconds * 1e3, "tier": row.tier, "hit_tokens": row.num_tokens}
+            self.counters["loaded_bytes"] += row.num_bytes
+
+    def _release(self, keys: Sequence[bytes]) -> None:
+        """Workers let go of these objects' slots."""
+        for key in keys:
+            entry = self.index.get(key)
+            if entry is None:
+                continue
+            self.index.unpin(key)
+            # Without a memory tier, host memory is only a way to the lower tiers: nothing stays.
+            if key in self._bad or (not self.config.keeps_memory and not entry.pins):
+                self.index.drop(key)
+            else:
+                entry.ready = True
+
+    def finished(self, request: Any) -> dict[str, Any] | None:
+        """The request is done. Its row, where reports are wanted."""
+        state = self._states.pop(request.request_id, None)
+        if state is None or not self.config.report:
+            return None
+        return {"kvlab": {"prompt_tokens": request.num_prompt_tokens, "hit_tokens": 0, "tier": "none", **state.row}}
+
+    def reset(self) -> None:
+        """Forget the memory tier's content."""
+        self.index.clear()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self.lower is not None:
+            self.lower.close()
+
+    def _state(self, request: Any) -> RequestState | None:
+        state = self._states.get(request.request_id)
+        if state is None:
+            extras = request_extras(request, self.chunker.block_tokens)
+            if extras is None:
+                self.counters["unnameable_requests"] += 1
+                return None
+            state = self._states[request.request_id] = RequestState(request, extras)
+        return state
+
+
+def _end(plan: Sequence[Piece]) -> int:
+    return plan[-1].span.end_block if plan else 0
+
+
+def _wants_recompute(request: Any) -> bool:
+    """Requests that need every position computed, such as those for prompt logprobs."""
+    if getattr(request, "skip_reading_prefix_cache", False):
+        return True
+    params = getattr(request, "sampling_params", None)
+    return params is not None and params.prompt_logprobs is not None
