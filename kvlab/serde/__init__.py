@@ -14,6 +14,7 @@ __all__ = ["SERDES", "Encoded", "Serde", "get_serde"]
 
 SERDES = {  # name -> "module:Class"; imported on use
     "naive": "kvlab.serde.naive:NaiveSerde",
+    "lossless": "kvlab.serde.lossless:LosslessSerde",
 }
 
 
