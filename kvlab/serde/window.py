@@ -100,7 +100,7 @@ def best_window(
             return Window.of(shape, axes, words.size, inner // channels, channels)
         grids = {(inner // period, period) for period in (channels, shape[-1], 1)}
     fitting = [grid for grid in grids if grid[0] and inner % (grid[0] * grid[1]) == 0 and outer * grid[0] >= 16]
-    step = max(1, slabs * inner * min(outer, 4) // SAMPLE)
+    step = max(1, min(slabs, slabs * inner * min(outer, 4) // SAMPLE))
     exponent = fmt.exponent(words.reshape(outer, slabs, inner)[:4, step // 2 :: step])
     costs = {grid: _cost(exponent, fmt, *grid) + 8 / (outer * grid[0]) for grid in sorted(fitting)}
     rows, period = min(costs, key=lambda grid: costs[grid], default=(inner, 1))
