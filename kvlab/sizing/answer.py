@@ -141,7 +141,7 @@ class KVSize:
         return [layer_row(layer, self.rules, self.tp) for layer in self.layers]
 
     def reserved(self, tokens: int | str, **engine: Any) -> "Reserved":
-        """What vLLM sets aside for one sequence of `tokens`; arguments as `kvlab.sizing.reserved.reserve` takes them."""
+        """What vLLM sets aside for one sequence of `tokens`; arguments as `kvlab.sizing.reserved.reserve`."""
         from kvlab.sizing.reserved import reserve
 
         return reserve(self, _tokens(tokens), **engine)
@@ -153,13 +153,13 @@ class KVSize:
         return [plan_tier(self, tier, parse_bytes(size), _tokens(tokens), chunk) for tier, size in tiers.items()]
 
     def breakeven(self, prefill_tokens_per_s: float | None = None, **how: Any) -> "Breakeven":
-        """Bandwidth above which loading beats recomputing; arguments as `kvlab.sizing.planning.breakeven` takes them."""
+        """Bandwidth above which loading beats recomputing; arguments as `kvlab.sizing.planning.breakeven`."""
         from kvlab.sizing.planning import breakeven
 
         return breakeven(self, prefill_tokens_per_s, **how)
 
     def cost(self, tokens: int | str, **prices: Any) -> "Cost":
-        """Keeping a sequence against recomputing it, in money; arguments as `kvlab.sizing.planning.cost` takes them."""
+        """Keeping a sequence against recomputing it, in money; arguments as `kvlab.sizing.planning.cost`."""
         from kvlab.sizing.planning import cost
 
         return cost(self, _tokens(tokens), **prices)
@@ -190,7 +190,8 @@ class KVSize:
     def __repr__(self) -> str:
         windows = "".join(f", {size:,} B/token within {window:,}" for window, size in self.windows.items())
         fixed = f", {self.fixed_bytes:,} B fixed" if self.fixed_bytes else ""
-        return f"KVSize({self.name}, {self.dtype}, tp={self.tp}, pp={self.pp}: {self.growing_bytes:,} B/token{windows}{fixed})"
+        curve = f"{self.growing_bytes:,} B/token{windows}{fixed}"
+        return f"KVSize({self.name}, {self.dtype}, tp={self.tp}, pp={self.pp}: {curve})"
 
     @property
     def has_state(self) -> bool:
@@ -199,8 +200,7 @@ class KVSize:
 
 
 def _tokens(tokens: int | str) -> int:
-    if isinstance(tokens, float) and tokens.is_integer() and tokens >= 0:
-        return int(tokens)
+    """`tokens` as an int; a negative or odd value is a ConfigError."""
     return parse_tokens(tokens)
 
 

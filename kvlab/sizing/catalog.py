@@ -75,7 +75,9 @@ def _from_path(path: Path) -> Facts:
     except ValueError as e:
         raise ConfigError(f"{file} is not JSON ({e}); give a model's config.json") from e
     if not isinstance(config, dict):
-        raise ConfigError(f"{file} holds a JSON {type(config).__name__}, not a model config; give a model's config.json")
+        raise ConfigError(
+            f"{file} holds a JSON {type(config).__name__}, not a model config; give a model's config.json"
+        )
     quant = file.parent / "hf_quant_config.json"  # NVIDIA ModelOpt keeps the KV dtype beside the config
     if quant.is_file():
         algo = json.loads(quant.read_text(encoding="utf-8")).get("quantization", {}).get("kv_cache_quant_algo")
@@ -146,7 +148,9 @@ def _from_hub(name: str) -> Facts:
     try:
         path = hf_hub_download(name, "config.json")
     except Exception as e:
-        raise UnknownModelError(f"the hub gave no config.json for {name!r}: {type(e).__name__}; check name and token") from e
+        raise UnknownModelError(
+            f"the hub gave no config.json for {name!r}: {type(e).__name__}; check name and token"
+        ) from e
     facts = _from_path(Path(path))
     facts.name, facts.source, facts.source_kind = name, f"hub:{name}", "hub"
     return facts

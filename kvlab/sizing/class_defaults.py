@@ -77,7 +77,45 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
 
 # Classes where a missing num_key_value_heads means one KV head per attention head.
 ONE_KV_HEAD_PER_HEAD = frozenset(
-    "biogpt bloom codegen cohere cohere2 deepseek_v2 falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite granitemoe "
-    "hunyuan_v1_dense internlm jais2 llama mpt mt5 olmo olmo2 olmo3 olmoe opt persimmon phi phi-msft phi3 qwen t5 "
-    "umt5 whisper xglm bart mbart m2m_100 marian pegasus".split()
+    {
+        "bart",
+        "biogpt",
+        "bloom",
+        "codegen",
+        "cohere",
+        "cohere2",
+        "deepseek_v2",
+        "falcon",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "gpt_neox",
+        "gptj",
+        "granite",
+        "granitemoe",
+        "hunyuan_v1_dense",
+        "internlm",
+        "jais2",
+        "llama",
+        "m2m_100",
+        "marian",
+        "mbart",
+        "mpt",
+        "mt5",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "opt",
+        "pegasus",
+        "persimmon",
+        "phi",
+        "phi-msft",
+        "phi3",
+        "qwen",
+        "t5",
+        "umt5",
+        "whisper",
+        "xglm",
+    }
 )

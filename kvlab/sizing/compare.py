@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-LENGTHS = tuple(1024 * 2**i for i in range(8))  # 1k to 128k
+LENGTHS: tuple[int, ...] = tuple(1024 * 2**i for i in range(8))  # 1k to 128k
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Comparison:
         return figure.update_layout(title=title)
 
     def _repr_html_(self) -> str:
-        shown = [n for n in (1024, 4096, 32768, 131072) if n in self.lengths] or list(self.lengths[:4])
+        shown = [n for n in self.lengths if n in (1024, 4096, 32768, 131072)] or list(self.lengths[:4])
         head = "".join(f"<th>{escape(cell)}</th>" for cell in ("model", "dtype", *(f"{n:,} tokens" for n in shown)))
         body = "".join(
             f"<tr><td style='text-align:left'>{escape(size.name)}</td><td>{escape(size.dtype)}</td>"

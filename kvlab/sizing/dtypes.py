@@ -11,7 +11,7 @@ from kvlab.errors import ConfigError
 
 @dataclass(frozen=True)
 class KVDtype:
-    """One storage format: `num` bytes hold `per` elements, plus `head_extra` bytes per token and head (K and V together).
+    """One storage format: `num` bytes hold `per` elements, plus `head_extra` bytes per token and head (K and V).
 
     `per` is also the packing unit: a head's width must be a multiple of it.
     """
@@ -45,7 +45,9 @@ class KVDtype:
         if not self.mla_only:
             return self.vector_bytes(lora_rank + rope_dim)
         if lora_rank % 128:
-            raise ConfigError(f"fp8_ds_mla has one scale per 128 elements; kv_lora_rank {lora_rank} is no multiple of it")
+            raise ConfigError(
+                f"fp8_ds_mla has one scale per 128 elements; kv_lora_rank {lora_rank} is no multiple of it"
+            )
         return lora_rank + 4 * (lora_rank // 128) + 2 * rope_dim  # fp8 latent, fp32 scales, 16-bit rope part
 
 

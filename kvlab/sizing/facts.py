@@ -87,7 +87,9 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 def num_layers(facts: Facts) -> int:
     """Decoder layers, counting those that keep nothing."""
     blocks = facts.get("layers_block_type") or facts.get("hybrid_override_pattern")
-    explicit = facts.get("num_hidden_layers", "n_layer", "n_layers", "num_decoder_layers", "decoder_layers", "num_layers")
+    explicit = facts.get(
+        "num_hidden_layers", "n_layer", "n_layers", "num_decoder_layers", "decoder_layers", "num_layers"
+    )
     if explicit is None and blocks:
         return len(blocks)
     return facts.count("num_hidden_layers", "n_layer", "n_layers", "num_decoder_layers", "decoder_layers", "num_layers")

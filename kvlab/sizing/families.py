@@ -90,9 +90,8 @@ def _block_sparse_index_dim(facts: Facts, i: int) -> int:
 
 def _kv_heads(facts: Facts, i: int, kind: str) -> int:
     """KV heads of layer `i`; 0 where attention was removed."""
-    if overrides := _override(facts, i):
-        if overrides.get("num_key_value_heads"):
-            return int(overrides["num_key_value_heads"])
+    if (overrides := _override(facts, i)) and overrides.get("num_key_value_heads"):
+        return int(overrides["num_key_value_heads"])
     if (per_layer := facts.get("n_heads_in_group_per_layer")) is not None:  # Nemotron-NAS, flattened
         return num_heads(facts) // per_layer[i] if per_layer[i] else 0
     if blocks := facts.get("block_configs"):  # DeciLM / Nemotron-NAS
@@ -120,9 +119,8 @@ def _kv_heads_by_other_names(facts: Facts) -> int:
         return int(facts.get("num_kv_heads", "n_head_kv") or num_heads(facts))
     if facts.get("multi_query"):  # GPT-BigCode
         return 1
-    if nested := facts.get("attn_config"):  # DBRX, MPT
-        if nested.get("kv_n_heads"):
-            return int(nested["kv_n_heads"])
+    if (nested := facts.get("attn_config")) and nested.get("kv_n_heads"):  # DBRX, MPT
+        return int(nested["kv_n_heads"])
     for name in ("num_kv_heads", "n_head_kv", "multi_query_group_num", "num_attention_groups", "num_query_groups"):
         if facts.get(name) is not None:
             return facts.count(name)
@@ -149,7 +147,9 @@ def _head_dims(facts: Facts, i: int, kind: str) -> tuple[int, int]:
     else:
         heads, hidden = num_heads(facts), hidden_size(facts)
         if hidden % heads:
-            raise ConfigError(f"cannot size {facts.name}: field 'head_dim' is missing, and {hidden} / {heads} is no integer")
+            raise ConfigError(
+                f"cannot size {facts.name}: field 'head_dim' is missing, and {hidden} / {heads} is no integer"
+            )
         k_dim = hidden // heads
         facts.note(f"head_dim is not in the config: hidden_size / heads = {hidden} / {heads} = {k_dim}")
     v_dim = facts.get("v_head_dim")

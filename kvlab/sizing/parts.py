@@ -178,7 +178,9 @@ class StateKV:
     def formula(self, rules: Rules) -> str:
         terms = []
         if self.kernel:
-            inner = f"{self.conv_channels} + 2 x {self.groups} x {self.group_width}" if self.groups else self._channels()
+            inner = (
+                f"{self.conv_channels} + 2 x {self.groups} x {self.group_width}" if self.groups else self._channels()
+            )
             terms.append(f"conv {self._columns(rules)} x ({inner}) x {rules.model_bytes} B")
         if self.heads:
             terms.append(f"state {self.heads} x {self.rows} x {self.cols} x {self._recurrent_bytes(rules)} B")

@@ -15,7 +15,7 @@ SECONDS_PER_MONTH = 30 * 24 * 3600
 
 @dataclass(frozen=True)
 class TierPlan:
-    """What a tier of `size_bytes` holds of one model: whole chunks, and sessions of `session_tokens` cut into chunks."""
+    """What a tier of `size_bytes` holds: whole chunks, and sessions of `session_tokens` cut into chunks."""
 
     tier: str
     size_bytes: int
@@ -30,7 +30,7 @@ class TierPlan:
 
 
 def plan_tier(size: "KVSize", tier: str, size_bytes: int, session_tokens: int, chunk: int) -> TierPlan:
-    """Fill one tier. A session is stored as its full chunks and one tail; each ends with a state where there are states.
+    """Fill one tier. A session is stored as full chunks and a tail; each ends with a state where there are states.
 
     `fits_redis_value` tells whether one chunk stays within Redis's default 512 MB value limit.
     """
@@ -135,7 +135,11 @@ def cost(
     size: "KVSize", tokens: int, *, per_gb_month: float, per_gpu_hour: float, prefill_tokens_per_s: float, gpus: int = 1
 ) -> Cost:
     """Prices in any currency: `per_gb_month` for 10^9 bytes kept a month, `per_gpu_hour` for each of `gpus`."""
-    for label, value in (("per_gpu_hour", per_gpu_hour), ("prefill_tokens_per_s", prefill_tokens_per_s), ("gpus", gpus)):
+    for label, value in (
+        ("per_gpu_hour", per_gpu_hour),
+        ("prefill_tokens_per_s", prefill_tokens_per_s),
+        ("gpus", gpus),
+    ):
         if not value > 0:
             raise ConfigError(f"{label} must be positive, got {value}")
     if per_gb_month < 0 or tokens < 1:

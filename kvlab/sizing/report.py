@@ -4,7 +4,7 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from kvlab.sizing.parts import Layer, Rules, part_bytes
+from kvlab.sizing.parts import HeadsKV, Layer, Rules, part_bytes
 from kvlab.units import format_bytes
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ LENGTHS = (1024, 4096, 32768, 131072)
 def layer_row(layer: Layer, rules: Rules, tp: int) -> dict[str, Any]:
     """One row of `KVSize.per_layer`; bytes are summed over the `tp` ranks, before any serde factor."""
     parts = [part.shard(tp) for part in layer.parts]
-    heads = [part for part in layer.parts if hasattr(part, "num_kv_heads") and part.fixed_tokens is None]
+    heads = [part for part in layer.parts if isinstance(part, HeadsKV)]
     return {
         "layer": layer.index,
         "kind": layer.kind,
@@ -88,10 +88,8 @@ def table(size: "KVSize", lengths: tuple[int, ...] = LENGTHS, **engine: Any) -> 
     """Rows (tokens, logical over all ranks, fullest rank, vLLM reserves per rank), as text."""
     rows = []
     for n in lengths:
-        if size.rules.engine == "vllm" and n > 0:
-            reserved = format_bytes(size.reserved(n, **engine).bytes)
-        else:
-            reserved = "-"
+        modelled = size.rules.engine == "vllm" and n > 0
+        reserved = format_bytes(size.reserved(n, **engine).bytes) if modelled else "-"
         rows.append((f"{n:,}", format_bytes(size.at(n)), format_bytes(size.rank_bytes(n)), reserved))
     return rows
 

@@ -102,8 +102,14 @@ def reserve(
     mamba_cache_mode: ``none`` keeps one state per sequence, ``align`` (prefix caching of hybrids) two.
     """
     if size.rules.engine != "vllm":
-        raise ConfigError(f"reserved figures model vLLM; size_calculator(..., engine='vllm'), got {size.rules.engine!r}")
-    for label, value in (("tokens", tokens), ("block_size", block_size), ("max_num_batched_tokens", max_num_batched_tokens)):
+        raise ConfigError(
+            f"reserved figures model vLLM; size_calculator(..., engine='vllm'), got {size.rules.engine!r}"
+        )
+    for label, value in (
+        ("tokens", tokens),
+        ("block_size", block_size),
+        ("max_num_batched_tokens", max_num_batched_tokens),
+    ):
         if value < 1:
             raise ConfigError(f"{label} must be positive, got {value}")
     if mamba_cache_mode not in ("none", "align"):
