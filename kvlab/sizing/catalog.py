@@ -128,7 +128,8 @@ def _matches(key: str, wanted: str, *, stripped: bool) -> bool:
 def _strip(name: str) -> str:
     while (shorter := _SUFFIX.sub("", name)) != name:
         name = shorter
-    return name
+    org, slash, last = name.rpartition("/")
+    return org + slash + last.removeprefix("meta-")  # Meta-Llama-3.1 and Llama-3.1 are one model
 
 
 def nearest_names(name: str, count: int = 3) -> list[str]:
