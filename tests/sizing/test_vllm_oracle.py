@@ -30,7 +30,25 @@ MODELS = {
     "nvidia/Nemotron-H-56B-Base-8K": "NemotronHForCausalLM",  # Mamba-2 hybrid
 }
 # What vLLM's class reads besides and the entry, cut to what KV needs, does not hold; none of it touches the cache.
-BESIDES = {"XiaomiMiMo/MiMo-V2-Flash": {"layernorm_epsilon": 1e-5, "attention_bias": False, "hidden_act": "silu"}}
+BESIDES: dict[str, dict[str, Any]] = {
+    "XiaomiMiMo/MiMo-V2-Flash": {
+        "layernorm_epsilon": 1e-5,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "moe_layer_freq": [0] + [1] * 47,
+        "sliding_window_size": 128,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "partial_rotary_factor": 0.334,
+        "rope_theta": 5e6,
+        "swa_rope_theta": 1e4,
+        "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False,
+    }
+}
 _NOT_GEOMETRY = {
     "source",
     "source_kind",
