@@ -1,4 +1,4 @@
-"""transformers as the judge: the real cache of tiny random models, layer by layer, after prefill and after a decode step."""
+"""transformers as the judge: real caches of tiny random models, layer by layer, after prefill and a decode step."""
 
 from typing import Any
 
