@@ -124,8 +124,8 @@ def _falcon_kv_heads(facts: Facts) -> int:
 
 
 def _kv_heads_by_other_names(facts: Facts) -> int:
-    if facts.get("multi_query"):  # GPT-BigCode
-        return 1
+    if facts.get("multi_query") is not None:  # GPT-BigCode
+        return 1 if facts.get("multi_query") else num_heads(facts)
     if (nested := facts.get("attn_config")) and nested.get("kv_n_heads"):  # DBRX, MPT
         return int(nested["kv_n_heads"])
     for name in ("num_kv_heads", "n_head_kv", "multi_query_group_num", "num_attention_groups", "num_query_groups"):
