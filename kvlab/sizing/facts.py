@@ -49,13 +49,17 @@ class Facts:
         """Like `get`, but a missing field is a ConfigError that names it."""
         value = self.get(*names)
         if value is None:
-            known = repr(names[0]) + (f" (or {', '.join(names[1:])})" if len(names) > 1 else "")
-            reason = "its source does not give it" if set(names) & self.unknown else "the config does not give it"
-            raise ConfigError(
-                f"cannot size {self.name}: field {known} is missing ({reason}){f', {why}' if why else ''}; "
-                "give it in a dict or a complete config.json"
-            )
+            raise self.missing(*names, why=why)
         return value
+
+    def missing(self, *names: str, why: str = "") -> ConfigError:
+        """The error for fields of which none is there."""
+        known = repr(names[0]) + (f" (or {', '.join(names[1:])})" if len(names) > 1 else "")
+        reason = "its source does not give it" if set(names) & self.unknown else "the config does not give it"
+        return ConfigError(
+            f"cannot size {self.name}: field {known} is missing ({reason}){f', {why}' if why else ''}; "
+            "give it in a dict or a complete config.json"
+        )
 
     def count(self, *names: str, why: str = "") -> int:
         """A positive integer field."""
