@@ -81,6 +81,9 @@ def _has_indexer(facts: Facts, i: int) -> bool:
 
 def _block_sparse_index_dim(facts: Facts, i: int) -> int:
     """Width of layer `i`'s block-selection key (MiniMax-M3), or 0."""
+    types = facts.get("layer_types")
+    if types and i < len(types) and types[i] == "minimax_m3_sparse":  # as transformers' class names it
+        return facts.count("index_head_dim")
     config = facts.get("sparse_attention_config") or {}
     freq = config.get("sparse_attention_freq") or ()
     if config.get("use_sparse_attention") is False or i >= len(freq) or not freq[i]:

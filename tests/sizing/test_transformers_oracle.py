@@ -130,6 +130,47 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mamba-1 alone": ("falcon_mamba", {"state_size": 8, "conv_kernel": 4, "expand": 2, "intermediate_size": 128}),
+    "mamba-2 of nemotron": (
+        "nemotron_h",
+        {
+            "hybrid_override_pattern": "M-*M",
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "conv_kernel": 4,
+        },
+    ),
+    "delta attention beside latents": (
+        "kimi_linear",
+        {
+            **MLA,
+            "q_lora_rank": None,
+            "linear_attn_config": {
+                "full_attn_layers": [4],
+                "kda_layers": [1, 2, 3],
+                "head_dim": 16,
+                "num_heads": 4,
+                "short_conv_kernel_size": 4,
+            },
+        },
+    ),
+    "block-sparse index": (
+        "minimax_m3_vl_text",
+        {
+            "head_dim": 16,
+            "rotary_dim": 8,
+            "dense_intermediate_size": 96,
+            "shared_intermediate_size": 32,
+            "index_head_dim": 24,
+            "index_n_heads": 2,
+            "index_block_size": 4,
+            "index_topk_blocks": 2,
+            "sparse_attention_config": {"sparse_attention_freq": [0, 0, 1, 1], "sparse_index_dim": 24},
+            **MOE,
+        },
+    ),
     "short convolution": ("lfm2", {"layer_types": ["conv", "conv", F, "conv"], "conv_L_cache": 3, "block_ff_dim": 96}),
     "lightning": ("minimax", {"head_dim": 16, "layer_types": [L, F, L, F], "block_size": 4, **MOE}),
 }
