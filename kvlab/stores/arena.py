@@ -6,6 +6,7 @@ import sys
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -96,7 +97,7 @@ def _pin(memory: npt.NDArray[np.uint8]) -> Callable[[], None] | None:
         log.warning("memory is not pinned: no CUDA device")
         return None
     address = int(memory.__array_interface__["data"][0])
-    runtime = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     status = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
     if status:
         log.warning("memory is not pinned: cudaHostRegister of %d bytes answered %d", memory.nbytes, status)

@@ -22,7 +22,7 @@ class BackgroundWriter:
         self._max_keys = max_keys
         self._drain_s = drain_s
         self._queue: OrderedDict[str, None] = OrderedDict()
-        self._busy = False
+        self._writing: str | None = None
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="kvlab-writer", daemon=True)
@@ -44,10 +44,16 @@ class BackgroundWriter:
             self._changed.notify_all()
             return True
 
+    def cancel(self, key: str) -> None:
+        """Forget `key`; returns when no write of it is under way."""
+        with self._changed:
+            self._queue.pop(key, None)
+            self._changed.wait_for(lambda: self._writing != key)
+
     def drain(self, timeout_s: float | None = None) -> bool:
         """Wait until all is written; False if that took longer than `timeout_s`."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._queue and not self._busy, timeout_s)
+            return self._changed.wait_for(lambda: not self._queue and self._writing is None, timeout_s)
 
     def close(self) -> None:
         """Write what is queued, then stop. What is left after `drain_s` counts as dropped."""
@@ -68,7 +74,7 @@ class BackgroundWriter:
                 if not self._queue:
                     return
                 key, _ = self._queue.popitem(last=False)
-                self._busy = True
+                self._writing = key
             try:
                 self._write(key)
                 self.written += 1
@@ -76,5 +82,5 @@ class BackgroundWriter:
                 self.errors += 1
             finally:
                 with self._changed:
-                    self._busy = False
+                    self._writing = None
                     self._changed.notify_all()

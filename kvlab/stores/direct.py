@@ -66,11 +66,11 @@ def write_file(fd: int, pieces: Sequence[memoryview], *, direct: bool) -> int:
                 filled = 0
                 done += whole
                 continue
-            step = min(piece.nbytes - done, SCRATCH_BYTES - filled)
+            step = min(piece.nbytes - done, scratch.nbytes - filled)
             scratch[filled : filled + step] = piece[done : done + step]
             filled += step
             done += step
-            if filled == SCRATCH_BYTES:
+            if filled == scratch.nbytes:
                 at = _pwrite_all(fd, [scratch], at)
                 filled = 0
     if filled:
@@ -102,7 +102,7 @@ def read_file(fd: int, out: memoryview, size: int, *, direct: bool) -> int:
                 out[at + whole : at + whole + over] = scratch[:over]
         else:
             base = at // BLOCK * BLOCK
-            want = min(SCRATCH_BYTES, -(-(size - base) // BLOCK) * BLOCK)
+            want = min(scratch.nbytes, -(-(size - base) // BLOCK) * BLOCK)
             got = max(0, min(os.preadv(fd, [scratch[:want]], base), size - base) - (at - base))
             out[at : at + got] = scratch[at - base : at - base + got]
         if got == 0:

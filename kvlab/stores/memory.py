@@ -99,7 +99,7 @@ class MemoryStore(Store):
             yield None
             return
         try:
-            yield memoryview(self._arena.bytes_of(region)).toreadonly()
+            yield self._arena.bytes_of(region).data.toreadonly()
         finally:
             with self._lock:
                 region.readers -= 1
@@ -173,7 +173,7 @@ class MemoryStore(Store):
             self.stats_.hits += 1
             self.stats_.get_bytes += size
             self.stats_.get_s += time.perf_counter() - start
-        return memoryview(into)
+        return into.data
 
     def _make_room(self, size: int, key: str) -> Region | None:
         """A region for `size` bytes. Values leave by policy until there is one; waits for leases if it must."""

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Self, TypeVar
 
 from kvlab.errors import StoreError
@@ -12,7 +13,7 @@ from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongErro
 from kvlab.stores.redis_node import Node, NodeDownError
 from kvlab.stores.redis_topology import Topology, make_topology
 from kvlab.stores.redis_url import RedisPlace
-from kvlab.stores.resp import ReplyError, Wire
+from kvlab.stores.resp import Reply, ReplyError, Room, Wire, many, one
 from kvlab.stores.url import StoreURL
 from kvlab.units import format_bytes, parse_bytes
 
@@ -92,7 +93,7 @@ class RedisStore(Store):
         try:
             if size > self._value_limit():
                 return self._refuse("too_large")
-            self._run(key, lambda wire, deadline: wire.call(command, deadline))
+            self._run(key, lambda deadline: one(command, deadline))
         except ReplyError as error:
             if error.reason == "oom":
                 return self._refuse("maxmemory")
@@ -128,7 +129,7 @@ class RedisStore(Store):
     def size_of(self, key: str) -> int | None:
         name = name_of(key)
         there, size = self._asked(
-            key, lambda wire, deadline: wire.calls([["EXISTS", name], ["STRLEN", name]], deadline), default=(0, 0)
+            key, lambda deadline: many([["EXISTS", name], ["STRLEN", name]], deadline), default=[0, 0]
         )
         return size if there == 1 and isinstance(size, int) else None
 
@@ -141,7 +142,7 @@ class RedisStore(Store):
 
     def delete(self, key: str) -> bool:
         name = name_of(key)
-        there: int = self._asked(key, lambda wire, deadline: wire.call(["UNLINK", name], deadline), default=0)
+        there: int = self._asked(key, lambda deadline: one(["UNLINK", name], deadline), default=0)
         if there:
             self._left(key, "deleted")
         return there == 1
@@ -157,9 +158,7 @@ class RedisStore(Store):
             cursor = b"0"
             while True:
                 command = ["SCAN", cursor, "MATCH", PREFIX + b"*", "COUNT", "1000"]
-                cursor, names = node.run(
-                    lambda wire, command=command: wire.call(command, self._deadline()), self._deadline()
-                )
+                cursor, names = node.run(one(command, self._deadline()), self._deadline())
                 found.update((key_of(bytes(name)), None) for name in names)
                 if bytes(cursor) == b"0":
                     break
@@ -196,17 +195,17 @@ class RedisStore(Store):
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout_s
 
-    def _run(self, key: str, work: Callable[[Wire, float], T]) -> T:
+    def _run(self, key: str, work: Callable[[float], Callable[[Wire], T]]) -> T:
         deadline = self._deadline()
         try:
-            return self._topology.run(name_of(key), lambda wire: work(wire, deadline), deadline)
+            return self._topology.run(name_of(key), work(deadline), deadline)
         except ValueTooLongError:
             raise
         except StoreError as error:
             self._failed(error)
             raise
 
-    def _asked(self, key: str, work: Callable[[Wire, float], T], default: T) -> T:
+    def _asked(self, key: str, work: Callable[[float], Callable[[Wire], T]], default: T) -> T:
         """Like `_run`, with `default` for keys of a cluster's failed node."""
         try:
             return self._run(key, work)
@@ -215,13 +214,11 @@ class RedisStore(Store):
                 return default
             raise
 
-    def _read(self, key: str, room: Callable[[int], memoryview] | None) -> memoryview | None:
+    def _read(self, key: str, room: Room | None) -> memoryview | None:
         start = time.perf_counter()
         command = ["GET", name_of(key)]
         try:
-            value: memoryview | None = self._asked(
-                key, lambda wire, deadline: wire.call(command, deadline, room), default=None
-            )
+            value: memoryview | None = self._asked(key, lambda deadline: one(command, deadline, room), default=None)
         except ReplyError as error:
             if error.reason != "wrongtype":  # somebody else's list or hash: not ours, so not here
                 raise
@@ -249,15 +246,14 @@ class RedisStore(Store):
         for node, places in groups.items():
             try:
                 commands = [[command, names[place]] for place in places]
-                replies = node.run(lambda wire, commands=commands: wire.calls(commands, deadline), deadline)
+                replies = node.run(many(commands, deadline), deadline)
             except StoreError as error:
                 self._failed(error)
                 failures.append(error)
                 continue
             for place, reply in zip(places, replies, strict=True):
                 if isinstance(reply, ReplyError) and reply.reason in ("moved", "ask"):
-                    one = [command, names[place]]
-                    reply = self._asked(keys[place], lambda wire, until, one=one: wire.call(one, until), default=None)
+                    reply = self._asked(keys[place], partial(one, [command, names[place]]), default=None)
                 answers[place] = reply
         if failures and len(failures) == len(groups):
             raise failures[0]
@@ -278,7 +274,7 @@ class RedisStore(Store):
 
     def _memory_of(self, node: Node) -> dict[str, int]:
         deadline = self._deadline()
-        text = bytes(node.run(lambda wire: wire.call(["INFO", "memory"], deadline), deadline)).decode()
+        text = bytes(node.run(one(["INFO", "memory"], deadline), deadline)).decode()
         facts = dict(line.split(":", 1) for line in text.split("\r\n") if ":" in line)
         maxmemory = int(facts.get("maxmemory", 0))
         return {
@@ -290,12 +286,15 @@ class RedisStore(Store):
     def _value_limit(self) -> int:
         if self._limit is None:
             deadline = self._deadline()
-            node = self._topology.nodes(deadline)[0]
             try:
-                found = node.run(lambda wire: wire.call(["CONFIG", "GET", "proto-max-bulk-len"], deadline), deadline)
+                node = self._topology.nodes(deadline)[0]
+                found: Reply = node.run(one(["CONFIG", "GET", "proto-max-bulk-len"], deadline), deadline)
                 self._limit = int(bytes(found[1]))
             except (ReplyError, IndexError):  # not allowed to ask
                 self._limit = UNKNOWN_LIMIT
+            except StoreError as error:
+                self._failed(error)
+                raise
             log.debug("Redis takes values of up to %s", format_bytes(self._limit))
         return self._limit
 

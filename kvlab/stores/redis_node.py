@@ -124,7 +124,7 @@ def _connect(address: tuple[str, int] | str, options: dict[str, Any], timeout_s:
         kind: type[Connection] = SSLConnection if options.get("tls") else Connection
         connection = kind(host=address[0], port=address[1], socket_connect_timeout=timeout_s, **arguments)
     connection.connect()
-    sock: socket.socket = connection._sock
+    sock: socket.socket = vars(connection)["_sock"]
     if not isinstance(address, str):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection

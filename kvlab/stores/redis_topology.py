@@ -10,7 +10,7 @@ from redis.crc import key_slot
 from kvlab.stores.backoff import Backoff
 from kvlab.stores.redis_node import Node, NodeDownError
 from kvlab.stores.redis_url import RedisPlace
-from kvlab.stores.resp import ReplyError, Wire
+from kvlab.stores.resp import ReplyError, Wire, one
 
 T = TypeVar("T")
 MOST_REDIRECTS = 5
@@ -102,7 +102,7 @@ class Sentinel(Topology):
         for sentinel in list(self._sentinels):
             share = min(deadline, time.monotonic() + max(0.05, (deadline - time.monotonic()) / 3))
             try:
-                named = sentinel.run(_ask_for(self.place.master, share), share)
+                named = sentinel.run(one(["SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.place.master], share), share)
             except (NodeDownError, ReplyError):
                 continue
             if named:
@@ -179,7 +179,7 @@ class Cluster(Topology):
         for node in dict.fromkeys(sorted(candidates, key=lambda node: not node.health.is_up)):
             share = min(deadline, time.monotonic() + max(0.05, (deadline - time.monotonic()) / 3))
             try:
-                ranges = node.run(lambda wire, share=share: wire.call(["CLUSTER", "SLOTS"], share), share)
+                ranges = node.run(one(["CLUSTER", "SLOTS"], share), share)
             except (NodeDownError, ReplyError):
                 continue
             slots: list[Node | None] = [None] * 16384
@@ -198,10 +198,6 @@ def make_topology(place: RedisPlace, first_wait_s: float, longest_wait_s: float)
 
 def _host_of(node: Node) -> str:
     return node.address if isinstance(node.address, str) else node.address[0]
-
-
-def _ask_for(master: str, deadline: float) -> Callable[[Wire], list[bytes] | None]:
-    return lambda wire: wire.call(["SENTINEL", "GET-MASTER-ADDR-BY-NAME", master], deadline)  # type: ignore[no-any-return]
 
 
 def _after_asking(work: Callable[[Wire], T], deadline: float) -> Callable[[Wire], T]:

@@ -38,7 +38,7 @@ class Wire:
 
     def __init__(self, connection: AbstractConnection) -> None:
         self._connection = connection
-        self._socket: socket.socket = connection._sock
+        self._socket: socket.socket = vars(connection)["_sock"]  # redis-py keeps it to itself
         self._buffer = bytearray(CHUNK)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
@@ -141,6 +141,16 @@ class Wire:
         if not got:
             raise ConnectionError("the server closed the connection")
         self._end += got
+
+
+def one(args: Sequence[Any], deadline: float, room: Room | None = None) -> Callable[[Wire], Reply]:
+    """The work of a single command, for whoever picks the connection."""
+    return lambda wire: wire.call(args, deadline, room)
+
+
+def many(commands: Sequence[Sequence[Any]], deadline: float) -> Callable[[Wire], list[Reply]]:
+    """The work of several commands in one round trip."""
+    return lambda wire: wire.calls(commands, deadline)
 
 
 def _left(deadline: float) -> float:

@@ -124,6 +124,8 @@ class TieredStore(Store):
         return found
 
     def delete(self, key: str) -> bool:
+        if self._writer is not None:
+            self._writer.cancel(key)  # or it would come back
         return any([tier.call(tier.store.delete, key, default=False) for tier in self.tiers])
 
     def keys(self) -> Iterator[str]:
@@ -143,6 +145,8 @@ class TieredStore(Store):
         """
         with self._lock:
             source = self._came_from.pop(key, None)
+        if self._writer is not None:
+            self._writer.cancel(key)
         there = False
         for tier in self.tiers:
             there |= tier.call(tier.store.contains, key, default=False)
