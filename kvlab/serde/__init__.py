@@ -14,6 +14,13 @@ __all__ = ["SERDES", "Encoded", "Serde", "get_serde"]
 
 SERDES = {  # name -> "module:Class"; imported on use
     "naive": "kvlab.serde.naive:NaiveSerde",
+    "lossless": "kvlab.serde.lossless:LosslessSerde",
+    "fp8": "kvlab.serde.quantized:Fp8Serde",
+    "int8": "kvlab.serde.quantized:Int8Serde",
+    "int4": "kvlab.serde.quantized:Int4Serde",
+    "rotated4": "kvlab.serde.rotated:Rotated4Serde",
+    "cachegen": "kvlab.serde.cachegen:CacheGenSerde",
+    "cachegen-lmcache": "kvlab.serde.cachegen_lmcache:CacheGenLMCacheSerde",
 }
 
 

@@ -1,0 +1,111 @@
+"""KV caught from a model: kept per layer, saved as one safetensors file, compared, encoded."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from kvlab.errors import ConfigError, FormatError
+from kvlab.geometry import AXES
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class KV:
+    """The KV of one text in every layer of a model.
+
+    `keys` and `values` hold one tensor per layer, axes (tokens, kv_heads, head_dim), keys as the cache holds them
+    (after rotary embedding). Layers of a pruned cache may hold different numbers of tokens; `num_positions` says
+    how many tokens the model had read, which is the position of the next one.
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    token_ids: tuple[int, ...]
+    num_positions: int
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.keys) != len(self.values) or not self.keys:
+            raise ConfigError(f"KV needs keys and values of every layer, got {len(self.keys)} and {len(self.values)}")
+        for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            if key.ndim != 3 or key.shape[:2] != value.shape[:2]:
+                shapes = f"{list(key.shape)} and {list(value.shape)}"
+                raise ConfigError(f"K and V of layer {index} must be (tokens, kv_heads, head_dim), got {shapes}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+
+    def tensor(self) -> torch.Tensor:
+        """All of it as one tensor (layers, tokens, kv_heads, kv, head_dim), which is what a serde takes."""
+        if len({tensor.shape for tensor in (*self.keys, *self.values)}) > 1:
+            raise ConfigError("layers hold different shapes; encode keys[i] and values[i] one by one")
+        return torch.stack([torch.stack(pair, dim=2) for pair in zip(self.keys, self.values, strict=True)])
+
+    def replaced(self, tensor: torch.Tensor) -> "KV":
+        """The same text with other KV, given as `tensor` gives it: a decoded copy, say."""
+        if tensor.ndim != len(AXES) or tensor.shape[3] != 2:
+            raise ConfigError(f"KV must have axes {', '.join(AXES)}, got shape {list(tensor.shape)}")
+        keys, values = tensor.unbind(dim=3)
+        return KV(tuple(keys), tuple(values), self.token_ids, self.num_positions, self.model)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: ``layers.N.key`` and ``layers.N.value``, the rest in its metadata."""
+        tensors = {}
+        for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            tensors[f"layers.{index}.key"] = key.detach().cpu().contiguous()
+            tensors[f"layers.{index}.value"] = value.detach().cpu().contiguous()
+        about = {"num_layers": self.num_layers, "num_positions": self.num_positions, "token_ids": list(self.token_ids)}
+        fields = {"kvlab_kv": FORMAT, "axes": "tokens,kv_heads,head_dim", "model": self.model, "about": json.dumps(about)}
+        save_file(tensors, str(path), metadata=fields)
+
+    @staticmethod
+    def load(path: str | Path) -> "KV":
+        """Read what `save` wrote; FormatError if it is something else."""
+        try:
+            with safe_open(str(path), framework="pt") as opened:
+                fields = opened.metadata() or {}
+                if fields.get("kvlab_kv") != FORMAT:
+                    raise FormatError(f"{path} is no KV of format {FORMAT}: it says {fields.get('kvlab_kv')!r}")
+                about = json.loads(fields["about"])
+                layers = range(about["num_layers"])
+                keys, values = (
+                    tuple(opened.get_tensor(f"layers.{index}.{half}") for index in layers) for half in ("key", "value")
+                )
+            return KV(keys, values, tuple(about["token_ids"]), about["num_positions"], fields.get("model", ""))
+        except FormatError:
+            raise
+        except OSError:
+            raise
+        except Exception as error:  # safetensors raises its own class on broken files
+            raise FormatError(f"{path} is not a readable KV file: {error!r}"[:300]) from error
+
+    def diff(self, other: "KV") -> dict[str, torch.Tensor]:
+        """How far `other` lies from this: relative L2 error, ``{"key": (layers, kv_heads), "value": ...}``, float64.
+
+        0 means equal; a head that is all zero here and not in `other` gives infinity.
+        """
+        ours, theirs = ([tuple(tensor.shape) for tensor in (*kv.keys, *kv.values)] for kv in (self, other))
+        if ours != theirs:
+            raise ConfigError(f"KV of shapes {ours[0]} x {len(ours)} and {theirs[0]} x {len(theirs)} cannot be compared")
+        return {
+            "key": torch.stack([_error(a, b) for a, b in zip(self.keys, other.keys, strict=True)]),
+            "value": torch.stack([_error(a, b) for a, b in zip(self.values, other.values, strict=True)]),
+        }
+
+
+def _error(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Relative L2 error per head of two (tokens, kv_heads, head_dim) tensors."""
+    a, b = reference.double(), other.to(reference.device).double()
+    distance = (a - b).square().sum(dim=(0, 2)).sqrt()
+    norm = a.square().sum(dim=(0, 2)).sqrt()
+    return torch.where(distance == 0, torch.zeros_like(distance), distance / norm)
