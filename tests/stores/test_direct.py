@@ -1,5 +1,6 @@
 """Direct I/O against plain reads, at every edge."""
 
+import itertools
 import os
 import threading
 
@@ -35,7 +36,7 @@ def test_written_bytes_and_length(open_file, size, offset, cuts):
     fd, path, direct_io = open_file
     value = pattern(size)
     edges = [0, *[min(cut, size) for cut in cuts], size]
-    pieces = [in_memory(value[a:b], offset) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [in_memory(value[a:b], offset) for a, b in itertools.pairwise(edges)]
     assert write_file(fd, pieces, direct=direct_io) == size
     assert path.read_bytes() == value
 

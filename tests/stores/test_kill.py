@@ -87,7 +87,7 @@ def test_two_hundred_kills(tmp_path, nurseries):
 
 def check(root):
     with DiskStore(root, BUDGET) as store:
-        keys = [key for key in store.keys() if key != "witness"]
+        keys = [key for key in list(store.keys()) if key != "witness"]
         assert keys
         for key in keys:
             unpack(store.get(key), key)  # raises if one byte is wrong

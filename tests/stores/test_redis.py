@@ -162,10 +162,10 @@ def test_at_maxmemory_the_server_lets_the_oldest_go_or_refuses(tmp_path):
     ):
         assert store.max_bytes == 8 << 20
         for index in range(30):
-            assert store.put(f"k{index}", pattern(1 << 20, index))
+            assert store.put(f"k{index}", bytes([index]) * (1 << 20))
         held = [index for index in range(30) if store.contains(f"k{index}")]
         assert 0 < len(held) < 8
-        assert all(bytes(store.get(f"k{index}")) == pattern(1 << 20, index) for index in held)
+        assert all(bytes(store.get(f"k{index}")) == bytes([index]) * (1 << 20) for index in held)
         assert store.get("k0") is None
         assert store.why_missing("k0") == "evicted"
         assert store.used_bytes <= 8 << 20
@@ -255,23 +255,23 @@ def test_a_restarted_server_is_not_even_noticed(tmp_path):
 
 
 def test_a_paused_server_costs_the_deadline_not_more(tmp_path):
-    with running(Server(tmp_path / "s")) as (server,):
-        with (
-            open_store(f"redis://127.0.0.1:{server.port}?timeout_ms=150&retry_ms=50") as store,
-            server.client() as client,
-        ):
-            store.put("k", b"v")
-            sleeper = threading.Thread(target=lambda: client.execute_command("DEBUG", "SLEEP", "1"))
-            sleeper.start()
-            time.sleep(0.1)
-            start = time.monotonic()
-            with pytest.raises(NodeDownError):
-                store.get("k")
-            assert time.monotonic() - start < 0.5
-            assert store.errors["timeout"] == 1
-            sleeper.join()
-            wait_for(lambda: works(store), "the store to come back", 5)
-            assert bytes(store.get("k")) == b"v"
+    with (
+        running(Server(tmp_path / "s")) as (server,),
+        open_store(f"redis://127.0.0.1:{server.port}?timeout_ms=150&retry_ms=50") as store,
+        server.client() as client,
+    ):
+        store.put("k", b"v")
+        sleeper = threading.Thread(target=lambda: client.execute_command("DEBUG", "SLEEP", "1"))
+        sleeper.start()
+        time.sleep(0.1)
+        start = time.monotonic()
+        with pytest.raises(NodeDownError):
+            store.get("k")
+        assert time.monotonic() - start < 0.5
+        assert store.errors["timeout"] == 1
+        sleeper.join()
+        wait_for(lambda: works(store), "the store to come back", 5)
+        assert bytes(store.get("k")) == b"v"
 
 
 def test_a_value_of_another_kind_is_a_miss_and_can_be_replaced(store, server):
