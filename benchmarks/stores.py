@@ -7,6 +7,7 @@ the median of the pairwise ratios, so that a noisy host disturbs both alike. Row
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -39,7 +40,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def compare(what: str, size: int, repeats: int, bare: Callable, ours: Callable, tidy: Callable = lambda: None) -> dict:
-    """A row: medians of both in GB/s, and the median over pairs of bare time by our time (1 = as fast as the medium)."""
+    """A row: medians of both in GB/s, and the median over pairs of bare time by our time (1: as fast as the medium)."""
     pairs = []
     for index in range(repeats + 2):
         if index % 2:  # neither always goes first
@@ -76,15 +77,21 @@ def value_of(size: int) -> list[memoryview]:
 
 def memory_rows(size: int, repeats: int) -> list[dict]:
     value, room = value_of(size), aligned_buffer(size)
-    target, source = np.zeros(size, np.uint8), np.frombuffer(room, np.uint8)
+    room[:] = bytes(b"x" * len(room))  # touched, or the system would lend one page of zeros for all of it
+    targets = [np.zeros(size, np.uint8) for _ in range(7)]  # as many places as the put goes to: caches help neither
+    target, source, places = targets[0], np.frombuffer(room, np.uint8), itertools.cycle(targets)
     rows = []
-    with open_store(f"memory://?size={4 * size}") as store:
-        for index in range(8):
-            store.put(f"k{index}", value)
-        keys = iter(f"k{index % 6}" for index in range(10**6))
+    with open_store(f"memory://?size={8 * size}") as store:
+        keys = itertools.cycle([f"k{index}" for index in range(7)])
+        for _ in range(7):
+            store.put(next(keys), value)
         rows.append(
             compare(
-                "memory put", size, repeats, lambda: np.copyto(target, source), lambda: store.put(next(keys), value)
+                "memory put",
+                size,
+                repeats,
+                lambda: np.copyto(next(places), source),
+                lambda: store.put(next(keys), value),
             )
         )
         store.put("k", value)
@@ -102,6 +109,7 @@ def memory_rows(size: int, repeats: int) -> list[dict]:
 def disk_rows(size: int, repeats: int, folder: Path) -> list[dict]:
     value, room = value_of(size), aligned_buffer(size)
     whole = aligned_buffer(size)
+    whole[:] = b"".join(value)
     unaligned = np.random.default_rng(1).integers(0, 256, size + 64, np.uint8).data[64:]
     rows = []
     plain = folder / "plain"

@@ -105,9 +105,8 @@ def _verify(store: Store, arguments: argparse.Namespace) -> int:
             if arguments.set_aside:
                 store.set_aside(key, error.reason)
     broken = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-    print(
-        f"{sound} objects are sound, {sum(reasons.values())} broken{f' ({broken})' if broken else ''}; read {format_bytes(num_bytes)}"
-    )
+    state = f"{sum(reasons.values())} broken" + (f" ({broken})" if broken else "")
+    print(f"{sound} objects are sound, {state}; read {format_bytes(num_bytes)}")
     return 1 if reasons else 0
 
 
@@ -121,9 +120,8 @@ def _evict(store: Store, arguments: argparse.Namespace) -> int:
             break
         if store.delete(key):
             gone, freed = gone + 1, freed + size
-    print(
-        f"removed {gone} objects, {format_bytes(freed)}; {len(sizes) - gone} objects, {format_bytes(total - freed)} stay"
-    )
+    stay = f"{len(sizes) - gone} objects, {format_bytes(total - freed)} stay"
+    print(f"removed {gone} objects, {format_bytes(freed)}; {stay}")
     return 0
 
 

@@ -5,7 +5,6 @@ aligned (``aligned_buffer``, pinned arenas) is handed to the kernel as it is; an
 aligned scratch buffer per thread. A file's length never shows the padding: it is cut to size at the end.
 """
 
-import mmap
 import os
 import threading
 from collections.abc import Sequence
@@ -19,8 +18,15 @@ _local = threading.local()
 
 
 def aligned_buffer(num_bytes: int) -> memoryview:
-    """A fresh page-aligned buffer of at least `num_bytes`, rounded up to whole blocks; freed with its last view."""
-    return memoryview(mmap.mmap(-1, -(-max(num_bytes, 1) // BLOCK) * BLOCK))
+    """A page-aligned buffer of at least `num_bytes`, rounded up to whole blocks; freed with its last view.
+
+    Its content is whatever was there: the C allocator's memory, for it gives large blocks back warm, while fresh pages
+    from the system cost direct reads two thirds of their speed.
+    """
+    length = -(-max(num_bytes, 1) // BLOCK) * BLOCK
+    raw = np.empty(length + BLOCK, np.uint8)
+    start = -int(raw.__array_interface__["data"][0]) % BLOCK
+    return raw[start : start + length].data
 
 
 def address(view: memoryview) -> int:

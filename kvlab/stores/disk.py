@@ -210,7 +210,7 @@ class DiskStore(Store):
         try:
             fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
             try:
-                os.pwritev(fd, [aligned_buffer(BLOCK)], 0)
+                write_file(fd, [memoryview(bytes(BLOCK))], direct=True)
             finally:
                 os.close(fd)
         except OSError as error:
