@@ -54,18 +54,14 @@ def pack(key: str, parts: Mapping[str, Part], metadata: Mapping[str, str] | None
     for name, part in parts.items():
         size = part.nbytes
         if part.data.nbytes != size:
-            raise FormatError(
-                f"part {name!r} must hold {size} bytes for {part.dtype}{list(part.shape)}, got {part.data.nbytes}"
-            )
+            raise FormatError(f"part {name!r} must hold {size} bytes for {part.dtype}{list(part.shape)}, got {part.data.nbytes}")
         entries[name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [offset, offset + size]}
         offset += size
     fields = {**(metadata or {}), "kvlab": VERSION, "key": key, "checksum": _NO_CHECKSUM.decode()}
     header = json.dumps({"__metadata__": fields, **entries}, separators=(",", ":")).encode()
     padded = -(-(8 + len(header)) // ALIGNMENT) * ALIGNMENT - 8
     head = padded.to_bytes(8, "little") + header.ljust(padded)
-    data = [
-        part.data.cast("B") if part.data.format != "B" or part.data.ndim != 1 else part.data for part in parts.values()
-    ]
+    data = [part.data.cast("B") if part.data.format != "B" or part.data.ndim != 1 else part.data for part in parts.values()]
     digest = xxhash.xxh3_128(head)
     for piece in data:
         digest.update(piece)
@@ -97,10 +93,7 @@ def unpack(value: Buffer, key: str) -> Container:
         header = json.loads(head[8:])
         metadata = header.pop("__metadata__")
         if metadata["kvlab"] != VERSION:
-            raise FormatError(
-                f"object {key!r} has format version {metadata['kvlab']!r}, this kvlab reads {VERSION!r}",
-                reason="version",
-            )
+            raise FormatError(f"object {key!r} has format version {metadata['kvlab']!r}, this kvlab reads {VERSION!r}", reason="version")
         parts, end = _parts(header, view[8 + header_bytes :])
     except FormatError:
         raise

@@ -71,9 +71,7 @@ class ConnectorConfig:
             url = StoreURL.parse(raw)
             if url.scheme == "memory":
                 if position:
-                    raise ConfigError(
-                        f"memory:// must be the first tier and the only one of its kind, got {list(self.tiers)}"
-                    )
+                    raise ConfigError(f"memory:// must be the first tier and the only one of its kind, got {list(self.tiers)}")
                 put(self, "memory_bytes", url.take_bytes("size", default="1GiB"))
                 put(self, "policy", url.take("policy", "lru"))
                 url.done()
@@ -82,9 +80,7 @@ class ConnectorConfig:
             base = raw.partition("?")[0]
             lower.append(f"{base}?{urlencode(url.options)}" if url.options else base)
         if len(serdes) > 1:
-            raise ConfigError(
-                f"all lower tiers must use one serde, got {sorted(serdes)}; objects move between them as they are"
-            )
+            raise ConfigError(f"all lower tiers must use one serde, got {sorted(serdes)}; objects move between them as they are")
         put(self, "serde", serdes.pop() if serdes else "naive")
         get_serde(self.serde)
         put(self, "lower_tiers", tuple(lower))

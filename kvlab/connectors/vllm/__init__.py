@@ -73,17 +73,11 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         slot_bytes = sum(self._pages.values())
         self.num_slots = self.config.arena_bytes // slot_bytes
         if self.num_slots < 1:
-            raise ConfigError(
-                f"host memory of {format_bytes(self.config.arena_bytes)} must hold a block of {format_bytes(slot_bytes)}; give a larger size"
-            )
+            raise ConfigError(f"host memory of {format_bytes(self.config.arena_bytes)} must hold a block of {format_bytes(slot_bytes)}; give a larger size")
         serde = get_serde(self.config.serde)
         if serde.needs_kv_axes and self.config.lower_tiers:
-            raise ConfigError(
-                f"serde {self.config.serde!r} must tell K from V, which vLLM's pages here do not show; use naive or lossless"
-            )
-        self.namespace = engine_namespace(
-            vllm_config, kv_cache_config, extra=self.config.namespace, serde=self.config.serde
-        )
+            raise ConfigError(f"serde {self.config.serde!r} must tell K from V, which vLLM's pages here do not show; use naive or lossless")
+        self.namespace = engine_namespace(vllm_config, kv_cache_config, extra=self.config.namespace, serde=self.config.serde)
         self.scheduler: Scheduler | None = None
         self.worker: Worker | None = None
         if role == KVConnectorRole.SCHEDULER:

@@ -26,12 +26,7 @@ class Scheduler:
     """One per engine. `lower` may be None; `namespaces` holds one namespace per worker rank."""
 
     def __init__(
-        self,
-        config: ConnectorConfig,
-        chunker: Chunker,
-        index: SlotIndex,
-        lower: Store | None,
-        namespaces: Sequence[Namespace],
+        self, config: ConnectorConfig, chunker: Chunker, index: SlotIndex, lower: Store | None, namespaces: Sequence[Namespace]
     ) -> None:
         self.config = config
         self.chunker = chunker
@@ -189,13 +184,7 @@ class Scheduler:
         self.counters["hit_tokens"] += num_external_tokens
 
     def _place(
-        self,
-        state: RequestState,
-        plan: list[Piece],
-        used: list[Piece],
-        first: int,
-        usable: int,
-        block_ids: Sequence[int],
+        self, state: RequestState, plan: list[Piece], used: list[Piece], first: int, usable: int, block_ids: Sequence[int]
     ) -> list[int]:
         """Queue the copies that fill blocks [first, usable); block ids that could not be served."""
         request, block = state.request, self.chunker.block_tokens
@@ -265,9 +254,7 @@ class Scheduler:
             if (state := self._states.get(new.req_id)) is not None:
                 state.block_ids = list(new.block_ids[0])
         cached = output.scheduled_cached_reqs
-        for req_id, blocks, num_computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
+        for req_id, blocks, num_computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
             computed[req_id] = num_computed
             state = self._states.get(req_id)
             if state is None:
@@ -341,12 +328,7 @@ class Scheduler:
         for row in report.rows:
             state = self._states.get(row.request_id)
             if state is not None:
-                state.row |= {
-                    "bytes": row.num_bytes,
-                    "ms": row.seconds * 1e3,
-                    "tier": row.tier,
-                    "hit_tokens": row.num_tokens,
-                }
+                state.row |= {"bytes": row.num_bytes, "ms": row.seconds * 1e3, "tier": row.tier, "hit_tokens": row.num_tokens}
             self.counters["loaded_bytes"] += row.num_bytes
 
     def _release(self, keys: Sequence[bytes]) -> None:
