@@ -105,6 +105,17 @@ class DiskStore(Store):
                 raise
         return state.st_size if stat.S_ISREG(state.st_mode) and state.st_size <= self.max_bytes else None
 
+    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+        """From the book, which knows of every process's files; only while somebody is at work on it, from the folder.
+
+        A file that a person removed is believed to be there until it is read.
+        """
+        with self._medium("look"):
+            if self._folder.book.catch_up():
+                sizes = self._folder.book.sizes
+                return [path_of(key) in sizes for key in keys]
+        return [self.contains(key) for key in keys]
+
     def delete(self, key: str) -> bool:
         with self._medium("remove a file"):
             return self._folder.unlink(path_of(key), "deleted")

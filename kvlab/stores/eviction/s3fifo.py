@@ -32,7 +32,8 @@ class S3FIFOPolicy(EvictionPolicy):
         uses = 0
         if key in self._uses:
             uses = min(self._uses[key] + 1, MOST_USES)
-            self._take_out(key)
+            self._chosen = None
+            self.discard(key)
         self._uses[key] = uses
         if key in self._ghosts:
             del self._ghosts[key]
@@ -48,22 +49,35 @@ class S3FIFOPolicy(EvictionPolicy):
             self._uses[key] = uses + 1
 
     def discard(self, key: Hashable) -> None:
-        if key not in self._uses:
+        if self._uses.pop(key, None) is None:
             return
-        if key == self._chosen and key in self._small:
-            self._ghosts[key] = None
-            if len(self._ghosts) > max(len(self._main), 1):
-                self._ghosts.popitem(last=False)
-        self._take_out(key)
+        size = self._small.pop(key, None)
+        if size is None:
+            self._main_bytes -= self._main.pop(key)
+            return
+        self._small_bytes -= size
+        if key == self._chosen:
+            ghosts = self._ghosts
+            ghosts[key] = None
+            if len(ghosts) > max(len(self._main), 1):
+                ghosts.popitem(last=False)
 
     def victim(self, pinned: Container[Hashable] = ()) -> Hashable | None:
         small_first = self._small_bytes >= SMALL_SHARE * (self._small_bytes + self._main_bytes)
+        if small_first and self._small and not pinned:  # nearly always
+            key = next(iter(self._small))
+            if self._uses[key] <= 1:
+                self._chosen = key
+                return key
+        self._chosen = self._search(pinned, small_first)
+        return self._chosen
+
+    def _search(self, pinned: Container[Hashable], small_first: bool) -> Hashable | None:
         key = self._from_small(pinned) if small_first else self._from_main(pinned)
         if key is None:
             key = self._from_main(pinned) if small_first else self._from_small(pinned)
         if key is None:  # the last of the small queue has just moved on
             key = self._from_main(pinned)
-        self._chosen = key
         return key
 
     def _from_small(self, pinned: Container[Hashable]) -> Hashable | None:
@@ -97,11 +111,3 @@ class S3FIFOPolicy(EvictionPolicy):
                 uses[key] = left - 1
             main.move_to_end(key)
         return None
-
-    def _take_out(self, key: Hashable) -> None:
-        del self._uses[key]
-        size = self._small.pop(key, None)
-        if size is not None:
-            self._small_bytes -= size
-        else:
-            self._main_bytes -= self._main.pop(key)
