@@ -1,4 +1,4 @@
-"""A Redis-compatible server of one's own, for notebooks and measurements: a process on a free port, stopped at the end."""
+"""A Redis-compatible server of one's own, for notebooks and measurements: on a free port, stopped at the end."""
 
 import shutil
 import socket
