@@ -8,7 +8,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -156,7 +156,7 @@ class DiskStore(Store):
             if opened is None:
                 self._count(misses=1)
                 if path in self._folder.book.sizes:
-                    self._folder.unlink(path, "vanished")
+                    self._folder.forget(path)
                 return None
             fd, size, direct = opened
             try:
@@ -164,7 +164,8 @@ class DiskStore(Store):
                     raise ValueTooLongError(f"value of {key!r} holds {size} bytes, the buffer only {out.nbytes}")
                 into = aligned_buffer(size) if out is None else out
                 got = read_file(fd, into, size, direct=direct)
-                os.utime(fd)  # so that the next process knows what was used last
+                with suppress(OSError):  # a folder of somebody else, or one that cannot be written any more
+                    os.utime(fd)  # so that the next process knows what was used last
             finally:
                 os.close(fd)
         if got != size:  # cut short under our hands

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 IDLE_CONNECTIONS = 16
-FATAL_REPLIES = {"loading", "masterdown", "noauth", "wrongpass", "clusterdown", "readonly", "noperm", "misconf"}
+FATAL_REPLIES = {"loading", "masterdown", "noauth", "wrongpass", "clusterdown", "readonly", "misconf"}
 
 
 class NodeDownError(StoreError):

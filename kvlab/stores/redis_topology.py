@@ -106,8 +106,8 @@ class Sentinel(Topology):
             except (NodeDownError, ReplyError):
                 continue
             if named:
-                self._sentinels.remove(sentinel)  # the one that answered is asked first next time
-                self._sentinels.insert(0, sentinel)
+                others = [other for other in self._sentinels if other is not sentinel]
+                self._sentinels = [sentinel, *others]  # the one that answered is asked first next time
                 address = (bytes(named[0]).decode(), int(bytes(named[1])))
                 if address not in self._by_address:
                     self._by_address[address] = self._node(address)
@@ -131,9 +131,8 @@ class Cluster(Topology):
         return groups
 
     def nodes(self, deadline: float) -> list[Node]:
-        if not self._slots:
-            self._learn(deadline)
-        return list({node: None for node in self._slots if node is not None})
+        slots = self._slots or self._learn(deadline)
+        return list({node: None for node in slots if node is not None})
 
     def run(self, key: bytes, work: Callable[[Wire], T], deadline: float) -> T:
         node, asking = self._owner(key, deadline), False
@@ -147,10 +146,9 @@ class Cluster(Topology):
                 asking = error.reason == "ask"
                 was, node = node, self._at((host or _host_of(node), int(port)))
                 if not asking:
-                    self._slots = []
                     self._learn(deadline, first=was)
             except NodeDownError:
-                self._slots = []  # a replica may have taken over
+                self._learn(deadline)  # a replica may have taken over
                 owner = self._owner(key, deadline)
                 if owner is node or not owner.health.is_up:
                     raise
@@ -167,14 +165,12 @@ class Cluster(Topology):
 
     def _owner(self, key: bytes, deadline: float) -> Node:
         slot = key_slot(key)
-        if not self._slots:
-            self._learn(deadline)
-        node = self._slots[slot]
+        node = (self._slots or self._learn(deadline))[slot]
         if node is None:
             raise NodeDownError(f"no node of the cluster serves slot {slot}", reason="clusterdown")
         return node
 
-    def _learn(self, deadline: float, first: Node | None = None) -> None:
+    def _learn(self, deadline: float, first: Node | None = None) -> list[Node | None]:
         candidates = [*([first] if first else []), *self.known(), *map(self._at, self.place.hosts)]
         for node in dict.fromkeys(sorted(candidates, key=lambda node: not node.health.is_up)):
             share = min(deadline, time.monotonic() + max(0.05, (deadline - time.monotonic()) / 3))
@@ -186,8 +182,8 @@ class Cluster(Topology):
             for low, high, owner, *_ in ranges:
                 host = bytes(owner[0]).decode() or _host_of(node)
                 slots[low : high + 1] = [self._at((host, owner[1]))] * (high + 1 - low)
-            self._slots = slots
-            return
+            self._slots = slots  # at once: other threads read it
+            return slots
         raise NodeDownError("no node of the cluster answers", reason="unreachable")
 
 

@@ -201,6 +201,20 @@ def test_passwords_and_users(tmp_path):
         assert "hunter2" not in str(caught.value)
 
 
+def test_a_user_who_may_not_ask_for_settings_can_store(tmp_path):
+    rights = "user kv on >pw ~kvlab:* -@all +get +set +exists +strlen +unlink +touch +scan"
+    with (
+        running(Server(tmp_path / "s", rights)) as (server,),
+        open_store(f"redis://kv:pw@127.0.0.1:{server.port}") as store,
+    ):
+        assert store.put("k", b"v")
+        assert bytes(store.get("k")) == b"v"
+        assert store.contains_many(["k", "l"]) == [True, False]
+        assert store.delete("k")
+        assert store.used_bytes == 0
+        assert store.errors == {"noperm": 1}
+
+
 def test_urls_are_checked():
     for url in (
         "redis://",
