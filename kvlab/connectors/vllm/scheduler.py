@@ -19,6 +19,7 @@ from kvlab.hashing import Namespace
 from kvlab.stores import Store
 
 logger = logging.getLogger("vllm.kvlab")
+IDLE_WAIT_S = 0.0005
 INLINE_WAIT_S = 0.001  # a lookup that is answered this fast saves the request one trip through the scheduler
 
 
@@ -164,11 +165,13 @@ class Scheduler:
     def allocated(self, request: Any, block_ids: Sequence[int], num_external_tokens: int) -> None:
         """Pages are there for the tokens that `match` promised (0: none): note which objects fill them."""
         state = self._states.get(request.request_id)
-        if state is None or (num_external_tokens == 0 and not state.plan_blocks and not state.hashes):
+        if state is None:
             return
         plan, usable = state.plan, state.plan_blocks
         state.plan, state.plan_blocks, state.lookup, state.lookup_started_s = [], 0, None, 0.0
-        self._count_miss(state, plan)
+        if not state.counted:  # called a second time once an async load has ended
+            state.counted = True
+            self._count_miss(state, plan)
         if num_external_tokens == 0:
             return
         first = usable - num_external_tokens // self.chunker.block_tokens
@@ -240,6 +243,8 @@ class Scheduler:
         loads, self._loads = self._loads, []
         lost, self._lost_blocks = self._lost_blocks, []
         metadata = StepMetadata(loads, [], lost)
+        if self._in_flight and not loads and output.total_num_scheduled_tokens == 0:
+            time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the loading threads from running
         try:
             self._collect_saves(output, metadata.saves)
         except Exception:  # a save is only a later miss; the loads above must reach the workers
