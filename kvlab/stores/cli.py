@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from kvlab.container import unpack
 from kvlab.errors import ConfigError, FormatError, StoreError
@@ -52,6 +53,8 @@ def _looking_only(url: str) -> str:
         raise ConfigError("a memory store lives and ends with its process: there is nothing to look into")
     if parsed.scheme != "file":
         return url
+    if not Path(parsed.path).is_dir():
+        raise ConfigError(f"no folder {parsed.path!r}")
     defaults = {"size": str((1 << 63) - 1), "check": "false"}
     extra = "&".join(f"{option}={value}" for option, value in defaults.items() if option not in parsed.options)
     return url + ("&" if parsed.options else "?") + extra if extra else url

@@ -91,6 +91,12 @@ def test_wrong_use_is_one_line(argv, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_looking_makes_no_folder(tmp_path, capsys):
+    assert main(["ls", f"file://{tmp_path}/none"]) == 2
+    assert "no folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_control_characters_in_keys_do_not_reach_the_terminal(url, capsys):
     with open_store(url) as store:
         store.put("evil\x1b[2J\nkey", b"v")
