@@ -123,6 +123,12 @@ class Folder:
             self.book.remove(path, why)
             return there
 
+    def forget(self, path: str) -> None:
+        """A reader did not find it: take it out of the book, unless it has come back by now."""
+        with self.book.locked():
+            if not os.path.isfile(self.root / path):
+                self.book.remove(path, "vanished")
+
     def set_aside(self, path: str, why: str) -> bool:
         """Move a broken file out of the readers' sight, keeping the last few; True if it was there."""
         aside = f"{BROKEN}/{secrets.token_hex(4)}-{Path(path).name}"
