@@ -20,6 +20,7 @@ class ConnectorConfig:
         any others are lower tiers. ``?serde=NAME`` on the lower tiers chooses how they encode.
     chunk_tokens : tokens of one stored object; a multiple of the engine's block size.
     staging : host memory for objects on their way to and from lower tiers when no ``memory://`` tier is given.
+    gpu_staging : GPU memory for the buffers between pages and host memory; on a CPU nothing is taken.
     lookup_timeout_ms : how long a request may wait for lower tiers to say what they have; then it goes without.
     save_generated : store the KV of generated tokens too, not only of prompts.
     min_hit_tokens : shorter hits are recomputed rather than loaded.
@@ -31,6 +32,7 @@ class ConnectorConfig:
     tiers: tuple[str, ...] = ("memory://?size=1GiB",)
     chunk_tokens: int = 256
     staging: int = 256 << 20
+    gpu_staging: int = 128 << 20
     lookup_timeout_ms: float = 100.0
     save_generated: bool = False
     min_hit_tokens: int = 1
@@ -57,7 +59,8 @@ class ConnectorConfig:
         if isinstance(self.tiers, str) or not self.tiers or not all(isinstance(url, str) for url in self.tiers):
             raise ConfigError(f"tiers must be a list of store URLs like ['memory://?size=1GiB'], got {self.tiers!r}")
         Chunker(self.chunk_tokens, 1)
-        put(self, "staging", parse_bytes(self.staging))
+        for name in ("staging", "gpu_staging"):
+            put(self, name, parse_bytes(getattr(self, name)))
         for name in ("save_generated", "report", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")

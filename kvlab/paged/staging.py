@@ -59,14 +59,14 @@ class CudaTransfer:
         self.layout = layout
         self.device = layout.pages[0].device
         block = layout.block_bytes
-        self.piece_blocks = staging_bytes // RING_DEPTH // block
-        if self.piece_blocks < 1:
-            raise ConfigError(f"GPU staging of {staging_bytes} bytes must hold {RING_DEPTH} blocks of {block} bytes")
+        piece_blocks = staging_bytes // (2 * RING_DEPTH) // block  # one ring for loads, one for saves
+        if piece_blocks < 1:
+            raise ConfigError(f"GPU staging of {staging_bytes} bytes must hold {2 * RING_DEPTH} blocks of {block} bytes")
         self.arena = pinned_arena(num_slots * block).view(num_slots, layout.num_layers, layout.page_bytes)
         self._mover = PageMover(layout)
         self._in, self._out = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self._side = torch.cuda.Stream(self.device)
-        self._rings = {name: _Ring(layout, self.piece_blocks // 2 or 1, self.device) for name in ("in", "out")}
+        self._rings = {name: _Ring(layout, piece_blocks, self.device) for name in ("in", "out")}
         self._busy: list[tuple[torch.cuda.Event, frozenset[int]]] = []  # copies under way and their slots
         self._lock = threading.RLock()
 

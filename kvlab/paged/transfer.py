@@ -35,6 +35,8 @@ class CPUTransfer:
             for block_id, slot in zip(block_ids, slots, strict=True):
                 pages[block_id] = self._arena[slot, layer]
 
+    load_and_wait = load
+
     def slots(self, slots: Sequence[int]) -> torch.Tensor:
         """The content of `slots`, uint8 [blocks, layers, page_bytes]: a view where they lie in one run."""
         first = slots[0]

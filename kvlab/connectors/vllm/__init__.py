@@ -22,10 +22,10 @@ from kvlab.connectors.vllm.identity import engine_namespace, rank_namespace
 from kvlab.connectors.vllm.metadata import StepMetadata, WorkerReport
 from kvlab.connectors.vllm.scheduler import Scheduler
 from kvlab.connectors.vllm.slots import SlotIndex
-from kvlab.connectors.vllm.worker import Worker
+from kvlab.connectors.vllm.worker import Transfer, Worker
 from kvlab.engine import CacheEngine
 from kvlab.errors import ConfigError
-from kvlab.paged import page_layout
+from kvlab.paged import PageLayout, page_layout
 from kvlab.paged.transfer import CPUTransfer
 from kvlab.serde import get_serde
 from kvlab.stores import open_stores
@@ -54,6 +54,15 @@ def _never_raise(default: Callable[[], Any]) -> Callable[[F], F]:
         return guarded  # type: ignore[return-value]
 
     return wrap
+
+
+def _transfer(layout: PageLayout, num_slots: int, gpu_staging: int) -> Transfer:
+    """The way between these pages and host memory."""
+    if layout.pages[0].device.type != "cuda":
+        return CPUTransfer(layout, num_slots)
+    from kvlab.paged.staging import CudaTransfer  # loads Triton
+
+    return CudaTransfer(layout, num_slots, staging_bytes=gpu_staging)
 
 
 class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -97,7 +106,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             namespace = rank_namespace(self.namespace, self._vllm_config.parallel_config.rank)
             lower = open_stores(self.config.lower_tiers)
             engine = CacheEngine(lower, namespace=namespace, chunker=self.chunker, serde=self.config.serde)
-        self.worker = Worker(CPUTransfer(layout, self.num_slots), self.num_slots, engine)
+        self.worker = Worker(_transfer(layout, self.num_slots, self.config.gpu_staging), self.num_slots, engine)
 
     @_never_raise(lambda: None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:

@@ -18,13 +18,21 @@ logger = logging.getLogger("vllm.kvlab")
 PAGE_AXES = ("blocks", "layers", "page_bytes")
 
 
+class Clock(Protocol):
+    """A copy that may still be under way."""
+
+    def seconds(self) -> float | None: ...
+
+
 class Transfer(Protocol):
-    """Moves blocks between pages and arena slots."""
+    """Moves blocks between pages and arena slots. A copy that returns a clock is still under way; the engine's
+    next work is ordered behind it all the same."""
 
     layout: PageLayout
 
-    def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> None: ...
-    def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> None: ...
+    def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> Clock | None: ...
+    def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Clock | None: ...
+    def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int]) -> None: ...
     def slots(self, slots: Sequence[int]) -> torch.Tensor: ...
     def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None: ...
 
@@ -44,6 +52,7 @@ class Worker:
         self._report = WorkerReport()
         self._lost_blocks: set[int] = set()
         self._finished: set[str] = set()
+        self._under_way: list[tuple[LoadRow, int, list[Clock]]] = []  # loads whose copies have not ended
         self._lock = threading.Lock()
         self._loads = ThreadPoolExecutor(2, thread_name_prefix="kvlab-load")
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="kvlab-write")
@@ -89,8 +98,23 @@ class Worker:
 
     def take_report(self) -> WorkerReport | None:
         with self._lock:
+            waiting, self._under_way = self._under_way, []
+        for row, prompt_tokens, clocks in waiting:
+            parts = [clock.seconds() for clock in clocks]
+            if None in parts:
+                with self._lock:
+                    self._under_way.append((row, prompt_tokens, clocks))
+                continue
+            row.seconds = sum(part for part in parts if part is not None)
+            self._tell(row, prompt_tokens)
+        with self._lock:
             report, self._report = self._report, WorkerReport()
         return report or None
+
+    def _tell(self, row: LoadRow, prompt_tokens: int) -> None:
+        with self._lock:
+            self._report.rows.append(row)
+        logger.info("%s (%s)", retrieved_line(row.num_tokens, prompt_tokens, row.num_bytes, row.seconds), row.tier)
 
     def close(self) -> None:
         """Finish the writes that are queued; drop loads."""
@@ -105,34 +129,39 @@ class Worker:
         start = time.perf_counter()
         num_blocks = 0
         tiers: dict[str, None] = {}
+        clocks: list[Clock] = []
         failed = False
         for op in load.ops:
             try:
-                ok = not failed and self._load_object(op)
+                failed = failed or not self._load_object(op, clocks, wait=load.is_async)
             except Exception:
                 self._failed("load", op.hash, settled=False)
-                ok = False
-            if not ok:
-                failed = True  # what follows a hole is useless: KV without its prefix
+                failed = True
+            if failed:  # what follows a hole is useless too: KV without its prefix
                 with self._lock:
                     self._lost_blocks.update(op.block_ids)
                 continue
             num_blocks += len(op.block_ids)
             tiers["lower" if op.fetch else "memory"] = None
-        seconds = time.perf_counter() - start
-        layout = self.transfer.layout
-        num_bytes = num_blocks * layout.block_bytes
-        tokens = load.num_tokens * num_blocks // max(sum(len(op.block_ids) for op in load.ops), 1)
-        tier = "+".join(tiers) or "none"
-        row = LoadRow(load.request_id, tokens, num_bytes, seconds, tier)
-        with self._lock:
-            self._report.rows.append(row)
-            if load.is_async:
+        wanted = max(sum(len(op.block_ids) for op in load.ops), 1)
+        row = LoadRow(
+            load.request_id,
+            load.num_tokens * num_blocks // wanted,
+            num_blocks * self.transfer.layout.block_bytes,
+            time.perf_counter() - start,
+            "+".join(tiers) or "none",
+        )
+        if clocks:
+            with self._lock:
+                self._under_way.append((row, load.prompt_tokens, clocks))
+        else:
+            self._tell(row, load.prompt_tokens)
+        if load.is_async:
+            with self._lock:
                 self._report.loaded[load.request_id] += 1
                 self._finished.add(load.request_id)
-        logger.info("%s (%s)", retrieved_line(tokens, load.prompt_tokens, num_bytes, seconds), tier)
 
-    def _load_object(self, op: LoadOp) -> bool:
+    def _load_object(self, op: LoadOp, clocks: list[Clock], *, wait: bool) -> bool:
         if op.fetch and not self._fetch(op):
             return False
         used = op.slots[op.first : op.first + len(op.block_ids)]
@@ -140,7 +169,10 @@ class Worker:
             self.counters["slot_mismatch"] += 1
             self._mark_bad(op.hash)
             return False
-        self.transfer.load(used, op.block_ids)
+        if wait:
+            self.transfer.load_and_wait(used, op.block_ids)
+        elif (clock := self.transfer.load(used, op.block_ids)) is not None:
+            clocks.append(clock)
         return True
 
     def _fetch(self, op: LoadOp) -> bool:
