@@ -24,6 +24,7 @@ def provenance(packages: Sequence[str] = ()) -> dict[str, str]:
     return {
         "date": date.today().isoformat(),
         "cpu": _cpu_model(),
+        "gpu": _gpu_name(),
         "cores": str(len(os.sched_getaffinity(0))),
         "kernel": platform.release(),
         "versions": "; ".join(versions),
@@ -42,6 +43,21 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer.writerows(rows)
 
 
+def append_rows(path: Path, rows: Sequence[Mapping[str, object]], *, packages: Sequence[str] = ("torch", "vllm")) -> None:
+    """Add `rows` of this run, with their provenance, to the CSV at `path`."""
+    before: list[Mapping[str, object]] = []
+    if path.exists():
+        with open(path, newline="") as file:
+            before = [dict(row) for row in csv.DictReader(file)]
+    shared = provenance(packages)
+    write_rows(path, [*before, *({**row, **shared} for row in rows)])
+
+
+def _gpu_name() -> str:
+    torch = sys.modules.get("torch")  # never imported for this
+    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else ""
+
+
 def _cpu_model() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -53,6 +69,8 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
+    if "KVLAB_COMMIT" in os.environ:  # a copy of the tree without its history
+        return os.environ["KVLAB_COMMIT"]
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
