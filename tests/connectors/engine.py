@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -44,6 +44,7 @@ def engine(tiers: Sequence[str] | None, settings: dict[str, Any] | None = None, 
     from vllm.config import KVTransferConfig
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    close_shared()
     arguments = {**SETTINGS, **(settings or {})}
     model = arguments.pop("model", None) or demo_model()
     if tiers is not None:
@@ -57,6 +58,24 @@ def engine(tiers: Sequence[str] | None, settings: dict[str, Any] | None = None, 
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+_shared: dict[tuple[str, ...], tuple[Any, ExitStack]] = {}
+
+
+def shared(*tiers: str) -> Any:
+    """An engine kept between tests. vLLM keeps its connector in a global: two engines never live at once."""
+    if tiers not in _shared:
+        stack = ExitStack()
+        llm = stack.enter_context(engine(tiers))
+        _shared[tiers] = (llm, stack)
+    return _shared[tiers][0]
+
+
+def close_shared() -> None:
+    for _, stack in list(_shared.values()):
+        stack.close()
+    _shared.clear()
 
 
 def core(llm: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.connectors.engine import connector, engine, generate, prompt, worker
+from tests.connectors.engine import connector, engine, generate, prompt, shared, worker
 
 WRITER = """
 from tests.connectors.engine import engine, generate, prompt
@@ -66,14 +66,12 @@ def make_a_folder(path: Path, _others: list[Path]) -> None:
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tier")
-    with engine([f"file://{folder}?size=1GiB"]) as llm:
-        yield folder, llm
+    return tmp_path_factory.mktemp("tier")
 
 
 @pytest.mark.parametrize("damage", [cut_short, flip_a_bit, swap_content, make_empty, make_a_folder])
 def test_damage_is_a_miss(disk, expected, damage):
-    folder, llm = disk
+    folder, llm = disk, shared(f"file://{disk}?size=1GiB")
     p = prompt(300)
     generate(llm, [p])
     drain(llm)
@@ -89,7 +87,7 @@ def test_damage_is_a_miss(disk, expected, damage):
 
 
 def test_an_unwritable_folder_costs_misses_never_a_request(disk, expected, monkeypatch):
-    folder, llm = disk
+    folder, llm = disk, shared(f"file://{disk}?size=1GiB")
 
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")

@@ -3,19 +3,14 @@
 import pytest
 
 from tests.connectors.conftest import EDGES
-from tests.connectors.engine import BLOCK, connector, core, engine, generate, prompt
+from tests.connectors.engine import BLOCK, connector, core, engine, generate, prompt, shared, worker
 
 MEMORY = ["memory://?size=512MiB"]
 
 
-@pytest.fixture(scope="module")
-def llm():
-    with engine(MEMORY) as llm:
-        yield llm
-
-
 @pytest.fixture
-def fresh(llm):
+def fresh():
+    llm = shared(*MEMORY)
     connector(llm).reset_cache()
     return llm
 
@@ -88,8 +83,6 @@ def test_an_error_in_any_hook_costs_only_the_hit(fresh, expected, monkeypatch):
 
 @pytest.mark.parametrize("method", ["load", "save"])
 def test_an_error_in_a_copy_costs_only_the_hit(fresh, expected, monkeypatch, method):
-    from tests.connectors.engine import worker
-
     p = prompt(300)
     if method == "load":
         generate(fresh, [p])

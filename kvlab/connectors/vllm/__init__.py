@@ -46,9 +46,7 @@ def _never_raise(default: Callable[[], Any]) -> Callable[[F], F]:
             try:
                 return hook(self, *args, **kwargs)
             except Exception:
-                self.hook_errors[hook.__name__] = self.hook_errors.get(hook.__name__, 0) + 1
-                if self.hook_errors[hook.__name__] == 1:
-                    logger.exception("kvlab: %s failed; the request goes on without the cache", hook.__name__)
+                self._hook_failed(hook.__name__)
                 return default()
 
         return guarded  # type: ignore[return-value]
@@ -87,6 +85,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if serde.needs_kv_axes and self.config.lower_tiers:
             raise ConfigError(f"serde {self.config.serde!r} must tell K from V, which vLLM's pages here do not show; use naive or lossless")
         self.namespace = engine_namespace(vllm_config, kv_cache_config, extra=self.config.namespace, serde=self.config.serde)
+        self._promise = (0, False)  # of the latest match: tokens computed locally, and whether the load is async
         self.scheduler: Scheduler | None = None
         self.worker: Worker | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -95,6 +94,12 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             index = SlotIndex(self.num_slots, policy=self.config.policy)
             lower = open_stores(self.config.lower_tiers) if self.config.lower_tiers else None
             self.scheduler = Scheduler(self.config, self.chunker, index, lower, namespaces)
+
+    def _hook_failed(self, name: str) -> None:
+        """Called while the error is handled: count it, and tell it with its trace the first time."""
+        self.hook_errors[name] = self.hook_errors.get(name, 0) + 1
+        if self.hook_errors[name] == 1:
+            logger.exception("kvlab: %s failed; the request goes on without the cache", name)
 
     # ---- worker
 
@@ -147,12 +152,22 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @_never_raise(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self.scheduler is not None
-        return self.scheduler.match(request, num_computed_tokens)
+        tokens, is_async = self.scheduler.match(request, num_computed_tokens)
+        self._promise = (num_computed_tokens, is_async)
+        return tokens, is_async
 
-    @_never_raise(lambda: None)
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self.scheduler is not None
-        self.scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        block_ids = blocks.get_block_ids()[0]
+        try:
+            self.scheduler.allocated(request, block_ids, num_external_tokens)
+        except Exception:
+            self._hook_failed("update_state_after_alloc")
+            if num_external_tokens:  # promised: the engine takes these pages for filled unless told otherwise
+                computed, is_async = self._promise
+                first, block = computed // self.chunker.block_tokens, self.chunker.block_tokens
+                lost = block_ids[first : first + num_external_tokens // block]
+                self.scheduler.lose(request.request_id, lost, is_async=is_async)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         assert self.scheduler is not None

@@ -176,11 +176,7 @@ class Scheduler:
             return
         first = usable - num_external_tokens // self.chunker.block_tokens
         used = [piece for piece in plan if piece.span.end_block > first and piece.span.first_block < usable]
-        missing = list(block_ids[first:usable])  # promised: what gets no place below must be recomputed
-        try:
-            missing = self._place(state, plan, used, first, usable, block_ids)
-        finally:
-            self._lost_blocks += missing
+        self._lost_blocks += self._place(state, plan, used, first, usable, block_ids)
         state.num_saved_blocks = max(state.num_saved_blocks, _end(plan))  # some tier holds them already
         self.index.touch(piece.hash for piece in reversed(plan))
         self.counters["hit_requests"] += 1
@@ -217,6 +213,13 @@ class Scheduler:
             load.ops.append(LoadOp(piece.hash, entry.slots, skip, pages, piece.span.end_block * block, fetch))
             at = end
         return list(block_ids[at:usable])
+
+    def lose(self, request_id: str, block_ids: Sequence[int], *, is_async: bool) -> None:
+        """A promise cannot be kept: these pages must be recomputed, and an async wait must end."""
+        self._loads = [load for load in self._loads if load.request_id != request_id]
+        self._lost_blocks += block_ids
+        if is_async:
+            self._loads.append(RequestLoad(request_id, [], 0, 0, True))
 
     def _count_miss(self, state: RequestState, plan: Sequence[Piece]) -> None:
         """Count why the first block that no tier holds is not there."""
