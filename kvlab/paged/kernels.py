@@ -6,7 +6,6 @@ the compiler joins into 16-byte accesses. The torch twins are in `reference`.
 """
 
 from math import gcd
-from typing import Any
 
 import torch
 import triton
@@ -19,18 +18,18 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _move(
-    page_pointers: Any,
-    block_ids: Any,
-    buffer: Any,
-    stride_words: Any,
-    page_words: Any,
-    num_layers: Any,
+def _move(  # type: ignore[no-untyped-def]  # Triton reads annotations: only its own may stand here
+    page_pointers,
+    block_ids,
+    buffer,
+    stride_words,
+    page_words,
+    num_layers,
     WORD: tl.constexpr,
     PART: tl.constexpr,
     TO_PAGES: tl.constexpr,
     ALIGNED: tl.constexpr,
-) -> None:
+):
     block = tl.program_id(0)
     layer = tl.program_id(1)
     words = tl.program_id(2) * PART + tl.arange(0, PART)
