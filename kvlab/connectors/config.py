@@ -107,7 +107,7 @@ def vllm_config(tiers: Sequence[str] = ("memory://?size=1GiB",), **settings: Any
     >>> vllm_config(["memory://?size=1GiB"])["kv_connector"]
     'KVLabConnector'
     """
-    extra = {"tiers": list(tiers), **settings}
+    extra = {"tiers": tiers if isinstance(tiers, str) else list(tiers), **settings}
     ConnectorConfig.from_extra(extra)
     return {
         "kv_connector": "KVLabConnector",
