@@ -26,7 +26,6 @@ except ImportError:  # numba is an extra; the reference writes the same bytes
     coder = rans  # type: ignore[misc]
 
 DELTA_CHANNELS, ANCHOR_CHANNELS = 8, 64  # channels of a lane: about 2,000 symbols of a 256-token chunk
-PLANES_AT_ONCE = 8
 _LOADED: "WeakValueDictionary[str, Tables]" = WeakValueDictionary()
 
 
@@ -86,11 +85,10 @@ class CacheGenSerde(Serde):
         layers, tokens, heads, dim = (encoded.shape[encoded.axes.index(axis)] for axis in ("layers", "tokens", "kv_heads", "head_dim"))
         if (2 * layers, heads * dim, heads) != (*tables.unit.shape, tables.kv_heads):
             raise FormatError(f"chunk of {layers} layers of [{heads}, {dim}] does not fit tables for {_model_of(tables)}")
-        rest = rest_of(tokens) if tables.deltas else torch.arange(tokens)
         anchors = self._anchors(encoded, tokens, heads, dim) if tables.deltas else None
-        symbols = _decoded(encoded, "payload", tables.delta_model, len(rest))
+        symbols = _decoded(encoded, "payload", tables.delta_model, len(rest_of(tokens)) if tables.deltas else tokens)
         result = checked_out(encoded, out)
-        self._dequantize(encoded, symbols, anchors, rest, planes_of_writable(result, encoded.axes))
+        self._dequantize(encoded, symbols, anchors, planes_of_writable(result, encoded.axes))
         return result
 
     def _anchors(self, encoded: Encoded, tokens: int, heads: int, dim: int) -> Anchors:
@@ -101,7 +99,7 @@ class CacheGenSerde(Serde):
         return Anchors(codes.unflatten(2, (heads, dim)), encoded.parts["anchors.scales"])
 
     def _dequantize(
-        self, encoded: Encoded, symbols: torch.Tensor, anchors: Anchors | None, rest: torch.Tensor, planes: list[torch.Tensor]
+        self, encoded: Encoded, symbols: torch.Tensor, anchors: Anchors | None, planes: list[torch.Tensor]
     ) -> None:
         """Write every plane (tokens, kv_heads, head_dim) of the result."""
         tables, taken = self.tables, 0
@@ -114,18 +112,31 @@ class CacheGenSerde(Serde):
             raise FormatError(f"cachegen chunk holds {len(escapes)} escapes, its symbols name {int(num_escapes.sum())}")
         anchor_values = anchors.values() if anchors is not None else None
         for index, plane in enumerate(planes):
-            limit = torch.finfo(plane.dtype).max
             values = symbols[index].float().sub_(tables.radius)
             if num_escapes[index]:
                 values[symbols[index] == escape] = escapes[taken : taken + num_escapes[index]].float()
                 taken += int(num_escapes[index])
-            values.mul_(step[index]).add_(center[index])
+            values.mul_(step[index])
             if anchor_values is None:
-                plane.copy_(values.clamp_(-limit, limit).unflatten(1, plane.shape[1:]))
+                _store(values.add_(center[index]), plane)
                 continue
-            whole = anchor_values[index].repeat_interleave(GROUP, 0)[: plane.shape[0]]
-            whole[rest] += values
-            plane.copy_(whole.clamp_(-limit, limit).unflatten(1, plane.shape[1:]))
+            # Whole groups first, as (groups, 9 or 10, channels): slices instead of a gather. Then the last, shorter one.
+            anchor, whole = anchor_values[index], len(plane) // GROUP
+            grouped = plane[: whole * GROUP].unflatten(0, (whole, GROUP))
+            _store(anchor[:whole, None], grouped[:, :1])
+            nine = values[: whole * (GROUP - 1)].unflatten(0, (whole, GROUP - 1))
+            _store(nine.add_(anchor[:whole, None]), grouped[:, 1:])
+            if len(plane) % GROUP:
+                _store(anchor[whole:], plane[whole * GROUP :][:1])
+                _store(values[whole * (GROUP - 1) :].add_(anchor[whole]), plane[whole * GROUP + 1 :])
+
+
+def _store(values: torch.Tensor, target: torch.Tensor) -> None:
+    """float32 (..., channels) into a view (..., kv_heads, head_dim); nothing becomes infinite on the way."""
+    limit = torch.finfo(target.dtype).max
+    if target.dtype == torch.float16:
+        values = values.clamp(-limit, limit)
+    target.copy_(values.unflatten(-1, target.shape[-2:]))
 
 
 def planes_of_writable(kv: torch.Tensor, axes: tuple[str, ...]) -> list[torch.Tensor]:
