@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from kvlab.engine import CacheEngine as CacheEngine
     from kvlab.geometry import KVGeometry as KVGeometry
     from kvlab.serde import get_serde as get_serde
+    from kvlab.sizing import compare_sizes as compare_sizes
+    from kvlab.sizing import size_calculator as size_calculator
     from kvlab.stores import open_store as open_store
 
 __version__ = "0.1.0"
@@ -20,8 +22,10 @@ _HOME = {
     "CacheEngine": "kvlab.engine",
     "Chunker": "kvlab.chunking",
     "KVGeometry": "kvlab.geometry",
+    "compare_sizes": "kvlab.sizing",
     "get_serde": "kvlab.serde",
     "open_store": "kvlab.stores",
+    "size_calculator": "kvlab.sizing",
     "vllm_config": "kvlab.connectors",
 }
 __all__ = [*_HOME]  # noqa: PLE0604 - the names of _HOME, resolved by __getattr__

@@ -19,7 +19,7 @@ from kvlab.errors import ConfigError, FormatError
 
 PRECISION = 12  # bits of a probability
 TOTAL = 1 << PRECISION
-BUCKET = 6  # bits of a slot that the look-up leaves to the walk
+BUCKET = 3  # bits of a slot that the look-up leaves to the walk
 LOW = 1 << 16  # a state below this takes in a word
 MAX_LANE_SYMBOLS = 80_000  # so that a lane's number of words fits 16 bits
 

@@ -76,32 +76,36 @@ def _encode(symbols: Array, index: Array, cum: Array, lanes: int, words: Array, 
 def _decode(words: Array, starts: Array, ends: Array, index: Array, cum: Array, lut: Array, out: Array) -> bool:
     planes, steps, channels = out.shape
     lanes = starts.shape[1]
-    last = words.size - 1
+    last = np.uint64(words.size - 1)
     states = np.empty(lanes, np.uint32)
-    at = np.empty(lanes, np.int64)
+    at = np.empty(lanes, np.uint64)
     for plane in range(planes):
         for first in range(0, lanes, BESIDE):
             beside = min(first + BESIDE, lanes)
             for lane in range(first, beside):
-                at[lane] = starts[plane, lane] + 2
-                states[lane] = (np.uint32(words[at[lane] - 2]) << np.uint32(16)) | np.uint32(words[at[lane] - 1])
+                begin = starts[plane, lane]
+                at[lane] = begin + 2
+                states[lane] = (np.uint32(words[begin]) << np.uint32(16)) | np.uint32(words[begin + 1])
             for step in range(steps):
                 for turn in range(channels // lanes):
                     for lane in range(first, beside):
                         channel = turn * lanes + lane
-                        table = index[plane, channel]
+                        table = np.uint64(index[plane, channel])  # unsigned: numba need not look for negative ones
                         state = states[lane]
                         slot = state & np.uint32(_MASK)
-                        symbol = np.int64(lut[table, slot >> np.uint32(_BUCKET)])
-                        while cum[table, symbol + 1] <= slot:
-                            symbol += 1
+                        symbol = np.uint64(lut[table, np.uint64(slot >> np.uint32(_BUCKET))])
+                        high = np.uint32(cum[table, symbol + np.uint64(1)])
                         low = np.uint32(cum[table, symbol])
-                        frequency = np.uint32(cum[table, symbol + 1]) - low
-                        state = np.uint32(frequency * (state >> np.uint32(_SHIFT)) + slot - low)
-                        word = np.uint32(words[min(at[lane], last)])
+                        while high <= slot:
+                            symbol += np.uint64(1)
+                            low = high
+                            high = np.uint32(cum[table, symbol + np.uint64(1)])
+                        state = np.uint32((high - low) * (state >> np.uint32(_SHIFT)) + slot - low)
+                        position = at[lane]
+                        word = np.uint32(words[min(position, last)])
                         empty = state < np.uint32(1 << 16)
                         states[lane] = (state << np.uint32(16)) | word if empty else state
-                        at[lane] += empty
+                        at[lane] = position + np.uint64(empty)
                         out[plane, step, channel] = symbol
             for lane in range(first, beside):
                 if states[lane] != np.uint32(1 << 16) or at[lane] != ends[plane, lane]:

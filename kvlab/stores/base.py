@@ -6,8 +6,14 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Self, TypeAlias
 
+from kvlab.errors import StoreError
+
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Value: TypeAlias = Buffer | Sequence[Buffer]
+
+
+class ValueTooLongError(StoreError):
+    """The value does not fit the buffer of `get_into`: the caller's affair, not a failure of the medium."""
 
 
 @dataclass
@@ -56,12 +62,12 @@ class Store(ABC):
 
     @abstractmethod
     def get(self, key: str) -> Buffer | None:
-        """The value, or None. The caller owns the buffer."""
+        """The value, or None. The caller owns the buffer. Reading counts as use (see `touch`)."""
 
     @abstractmethod
     def get_into(self, key: str, out: memoryview) -> int | None:
-        """Read the value into `out`; its length, or None if absent. A value longer than `out` raises StoreError
-        and leaves `out` undefined."""
+        """Read the value into `out`; its length, or None if absent. A value longer than `out` raises
+        ValueTooLongError (a StoreError) and leaves `out` undefined."""
 
     @abstractmethod
     def size_of(self, key: str) -> int | None:
@@ -91,7 +97,7 @@ class Store(ABC):
         """One slot per key, None for holes."""
         return [self.get(key) for key in keys]
 
-    def touch(self, keys: Iterable[str]) -> None:
+    def touch(self, keys: Iterable[str]) -> None:  # noqa: B027 - a store without an order has nothing to do
         """Mark as used just now, without reading. Give a prompt's keys last-first: suffixes leave before prefixes."""
 
     def set_aside(self, key: str, reason: str) -> None:
@@ -111,11 +117,17 @@ class Store(ABC):
         """One row for pandas: the tier's name, budget, fill and counters."""
         return {"tier": self.name, "max_bytes": self.max_bytes, "used_bytes": self.used_bytes, **asdict(self.stats_)}
 
+    def rows(self) -> list[dict[str, int | float | str]]:
+        """`stats` of every tier below, one row each; a single store is its only tier."""
+        return [self.stats()]
+
     def close(self) -> None:  # noqa: B027 - a store without resources has nothing to do
         """Finish writing and release what is held; a closed store is not used again."""
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

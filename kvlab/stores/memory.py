@@ -5,8 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Self
 
-from kvlab.errors import StoreError
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers
+from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.url import StoreURL
 
@@ -60,7 +59,7 @@ class MemoryStore(Store):
         start = time.perf_counter()
         with self._lock:
             held = self._values.get(key)
-            self._count(held, start)
+            self._count(key, held, start)
             return None if held is None else bytearray(held)
 
     def get_into(self, key: str, out: memoryview) -> int | None:
@@ -69,9 +68,9 @@ class MemoryStore(Store):
             held = self._values.get(key)
             if held is not None:
                 if len(held) > out.nbytes:
-                    raise StoreError(f"value of {key!r} holds {len(held)} bytes, the buffer only {out.nbytes}")
-                out[: len(held)] = held
-            self._count(held, start)
+                    raise ValueTooLongError(f"value of {key!r} holds {len(held)} bytes, the buffer only {out.nbytes}")
+                out.cast("B")[: len(held)] = held
+            self._count(key, held, start)
             return None if held is None else len(held)
 
     def size_of(self, key: str) -> int | None:
@@ -82,6 +81,8 @@ class MemoryStore(Store):
         with self._lock:
             present = key in self._values
             self._remove(key)
+            if present:
+                self._evicted.pop(key, None)
             return present
 
     def keys(self) -> Iterator[str]:
@@ -107,10 +108,11 @@ class MemoryStore(Store):
         self._used -= size
         return size
 
-    def _count(self, held: bytearray | None, start: float) -> None:
+    def _count(self, key: str, held: bytearray | None, start: float) -> None:
         if held is None:
             self.stats_.misses += 1
             return
+        self._policy.touch(key)
         self.stats_.hits += 1
         self.stats_.get_bytes += len(held)
         self.stats_.get_s += time.perf_counter() - start

@@ -23,7 +23,7 @@ class StoreURL:
     def parse(cls, raw: str) -> "StoreURL":
         parts = urlsplit(raw)
         if not parts.scheme or "://" not in raw:
-            raise ConfigError(f"a store must be named by a URL like memory://?size=1GiB or file:///path?size=10GiB, got {raw!r}")
+            raise ConfigError(f"a store needs a URL like memory://?size=1GiB or file:///path?size=10GiB, got {raw!r}")
         pairs = parse_qsl(parts.query, keep_blank_values=True)
         options = dict(pairs)
         if len(options) != len(pairs):

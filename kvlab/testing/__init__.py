@@ -1,9 +1,18 @@
-"""Conformance suites: subclass one, give it your own Store or Serde, and inherit its tests (needs pytest)."""
+"""Conformance suites that anybody may run on a store or serde of their own. Needs pytest and hypothesis."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_HOME = {"SerdeTests": "kvlab.testing.serde", "StoreTests": "kvlab.testing.stores"}
+if TYPE_CHECKING:
+    from kvlab.testing.budgets import BudgetTests as BudgetTests
+    from kvlab.testing.serde import SerdeTests as SerdeTests
+    from kvlab.testing.stores import StoreTests as StoreTests
+
+_HOME = {
+    "BudgetTests": "kvlab.testing.budgets",
+    "SerdeTests": "kvlab.testing.serde",
+    "StoreTests": "kvlab.testing.stores",
+}
 __all__ = [*_HOME]
 
 

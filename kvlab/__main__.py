@@ -1,0 +1,36 @@
+"""The command line: ``kvlab SUBCOMMAND ...``. Each subcommand lives in its own room and is imported on use."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from kvlab import __version__
+from kvlab.errors import KVLabError
+
+COMMANDS = {  # name -> ("module:function taking the remaining arguments", one line of help)
+    "size": ("kvlab.sizing.cli:main", "how big the KV cache of a model is, and why"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; exit status 2 and one line on stderr for anything the user can mend."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["--version"]:
+        print(f"kvlab {__version__}")
+        return 0
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: kvlab COMMAND ...\n\n" + "\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()))
+        return 0 if args else 2
+    if args[0] not in COMMANDS:
+        print(f"kvlab: unknown command {args[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module, _, function = COMMANDS[args[0]][0].partition(":")
+    try:
+        return int(getattr(import_module(module), function)(args[1:]))
+    except KVLabError as e:
+        print(f"kvlab {args[0]}: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

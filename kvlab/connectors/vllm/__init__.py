@@ -1,0 +1,177 @@
+"""KVLabConnector: kvlab inside vLLM. The only room that imports vllm.
+
+Use::
+
+    KVTransferConfig(**kvlab.vllm_config(["memory://?size=1GiB", "file:///path?size=10GiB"]))
+
+The class below only joins vLLM's hooks to `Scheduler` (decides) and `Worker` (copies). An error in a hook costs a
+miss and is counted; it never reaches the engine. What cannot be served is refused at start instead.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+
+from kvlab.chunking import Chunker
+from kvlab.connectors.config import ConnectorConfig
+from kvlab.connectors.vllm import compat
+from kvlab.connectors.vllm.identity import engine_namespace, rank_namespace
+from kvlab.connectors.vllm.metadata import StepMetadata, WorkerReport
+from kvlab.connectors.vllm.scheduler import Scheduler
+from kvlab.connectors.vllm.slots import SlotIndex
+from kvlab.connectors.vllm.worker import Worker
+from kvlab.engine import CacheEngine
+from kvlab.errors import ConfigError
+from kvlab.paged import page_layout
+from kvlab.paged.transfer import CPUTransfer
+from kvlab.serde import get_serde
+from kvlab.stores import open_stores
+from kvlab.units import format_bytes
+
+__all__ = ["KVLabConnector"]
+
+logger = logging.getLogger("vllm.kvlab")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _never_raise(default: Callable[[], Any]) -> Callable[[F], F]:
+    """A hook that fails is counted and told once, and answers `default()`: a cache must not stop an engine."""
+
+    def wrap(hook: F) -> F:
+        @functools.wraps(hook)
+        def guarded(self: "KVLabConnector", *args: Any, **kwargs: Any) -> Any:
+            try:
+                return hook(self, *args, **kwargs)
+            except Exception:
+                self.hook_errors[hook.__name__] = self.hook_errors.get(hook.__name__, 0) + 1
+                if self.hook_errors[hook.__name__] == 1:
+                    logger.exception("kvlab: %s failed; the request goes on without the cache", hook.__name__)
+                return default()
+
+        return guarded  # type: ignore[return-value]
+
+    return wrap
+
+
+class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """vLLM's V1 connector interface over kvlab's tiers; settings as in `kvlab.connectors.ConnectorConfig`."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.hook_errors: dict[str, int] = {}
+        self.config = ConnectorConfig.from_extra(self._kv_transfer_config.kv_connector_extra_config)
+        # A tier that fails must cost a recompute; vLLM's default fails the request. Read by the scheduler after this.
+        self._kv_transfer_config.kv_load_failure_policy = "recompute"
+        group = compat.single_group(kv_cache_config)
+        compat.refuse_unserved(vllm_config, group)
+        block_tokens = group.kv_cache_spec.block_size
+        self.chunker = Chunker(chunk_tokens=self.config.chunk_tokens, block_tokens=block_tokens)
+        self._pages = compat.page_bytes(group)
+        slot_bytes = sum(self._pages.values())
+        self.num_slots = self.config.arena_bytes // slot_bytes
+        if self.num_slots < 1:
+            raise ConfigError(f"host memory of {format_bytes(self.config.arena_bytes)} must hold a block of {format_bytes(slot_bytes)}; give a larger size")
+        serde = get_serde(self.config.serde)
+        if serde.needs_kv_axes and self.config.lower_tiers:
+            raise ConfigError(f"serde {self.config.serde!r} must tell K from V, which vLLM's pages here do not show; use naive or lossless")
+        self.namespace = engine_namespace(vllm_config, kv_cache_config, extra=self.config.namespace, serde=self.config.serde)
+        self.scheduler: Scheduler | None = None
+        self.worker: Worker | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            ranks = vllm_config.parallel_config.tensor_parallel_size
+            namespaces = [rank_namespace(self.namespace, rank) for rank in range(ranks)]
+            index = SlotIndex(self.num_slots, policy=self.config.policy)
+            lower = open_stores(self.config.lower_tiers) if self.config.lower_tiers else None
+            self.scheduler = Scheduler(self.config, self.chunker, index, lower, namespaces)
+
+    # ---- worker
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        name = compat.layout_name(self._vllm_config, self._kv_cache_config)
+        layout = page_layout(kv_caches, num_blocks=self._kv_cache_config.num_blocks, page_bytes=self._pages, name=name)
+        engine = None
+        if self.config.lower_tiers:
+            namespace = rank_namespace(self.namespace, self._vllm_config.parallel_config.rank)
+            lower = open_stores(self.config.lower_tiers)
+            engine = CacheEngine(lower, namespace=namespace, chunker=self.chunker, serde=self.config.serde)
+        self.worker = Worker(CPUTransfer(layout, self.num_slots), self.num_slots, engine)
+
+    @_never_raise(lambda: None)
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self.worker is not None and isinstance(self._connector_metadata, StepMetadata):
+            self.worker.load(self._connector_metadata)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: whole blocks are moved before or after the forward pass, so CUDA graphs stay full."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing, for the same reason."""
+
+    @_never_raise(lambda: None)
+    def wait_for_save(self) -> None:
+        if self.worker is not None and isinstance(self._connector_metadata, StepMetadata):
+            self.worker.save(self._connector_metadata)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, (self.worker.take_finished() or None) if self.worker is not None else None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self.worker.take_lost_blocks() if self.worker is not None else set()
+
+    def build_connector_worker_meta(self) -> WorkerReport | None:
+        return self.worker.take_report() if self.worker is not None else None
+
+    # ---- scheduler
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache owes nobody anything: a save that is lost is a later miss."""
+        return False
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        return compat.wanted_layout()
+
+    @_never_raise(lambda: (0, False))
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        assert self.scheduler is not None
+        return self.scheduler.match(request, num_computed_tokens)
+
+    @_never_raise(lambda: None)
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        assert self.scheduler is not None
+        self.scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        assert self.scheduler is not None
+        return self.scheduler.build(scheduler_output)
+
+    @_never_raise(lambda: None)
+    def update_connector_output(self, connector_output: Any) -> None:
+        report = connector_output.kv_connector_worker_meta
+        if self.scheduler is not None and isinstance(report, WorkerReport):
+            self.scheduler.absorb(report)
+
+    @_never_raise(lambda: (False, None))
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        assert self.scheduler is not None
+        return False, self.scheduler.finished(request)
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids[0])  # type: ignore[no-any-return]
+
+    def reset_cache(self) -> bool | None:
+        if self.scheduler is not None:
+            self.scheduler.reset()
+        return True
+
+    def shutdown(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+        if self.scheduler is not None:
+            self.scheduler.close()

@@ -1,0 +1,185 @@
+"""The worker side: copies what the scheduler decided, and reports what finished. One per rank."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from kvlab.connectors.vllm.metadata import LoadOp, LoadRow, RequestLoad, SaveOp, StepMetadata, WorkerReport
+from kvlab.engine import CacheEngine, retrieved_line
+from kvlab.paged import PageLayout
+
+logger = logging.getLogger("vllm.kvlab")
+PAGE_AXES = ("blocks", "layers", "page_bytes")
+
+
+class Transfer(Protocol):
+    """Moves blocks between pages and arena slots."""
+
+    layout: PageLayout
+
+    def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> None: ...
+    def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> None: ...
+    def slots(self, slots: Sequence[int]) -> torch.Tensor: ...
+    def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None: ...
+
+
+class Worker:
+    """Executes a step's copies. `engine` holds the lower tiers, or is None.
+
+    Each slot remembers whose bytes it holds. A load whose slot belongs to another object is not carried out but
+    reported, and the engine recomputes: whatever goes wrong elsewhere, no request sees another's KV.
+    """
+
+    def __init__(self, transfer: Transfer, num_slots: int, engine: CacheEngine | None) -> None:
+        self.transfer = transfer
+        self.engine = engine
+        self.counters: Counter[str] = Counter()
+        self._owner: list[bytes | None] = [None] * num_slots
+        self._report = WorkerReport()
+        self._lost_blocks: set[int] = set()
+        self._finished: set[str] = set()
+        self._lock = threading.Lock()
+        self._loads = ThreadPoolExecutor(2, thread_name_prefix="kvlab-load")
+        self._writes = ThreadPoolExecutor(1, thread_name_prefix="kvlab-write")
+
+    # ---- each step
+
+    def load(self, metadata: StepMetadata) -> None:
+        with self._lock:
+            self._lost_blocks.update(metadata.lost_blocks)
+        for load in metadata.loads:
+            if load.is_async:
+                self._loads.submit(self._load, load)
+            else:
+                self._load(load)
+        metadata.loads = []
+
+    def save(self, metadata: StepMetadata) -> None:
+        for op in metadata.saves:
+            try:
+                for slot in op.slots:
+                    self._owner[slot] = None
+                self.transfer.save(op.block_ids, op.slots)
+                for slot in op.slots:
+                    self._owner[slot] = op.hash
+            except Exception:
+                self._failed("save", op.hash, settled=op.write)
+                continue
+            if op.write:
+                self._writes.submit(self._write, op)
+        metadata.saves = []
+
+    def take_finished(self) -> set[str]:
+        """Requests whose async loads ended, well or badly."""
+        with self._lock:
+            finished, self._finished = self._finished, set()
+        return finished
+
+    def take_lost_blocks(self) -> set[int]:
+        """Pages that could not be filled as promised."""
+        with self._lock:
+            lost, self._lost_blocks = self._lost_blocks, set()
+        return lost
+
+    def take_report(self) -> WorkerReport | None:
+        with self._lock:
+            report, self._report = self._report, WorkerReport()
+        return report or None
+
+    def close(self) -> None:
+        """Finish the writes that are queued; drop loads."""
+        self._loads.shutdown(wait=True, cancel_futures=True)
+        self._writes.shutdown(wait=True)
+        if self.engine is not None:
+            self.engine.store_.close()
+
+    # ----
+
+    def _load(self, load: RequestLoad) -> None:
+        start = time.perf_counter()
+        num_blocks = 0
+        tiers: dict[str, None] = {}
+        failed = False
+        for op in load.ops:
+            try:
+                ok = not failed and self._load_object(op)
+            except Exception:
+                self._failed("load", op.hash, settled=False)
+                ok = False
+            if not ok:
+                failed = True  # what follows a hole is useless: KV without its prefix
+                with self._lock:
+                    self._lost_blocks.update(op.block_ids)
+                continue
+            num_blocks += len(op.block_ids)
+            tiers["lower" if op.fetch else "memory"] = None
+        seconds = time.perf_counter() - start
+        layout = self.transfer.layout
+        num_bytes = num_blocks * layout.block_bytes
+        tokens = load.num_tokens * num_blocks // max(sum(len(op.block_ids) for op in load.ops), 1)
+        tier = "+".join(tiers) or "none"
+        row = LoadRow(load.request_id, tokens, num_bytes, seconds, tier)
+        with self._lock:
+            self._report.rows.append(row)
+            if load.is_async:
+                self._report.loaded[load.request_id] += 1
+                self._finished.add(load.request_id)
+        logger.info("%s (%s)", retrieved_line(tokens, load.prompt_tokens, num_bytes, seconds), tier)
+
+    def _load_object(self, op: LoadOp) -> bool:
+        if op.fetch and not self._fetch(op):
+            return False
+        used = op.slots[op.first : op.first + len(op.block_ids)]
+        if any(self._owner[slot] != op.hash for slot in used):
+            self.counters["slot_mismatch"] += 1
+            self._mark_bad(op.hash)
+            return False
+        self.transfer.load(used, op.block_ids)
+        return True
+
+    def _fetch(self, op: LoadOp) -> bool:
+        """Fill an object's slots from the lower tiers."""
+        if self.engine is None:
+            return False
+        layout = self.transfer.layout
+        out = layout.buffer(len(op.slots))
+        for slot in op.slots:
+            self._owner[slot] = None
+        if self.engine.load_object(self.engine.namespace.key(op.hash), out) is None:
+            self._mark_bad(op.hash)
+            return False
+        self.transfer.fill(op.slots, out)
+        for slot in op.slots:
+            self._owner[slot] = op.hash
+        return True
+
+    def _write(self, op: SaveOp) -> None:
+        """Hand an object on to the lower tiers. Its slots are pinned until this is reported."""
+        try:
+            if self.engine is not None and not self.engine.contains_many([op.hash])[0]:
+                key = self.engine.namespace.key(op.hash)
+                self.engine.save_object(key, self.transfer.slots(op.slots), PAGE_AXES, num_tokens=op.num_tokens)
+        except Exception:
+            self._failed("write", op.hash, settled=False)
+        with self._lock:
+            self._report.settled[op.hash] += 1
+
+    def _mark_bad(self, key: bytes) -> None:
+        with self._lock:
+            self._report.bad.add(key)
+
+    def _failed(self, what: str, key: bytes, *, settled: bool) -> None:
+        """An error of ours costs a miss, never the engine: count it, tell it with its trace the first time."""
+        self.counters[f"{what}_errors"] += 1
+        if self.counters[f"{what}_errors"] == 1:
+            logger.exception("kvlab: %s of object %s failed", what, key.hex())
+        with self._lock:
+            self._report.bad.add(key)
+            if settled:
+                self._report.settled[key] += 1

@@ -1,0 +1,263 @@
+"""CacheEngine joins the rooms: tokens -> chunks -> keys -> serde -> container -> store, and back."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kvlab.chunking import Chunker, Span
+from kvlab.container import Container, pack, packed_bytes, unpack
+from kvlab.errors import ConfigError, FormatError, StoreError
+from kvlab.geometry import AXES
+from kvlab.hashing import Extra, Namespace, block_hashes
+from kvlab.serde import Encoded, Serde, get_serde
+from kvlab.serde.wire import from_parts, to_parts
+from kvlab.stores import Store, open_store
+
+logger = logging.getLogger("kvlab")
+TOKENS_AXIS = AXES.index("tokens")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """What the cache holds of a prompt: `num_tokens` from its start, in the objects `spans` under `keys`.
+
+    `miss` says why it does not hold more (empty if it holds every full block).
+    """
+
+    num_tokens: int
+    keys: list[str]
+    spans: list[Span]
+    miss: str = ""
+
+
+@dataclass
+class EngineStats:
+    """Counters since the engine was made. Seconds run to the end of decoding, bytes are those on the medium."""
+
+    hits: int = 0
+    misses: Counter[str] = field(default_factory=Counter)  # by reason
+    loaded_bytes: int = 0
+    load_s: float = 0.0
+    saved: int = 0
+    save_failures: Counter[str] = field(default_factory=Counter)
+    saved_bytes: int = 0
+    save_s: float = 0.0
+
+
+class CacheEngine:
+    """KV of prompts in a store.
+
+    Parameters
+    ----------
+    store : a Store, or a URL for `open_store`; the engine closes what it opened itself.
+    namespace : what makes this KV differ from others' besides the tokens; a str is taken as a model's label.
+    chunker : chunk and block sizes.
+    serde : name of the serde for what is saved; what is loaded says itself how it was encoded.
+
+    Nothing a tier does raises here: a failing or lying tier is a miss with a reason, in `stats`.
+    """
+
+    def __init__(
+        self, store: Store | str, *, namespace: Namespace | str, chunker: Chunker | None = None, serde: str = "naive"
+    ) -> None:
+        self.chunker = chunker or Chunker()
+        self.namespace = Namespace(namespace) if isinstance(namespace, str) else namespace
+        self.serde = get_serde(serde)
+        self.stats_ = EngineStats()
+        self.store_ = open_store(store) if isinstance(store, str) else store
+        self._owns_store = isinstance(store, str)
+        self._serdes: dict[str, Serde] = {serde: self.serde}
+        self._lock = threading.Lock()
+
+    # ---- whole prompts
+
+    def hashes(self, token_ids: Sequence[int], extras: Mapping[int, Sequence[Extra]] | None = None) -> list[bytes]:
+        """The chain's hash at every full block of `token_ids`."""
+        return block_hashes(token_ids, self.chunker.block_tokens, extras=extras)
+
+    def lookup(self, token_ids: Sequence[int], *, extras: Mapping[int, Sequence[Extra]] | None = None) -> Hit:
+        """The longest run of chunks that is here, then the longest tail present. Reads no KV."""
+        hashes = self.hashes(token_ids, extras)
+        step = self.chunker.chunk_blocks
+        keys: list[str] = []
+        spans: list[Span] = []
+        chunk_keys = [self.namespace.key(key) for key in hashes[step - 1 :: step]]
+        run = next((i for i, held in enumerate(self._contains(chunk_keys)) if not held), len(chunk_keys))
+        keys += chunk_keys[:run]
+        spans += [Span(i * step, (i + 1) * step) for i in range(run)]
+        tails = [self.namespace.key(key) for key in hashes[run * step : (run + 1) * step]]
+        held_tails = [i for i, held in enumerate(self._contains(tails)) if held]
+        if held_tails:
+            keys.append(tails[held_tails[-1]])
+            spans.append(Span(run * step, run * step + held_tails[-1] + 1))
+        end = spans[-1].end_block if spans else 0
+        miss = "" if end == len(hashes) else self.store_.why_missing(tails[-1] if tails else chunk_keys[run])
+        self._touch(keys)
+        return Hit(end * self.chunker.block_tokens, keys, spans, miss)
+
+    def store(
+        self, token_ids: Sequence[int], kv: torch.Tensor, *, extras: Mapping[int, Sequence[Extra]] | None = None
+    ) -> int:
+        """Save the KV of a prompt: `kv` has the axes (layers, tokens, kv_heads, kv, head_dim), one entry per token.
+
+        Returns the number of tokens that are in the store now, from the start and without holes.
+        """
+        if kv.dim() != len(AXES) or kv.shape[TOKENS_AXIS] != len(token_ids):
+            raise ConfigError(f"kv must have axes {AXES} and {len(token_ids)} tokens, got shape {tuple(kv.shape)}")
+        hashes = self.hashes(token_ids, extras)
+        block = self.chunker.block_tokens
+        spans = self.chunker.spans(len(token_ids))
+        keys = [self.namespace.key(hashes[span.end_block - 1]) for span in spans]
+        held = self._contains(keys)
+        saved = 0
+        for span, key, present in zip(spans, keys, held, strict=True):
+            piece = kv[:, span.first_block * block : span.end_block * block]
+            if not present and not self.save_object(key, piece, AXES, num_tokens=span.end_block * block):
+                break
+            saved = span.end_block * block
+        self._touch(keys)
+        return saved
+
+    def retrieve(
+        self, token_ids: Sequence[int], *, extras: Mapping[int, Sequence[Extra]] | None = None
+    ) -> tuple[int, torch.Tensor | None]:
+        """The KV of the longest prefix that is here and sound: its length in tokens, and the tensor (None if 0)."""
+        start = time.perf_counter()
+        hit = self.lookup(token_ids, extras=extras)
+        pieces: list[torch.Tensor] = []
+        for key in hit.keys:
+            piece = self.load_object(key)
+            if piece is None:
+                break
+            pieces.append(piece)
+        if not pieces:
+            return 0, None
+        kv = torch.cat(pieces, dim=TOKENS_AXIS)
+        num_bytes = kv.numel() * kv.element_size()
+        logger.info("%s", retrieved_line(kv.shape[TOKENS_AXIS], len(token_ids), num_bytes, time.perf_counter() - start))
+        return kv.shape[TOKENS_AXIS], kv
+
+    # ---- single objects
+
+    def save_object(self, key: str, kv: torch.Tensor, axes: tuple[str, ...], *, num_tokens: int) -> bool:
+        """Encode `kv` and put it under `key`; `num_tokens` is the length of the prefix that ends with it."""
+        start = time.perf_counter()
+        try:
+            parts, metadata = to_parts(self.serde.encode(kv, axes))
+            metadata |= {
+                "namespace": self.namespace.canonical,
+                "num_tokens": str(num_tokens),
+                "block_tokens": str(self.chunker.block_tokens),
+            }
+            value = pack(key, parts, metadata)
+            kept = self.store_.put(key, value)
+        except StoreError as error:
+            self._save_failed("tier_failed", key, error)
+            return False
+        if not kept:
+            self._save_failed("no_room", key, None)
+            return False
+        with self._lock:
+            self.stats_.saved += 1
+            self.stats_.saved_bytes += packed_bytes(value)
+            self.stats_.save_s += time.perf_counter() - start
+        return True
+
+    def load_object(self, key: str, out: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The KV under `key`, into `out` if given; None on any miss. Every byte is checked before it is used."""
+        start = time.perf_counter()
+        try:
+            value = self.store_.get(key)
+        except StoreError as error:
+            self._missed("tier_failed", key, error)
+            return None
+        if value is None:
+            self._missed(self.store_.why_missing(key), key, None)
+            return None
+        try:
+            kv = self._decode(unpack(value, key), out)
+        except (FormatError, ConfigError) as error:
+            reason = error.reason if isinstance(error, FormatError) else "serde"
+            self._missed(reason, key, error)
+            self._set_aside(key, reason)
+            return None
+        with self._lock:
+            self.stats_.hits += 1
+            self.stats_.loaded_bytes += memoryview(value).nbytes
+            self.stats_.load_s += time.perf_counter() - start
+        return kv
+
+    def contains_many(self, hashes: Sequence[bytes]) -> list[bool]:
+        """Whether each object is here, by hash; a failing tier holds nothing."""
+        return self._contains([self.namespace.key(key) for key in hashes])
+
+    def stats(self) -> dict[str, int | float]:
+        """One row for pandas."""
+        s = self.stats_
+        row: dict[str, int | float] = {"hits": s.hits, "misses": sum(s.misses.values()), "saved": s.saved}
+        row |= {f"miss_{reason}": count for reason, count in s.misses.items()}
+        row |= {f"save_failed_{reason}": count for reason, count in s.save_failures.items()}
+        row |= {"loaded_bytes": s.loaded_bytes, "load_s": s.load_s, "saved_bytes": s.saved_bytes, "save_s": s.save_s}
+        if s.load_s:
+            row["load_gb_per_s"] = s.loaded_bytes / s.load_s / 1e9
+        return row
+
+    def close(self) -> None:
+        if self._owns_store:
+            self.store_.close()
+
+    # ----
+
+    def _decode(self, container: Container, out: torch.Tensor | None) -> torch.Tensor:
+        if container.metadata.get("namespace") != self.namespace.canonical:
+            raise FormatError("object belongs to another namespace than its key says", reason="wrong_namespace")
+        encoded: Encoded = from_parts(container.parts, container.metadata)
+        serde = self._serdes.get(encoded.serde)
+        if serde is None:
+            serde = self._serdes[encoded.serde] = get_serde(encoded.serde)
+        return serde.decode(encoded, out)
+
+    def _contains(self, keys: Sequence[str]) -> list[bool]:
+        try:
+            return self.store_.contains_many(keys) if keys else []
+        except StoreError as error:
+            logger.warning("kvlab: tier %s failed to answer: %s", self.store_.name, error)
+            return [False] * len(keys)
+
+    def _touch(self, keys: Sequence[str]) -> None:
+        try:
+            self.store_.touch(reversed(keys))
+        except StoreError as error:
+            logger.warning("kvlab: tier %s failed to touch: %s", self.store_.name, error)
+
+    def _set_aside(self, key: str, reason: str) -> None:
+        try:
+            self.store_.set_aside(key, reason)
+        except StoreError as error:
+            logger.warning("kvlab: could not set aside %s: %s", key, error)
+
+    def _missed(self, reason: str, key: str, error: Exception | None) -> None:
+        with self._lock:
+            self.stats_.misses[reason] += 1
+        if error is not None:
+            logger.warning("kvlab: %s is a miss (%s): %s", key, reason, error)
+
+    def _save_failed(self, reason: str, key: str, error: Exception | None) -> None:
+        with self._lock:
+            self.stats_.save_failures[reason] += 1
+            first = self.stats_.save_failures[reason] == 1
+        if first:
+            logger.warning("kvlab: %s was not saved (%s): %s", key, reason, error or "the tier cannot hold it")
+
+
+def retrieved_line(num_tokens: int, of_tokens: int, num_bytes: int, seconds: float) -> str:
+    """The log line of a hit; GB are 10**9 bytes and seconds run to the end of the copy."""
+    return (
+        f"Retrieved {num_tokens} of {of_tokens} tokens, {num_bytes / 1e6:.1f} MB, "
+        f"{seconds * 1e3:.1f} ms, {num_bytes / max(seconds, 1e-9) / 1e9:.1f} GB/s"
+    )

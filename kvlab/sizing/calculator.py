@@ -1,0 +1,104 @@
+"""`size_calculator`: from a model's name, config or object to its `KVSize`."""
+
+from fractions import Fraction
+from typing import Any
+
+from kvlab.errors import ConfigError
+from kvlab.sizing.answer import KVSize
+from kvlab.sizing.catalog import load_facts
+from kvlab.sizing.dtypes import KVDtype, element_bytes, get_kv_dtype
+from kvlab.sizing.facts import Facts
+from kvlab.sizing.families import build_layers
+from kvlab.sizing.parts import Rules
+
+ENGINES = ("vllm", "transformers")
+
+
+def size_calculator(
+    model: Any,
+    dtype: str = "auto",
+    tp: int = 1,
+    pp: int = 1,
+    *,
+    engine: str = "vllm",
+    state_dtype: str = "auto",
+    factor: float = 1.0,
+    mtp: bool = False,
+    encoder_tokens: int | None = None,
+    hub: bool = False,
+) -> KVSize:
+    """How big the KV cache of `model` is, per sequence, as a curve that explains itself.
+
+    Parameters
+    ----------
+    model: a name (``"Qwen2.5-7B"``; organisation optional, case-blind), a dict, a path to a config.json or its folder,
+        or a transformers config object.
+    dtype: KV dtype: ``auto`` (what the config says, else the model's own), ``bf16``, ``fp8``, ``int4_per_token_head``,
+        ``fp8_ds_mla``, ``nvfp4``, ``q8_0``...; see `kvlab.sizing.dtypes.KV_DTYPES`.
+    tp, pp: tensor- and pipeline-parallel ranks.
+    engine: whose conventions logical bytes follow: ``vllm`` (a window of W tokens, K - 1 conv columns, fp8 indexer)
+        or ``transformers`` (W - 1, K, model dtype).
+    state_dtype: dtype of recurrent states: ``auto`` is the config's, else fp32.
+    factor: stored bytes per raw byte of a serde, for what is kept in a tier.
+    mtp: count the multi-token-prediction layers, which hold KV only under speculative decoding.
+    encoder_tokens: encoder (or vision) tokens that cross-attention layers hold.
+    hub: whether an unknown name may be looked up on the Hugging Face hub.
+
+    Raises
+    ------
+    UnknownModelError (with the nearest names) or ConfigError (naming the field, value or argument).
+    """
+    for label, ranks in (("tp", tp), ("pp", pp)):
+        if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+            raise ConfigError(f"{label} must be a positive integer, got {ranks!r}")
+    if engine not in ENGINES:
+        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if not factor > 0:
+        raise ConfigError(f"factor must be positive (stored bytes per raw byte), got {factor!r}")
+    if encoder_tokens is not None and (not isinstance(encoder_tokens, int) or encoder_tokens < 0):
+        raise ConfigError(f"encoder_tokens must be 0 or more, got {encoder_tokens!r}")
+    facts = load_facts(model, hub=hub)
+    layers = tuple(build_layers(facts, mtp=mtp, encoder_tokens=encoder_tokens))
+    rules = Rules(
+        kv=_kv_dtype(facts, dtype, engine),
+        model_bytes=element_bytes(_model_dtype(facts, engine), "the model's dtype"),
+        state_bytes=element_bytes(_state_dtype(facts, state_dtype), "state_dtype"),
+        engine=engine,
+    )
+    size = KVSize(facts, layers, rules, tp, pp, Fraction(factor).limit_denominator(10**6))
+    size.rank_bytes(1)  # a tp, pp or dtype that does not fit is refused here, not at the first use
+    return size
+
+
+def _model_dtype(facts: Facts, engine: str) -> str:
+    name = facts.get("dtype", "torch_dtype")
+    if name is None:
+        facts.note("the config gives no dtype: bf16 assumed")
+        return "bf16"
+    if engine == "vllm" and get_kv_dtype(name).name == "fp32":
+        facts.note("the checkpoint is fp32, which vLLM serves as bf16: bf16 counted; pass dtype='fp32' for the other")
+        return "bf16"
+    return str(name)
+
+
+def _kv_dtype(facts: Facts, dtype: str, engine: str) -> KVDtype:
+    if dtype != "auto":
+        return get_kv_dtype(dtype)
+    algo, scheme = facts.get("kv_cache_quant_algo"), facts.get("kv_cache_scheme")
+    nested = facts.get("quantization_config")
+    scheme = scheme or (nested.get("kv_cache_scheme") if isinstance(nested, dict) else None)
+    if algo is None and isinstance(scheme, str):
+        algo = scheme
+    if isinstance(algo, str) and algo.lower() in ("fp8", "nvfp4"):
+        facts.note(f"the checkpoint asks for a {algo} KV cache: dtype auto means {algo.lower()}")
+        return get_kv_dtype(algo)
+    if isinstance(scheme, dict) and scheme.get("num_bits") == 8:
+        facts.note("the checkpoint asks for an 8-bit KV cache (kv_cache_scheme): dtype auto means fp8")
+        return get_kv_dtype("fp8")
+    return get_kv_dtype(_model_dtype(facts, engine))
+
+
+def _state_dtype(facts: Facts, state_dtype: str) -> str:
+    if state_dtype != "auto":
+        return state_dtype
+    return str(facts.get("mamba_ssm_cache_dtype", "mamba_ssm_dtype") or "fp32")

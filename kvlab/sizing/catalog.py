@@ -1,0 +1,157 @@
+"""Where facts come from: a name in models.json, a dict, a config.json or its folder, a transformers config, the hub."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from kvlab.errors import ConfigError, UnknownModelError
+from kvlab.sizing.facts import Facts, flatten
+
+_ABOUT = ("source", "source_kind", "also_seen", "unknown")
+_SUFFIX = re.compile(
+    r"[-_](instruct|chat|base|it|pt|hf|bf16|fp16|fp8(-dynamic|-kv|-block)?|nvfp4|mxfp4|awq(-int4)?|"
+    r"gptq(-int[48])?|int[48]|[48]bit|w[48]a(8|16)|bnb-4bit|gguf|mlx|quantized)$",
+    re.IGNORECASE,
+)
+
+
+@cache
+def catalog() -> dict[str, dict[str, Any]]:
+    """Every model known offline, by its hub id. See docs/sizing.md for the schema."""
+    text = files("kvlab.sizing").joinpath("models.json").read_text(encoding="utf-8")
+    models: dict[str, dict[str, Any]] = json.loads(text)["models"]
+    return models
+
+
+def load_facts(model: Any, *, hub: bool = False) -> Facts:
+    """Facts of `model`: a name, a mapping, a path to a config.json or its folder, or a transformers config object.
+
+    hub: whether a name that is not in the catalog may be fetched from the Hugging Face hub (its config.json only).
+    Raises UnknownModelError naming the nearest names, or ConfigError for a file that is no model config.
+    """
+    if isinstance(model, Mapping):
+        return _from_config(str(model.get("_name_or_path") or model.get("model_type") or "this config"), model)
+    if isinstance(model, PathLike) or (isinstance(model, str) and _is_path(model)):
+        return _from_path(Path(model))
+    if isinstance(model, str):
+        return _from_name(model, hub=hub)
+    if callable(getattr(model, "to_dict", None)):
+        config = model.to_dict()
+        facts = _from_config(str(config.get("_name_or_path") or config.get("model_type") or "this config"), config)
+        facts.source, facts.source_kind = f"{type(model).__name__} object", "transformers_config"
+        return facts
+    raise ConfigError(
+        f"model must be a name, a dict, a path or a transformers config, got {type(model).__name__}; "
+        "try 'Qwen2.5-7B' or a path to config.json"
+    )
+
+
+def _is_path(text: str) -> bool:
+    return text.endswith(".json") or text.startswith((".", "/", "~")) or Path(text).expanduser().is_dir()
+
+
+def _from_config(name: str, config: Mapping[str, Any], **about: Any) -> Facts:
+    if not config:
+        raise ConfigError("the model config is empty; give at least num_hidden_layers, heads and head_dim")
+    own = {key: config[key] for key in _ABOUT if key in config}
+    fields = {key: value for key, value in config.items() if key not in _ABOUT}
+    about = {**about, **{key: own[key] for key in ("source", "source_kind") if key in own}}
+    return Facts(name, flatten(fields), unknown=frozenset(own.get("unknown", ())), **about)
+
+
+def _from_path(path: Path) -> Facts:
+    path = path.expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"cannot read {file}: {e.strerror}; give a config.json or the folder that holds it") from e
+    except ValueError as e:
+        raise ConfigError(f"{file} is not JSON ({e}); give a model's config.json") from e
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"{file} holds a JSON {type(config).__name__}, not a model config; give a model's config.json"
+        )
+    quant = file.parent / "hf_quant_config.json"  # NVIDIA ModelOpt keeps the KV dtype beside the config
+    if quant.is_file():
+        algo = json.loads(quant.read_text(encoding="utf-8")).get("quantization", {}).get("kv_cache_quant_algo")
+        config = {**config, "kv_cache_quant_algo": algo}
+    name = file.parent.resolve().name if file.name == "config.json" else file.stem
+    return _from_config(name, config, source=str(file), source_kind="config_json")
+
+
+def _from_name(name: str, *, hub: bool) -> Facts:
+    entry, note = find_entry(name)
+    if entry is None:
+        if hub:
+            return _from_hub(name)
+        near = nearest_names(name)
+        raise UnknownModelError(
+            f"no model is called {name!r}; nearest: {', '.join(near) or 'none'}; or give a config.json, or hub=True"
+        )
+    facts = _from_config(entry, catalog()[entry])
+    if note:
+        facts.note(note)
+    return facts
+
+
+def find_entry(name: str) -> tuple[str | None, str]:
+    """The catalog id that `name` means, and a note where it is not the id or its last part letter for letter.
+
+    Case-blind and with the organisation optional; -Instruct, -FP8 and the like are dropped only after an exact miss.
+    """
+    wanted = name.strip().lower()
+    for stripped in (False, True):
+        if stripped:
+            wanted = _strip(wanted)
+        hits = [key for key in catalog() if _matches(key.lower(), wanted, stripped=stripped)]
+        if hits:
+            best = min(hits, key=lambda key: (_RANK.get(catalog()[key]["source_kind"], 9), len(key), key))
+            return best, (f"{name!r} is not in the catalog: used the entry {best}" if stripped else "")
+    return None, ""
+
+
+_RANK = {"config_json_copy": 0, "vendor_config": 1, "class_default_verified": 2, "test_fixture": 3, "port": 4}
+
+
+def _matches(key: str, wanted: str, *, stripped: bool) -> bool:
+    own = _strip(key) if stripped else key
+    return own == wanted or ("/" not in wanted and own.rpartition("/")[2] == wanted)
+
+
+def _strip(name: str) -> str:
+    while (shorter := _SUFFIX.sub("", name)) != name:
+        name = shorter
+    org, slash, last = name.rpartition("/")
+    return org + slash + last.removeprefix("meta-")  # Meta-Llama-3.1 and Llama-3.1 are one model
+
+
+def nearest_names(name: str, count: int = 3) -> list[str]:
+    """Catalog ids whose last part looks most like `name`'s."""
+    last = name.strip().lower().rpartition("/")[2]
+    by_last: dict[str, str] = {}
+    for key in catalog():
+        by_last.setdefault(key.lower().rpartition("/")[2], key)
+    return [by_last[hit] for hit in difflib.get_close_matches(last, by_last, n=count, cutoff=0.5)]
+
+
+def _from_hub(name: str) -> Facts:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as e:
+        raise ConfigError("hub=True needs the package huggingface_hub: pip install huggingface_hub") from e
+    try:
+        path = hf_hub_download(name, "config.json")
+    except Exception as e:
+        raise UnknownModelError(
+            f"the hub gave no config.json for {name!r}: {type(e).__name__}; check name and token"
+        ) from e
+    facts = _from_path(Path(path))
+    facts.name, facts.source, facts.source_kind = name, f"hub:{name}", "hub"
+    return facts

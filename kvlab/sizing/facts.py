@@ -1,0 +1,109 @@
+"""The facts of one model: config fields under any of their names, with errors that name what is missing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvlab.errors import ConfigError
+from kvlab.sizing.class_defaults import CLASS_DEFAULTS
+
+_NESTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder_config")
+_FROM_OUTER = ("torch_dtype", "dtype", "quantization_config", "kv_cache_quant_algo", "kv_cache_scheme")
+
+
+@dataclass
+class Facts:
+    """Config fields of one model plus where they come from.
+
+    unknown: fields that the source does not give and that must not be derived or filled from class defaults.
+    notes: every assumption made on the way, for `explain()`.
+    """
+
+    name: str
+    fields: Mapping[str, Any]
+    source: str = "given by the caller"
+    source_kind: str = "caller"
+    unknown: frozenset[str] = frozenset()
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def model_type(self) -> str:
+        return str(self.fields.get("model_type") or "")
+
+    def get(self, *names: str) -> Any:
+        """The first of `names` with a value, then the transformers class's own default, else None."""
+        for name in names:
+            if self.fields.get(name) is not None:
+                return self.fields[name]
+        for name in names:
+            if name in self.unknown:
+                return None
+            if self.has_default(name):
+                return CLASS_DEFAULTS[self.model_type][name]
+        return None
+
+    def has_default(self, name: str) -> bool:
+        return name in CLASS_DEFAULTS.get(self.model_type, {}) and name not in self.unknown
+
+    def need(self, *names: str, why: str = "") -> Any:
+        """Like `get`, but a missing field is a ConfigError that names it."""
+        value = self.get(*names)
+        if value is None:
+            known = ", ".join(repr(n) for n in names)
+            reason = "its source does not give it" if set(names) & self.unknown else "the config does not give it"
+            raise ConfigError(
+                f"cannot size {self.name}: field {known} is missing ({reason}){f', {why}' if why else ''}; "
+                "give it in a dict or a complete config.json"
+            )
+        return value
+
+    def count(self, *names: str, why: str = "") -> int:
+        """A positive integer field."""
+        value = self.need(*names, why=why)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"cannot size {self.name}: {names[0]} must be a positive integer, got {value!r}")
+        return value
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the language model's nested config (vision and audio models) brought to the top."""
+    for nest in _NESTS:
+        inner = config.get(nest)
+        if not isinstance(inner, Mapping) or not inner:
+            continue
+        outer = {key: config[key] for key in _FROM_OUTER if config.get(key) is not None}
+        merged = {**outer, **flatten(inner), "nested_in": nest}
+        if config.get("model_type"):
+            merged["outer_model_type"] = config["model_type"]
+            merged.setdefault("model_type", config["model_type"])
+        return merged
+    return dict(config)
+
+
+def num_layers(facts: Facts) -> int:
+    """Decoder layers, counting those that keep nothing."""
+    blocks = facts.get("layers_block_type") or facts.get("hybrid_override_pattern")
+    explicit = facts.get(
+        "num_hidden_layers", "n_layer", "n_layers", "num_decoder_layers", "decoder_layers", "num_layers"
+    )
+    if explicit is None and blocks:
+        return len(blocks)
+    return facts.count("num_hidden_layers", "n_layer", "n_layers", "num_decoder_layers", "decoder_layers", "num_layers")
+
+
+def num_heads(facts: Facts) -> int:
+    return facts.count("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads")
+
+
+def hidden_size(facts: Facts) -> int:
+    return facts.count("hidden_size", "n_embd", "d_model")
+
+
+def context_length(facts: Facts) -> int | None:
+    """Longest context the config declares, or None."""
+    value = facts.get("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+    return value if isinstance(value, int) and value > 0 else None

@@ -1,0 +1,213 @@
+"""What one layer keeps per sequence: K/V heads, an MLA latent, indexer keys, or a fixed state.
+
+Each part answers three questions under given `Rules`: bytes per held token, how many tokens it holds at most, and
+bytes that do not depend on the length. `shard(tp)` is the part as one tensor-parallel rank keeps it.
+"""
+
+from dataclasses import dataclass, replace
+
+from kvlab.errors import ConfigError
+from kvlab.sizing.dtypes import KVDtype
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The conventions a figure follows.
+
+    engine: ``vllm`` or ``transformers``; they differ in window edges, conv columns and the indexer's dtype.
+    model_bytes / state_bytes: bytes per element of the model's dtype and of recurrent states.
+    """
+
+    kv: KVDtype
+    model_bytes: int
+    state_bytes: int
+    engine: str = "vllm"
+
+
+@dataclass(frozen=True)
+class HeadsKV:
+    """K and V of `num_kv_heads` heads. `window` tokens are kept at most; `chunked` marks Llama 4's local chunks."""
+
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+    window: int | None = None
+    chunked: bool = False
+    fixed_tokens: int | None = None  # cross-attention: encoder tokens, written once
+
+    def token_bytes(self, rules: Rules) -> int:
+        return self.num_kv_heads * rules.kv.head_bytes(self.k_dim, self.v_dim)
+
+    def held_tokens(self, rules: Rules) -> int | None:
+        # transformers drops the token that the next query cannot see; vLLM's window counts the query itself.
+        return None if self.window is None else self.window - (rules.engine == "transformers")
+
+    def fixed_bytes(self, rules: Rules) -> int:
+        return 0
+
+    def shard(self, tp: int) -> "HeadsKV":
+        if self.num_kv_heads % tp and tp % self.num_kv_heads:
+            raise ConfigError(
+                f"tp must divide {self.num_kv_heads} KV heads or be a multiple of them, got tp={tp}; "
+                f"try {_nearest_tp(self.num_kv_heads, tp)}"
+            )
+        return replace(self, num_kv_heads=max(1, self.num_kv_heads // tp))
+
+    def formula(self, rules: Rules) -> str:
+        kv = rules.kv
+        widths = f"({self.k_dim} + {self.v_dim})"
+        per_head = {1: f"{widths} x {kv.num} B"}.get(kv.per, f"{widths} / {kv.per} x {kv.num} B")
+        if kv.head_extra:
+            per_head = f"({per_head} + {kv.head_extra} B)"
+        return f"{self.num_kv_heads} KV heads x {per_head}"
+
+
+@dataclass(frozen=True)
+class LatentKV:
+    """One MLA latent per token, shared by all heads (DeepSeek-V2, arXiv:2405.04434); replicated on every TP rank."""
+
+    lora_rank: int
+    rope_dim: int
+    window = None
+    chunked = False
+    fixed_tokens = None
+
+    def token_bytes(self, rules: Rules) -> int:
+        return rules.kv.latent_bytes(self.lora_rank, self.rope_dim)
+
+    def held_tokens(self, rules: Rules) -> int | None:
+        return None
+
+    def fixed_bytes(self, rules: Rules) -> int:
+        return 0
+
+    def shard(self, tp: int) -> "LatentKV":
+        return self
+
+    def formula(self, rules: Rules) -> str:
+        if rules.kv.mla_only:
+            return f"latent ({self.lora_rank} fp8 + {self.lora_rank // 128} fp32 scales + {self.rope_dim} 16-bit)"
+        return f"latent ({self.lora_rank} + {self.rope_dim}) x {rules.kv.num} B" + (
+            f" / {rules.kv.per}" if rules.kv.per > 1 else ""
+        )
+
+
+@dataclass(frozen=True)
+class IndexerKV:
+    """Keys of a sparse-attention indexer (DeepSeek-V3.2), replicated on every TP rank.
+
+    vLLM keeps them in fp8 with one fp32 scale per 128 elements, whatever the KV dtype; transformers in the model's.
+    `packed` False (MiniMax-M3) is the model's dtype in both.
+    """
+
+    dim: int
+    packed: bool = True
+    window = None
+    chunked = False
+    fixed_tokens = None
+
+    def token_bytes(self, rules: Rules) -> int:
+        if rules.engine == "transformers" or not self.packed:
+            return self.dim * rules.model_bytes
+        return self.dim + 4 * -(-self.dim // 128)
+
+    def held_tokens(self, rules: Rules) -> int | None:
+        return None
+
+    def fixed_bytes(self, rules: Rules) -> int:
+        return 0
+
+    def shard(self, tp: int) -> "IndexerKV":
+        return self
+
+    def formula(self, rules: Rules) -> str:
+        if rules.engine == "transformers" or not self.packed:
+            return f"indexer {self.dim} x {rules.model_bytes} B"
+        return f"indexer ({self.dim} fp8 + {-(-self.dim // 128)} fp32 scale)"
+
+
+@dataclass(frozen=True)
+class StateKV:
+    """A state of fixed size per sequence: the last columns of a short convolution and a recurrent matrix per head.
+
+    conv_channels + 2 * groups * group_width channels are convolved with `kernel` taps; the recurrent part is
+    heads x rows x cols elements, in the state dtype unless `in_model_dtype`.
+    """
+
+    name: str
+    conv_channels: int = 0
+    groups: int = 0
+    group_width: int = 0
+    kernel: int = 0
+    heads: int = 0
+    rows: int = 0
+    cols: int = 0
+    in_model_dtype: bool = False
+    window = None
+    chunked = False
+    fixed_tokens = None
+
+    def token_bytes(self, rules: Rules) -> int:
+        return 0
+
+    def held_tokens(self, rules: Rules) -> int | None:
+        return None
+
+    def _columns(self, rules: Rules) -> int:
+        # transformers keeps all K columns, vLLM the K - 1 that the next token needs
+        return self.kernel - (rules.engine != "transformers") if self.kernel else 0
+
+    def _channels(self) -> int:
+        return self.conv_channels + 2 * self.groups * self.group_width
+
+    def _recurrent_bytes(self, rules: Rules) -> int:
+        return rules.model_bytes if self.in_model_dtype else rules.state_bytes
+
+    def fixed_bytes(self, rules: Rules) -> int:
+        conv = self._columns(rules) * self._channels() * rules.model_bytes
+        return conv + self.heads * self.rows * self.cols * self._recurrent_bytes(rules)
+
+    def shard(self, tp: int) -> "StateKV":
+        # A group is repeated so that every rank's heads find theirs: vLLM MambaStateShapeCalculator.
+        groups = self.groups if self.groups % tp == 0 else tp
+        for label, count in (("conv channels", self.conv_channels), ("state heads", self.heads)):
+            if count % tp:
+                raise ConfigError(f"tp must divide {count} {label} of a {self.name} layer, got tp={tp}")
+        return replace(self, conv_channels=self.conv_channels // tp, groups=groups // tp, heads=self.heads // tp)
+
+    def formula(self, rules: Rules) -> str:
+        terms = []
+        if self.kernel:
+            inner = (
+                f"{self.conv_channels} + 2 x {self.groups} x {self.group_width}" if self.groups else self._channels()
+            )
+            terms.append(f"conv {self._columns(rules)} x ({inner}) x {rules.model_bytes} B")
+        if self.heads:
+            terms.append(f"state {self.heads} x {self.rows} x {self.cols} x {self._recurrent_bytes(rules)} B")
+        return " + ".join(terms)
+
+
+Part = HeadsKV | LatentKV | IndexerKV | StateKV
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: its index, what kind it is in words, and the parts it keeps (none where it keeps nothing)."""
+
+    index: int
+    kind: str
+    parts: tuple[Part, ...] = ()
+
+
+def part_bytes(part: Part, num_tokens: int, rules: Rules) -> int:
+    """Bytes that `part` keeps for a sequence of `num_tokens`."""
+    if part.fixed_tokens is not None:
+        return part.token_bytes(rules) * part.fixed_tokens
+    held = part.held_tokens(rules)
+    kept = num_tokens if held is None else min(num_tokens, held)
+    return part.token_bytes(rules) * kept + part.fixed_bytes(rules)
+
+
+def _nearest_tp(heads: int, tp: int) -> str:
+    fits = [t for t in range(1, 2 * tp + 1) if heads % t == 0 or t % heads == 0]
+    return " or ".join(map(str, sorted(sorted(fits, key=lambda t: abs(t - tp))[:2])))

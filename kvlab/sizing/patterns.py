@@ -1,0 +1,148 @@
+"""Which kind each layer is, from config fields alone.
+
+Kinds: ``full``, ``sliding``, ``chunked``, ``linear`` (a recurrent layer of the family that the fields describe),
+``conv``, ``hybrid`` (attention and state side by side), ``cross``, ``none`` (keeps nothing: MLP or MoE blocks).
+"""
+
+from kvlab.errors import ConfigError
+from kvlab.sizing.facts import Facts, context_length, num_layers
+
+_WORDS = {
+    "full_attention": "full",
+    "attention": "full",
+    "global_attention": "full",
+    "indexed_attention": "full",
+    "deepseek_sparse_attention": "full",
+    "sparse_attention": "full",
+    "minimax_m3_sparse": "full",
+    "sliding_attention": "sliding",
+    "local_attention": "sliding",
+    "chunked_attention": "chunked",
+    "linear_attention": "linear",
+    "mamba": "linear",
+    "mamba1": "linear",
+    "mamba2": "linear",
+    "gated_deltanet": "linear",
+    "kda": "linear",
+    "conv": "conv",
+    "short_conv": "conv",
+    "hybrid": "hybrid",
+    "mlp": "none",
+    "moe": "none",
+}
+_CHARS = {"M": "linear", "*": "full", "-": "none", "E": "none"}  # Nemotron-H's hybrid_override_pattern
+_WHOLLY = {"falcon_h1": "hybrid", "mamba": "linear", "mamba2": "linear", "falcon_mamba": "linear"}
+_REFUSED = {
+    "compress_ratios": "its compressed cache (DeepSeek-V4) has no published size that agrees with a measurement",
+    "block_types": "its RG-LRU state (RecurrentGemma) is not modelled",
+}
+
+
+def layer_kinds(facts: Facts) -> list[str]:
+    """One kind per decoder layer; raises ConfigError where the fields do not decide it."""
+    for field, reason in _REFUSED.items():
+        if facts.get(field):
+            raise ConfigError(f"cannot size {facts.name}: field {field!r} says that {reason}")
+    count = num_layers(facts)
+    kinds = _listed(facts, count) or _hybrid(facts, count) or _local(facts, count) or ["full"] * count
+    if len(kinds) != count:
+        raise ConfigError(f"cannot size {facts.name}: its layer list names {len(kinds)} layers, but it has {count}")
+    for i in facts.get("cross_attention_layers") or []:
+        kinds[i] = "cross"
+    return _window_beyond_context(facts, kinds)
+
+
+def _listed(facts: Facts, count: int) -> list[str] | None:
+    """Kinds that the config lists layer by layer."""
+    words = facts.get("layer_types", "layers_block_type")
+    if words:
+        unknown = sorted({w for w in words if w not in _WORDS})
+        if unknown:
+            raise ConfigError(
+                f"cannot size {facts.name}: layer type {unknown[0]!r} is not known; known: {', '.join(_WORDS)}"
+            )
+        kinds = [_WORDS[w] for w in words]
+        # Qwen2-style classes list "sliding" only where use_sliding_window is on; hand-written configs may not.
+        off = facts.fields.get("use_sliding_window") is False
+        return ["full" if off and k == "sliding" else k for k in kinds]
+    if pattern := facts.get("hybrid_override_pattern"):
+        return [_CHARS[_known_char(facts, c)] for c in pattern]
+    if pattern := facts.get("hybrid_layer_pattern"):  # MiMo-V2: 1 slides
+        return ["sliding" if flag else "full" for flag in pattern]
+    if flags := facts.get("attn_type_list"):  # MiniMax: 1 is softmax attention, 0 is lightning
+        return ["full" if flag else "linear" for flag in flags]
+    return None
+
+
+def _known_char(facts: Facts, char: str) -> str:
+    if char not in _CHARS:
+        raise ConfigError(f"cannot size {facts.name}: hybrid_override_pattern has {char!r}; known: {' '.join(_CHARS)}")
+    return char
+
+
+def _hybrid(facts: Facts, count: int) -> list[str] | None:
+    """Kinds of models that mix attention with recurrent layers by rule."""
+    if config := facts.get("linear_attn_config"):  # Kimi Linear: layers counted from 1
+        full = {i - 1 for i in config.get("full_attn_layers") or []}
+    elif facts.get("attn_layer_indices") is not None:  # Bamba
+        full = set(facts.get("attn_layer_indices"))
+    elif facts.get("attn_layer_period") is not None:  # Jamba
+        period, offset = facts.count("attn_layer_period"), facts.need("attn_layer_offset")
+        full = {i for i in range(count) if i % period == offset}
+    elif facts.get("linear_num_value_heads") is not None or facts.get("full_attention_interval") is not None:
+        step = facts.get("full_attention_interval") or 4  # Qwen3-Next and 3.5: every fourth layer by class default
+        full = {i for i in range(count) if (i + 1) % step == 0}
+    elif facts.get("full_attn_idxs") is not None:  # LFM2
+        return ["full" if i in facts.get("full_attn_idxs") else "conv" for i in range(count)]
+    elif facts.get("conv_L_cache") is not None:
+        facts.need("layer_types", "full_attn_idxs", why="so which layers are convolutions is not known")
+        raise AssertionError("unreachable")
+    elif facts.model_type in _WHOLLY:
+        return [_WHOLLY[facts.model_type]] * count
+    elif facts.get("layer_type_counts"):
+        facts.need("layer_types", why="only counts of layers per type are known")
+        raise AssertionError("unreachable")
+    else:
+        return None
+    return ["full" if i in full else "linear" for i in range(count)]
+
+
+def _local(facts: Facts, count: int) -> list[str] | None:
+    """Kinds of models that mix full attention with windows or chunks by rule."""
+    if facts.model_type.startswith("llama4"):
+        facts.count("attention_chunk_size")
+        rope = facts.get("no_rope_layers")  # 1: RoPE, local chunks; 0: no RoPE, global
+        step = facts.get("no_rope_layer_interval") or 4
+        flags = rope if rope else [(i + 1) % step != 0 for i in range(count)]
+        return ["chunked" if flag else "full" for flag in flags]
+    if facts.model_type.startswith(("gemma3n", "gemma4")):
+        facts.need("layer_types", why="so which layers slide is not known")
+    if not facts.get("sliding_window", "attention_window_size"):
+        return None
+    if facts.get("use_sliding_window") is False:
+        return None
+    if facts.get("use_sliding_window"):
+        first = facts.get("max_window_layers") or 0  # Qwen2: the layers below it keep full attention
+        return ["sliding" if i >= first else "full" for i in range(count)]
+    if facts.get("max_window_layers") is not None:
+        return None  # a Qwen-style config without the switch: off by class default
+    pattern = facts.get("sliding_window_pattern", "_sliding_window_pattern")
+    if isinstance(pattern, str):  # EXAONE 4: "LLLG"
+        return ["sliding" if pattern[i % len(pattern)] in "Ll" else "full" for i in range(count)]
+    default = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2, "olmo3": 4}.get(facts.model_type)
+    step = pattern or default
+    if step is None:
+        return ["sliding"] * count  # Mistral v0.1, Phi-3, StarCoder2: every layer
+    return ["sliding" if (i + 1) % step else "full" for i in range(count)]
+
+
+def _window_beyond_context(facts: Facts, kinds: list[str]) -> list[str]:
+    """Windows that the context never fills are no windows (Phi-3.5: 262144 over 131072)."""
+    window, context = facts.get("sliding_window", "attention_window_size"), context_length(facts)
+    if "sliding" not in kinds or not isinstance(window, int):
+        return kinds
+    trained = facts.get("litgpt_block_size")  # a port's training length: may be below the true context, never above
+    if (context and window >= context) or (not context and trained and window > trained):
+        facts.note(f"sliding_window {window:,} is never filled within the context: counted as full attention")
+        return ["full" if kind == "sliding" else kind for kind in kinds]
+    return kinds

@@ -1,0 +1,198 @@
+"""What vLLM reserves, as against what is logically there: block rounding, windows in flight, hybrid page padding.
+
+Models vLLM 0.32: `v1/core/kv_cache_utils.py` (grouping, pages), `v1/kv_cache_interface.py` (blocks per request) and
+`platforms/interface.py` (_align_hybrid_block_size). A layout that packs unequal pages side by side is not modelled.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kvlab.errors import ConfigError
+from kvlab.sizing.parallel import stages_of
+from kvlab.sizing.parts import HeadsKV, LatentKV, Part, StateKV
+from kvlab.units import parse_bytes
+
+if TYPE_CHECKING:
+    from kvlab.sizing.answer import KVSize
+
+ENGINE_VERSION = "vLLM 0.32"
+DEFAULT_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Page:
+    """One block of one layer. kind: ``full``, ``sliding``, ``chunked`` or ``state``; page_bytes with its padding."""
+
+    kind: str
+    part: Part
+    block_size: int
+    page_bytes: int
+    window: int = 0
+
+    @property
+    def type(self) -> tuple[object, ...]:
+        """Layers of one type need the same number of blocks and may form one group though their pages differ."""
+        return (self.kind, self.window, self.block_size, self.page_bytes if self.kind == "state" else 0)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that share one block table: pages times how many layers have them."""
+
+    pages: tuple[tuple[Page, int], ...]
+
+    @property
+    def bytes_per_block(self) -> int:
+        return sum(page.page_bytes * count for page, count in self.pages)
+
+    @property
+    def num_layers(self) -> int:
+        return sum(count for _, count in self.pages)
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """Blocks and bytes that one rank of vLLM sets aside for one sequence of `tokens`."""
+
+    tokens: int
+    block_size: int
+    groups: tuple[Group, ...]
+    blocks_per_group: tuple[int, ...]
+    bytes_per_block: int
+    engine: str = ENGINE_VERSION
+
+    @property
+    def num_blocks(self) -> int:
+        """Pool blocks of the whole sequence, over all groups."""
+        return sum(self.blocks_per_group)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole sequence on one rank."""
+        return self.num_blocks * self.bytes_per_block
+
+    def pool_blocks(self, memory: int | str) -> int:
+        """Blocks that a KV pool of `memory` per rank has."""
+        return parse_bytes(memory) // self.bytes_per_block
+
+    def max_sequences(self, memory: int | str) -> float:
+        """Sequences of `tokens` at once, as vLLM's log states its "maximum concurrency"."""
+        return self.pool_blocks(memory) / self.num_blocks
+
+    def capacity_tokens(self, memory: int | str) -> int:
+        """Tokens, as vLLM's log states its "KV cache size"; holds for sequences of `tokens`."""
+        return int(self.max_sequences(memory) * self.tokens)
+
+
+def reserve(
+    size: "KVSize",
+    tokens: int,
+    *,
+    block_size: int = DEFAULT_BLOCK,
+    max_num_batched_tokens: int = 8192,
+    max_concurrent_batches: int = 2,
+    mamba_cache_mode: str = "none",
+) -> Reserved:
+    """What vLLM 0.32 reserves on one rank for a sequence of `tokens`.
+
+    block_size: tokens per block before vLLM aligns it for hybrid models (16 on most GPUs, 128 on CPU).
+    max_num_batched_tokens x max_concurrent_batches tokens may be in flight (2 with async scheduling), and a window
+    holds them besides its own.
+    mamba_cache_mode: ``none`` keeps one state per sequence, ``align`` (prefix caching of hybrids) two.
+    """
+    if size.rules.engine != "vllm":
+        raise ConfigError(
+            f"reserved figures model vLLM; size_calculator(..., engine='vllm'), got {size.rules.engine!r}"
+        )
+    for label, value in (
+        ("tokens", tokens),
+        ("block_size", block_size),
+        ("max_num_batched_tokens", max_num_batched_tokens),
+    ):
+        if value < 1:
+            raise ConfigError(f"{label} must be positive, got {value}")
+    if mamba_cache_mode not in ("none", "align"):
+        raise ConfigError(f"mamba_cache_mode must be 'none' or 'align', got {mamba_cache_mode!r}")
+    in_flight = max_num_batched_tokens * max_concurrent_batches
+    states = 2 if mamba_cache_mode == "align" else 1
+    plans = []
+    for stage in stages_of(list(size.layers), size.pp):
+        parts = [part.shard(size.tp) for layer in stage for part in layer.parts]
+        if parts:
+            plans.append(_plan(size, parts, tokens, block_size, in_flight, states))
+    return max(plans, key=lambda plan: plan.bytes_per_block)
+
+
+def _plan(size: "KVSize", parts: list[Part], tokens: int, block_size: int, in_flight: int, states: int) -> Reserved:
+    block = _hybrid_block_size(size, parts, block_size)
+    pages = [_page(size, part, block) for part in parts]
+    if block != block_size:  # hybrid: states are padded to the attention page
+        widest = max(page.page_bytes for page in pages if page.kind != "state")
+        pages = [replace(p, page_bytes=max(p.page_bytes, widest)) if p.kind == "state" else p for p in pages]
+    groups = _groups(pages)
+    return Reserved(
+        tokens=tokens,
+        block_size=block,
+        groups=groups,
+        blocks_per_group=tuple(max(_blocks(p, tokens, in_flight, states) for p, _ in g.pages) for g in groups),
+        bytes_per_block=max(group.bytes_per_block for group in groups),
+    )
+
+
+def _hybrid_block_size(size: "KVSize", parts: list[Part], block_size: int) -> int:
+    """Tokens per block: raised until one attention page holds one recurrent state."""
+    state = max((p.fixed_bytes(size.rules) for p in parts if isinstance(p, StateKV)), default=0)
+    per_token = max((p.token_bytes(size.rules) for p in parts if isinstance(p, HeadsKV | LatentKV)), default=0)
+    if not state or not per_token:
+        return block_size
+    step = max(block_size, 128) if any(isinstance(p, LatentKV) for p in parts) else block_size
+    return max(block_size, step * -(-state // (step * per_token)))
+
+
+def _page(size: "KVSize", part: Part, block_size: int) -> Page:
+    if isinstance(part, StateKV):
+        return Page("state", part, block_size, part.fixed_bytes(size.rules))
+    kind = "cross" if part.fixed_tokens is not None else "full"
+    if part.window:
+        kind = "chunked" if part.chunked else "sliding"
+    return Page(kind, part, block_size, block_size * part.token_bytes(size.rules), part.window or 0)
+
+
+def _groups(pages: list[Page]) -> tuple[Group, ...]:
+    if len({page.type for page in pages}) == 1:
+        return (Group(tuple(Counter(pages).items())),)
+    pages = _equal_pages(pages)
+    buckets = Counter(pages)
+    fewest, most = min(buckets.values()), max(buckets.values())
+    per_group = most if most < 1.5 * fewest else fewest
+    groups = []
+    for page, count in buckets.items():
+        num_groups = -(-count // per_group)
+        groups += [Group(((page, len(range(i, count, num_groups))),)) for i in range(num_groups)]
+    return tuple(groups)
+
+
+def _equal_pages(pages: list[Page]) -> list[Page]:
+    """Every page as large as the largest: by a larger block where that divides, else by padding."""
+    largest = max(page.page_bytes for page in pages)
+    equal = []
+    for page in pages:
+        ratio, rest = divmod(largest, page.page_bytes)
+        if page.kind == "state" or rest:
+            equal.append(replace(page, page_bytes=largest))
+        else:
+            equal.append(replace(page, page_bytes=largest, block_size=page.block_size * ratio))
+    return equal
+
+
+def _blocks(page: Page, tokens: int, in_flight: int, states: int) -> int:
+    """Blocks of one sequence in a group of such pages."""
+    if page.kind == "state":
+        return states
+    if page.kind == "sliding":  # + 1: a window need not begin at a block's edge
+        return -(-min(page.window - 1 + in_flight, tokens) // page.block_size) + 1
+    if page.kind == "chunked":
+        return -(-min(page.window + in_flight, tokens) // page.block_size)
+    held = page.part.fixed_tokens if page.part.fixed_tokens is not None else tokens
+    return -(-held // page.block_size)

@@ -1,0 +1,111 @@
+"""File reads and writes past the page cache.
+
+Direct I/O (O_DIRECT) wants memory address, file offset and length to be multiples of a block. Memory that is
+aligned (``aligned_buffer``, pinned arenas) is handed to the kernel as it is; anything else goes through one
+aligned scratch buffer per thread. A file's length never shows the padding: it is cut to size at the end.
+"""
+
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+BLOCK = 4096  # fits every disk in use; 512-byte disks accept it too
+SCRATCH_BYTES = 4 << 20
+_MOST = 1 << 30  # the kernel moves less than 2 GiB per call
+_local = threading.local()
+
+
+def aligned_buffer(num_bytes: int) -> memoryview:
+    """A fresh page-aligned buffer of at least `num_bytes`, rounded up to whole blocks; freed with its last view."""
+    return memoryview(mmap.mmap(-1, -(-max(num_bytes, 1) // BLOCK) * BLOCK))
+
+
+def address(view: memoryview) -> int:
+    """Where `view`'s bytes lie; 0 for an empty one."""
+    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0]) if view.nbytes else 0
+
+
+def _scratch() -> memoryview:
+    if not hasattr(_local, "scratch"):
+        _local.scratch = aligned_buffer(SCRATCH_BYTES)
+    scratch: memoryview = _local.scratch
+    return scratch
+
+
+def _pwrite_all(fd: int, pieces: Sequence[memoryview], at: int) -> int:
+    """Write all `pieces` at offset `at`; the offset after them."""
+    rest = [piece for piece in pieces if piece.nbytes]
+    while rest:
+        batch = [piece[:_MOST] for piece in rest[:1]] + [piece for piece in rest[1:16] if piece.nbytes <= _MOST // 16]
+        done = os.pwritev(fd, batch, at)
+        if done == 0:
+            raise OSError(f"the kernel took nothing at offset {at}")
+        at += done
+        while rest and done >= rest[0].nbytes:
+            done -= rest.pop(0).nbytes
+        if rest:
+            rest[0] = rest[0][done:]
+    return at
+
+
+def write_file(fd: int, pieces: Sequence[memoryview], *, direct: bool) -> int:
+    """Write `pieces` one after the other from offset 0; the number of bytes. With `direct`, `fd` is O_DIRECT."""
+    if not direct:
+        return _pwrite_all(fd, pieces, 0)
+    scratch, filled, at, total = _scratch(), 0, 0, 0
+    for piece in pieces:
+        start, done = address(piece), 0
+        total += piece.nbytes
+        while done < piece.nbytes:
+            whole = (piece.nbytes - done) // BLOCK * BLOCK
+            if whole and filled % BLOCK == 0 and (start + done) % BLOCK == 0:
+                at = _pwrite_all(fd, [scratch[:filled], piece[done : done + whole]], at)
+                filled = 0
+                done += whole
+                continue
+            step = min(piece.nbytes - done, SCRATCH_BYTES - filled)
+            scratch[filled : filled + step] = piece[done : done + step]
+            filled += step
+            done += step
+            if filled == SCRATCH_BYTES:
+                at = _pwrite_all(fd, [scratch], at)
+                filled = 0
+    if filled:
+        padded = -(-filled // BLOCK) * BLOCK
+        scratch[filled:padded] = bytes(padded - filled)
+        _pwrite_all(fd, [scratch[:padded]], at)
+        if padded != filled:
+            os.ftruncate(fd, total)
+    return total
+
+
+def read_file(fd: int, out: memoryview, size: int, *, direct: bool) -> int:
+    """Read the file's first `size` bytes into `out`; fewer only if the file is shorter than that.
+
+    An aligned `out` with room for whole blocks is filled by the disk itself.
+    """
+    scratch = _scratch()
+    aligned = not direct or address(out) % BLOCK == 0
+    at = 0
+    while at < size:
+        room = min(out.nbytes - at, _MOST)
+        if not direct:
+            got = os.preadv(fd, [out[at : at + min(room, size - at)]], at)
+        elif aligned and at % BLOCK == 0 and room >= BLOCK:
+            whole = min(room, -(-(size - at) // BLOCK) * BLOCK) // BLOCK * BLOCK
+            got = os.preadv(fd, [out[at : at + whole], scratch[:BLOCK]], at)
+            over = min(got, size - at) - whole
+            if over > 0:  # the last, broken block does not fit behind the whole ones in `out`
+                out[at + whole : at + whole + over] = scratch[:over]
+        else:
+            base = at // BLOCK * BLOCK
+            want = min(SCRATCH_BYTES, -(-(size - base) // BLOCK) * BLOCK)
+            got = max(0, min(os.preadv(fd, [scratch[:want]], base), size - base) - (at - base))
+            out[at : at + got] = scratch[at - base : at - base + got]
+        if got == 0:
+            break
+        at += got
+    return min(at, size)

@@ -1,0 +1,239 @@
+"""A tier in a folder: one file per object, readable by people and by the safetensors library."""
+
+import errno
+import logging
+import os
+import secrets
+import stat
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from kvlab.errors import ConfigError, StoreError
+from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers
+from kvlab.stores.direct import BLOCK, aligned_buffer, read_file, write_file
+from kvlab.stores.eviction import get_policy
+from kvlab.stores.folder import ABSENT, WRITING, Folder
+from kvlab.stores.names import key_of, path_of
+from kvlab.stores.url import StoreURL
+
+log = logging.getLogger(__name__)
+
+
+class DiskStore(Store):
+    """Values as files under `root`, at most `max_bytes` of them, files from before and in the making included.
+
+    Safe for several processes on one folder (`kvlab.stores.folder`, `kvlab.stores.ledger`). Publishing is a rename:
+    a reader sees a whole value or none. Files are readable by their owner only.
+
+    Parameters
+    ----------
+    direct : bypass the page cache, so that the tier does not take the memory it was meant to save. Where the file
+        system cannot, that is logged once and shown as `stats()["io"]`.
+    fsync : each value survives a power cut, at the price benchmarks/stores.py shows. Without it a power cut may
+        leave files that a reader finds broken; a killed process leaves none either way.
+    check : read each header at the start and drop files that are shorter or longer than it says.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        max_bytes: int,
+        *,
+        policy: str = "lru",
+        direct: bool = True,
+        fsync: bool = False,
+        check: bool = True,
+        name: str = "disk",
+    ) -> None:
+        self.name = name
+        self.root = Path(root)
+        if not self.root.is_absolute():
+            raise ConfigError(f"a disk store needs an absolute folder, like file:///data/kv, got {str(root)!r}")
+        self.max_bytes = max_bytes
+        self.stats_ = StoreStats()
+        self._fsync = fsync
+        self._count_lock = threading.Lock()
+        try:
+            self._folder = Folder(self.root, max_bytes, get_policy(policy), self._count, check=check)
+            self._direct = direct and self._can_bypass_page_cache()
+        except OSError as error:
+            raise StoreError(f"cannot use {self.root} as a store: {error}") from error
+
+    @classmethod
+    def from_url(cls, url: StoreURL) -> Self:
+        if url.netloc not in ("", "localhost"):
+            raise ConfigError(f"a folder needs three slashes, like file:///data/kv?size=10GiB, got {url.raw!r}")
+        return cls(
+            url.path,
+            url.take_bytes("size", default="10GiB"),
+            policy=url.take("policy", "lru"),
+            direct=url.take_bool("direct", True),
+            fsync=url.take_bool("fsync", False),
+            check=url.take_bool("check", True),
+        )
+
+    def put(self, key: str, value: Value) -> bool:
+        start = time.perf_counter()
+        pieces = buffers(value)
+        size = sum(piece.nbytes for piece in pieces)
+        with self._medium(f"write {size} bytes"):
+            stored = size <= self.max_bytes and self._write(path_of(key), pieces, size)
+        if stored:
+            self._count(puts=1, put_bytes=size, put_s=time.perf_counter() - start)
+        else:
+            self._count(refused=1)
+        return stored
+
+    def get(self, key: str) -> Buffer | None:
+        return self._read(key, None)
+
+    def get_into(self, key: str, out: memoryview) -> int | None:
+        found = self._read(key, out.cast("B"))
+        return None if found is None else found.nbytes
+
+    def size_of(self, key: str) -> int | None:
+        with self._medium("look"):
+            try:
+                state = os.stat(f"{self.root}/{path_of(key)}", follow_symlinks=False)
+            except OSError as error:
+                if error.errno in ABSENT:
+                    return None
+                raise
+        return state.st_size if stat.S_ISREG(state.st_mode) and state.st_size <= self.max_bytes else None
+
+    def delete(self, key: str) -> bool:
+        with self._medium("remove a file"):
+            return self._folder.unlink(path_of(key), "deleted")
+
+    def set_aside(self, key: str, reason: str) -> None:
+        """Move the broken file to ``.kvlab/broken``, where the last few are kept for a look."""
+        with self._medium("set a file aside"):
+            if self._folder.set_aside(path_of(key), f"set_aside:{'_'.join(reason.split())}"):
+                self._count(dropped=1)
+
+    def keys(self) -> Iterator[str]:
+        with self._medium("list"):
+            paths = self._folder.paths()
+        return (key for path in paths if (key := key_of(path)) is not None)
+
+    @property
+    def used_bytes(self) -> int:
+        with self._medium("count"):
+            return self._folder.used_bytes()
+
+    def touch(self, keys: Iterable[str]) -> None:
+        self._folder.touched.extend(map(path_of, keys))
+
+    def why_missing(self, key: str) -> str:
+        return self._folder.gone.get(path_of(key), "never_stored")
+
+    def stats(self) -> dict[str, int | float | str]:
+        return {**super().stats(), "io": "direct" if self._direct else "buffered"}
+
+    def close(self) -> None:
+        self._folder.book.close()
+
+    def _read(self, key: str, out: memoryview | None) -> memoryview | None:
+        start = time.perf_counter()
+        path = path_of(key)
+        with self._medium("read"):
+            opened = self._open(path)
+            if opened is None:
+                self._count(misses=1)
+                if path in self._folder.book.sizes:
+                    self._folder.unlink(path, "vanished")
+                return None
+            fd, size, direct = opened
+            try:
+                if out is not None and size > out.nbytes:
+                    raise ValueTooLongError(f"value of {key!r} holds {size} bytes, the buffer only {out.nbytes}")
+                into = aligned_buffer(size) if out is None else out
+                got = read_file(fd, into, size, direct=direct)
+                os.utime(fd)  # so that the next process knows what was used last
+            finally:
+                os.close(fd)
+        if got != size:  # cut short under our hands
+            self._count(misses=1)
+            return None
+        self._folder.touched.append(path)
+        self._count(hits=1, get_bytes=size, get_s=time.perf_counter() - start)
+        return into[:size]
+
+    def _open(self, path: str) -> tuple[int, int, bool] | None:
+        """Descriptor, size, and whether it bypasses the page cache; None unless a plain file of fitting size."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        direct = self._direct
+        try:
+            fd = os.open(self.root / path, flags | (os.O_DIRECT if direct else 0))
+        except OSError as error:
+            if error.errno in ABSENT:
+                return None
+            if not direct or error.errno != errno.EINVAL:
+                raise
+            direct = False
+            fd = os.open(self.root / path, flags)
+        state = os.fstat(fd)
+        if not stat.S_ISREG(state.st_mode) or state.st_size > self.max_bytes:
+            os.close(fd)
+            return None
+        return fd, state.st_size, direct
+
+    def _write(self, path: str, pieces: Sequence[memoryview], size: int) -> bool:
+        begun = self._folder.begin(path, size, os.O_DIRECT if self._direct else 0)
+        if begun is None:
+            return False
+        temp, fd = begun
+        try:
+            write_file(fd, pieces, direct=self._direct)
+            if self._fsync:
+                os.fsync(fd)
+            self._folder.publish(temp, path, size)
+        except BaseException:
+            self._folder.abandon(temp)
+            raise
+        finally:
+            os.close(fd)
+        if self._fsync:
+            folder = os.open((self.root / path).parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        return True
+
+    def _can_bypass_page_cache(self) -> bool:
+        probe = self.root / WRITING / f"probe-{secrets.token_hex(8)}"
+        try:
+            fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
+            try:
+                os.pwritev(fd, [aligned_buffer(BLOCK)], 0)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            log.warning("no direct I/O under %s: the page cache will hold a second copy of what is read", self.root)
+            return False
+        finally:
+            probe.unlink(missing_ok=True)
+        return True
+
+    @contextmanager
+    def _medium(self, doing: str) -> Iterator[None]:
+        """What the system refuses is a StoreError, counted."""
+        try:
+            yield
+        except StoreError:
+            raise
+        except OSError as error:
+            self._count(errors=1)
+            raise StoreError(f"could not {doing} under {self.root}: {error}") from error
+
+    def _count(self, **amounts: float) -> None:
+        with self._count_lock:
+            for counter, amount in amounts.items():
+                setattr(self.stats_, counter, getattr(self.stats_, counter) + amount)

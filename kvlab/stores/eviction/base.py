@@ -1,0 +1,27 @@
+"""What an eviction policy is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Container, Hashable
+from typing import ClassVar
+
+
+class EvictionPolicy(ABC):
+    """Order of leaving. Not thread-safe: its owner holds a lock."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def admit(self, key: Hashable, size: int) -> None:
+        """`key` of `size` bytes has entered (or entered again with a new size)."""
+
+    @abstractmethod
+    def touch(self, key: Hashable) -> None:
+        """`key` was used; unknown keys are ignored."""
+
+    @abstractmethod
+    def discard(self, key: Hashable) -> None:
+        """`key` has left; unknown keys are ignored."""
+
+    @abstractmethod
+    def victim(self, pinned: Container[Hashable] = ()) -> Hashable | None:
+        """The key that should leave next, never one in `pinned`; None if there is none. It stays until `discard`."""

@@ -1,0 +1,149 @@
+import logging
+
+import pytest
+
+from kvlab.errors import ConfigError, StoreError
+from kvlab.stores import open_stores
+from kvlab.stores.disk import DiskStore
+from kvlab.stores.memory import MemoryStore
+from kvlab.stores.names import path_of
+from kvlab.stores.tiered import TieredStore
+from kvlab.testing import StoreTests
+from kvlab.testing.machines import pattern
+
+
+class TestTieredStore(StoreTests):
+    persistent = True
+    examples = 20
+
+    def open(self, where, max_bytes):
+        return TieredStore([MemoryStore(max_bytes), DiskStore(where, max_bytes)])
+
+
+class TestSmallAboveLarge(StoreTests):
+    """The upper tier forgets all the time; the stack must not."""
+
+    persistent = True
+    examples = 20
+
+    def open(self, where, max_bytes):
+        return TieredStore([MemoryStore(4000), DiskStore(where, max_bytes)])
+
+
+@pytest.fixture
+def two(tmp_path):
+    memory, disk = MemoryStore(1 << 20), DiskStore(tmp_path / "kv", 1 << 20)
+    with TieredStore([memory, disk], first_wait_s=0.02, longest_wait_s=0.1) as store:
+        yield store, memory, disk
+
+
+def test_a_hit_below_is_copied_above(two):
+    store, memory, disk = two
+    disk.put("k", pattern(5000))
+    assert bytes(store.get("k")) == pattern(5000)
+    assert memory.contains("k")
+    disk.put("l", pattern(600))
+    room = bytearray(1000)
+    assert store.get_into("l", memoryview(room)) == 600
+    assert bytes(memory.get("l")) == pattern(600)
+
+
+def test_each_tier_is_asked_only_for_what_those_above_lack(two):
+    store, memory, disk = two
+    memory.put("a", b"1")
+    disk.put("b", b"2")
+    asked = []
+    inner = disk.contains_many
+    disk.contains_many = lambda keys: asked.append(list(keys)) or inner(keys)
+    assert store.contains_many(["a", "b", "c"]) == [True, True, False]
+    assert asked == [["b", "c"]]
+
+
+def test_a_broken_value_leaves_the_tier_it_came_from_and_a_good_copy_stays(two):
+    store, memory, disk = two
+    memory.put("k", b"broken")
+    disk.put("k", b"good")
+    assert bytes(store.get("k")) == b"broken"
+    store.set_aside("k", "checksum")
+    assert bytes(store.get("k")) == b"good"
+
+
+def test_a_broken_value_that_was_promoted_leaves_both_tiers(two):
+    store, memory, disk = two
+    disk.put("k", b"broken")
+    store.get("k")
+    assert memory.contains("k")
+    store.set_aside("k", "checksum")
+    assert not memory.contains("k")
+    assert not disk.contains("k")
+
+
+def break_disk(disk):
+    """Make every write fail, for root too: a file where the folder for files in the making was."""
+    writing = disk.root / ".kvlab" / "writing"
+    writing.rmdir()
+    writing.write_bytes(b"")
+    return writing.unlink
+
+
+def test_a_failing_tier_costs_no_call_is_told_once_and_comes_back(two, caplog):
+    store, _, disk = two
+    heal = break_disk(disk)
+    with caplog.at_level(logging.WARNING):
+        for index in range(20):
+            assert store.put(f"k{index}", pattern(100, index)) is True
+    assert len([record for record in caplog.records if "tier disk failed" in record.message]) == 1
+    tier = store.tiers[1]
+    assert not tier.is_up
+    assert 1 <= tier.failures < 20  # it was left alone most of the time
+    assert store.why_missing("absent") == "tier_down"
+    row = store.rows()[1]
+    assert (row["up"], row["outages"]) == (0, 1)
+    assert "could not write" in row["last_error"]
+    assert bytes(store.get("k3")) == pattern(100, 3)
+
+    heal()
+    tier._ask_again = 0.0  # its wait is over
+    assert store.put("after", b"v")
+    assert tier.is_up
+    assert disk.contains("after")
+    assert store.why_missing("absent") == "never_stored"
+
+
+def test_the_wait_grows_with_each_failure_in_a_row(two):
+    store, _, disk = two
+    heal = break_disk(disk)
+    waits = []
+    for _ in range(5):
+        store.tiers[1]._ask_again = 0.0
+        store.put("k", b"v")
+        waits.append(store.tiers[1]._wait_s)
+    assert waits == [0.02, 0.04, 0.08, 0.1, 0.1]
+    heal()
+
+
+def test_a_store_that_raises_anything_at_all_is_a_miss(two):
+    store, memory, _ = two
+
+    def fail(*_):
+        raise RuntimeError("a bug in somebody's tier")
+
+    memory.get = memory.put = memory.contains_many = memory.size_of = fail
+    assert store.put("k", b"v")
+    assert bytes(store.get("k")) == b"v"
+    assert store.contains_many(["k", "l"]) == [True, False]
+
+
+def test_open_stores(tmp_path):
+    with open_stores(["memory://?size=1MiB", f"file://{tmp_path}/a", f"file://{tmp_path}/b"]) as store:
+        assert [row["tier"] for row in store.rows()] == ["memory", "disk1", "disk2"]
+        store.put("k", b"v")
+        assert (tmp_path / "a" / path_of("k")).read_bytes() == b"v"
+        assert (tmp_path / "b" / path_of("k")).read_bytes() == b"v"
+    with open_stores(["memory://"]) as store:
+        assert isinstance(store, MemoryStore)
+    with pytest.raises(ConfigError):
+        open_stores([])
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError):
+        open_stores(["memory://", f"file://{tmp_path}/file/kv"])
