@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvlab.connectors.transformers import capture as capture
     from kvlab.chunking import Chunker as Chunker
     from kvlab.connectors import vllm_config as vllm_config
     from kvlab.engine import CacheEngine as CacheEngine
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "capture": "kvlab.connectors.transformers",
     "CacheEngine": "kvlab.engine",
     "Chunker": "kvlab.chunking",
     "KVGeometry": "kvlab.geometry",

@@ -20,7 +20,8 @@ class Anchors:
 
     def values(self) -> torch.Tensor:
         """The anchors as the decoder knows them, float32 (planes, groups, channels)."""
-        return ((self.codes.float() - 128) * self.scales.float()).flatten(2)
+        limit = torch.finfo(torch.bfloat16).max  # a scale that was rounded up must not make infinity
+        return ((self.codes.float() - 128) * self.scales.float()).clamp_(-limit, limit).flatten(2)
 
 
 def planes_of(kv: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:

@@ -35,7 +35,8 @@ class CacheGenLMCacheSerde(Serde):
         if top.numel():
             finite(top)
         most = levels_each_side(len(planes) // 2)
-        scales = top.to(torch.bfloat16)
+        limit = torch.finfo(torch.bfloat16).max
+        scales = top.clamp(max=limit).to(torch.bfloat16)
         inverse = 1 / scales.float()
         inverse = torch.where(torch.isfinite(inverse), inverse, 0.0)
         codes = (planes * inverse * most).round_().clamp_(-most, most).add_(most).to(torch.uint8).numpy()

@@ -19,7 +19,7 @@ from kvlab.errors import ConfigError, FormatError
 
 PRECISION = 12  # bits of a probability
 TOTAL = 1 << PRECISION
-BUCKET = 3  # bits of a slot that the look-up leaves to the walk
+BUCKET = 5  # bits of a slot that the look-up leaves to the walk
 LOW = 1 << 16  # a state below this takes in a word
 MAX_LANE_SYMBOLS = 80_000  # so that a lane's number of words fits 16 bits
 
@@ -31,9 +31,9 @@ class Model:
     """Which distribution codes which channel: `index` (planes, channels) into rows of `cum`.
 
     `cum` is (tables, symbols + 1) uint16, from 0 to 4,096, rising by at least 1: every symbol can be coded. `lut`
-    (tables, 64) uint8 says which symbol the first of 64 slots belongs to; the rest is a short walk up `cum`. A look-up
+    (tables, 128) uint8 says which symbol the first of 32 slots belongs to; the rest is a short walk up `cum`. A look-up
     of all 4,096 slots would be one step, but its 64 cache lines a channel come from memory anew for every chunk, and
-    a chunk has only some 256 symbols a channel to pay for them (measured: three times slower).
+    a chunk has only some 256 symbols a channel to pay for them (measured: more than twice slower).
     """
 
     index: NDArray[np.int32]

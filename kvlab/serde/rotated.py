@@ -5,6 +5,8 @@ head's outlier channels over all of them, and what comes out is so nearly normal
 (Lloyd and Max's for the normal distribution) fits every head of every model. No calibration, one scale a vector.
 """
 
+from functools import lru_cache
+
 import torch
 
 from kvlab.errors import FormatError
@@ -56,6 +58,7 @@ class Rotated4Serde(Serde):
         return result
 
 
+@lru_cache(maxsize=8)
 def rotation(dim: int) -> torch.Tensor:
     """An orthogonal (dim, dim) matrix, the same for ever: fixed signs, then Hadamard blocks.
 

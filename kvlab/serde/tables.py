@@ -130,7 +130,7 @@ def save_tables(path: str | Path, tables: Iterable[Tables]) -> None:
     for one in tables:
         about[str(one.level)] = {**one._about(), "digest": one.digest}
         for name in _ARRAYS:
-            tensors[f"{one.level}.{name}"] = torch.from_numpy(np.ascontiguousarray(getattr(one, name)))
+            tensors[f"{one.level}.{name}"] = torch.from_numpy(getattr(one, name).copy())
     save_file(tensors, str(path), metadata={"kvlab_cachegen": "1", "group": str(GROUP), "levels": json.dumps(about)})
 
 
