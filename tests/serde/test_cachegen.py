@@ -86,7 +86,7 @@ def test_far_values_come_back_through_escapes() -> None:
     serde = CacheGenSerde(tables())
     encoded = serde.encode(kv, AXES)
     assert len(encoded.parts["payload.escapes"]) > len(serde.encode(KV, AXES).parts["payload.escapes"])
-    assert serde.decode(encoded)[1, 5, 1, 0, 3] == pytest.approx(100.0, rel=0.01)
+    assert float(serde.decode(encoded)[1, 5, 1, 0, 3]) == pytest.approx(100.0, rel=0.01)
 
 
 def test_without_numba_the_reference_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
