@@ -101,10 +101,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=768)
     parser.add_argument("--continuation", type=int, default=256)
     parser.add_argument("--greedy", type=int, default=64)
-    parser.add_argument("--ablate", type=float, nargs="*", default=[0.125, 0.25, 0.5])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ablate", type=float, nargs="*", default=[0.125, 0.25])
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "measured" / "serde_quality.csv")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     num_code = args.docs // 3
     talks, sources = sharegpt(args.sharegpt, args.docs - num_code + 6), code(num_code + 2)
