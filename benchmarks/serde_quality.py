@@ -50,7 +50,9 @@ def cache_of(kvs: list[torch.Tensor]) -> DynamicCache:
 
 
 @torch.inference_mode()
-def judged(model: torch.nn.Module, kvs: list[torch.Tensor], rows: list[list[int]], context: int, greedy: int) -> tuple[float, torch.Tensor]:
+def judged(
+    model: torch.nn.Module, kvs: list[torch.Tensor], rows: list[list[int]], context: int, greedy: int
+) -> tuple[float, torch.Tensor]:
     """Mean negative log likelihood of what follows the context, and the greedy tokens (rows, greedy)."""
     total, count, made = 0.0, 0, []
     for start in range(0, len(rows), BATCH):
@@ -118,9 +120,18 @@ def main() -> None:
     serdes: list[tuple[str, Serde]] = [(spec, get_serde(spec)) for spec in PLAIN]
     serdes += [(f"cachegen:level={level}", CacheGenSerde(profile(learned, AXES, level))) for level in LEVELS]
     for level in args.ablate:
-        serdes.append((f"cachegen:level={level} without deltas", CacheGenSerde(profile(learned, AXES, level, deltas=False))))
-        serdes.append((f"cachegen:level={level} without layer groups", CacheGenSerde(profile(learned, AXES, level, bins=(1.0, 1.0, 1.0)))))
-        serdes.append((f"cachegen:level={level} one global table", CacheGenSerde(profile(learned, AXES, level, shared=True))))
+        serdes.append(
+            (f"cachegen:level={level} without deltas", CacheGenSerde(profile(learned, AXES, level, deltas=False)))
+        )
+        serdes.append(
+            (
+                f"cachegen:level={level} without layer groups",
+                CacheGenSerde(profile(learned, AXES, level, bins=(1.0, 1.0, 1.0))),
+            )
+        )
+        serdes.append(
+            (f"cachegen:level={level} one global table", CacheGenSerde(profile(learned, AXES, level, shared=True)))
+        )
 
     machine, out = about(), []
     elements = sum(kv.numel() for kv in kvs)
@@ -129,8 +140,29 @@ def main() -> None:
     def row(name: str, bits: dict[str, int], measured: dict[str, object]) -> None:
         all_bits = sum(bits.values())
         shares = {f"{kind}_bits": round(count / elements, 4) for kind, count in bits.items()}
-        out.append({"kind": name, "bits_per_element": round(all_bits / elements, 4), "ratio": round(16 * elements / all_bits, 4), **shares, **measured})
-        print({key: out[-1].get(key) for key in ("kind", "bits_per_element", "key_error", "value_error", "perplexity_rise", "greedy_agreement")}, flush=True)
+        out.append(
+            {
+                "kind": name,
+                "bits_per_element": round(all_bits / elements, 4),
+                "ratio": round(16 * elements / all_bits, 4),
+                **shares,
+                **measured,
+            }
+        )
+        print(
+            {
+                key: out[-1].get(key)
+                for key in (
+                    "kind",
+                    "bits_per_element",
+                    "key_error",
+                    "value_error",
+                    "perplexity_rise",
+                    "greedy_agreement",
+                )
+            },
+            flush=True,
+        )
 
     where = {"num_tokens": args.docs * args.context, "chunk_tokens": CHUNK, "model": Path(args.model).name, **machine}
     for name, serde in serdes:
@@ -141,7 +173,10 @@ def main() -> None:
         same = tokens == base_tokens
         errors = []
         for half in (0, 1):
-            distance = sum(float((a[:, :, :, half].double() - b[:, :, :, half].double()).square().sum()) for a, b in zip(kvs, back, strict=True))
+            distance = sum(
+                float((a[:, :, :, half].double() - b[:, :, :, half].double()).square().sum())
+                for a, b in zip(kvs, back, strict=True)
+            )
             errors.append(math.sqrt(distance / sum(float(kv[:, :, :, half].double().square().sum()) for kv in kvs)))
         row(name, bits, {
             "key_error": round(errors[0], 6), "value_error": round(errors[1], 6), "perplexity": round(math.exp(nll), 5),

@@ -58,8 +58,12 @@ class CacheGenSerde(Serde):
         need_kv_axes(self.name, kv, axes)
         tables = self.tables
         planes = planes_of(kv.detach().cpu(), axes).float().contiguous()
-        if (planes.shape[0], planes.shape[2] * planes.shape[3]) != tables.unit.shape or planes.shape[2] != tables.kv_heads:
-            raise ConfigError(f"these tables are for {_model_of(tables)}, the KV has {planes.shape[0] // 2} layers of {list(planes.shape[2:])}")
+        if (planes.shape[0], planes.shape[2] * planes.shape[3]) != tables.unit.shape or planes.shape[
+            2
+        ] != tables.kv_heads:
+            raise ConfigError(
+                f"these tables are for {_model_of(tables)}, the KV has {planes.shape[0] // 2} layers of {list(planes.shape[2:])}"
+            )
         if planes.numel():
             finite(planes.abs().amax())
         anchors = anchor_codes(planes) if tables.deltas else None
@@ -72,7 +76,11 @@ class CacheGenSerde(Serde):
         if anchors is not None:
             codes = anchors.codes.flatten(2).numpy()
             words, lengths = coder.encode(codes, tables.anchor_model, rans.num_lanes(codes.shape[2], ANCHOR_CHANNELS))
-            parts |= {"anchors.words": _words(words), "anchors.lengths": _words(lengths), "anchors.scales": anchors.scales}
+            parts |= {
+                "anchors.words": _words(words),
+                "anchors.lengths": _words(lengths),
+                "anchors.scales": anchors.scales,
+            }
         params = {"table": tables.digest}
         return Encoded(self.spec, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, parts, params)
 
@@ -82,9 +90,13 @@ class CacheGenSerde(Serde):
         if encoded.params.get("table") != tables.digest:
             asked = str(encoded.params.get("table"))[:40]
             raise FormatError(f"chunk needs cachegen table {asked}, this is {tables.digest}", reason="table")
-        layers, tokens, heads, dim = (encoded.shape[encoded.axes.index(axis)] for axis in ("layers", "tokens", "kv_heads", "head_dim"))
+        layers, tokens, heads, dim = (
+            encoded.shape[encoded.axes.index(axis)] for axis in ("layers", "tokens", "kv_heads", "head_dim")
+        )
         if (2 * layers, heads * dim, heads) != (*tables.unit.shape, tables.kv_heads):
-            raise FormatError(f"chunk of {layers} layers of [{heads}, {dim}] does not fit tables for {_model_of(tables)}")
+            raise FormatError(
+                f"chunk of {layers} layers of [{heads}, {dim}] does not fit tables for {_model_of(tables)}"
+            )
         anchors = self._anchors(encoded, tokens, heads, dim) if tables.deltas else None
         symbols = _decoded(encoded, "payload", tables.delta_model, len(rest_of(tokens)) if tables.deltas else tokens)
         result = checked_out(encoded, out)

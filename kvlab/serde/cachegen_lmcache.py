@@ -42,7 +42,9 @@ class CacheGenLMCacheSerde(Serde):
         codes = (planes * inverse * most).round_().clamp_(-most, most).add_(most).to(torch.uint8).numpy()
         index = np.arange(codes.shape[0] * codes.shape[2], dtype=np.int32).reshape(codes.shape[0], codes.shape[2])
         flat = index[:, None].astype(np.int64) * SYMBOLS + codes
-        frequencies = rans.normalized(np.bincount(flat.reshape(-1), minlength=index.size * SYMBOLS).reshape(-1, SYMBOLS))
+        frequencies = rans.normalized(
+            np.bincount(flat.reshape(-1), minlength=index.size * SYMBOLS).reshape(-1, SYMBOLS)
+        )
         model = rans.Model.of(index, frequencies)
         words, lengths = coder.encode(codes, model, codes.shape[2])
         cdf = torch.from_numpy(model.cum.astype(np.int16).reshape(*index.shape, SYMBOLS + 1))

@@ -46,7 +46,11 @@ class Model:
         if frequencies.ndim != 2 or not 2 <= frequencies.shape[1] <= 256 or index.ndim != 2:
             raise FormatError(f"a table must have 2 to 256 symbols, got shape {list(frequencies.shape)}")
         wide = frequencies.astype(np.int64)
-        if (wide < 1).any() or (wide.sum(1) != TOTAL).any() or (index.size and not 0 <= index.min() <= index.max() < len(wide)):
+        if (
+            (wide < 1).any()
+            or (wide.sum(1) != TOTAL).any()
+            or (index.size and not 0 <= index.min() <= index.max() < len(wide))
+        ):
             raise FormatError(f"frequencies must be at least 1 and sum to {TOTAL} in every table that is named")
         cum = np.zeros((len(wide), wide.shape[1] + 1), np.uint16)
         cum[:, 1:] = np.cumsum(wide, axis=1)

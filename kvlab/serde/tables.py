@@ -115,7 +115,18 @@ def profile(
     planes, channels = unit.shape
     index = np.zeros((planes, channels), np.int32) if shared else np.arange(planes * channels, dtype=np.int32)
     index = index.reshape(planes, channels)
-    empty = Tables(level, bins, deltas, kv_heads, unit, center.numpy(), index, _flat(index, 2 * radius + 2), index, _flat(index, 256))
+    empty = Tables(
+        level,
+        bins,
+        deltas,
+        kv_heads,
+        unit,
+        center.numpy(),
+        index,
+        _flat(index, 2 * radius + 2),
+        index,
+        _flat(index, 256),
+    )
     bin_of = torch.round((raw - center[:, None]) / empty.step)
     symbols = torch.where(bin_of.abs() <= radius, bin_of + radius, 2 * radius + 1).numpy().astype(np.uint8)
     anchors = [code.codes.reshape(planes, -1, channels).numpy() for code in coded if code is not None]

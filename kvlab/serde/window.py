@@ -81,9 +81,7 @@ def bases_under(top: Bytes) -> Bytes:
     return np.maximum(top, np.uint8(WIDTH - 1)) - np.uint8(WIDTH - 1)
 
 
-def best_window(
-    words: NDArray[Any], fmt: FloatFormat, shape: tuple[int, ...], axes: tuple[str, ...]
-) -> Window:
+def best_window(words: NDArray[Any], fmt: FloatFormat, shape: tuple[int, ...], axes: tuple[str, ...]) -> Window:
     """The grid whose windows cost least: a window per channel where enough rows share it, else fewer.
 
     In typed KV the channels are known. What lies in an opaque page is found by trying rows of likely lengths, so

@@ -1,11 +1,11 @@
 """What every serde promises. Subclass `SerdeTests`, give a `serde` fixture, inherit the tests.
 
-    class TestMine(SerdeTests):
-        max_error = 0.05
+class TestMine(SerdeTests):
+    max_error = 0.05
 
-        @pytest.fixture(scope="class")
-        def serde(self):
-            return get_serde("mine:option=1")
+    @pytest.fixture(scope="class")
+    def serde(self):
+        return get_serde("mine:option=1")
 """
 
 import random
@@ -83,7 +83,9 @@ class SerdeTests:
         strided = kv_like((*self.shape(11)[:-1], 2 * self.head_dim))[..., ::2]
         for given_kv in (kv, strided):
             self.check(serde, given_kv, serde.decode(serde.encode(given_kv, AXES)))
-            assert raw(serde.decode(serde.encode(given_kv, AXES))).equal(raw(serde.decode(serde.encode(given_kv.contiguous(), AXES))))
+            assert raw(serde.decode(serde.encode(given_kv, AXES))).equal(
+                raw(serde.decode(serde.encode(given_kv.contiguous(), AXES)))
+            )
 
     def test_any_order_of_axes(self, serde: Serde) -> None:
         kv = kv_like(self.shape(12))

@@ -22,9 +22,13 @@ KV = kv_like((3, 23, 2, 2, 16))
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 3), st.integers(0, 30), st.integers(1, 12), st.integers(2, 256), st.integers(0, 2**32 - 1))
-def test_both_coders_write_the_same_words_and_read_them(planes: int, steps: int, channels: int, alphabet: int, seed: int) -> None:
+def test_both_coders_write_the_same_words_and_read_them(
+    planes: int, steps: int, channels: int, alphabet: int, seed: int
+) -> None:
     source = np.random.default_rng(seed)
-    counts = source.geometric(0.05, (planes * channels, alphabet)) * (source.random((planes * channels, alphabet)) < 0.4)
+    counts = source.geometric(0.05, (planes * channels, alphabet)) * (
+        source.random((planes * channels, alphabet)) < 0.4
+    )
     model = rans.Model.of(np.arange(planes * channels).reshape(planes, channels), rans.normalized(counts))
     symbols = source.integers(0, alphabet, (planes, steps, channels), np.uint8)
     lanes = rans.num_lanes(channels, 4)

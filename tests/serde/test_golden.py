@@ -16,7 +16,9 @@ KINDS = sorted(path.parent.name for path in GOLDEN.glob("*/v1.safetensors"))
 
 
 def serde_of(kind: str) -> Serde:
-    return get_serde(f"cachegen:tables={GOLDEN / 'cachegen' / 'v1.tables.safetensors'},level=0.25" if kind == "cachegen" else kind)
+    return get_serde(
+        f"cachegen:tables={GOLDEN / 'cachegen' / 'v1.tables.safetensors'},level=0.25" if kind == "cachegen" else kind
+    )
 
 
 def test_every_kind_has_golden_bytes() -> None:
@@ -29,7 +31,9 @@ def test_golden_bytes_decode_to_what_they_did(kind: str) -> None:
     expected = load_file(GOLDEN / kind / "v1.expected.safetensors")
     back = serde_of(kind).decode(from_parts(opened.parts, opened.metadata))
     if kind == "rotated4":  # a matrix product may round otherwise on another CPU
-        assert (back.float() - expected["decoded"].float()).abs().max() <= 2**-7 * expected["decoded"].float().abs().max()
+        assert (back.float() - expected["decoded"].float()).abs().max() <= 2**-7 * expected[
+            "decoded"
+        ].float().abs().max()
     else:
         assert raw(back).equal(raw(expected["decoded"]))
 
@@ -39,5 +43,7 @@ def test_todays_bytes_are_the_golden_ones(kind: str) -> None:
     opened = unpack((GOLDEN / kind / "v1.safetensors").read_bytes(), "golden")
     kv = load_file(GOLDEN / kind / "v1.expected.safetensors")["kv"]
     parts, metadata = to_parts(serde_of(kind).encode(kv, AXES))
-    assert {name: bytes(part.data) for name, part in parts.items()} == {name: bytes(part.data) for name, part in opened.parts.items()}
+    assert {name: bytes(part.data) for name, part in parts.items()} == {
+        name: bytes(part.data) for name, part in opened.parts.items()
+    }
     assert metadata == {key: opened.metadata[key] for key in metadata}

@@ -36,7 +36,11 @@ def test_opaque_pages_pack_as_well_as_typed_kv(order: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"])
 def test_the_element_is_found_and_written_down(dtype: str) -> None:
-    kv = KV.float().mul(1 + torch.rand(KV.shape, generator=torch.Generator().manual_seed(1)) / 64).to(getattr(torch, dtype))
+    kv = (
+        KV.float()
+        .mul(1 + torch.rand(KV.shape, generator=torch.Generator().manual_seed(1)) / 64)
+        .to(getattr(torch, dtype))
+    )
     encoded = get_serde("lossless").encode(pages(kv, LAYOUTS["token-major"]), PAGES)
     assert encoded.params["element"] == dtype
     given = get_serde(f"lossless:element={dtype}").encode(pages(kv, LAYOUTS["token-major"]), PAGES)
@@ -62,7 +66,16 @@ def test_escapes_must_be_as_many_as_the_codes_name() -> None:
     escapes = encoded.parts["payload.escapes"]
     for wrong in (escapes[:-1], torch.cat([escapes, escapes[:1]])):
         with pytest.raises(FormatError, match="escapes"):
-            get_serde("lossless").decode(type(encoded)(encoded.serde, encoded.shape, encoded.dtype, encoded.axes, {**encoded.parts, "payload.escapes": wrong}, encoded.params))
+            get_serde("lossless").decode(
+                type(encoded)(
+                    encoded.serde,
+                    encoded.shape,
+                    encoded.dtype,
+                    encoded.axes,
+                    {**encoded.parts, "payload.escapes": wrong},
+                    encoded.params,
+                )
+            )
 
 
 def test_unknown_elements_are_refused() -> None:
