@@ -27,8 +27,8 @@ from kvlab.serde.wire import to_parts
 CHUNK = 256
 BATCH = 4
 PLAIN = [
-    "naive", "lossless", "fp8", "fp8:k=channel,v=token", "int8", "int8:k=channel,v=token", "int4:k=token,v=token,group=64",
-    "int4:k=channel,v=token,group=64", "int4:k=channel,v=token,group=32", "rotated4", "cachegen-lmcache",
+    "naive", "lossless", "fp8", "fp8:k=channel,v=token", "int8", "int8:k=channel,v=token",
+    "int4:k=token,v=token,group=64", "int4:k=channel,v=token,group=64", "int4:k=channel,v=token,group=32", "rotated4", "cachegen-lmcache",
 ]  # fmt: skip
 
 
@@ -180,7 +180,8 @@ def main() -> None:
             errors.append(math.sqrt(distance / sum(float(kv[:, :, :, half].double().square().sum()) for kv in kvs)))
         row(name, bits, {
             "key_error": round(errors[0], 6), "value_error": round(errors[1], 6), "perplexity": round(math.exp(nll), 5),
-            "perplexity_rise": round(math.exp(nll - base_nll) - 1, 6), "greedy_agreement": round(float(same.float().mean()), 4),
+            "perplexity_rise": round(math.exp(nll - base_nll) - 1, 6),
+            "greedy_agreement": round(float(same.float().mean()), 4),
             "greedy_first_difference": round(float((same.int().cumprod(1).sum(1)).float().mean()), 2), **where,
         })  # fmt: skip
         write(args.out, out)

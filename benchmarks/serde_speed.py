@@ -67,7 +67,8 @@ def main() -> None:
         rows.append({
             "kind": name, "ratio": round(ratio, 4), "encode_gb_s": round(encode, 3), "decode_gb_s": round(decode, 3),
             "copy_gb_s": round(ceiling, 3), "decode_of_copy": round(decode / ceiling, 4),
-            "break_even_serial_gb_s": round(serial, 3), "break_even_pipelined_gb_s": round(decode if ratio > 1.001 else 0.0, 3),
+            "break_even_serial_gb_s": round(serial, 3),
+            "break_even_pipelined_gb_s": round(decode if ratio > 1.001 else 0.0, 3),
             "threads": 1, "chunk_bytes": num_bytes, "repeats": args.repeats, "model": Path(args.model).name, **about(),
         })  # fmt: skip
         print(

@@ -1,7 +1,7 @@
 """Texts for the serde benchmarks: ShareGPT conversations (read as far as the file goes) and Python's own source."""
 
-import ast
 import argparse as _argparse
+import ast
 import inspect
 import json
 import typing

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chunks = []
     for text in args.text:
         kv = capture(model, text.read_text(encoding="utf-8"), max_tokens=args.max_tokens).tensor()
-        chunks += list(kv.split(args.chunk, dim=1))
+        chunks += [kv[:, start : start + args.chunk] for start in range(0, kv.shape[1], args.chunk)]
     tables = [profile(chunks, AXES, level) for level in LEVELS]
     out = args.out or args.model / FILE
     save_tables(out, tables)

@@ -9,7 +9,7 @@ GROUP = 10  # contiguous tokens; the first is the anchor, so that the others dec
 
 @dataclass(frozen=True)
 class Anchors:
-    """8-bit anchors: `codes` (planes, groups, kv_heads, head_dim) uint8 around 128, `scales` (planes, groups, kv_heads, 1).
+    """8-bit anchors: `codes` (planes, groups, kv_heads, head_dim) uint8 around 128, `scales` one bf16 a vector.
 
     The paper quantizes anchors "vector-wise"; the vector here is one head's, so that one head's outlier channel does
     not coarsen the others.

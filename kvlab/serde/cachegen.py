@@ -26,6 +26,8 @@ except ImportError:  # numba is an extra; the reference writes the same bytes
     coder = rans  # type: ignore[misc]
 
 DELTA_CHANNELS, ANCHOR_CHANNELS = 8, 64  # channels of a lane: about 2,000 symbols of a 256-token chunk
+__all__ = ["CacheGenSerde", "as_part", "coder", "planes_of_writable", "symbols_of"]
+
 _LOADED: "WeakValueDictionary[str, Tables]" = WeakValueDictionary()
 
 
@@ -58,12 +60,10 @@ class CacheGenSerde(Serde):
         need_kv_axes(self.name, kv, axes)
         tables = self.tables
         planes = planes_of(kv.detach().cpu(), axes).float().contiguous()
-        if (planes.shape[0], planes.shape[2] * planes.shape[3]) != tables.unit.shape or planes.shape[
-            2
-        ] != tables.kv_heads:
-            raise ConfigError(
-                f"these tables are for {_model_of(tables)}, the KV has {planes.shape[0] // 2} layers of {list(planes.shape[2:])}"
-            )
+        heads, dim = planes.shape[2:]
+        if (planes.shape[0], heads * dim, heads) != (*tables.unit.shape, tables.kv_heads):
+            found = f"{planes.shape[0] // 2} layers of {list(planes.shape[2:])}"
+            raise ConfigError(f"these tables are for {_model_of(tables)}, the KV has {found}")
         if planes.numel():
             finite(planes.abs().amax())
         anchors = anchor_codes(planes) if tables.deltas else None
@@ -72,13 +72,13 @@ class CacheGenSerde(Serde):
         symbols = torch.where(outside, 2 * tables.radius + 1, bins + tables.radius).to(torch.uint8).numpy()
         words, lengths = coder.encode(symbols, tables.delta_model, rans.num_lanes(symbols.shape[2], DELTA_CHANNELS))
         escapes = bins[outside].clamp_(-32768, 32767).to(torch.int16)
-        parts = {"payload.words": _words(words), "payload.lengths": _words(lengths), "payload.escapes": escapes}
+        parts = {"payload.words": as_part(words), "payload.lengths": as_part(lengths), "payload.escapes": escapes}
         if anchors is not None:
             codes = anchors.codes.flatten(2).numpy()
             words, lengths = coder.encode(codes, tables.anchor_model, rans.num_lanes(codes.shape[2], ANCHOR_CHANNELS))
             parts |= {
-                "anchors.words": _words(words),
-                "anchors.lengths": _words(lengths),
+                "anchors.words": as_part(words),
+                "anchors.lengths": as_part(lengths),
                 "anchors.scales": anchors.scales,
             }
         params = {"table": tables.digest}
@@ -98,7 +98,7 @@ class CacheGenSerde(Serde):
                 f"chunk of {layers} layers of [{heads}, {dim}] does not fit tables for {_model_of(tables)}"
             )
         anchors = self._anchors(encoded, tokens, heads, dim) if tables.deltas else None
-        symbols = _decoded(encoded, "payload", tables.delta_model, len(rest_of(tokens)) if tables.deltas else tokens)
+        symbols = symbols_of(encoded, "payload", tables.delta_model, len(rest_of(tokens)) if tables.deltas else tokens)
         result = checked_out(encoded, out)
         self._dequantize(encoded, symbols, anchors, planes_of_writable(result, encoded.axes))
         return result
@@ -107,8 +107,8 @@ class CacheGenSerde(Serde):
         groups = -(-tokens // GROUP)
         shape = (len(self.tables.unit), groups, heads, 1)
         checked_parts(self.name, encoded, {"anchors.scales": (torch.bfloat16, shape)})
-        codes = _decoded(encoded, "anchors", self.tables.anchor_model, groups)
-        return Anchors(codes.unflatten(2, (heads, dim)), encoded.parts["anchors.scales"])
+        codes = symbols_of(encoded, "anchors", self.tables.anchor_model, groups)
+        return Anchors(codes.view(*codes.shape[:2], heads, dim), encoded.parts["anchors.scales"])
 
     def _dequantize(
         self, encoded: Encoded, symbols: torch.Tensor, anchors: Anchors | None, planes: list[torch.Tensor]
@@ -132,11 +132,11 @@ class CacheGenSerde(Serde):
             if anchor_values is None:
                 _store(values.add_(center[index]), plane)
                 continue
-            # Whole groups first, as (groups, 9 or 10, channels): slices instead of a gather. Then the last, shorter one.
+            # Whole groups first, in slices instead of a gather; then the last, shorter one.
             anchor, whole = anchor_values[index], len(plane) // GROUP
-            grouped = plane[: whole * GROUP].unflatten(0, (whole, GROUP))
+            grouped = plane[: whole * GROUP].view(whole, GROUP, *plane.shape[1:])
             _store(anchor[:whole, None], grouped[:, :1])
-            nine = values[: whole * (GROUP - 1)].unflatten(0, (whole, GROUP - 1))
+            nine = values[: whole * (GROUP - 1)].view(whole, GROUP - 1, -1)
             _store(nine.add_(anchor[:whole, None]), grouped[:, 1:])
             if len(plane) % GROUP:
                 _store(anchor[whole:], plane[whole * GROUP :][:1])
@@ -148,7 +148,7 @@ def _store(values: torch.Tensor, target: torch.Tensor) -> None:
     limit = torch.finfo(target.dtype).max
     if target.dtype == torch.float16:
         values = values.clamp(-limit, limit)
-    target.copy_(values.unflatten(-1, target.shape[-2:]))
+    target.copy_(values.reshape(target.shape))
 
 
 def planes_of_writable(kv: torch.Tensor, axes: tuple[str, ...]) -> list[torch.Tensor]:
@@ -157,7 +157,7 @@ def planes_of_writable(kv: torch.Tensor, axes: tuple[str, ...]) -> list[torch.Te
     return [plane for layer in kv.permute(order) for plane in layer]
 
 
-def _decoded(encoded: Encoded, stream: str, model: rans.Model, steps: int) -> torch.Tensor:
+def symbols_of(encoded: Encoded, stream: str, model: rans.Model, steps: int) -> torch.Tensor:
     """Symbols (planes, steps, channels) of the stream of words that is called `stream`."""
     arrays = []
     for name in (f"{stream}.words", f"{stream}.lengths"):
@@ -168,7 +168,7 @@ def _decoded(encoded: Encoded, stream: str, model: rans.Model, steps: int) -> to
     return torch.from_numpy(coder.decode(arrays[0], arrays[1], model, steps))
 
 
-def _words(words: "np.ndarray[tuple[int, ...], np.dtype[np.uint16]]") -> torch.Tensor:
+def as_part(words: "np.ndarray[tuple[int, ...], np.dtype[np.uint16]]") -> torch.Tensor:
     return torch.from_numpy(words.view(np.int16)).view(torch.uint16)
 
 

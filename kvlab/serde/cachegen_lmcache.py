@@ -15,7 +15,7 @@ from kvlab.errors import FormatError
 from kvlab.serde import rans
 from kvlab.serde.anchors import planes_of
 from kvlab.serde.base import Encoded, Serde, checked_out
-from kvlab.serde.cachegen import _decoded, _words, coder, planes_of_writable
+from kvlab.serde.cachegen import as_part, coder, planes_of_writable, symbols_of
 from kvlab.serde.groups import checked_axes, need_kv_axes
 from kvlab.serde.quantized import checked_parts, finite
 
@@ -48,7 +48,7 @@ class CacheGenLMCacheSerde(Serde):
         model = rans.Model.of(index, frequencies)
         words, lengths = coder.encode(codes, model, codes.shape[2])
         cdf = torch.from_numpy(model.cum.astype(np.int16).reshape(*index.shape, SYMBOLS + 1))
-        parts = {"payload.words": _words(words), "payload.lengths": torch.from_numpy(lengths.astype(np.int32))}
+        parts = {"payload.words": as_part(words), "payload.lengths": torch.from_numpy(lengths.astype(np.int32))}
         parts |= {"tables.cdf": cdf, "scales.max": scales}
         return Encoded(self.spec, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, parts)
 
@@ -75,12 +75,12 @@ class CacheGenLMCacheSerde(Serde):
         if model is None or tokens == 0:
             return result
         inner = Encoded(encoded.serde, encoded.shape, encoded.dtype, encoded.axes, parts)
-        symbols = _decoded(inner, "payload", model, tokens)
+        symbols = symbols_of(inner, "payload", model, tokens)
         most, scales = levels_each_side(planes // 2), encoded.parts["scales.max"].float()
         limit = torch.finfo(result.dtype).max
         for plane, target in enumerate(planes_of_writable(result, encoded.axes)):
             values = (symbols[plane].float() - most[plane]) * (scales[plane] / most[plane])
-            target.copy_(values.clamp_(-limit, limit).unflatten(1, target.shape[1:]))
+            target.copy_(values.clamp_(-limit, limit).view(target.shape))
         return result
 
 

@@ -48,8 +48,8 @@ def decode_parts(parts: dict[str, torch.Tensor], window: Window, words: torch.Te
     )  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _code(codes, slab_index, k, at, inside, run_bytes):  # type: ignore[no-untyped-def]
+@triton.jit
+def _code(codes, slab_index, k, at, inside, run_bytes):
     """Code k of byte positions `at`: three bits that begin at bit 3k of the position's 24."""
     first = codes + slab_index.to(tl.int64) * 3 * run_bytes + at
     a = tl.load(first, mask=inside, other=0).to(tl.int32)
@@ -58,8 +58,8 @@ def _code(codes, slab_index, k, at, inside, run_bytes):  # type: ignore[no-untyp
     return ((a | (b << 8) | (c << 16)) >> (3 * k)) & 7
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _count(codes, counts, run_bytes, slab, tiles, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _count(codes, counts, run_bytes, slab, tiles, RUN: tl.constexpr):
     """Escapes of one tile: 8 runs of RUN codes of a slab."""
     slab_index, tile = tl.program_id(0), tl.program_id(1)
     k = tl.arange(0, 8)[:, None]
@@ -70,8 +70,8 @@ def _count(codes, counts, run_bytes, slab, tiles, RUN: tl.constexpr):  # type: i
     tl.store(counts + (slab_index * 8 + tl.arange(0, 8)) * tiles + tile, escaped)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _join(  # type: ignore[no-untyped-def]
+@triton.jit
+def _join(
     codes, rest, escapes, base, starts, words, run_bytes, slab, tiles, tables, period, num_escapes, RUN: tl.constexpr
 ):
     """Words of one tile."""

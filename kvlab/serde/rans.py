@@ -66,7 +66,8 @@ def normalized(counts: Array) -> NDArray[np.uint16]:
     frequencies = 1 + np.floor(share * (TOTAL - num_symbols)).astype(np.int64)
     rows = np.arange(len(counts))
     frequencies[rows, frequencies.argmax(axis=1)] += TOTAL - frequencies.sum(axis=1)
-    return frequencies.astype(np.uint16)
+    found: NDArray[np.uint16] = frequencies.astype(np.uint16)
+    return found
 
 
 def num_lanes(channels: int, channels_per_lane: int) -> int:

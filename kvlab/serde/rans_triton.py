@@ -18,8 +18,8 @@ def decode_on_device(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Symbols (planes, steps, channels) uint8 and what to check, all on the device of `words`.
 
-    `words` int16; `starts` int64 (planes, lanes), `index` int32 (planes, channels), `cum` int16 (tables, symbols + 1) as
-    in `rans.Model`. The second result is (planes, lanes, 2) int64: last state and words taken. The caller compares
+    `words` int16, `starts` int64 (planes, lanes), `index` int32 (planes, channels), `cum` int16 (tables, symbols + 1), as in
+    `rans.Model`. The second result is (planes, lanes, 2) int64: last state and words taken. The caller compares
     it with 2**16 and the lane's length when it next waits for the device anyway.
     """
     planes, channels = index.shape
@@ -35,8 +35,8 @@ def decode_on_device(
     return out, ended
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _decode(  # type: ignore[no-untyped-def]
+@triton.jit
+def _decode(
     words, starts, index, cum, out, ended, num_words, steps, channels, lanes, per_lane, width,
     HALVINGS: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -71,4 +71,4 @@ def rotation(dim: int) -> torch.Tensor:
     while hadamard.shape[0] < block:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
     signs = 1.0 - 2.0 * ((torch.arange(dim) * 0x9E3779B1 >> 13) & 1)
-    return signs[:, None] * torch.block_diag(*[hadamard / block**0.5] * (dim // block))
+    return signs[:, None] * torch.kron(torch.eye(dim // block), hadamard / block**0.5)

@@ -75,7 +75,7 @@ class Tables:
     @property
     def radius(self) -> int:
         """Symbols 0..2*radius are bins -radius..radius; the last one, 2*radius + 1, is the escape."""
-        return self.delta_frequencies.shape[1] // 2 - 1
+        return int(self.delta_frequencies.shape[1]) // 2 - 1
 
     @property
     def step(self) -> torch.Tensor:

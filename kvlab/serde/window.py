@@ -49,8 +49,9 @@ class Window:
     def bases_of(self, base: Bytes, start: int, stop: int) -> Bytes:
         """Window bases of slabs [start, stop), shape (slabs, 1, period)."""
         if stop - start == 1:
-            return base[start % self.tables][None, None]
-        return base[np.arange(start, stop) % self.tables][:, None]
+            return base[None, start % self.tables : start % self.tables + 1]
+        found: Bytes = base[np.arange(start, stop) % self.tables][:, None]
+        return found
 
     def base(self, words: NDArray[Any], fmt: FloatFormat) -> Bytes:
         """Window bases (tables, period) of flat `words`."""

@@ -134,7 +134,7 @@ class SerdeTests:
     def test_opaque_pages_are_kept_exactly_or_refused_with_the_reason(self, serde: Serde) -> None:
         pages = kv_like((2, 3, 512)).view(torch.uint8)
         if serde.needs_kv_axes:
-            with pytest.raises(ConfigError, match="K from V|axes"):
+            with pytest.raises(ConfigError, match=r"K from V|axes"):
                 serde.encode(pages, PAGES)
         else:
             assert raw(serde.decode(self.through_container(serde.encode(pages, PAGES)))).equal(raw(pages))
@@ -161,7 +161,7 @@ class SerdeTests:
         any_bits(serde)
 
     def test_broken_input_is_a_format_error(self, serde: Serde) -> None:
-        """Flipped bits, cut-off parts, changed metadata: a FormatError or a tensor of the stated shape, nothing else."""
+        """Flipped bits, cut-off parts, changed metadata: a FormatError or a tensor of the stated shape."""
         broken = 0
         for encoded in mutants(serde.encode(kv_like(self.shape(11)), AXES), self.mutations):
             try:
@@ -199,7 +199,7 @@ def any_bits(serde: Serde) -> None:
 
 
 def mutants(encoded: Encoded, count: int) -> Iterator[Encoded]:
-    """`count` broken copies of `encoded`, the same every time. Those that `from_parts` already refuses are counted too."""
+    """`count` broken copies of `encoded`, the same every time; what `from_parts` refuses comes without parts."""
     source = random.Random(0)
     parts, metadata = to_parts(encoded)
     for _ in range(count):

@@ -54,7 +54,7 @@ def test_tables_come_back_from_their_file_and_changes_are_seen(tmp_path: Path) -
     path = tmp_path / "t.safetensors"
     save_tables(path, [tables()])
     assert load_tables(path, 0.25).digest == tables().digest
-    with pytest.raises(ConfigError, match="levels 0.25, not 1"):
+    with pytest.raises(ConfigError, match=r"levels 0\.25, not 1"):
         load_tables(path, 1.0)
     content = bytearray(path.read_bytes())
     for at in range(len(content) - 3000, len(content), 500):

@@ -35,7 +35,8 @@ for planes, steps, channels, alphabet in ((2, 5, 6, 7), (1, 3, 40, 2), (1, 4, 3,
     symbols = source.integers(0, alphabet, (planes, steps, channels), np.uint8)
     words, lengths = rans.encode(symbols, model, rans.num_lanes(channels, 2))
     starts, ends = rans.lane_bounds(words, lengths, model, steps)
-    given = [torch.from_numpy(a).to(device) for a in (words.view(np.int16), starts, model.index, model.cum.view(np.int16))]
+    arrays = (words.view(np.int16), starts, model.index, model.cum.view(np.int16))
+    given = [torch.from_numpy(array).to(device) for array in arrays]
     back, ended = rans_triton.decode_on_device(*given, steps)
     assert (back.cpu().numpy() == symbols).all()
     assert (ended[..., 0] == 65536).all()

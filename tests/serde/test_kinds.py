@@ -1,7 +1,5 @@
 """The conformance suite over every kind."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from kvlab.serde import Serde
@@ -10,10 +8,10 @@ from tests.serde.kinds import MAX_ERROR, SPECS, serde_of
 
 
 @pytest.fixture(scope="class", params=SPECS)
-def serde(request: pytest.FixtureRequest) -> Iterator[Serde]:
+def serde(request: pytest.FixtureRequest) -> Serde:
     made = serde_of(request.param)
     TestKinds.max_error = MAX_ERROR.get(made.name, 0.0)
-    yield made
+    return made
 
 
 class TestKinds(SerdeTests):
