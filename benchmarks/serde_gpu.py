@@ -5,7 +5,7 @@
 Chunks of 256 tokens in the shape of Qwen2.5-7B (28 layers, 4 KV heads of 128, bf16: 14 MiB), numbers normal with
 channels of different size. Each decoder is first compared with its CPU reference, then timed with CUDA events
 (median of the repeats), one chunk at a time and many; GB/s of *raw* KV. The ceiling is a device copy of the same
-bytes. Payloads lie on the GPU already; `h2d_gb_s` is the pinned copy over the bus, which a decoder must beat (times the ratio) to pay.
+bytes. Payloads lie on the GPU already; `h2d_gb_s` is the pinned copy over the bus, which must be beaten.
 """
 
 import argparse

@@ -28,7 +28,8 @@ CHUNK = 256
 BATCH = 4
 PLAIN = [
     "naive", "lossless", "fp8", "fp8:k=channel,v=token", "int8", "int8:k=channel,v=token",
-    "int4:k=token,v=token,group=64", "int4:k=channel,v=token,group=64", "int4:k=channel,v=token,group=32", "rotated4", "cachegen-lmcache",
+    "int4:k=token,v=token,group=64", "int4:k=channel,v=token,group=64", "int4:k=channel,v=token,group=32",
+    "rotated4", "cachegen-lmcache",
 ]  # fmt: skip
 
 

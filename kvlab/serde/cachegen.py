@@ -136,7 +136,7 @@ class CacheGenSerde(Serde):
             anchor, whole = anchor_values[index], len(plane) // GROUP
             grouped = plane[: whole * GROUP].view(whole, GROUP, *plane.shape[1:])
             _store(anchor[:whole, None], grouped[:, :1])
-            nine = values[: whole * (GROUP - 1)].view(whole, GROUP - 1, -1)
+            nine = values[: whole * (GROUP - 1)].view(whole, GROUP - 1, values.shape[1])
             _store(nine.add_(anchor[:whole, None]), grouped[:, 1:])
             if len(plane) % GROUP:
                 _store(anchor[whole:], plane[whole * GROUP :][:1])

@@ -18,8 +18,8 @@ def decode_on_device(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Symbols (planes, steps, channels) uint8 and what to check, all on the device of `words`.
 
-    `words` int16, `starts` int64 (planes, lanes), `index` int32 (planes, channels), `cum` int16 (tables, symbols + 1), as in
-    `rans.Model`. The second result is (planes, lanes, 2) int64: last state and words taken. The caller compares
+    `words` int16, `starts` int64 (planes, lanes), `index` int32 (planes, channels), `cum` int16 (tables, symbols + 1),
+    as in `rans.Model`. The second result is (planes, lanes, 2) int64: last state and words taken. The caller compares
     it with 2**16 and the lane's length when it next waits for the device anyway.
     """
     planes, channels = index.shape
