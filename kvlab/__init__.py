@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvlab.chunking import Chunker as Chunker
     from kvlab.connectors import vllm_config as vllm_config
+    from kvlab.connectors.transformers import capture as capture
     from kvlab.engine import CacheEngine as CacheEngine
     from kvlab.geometry import KVGeometry as KVGeometry
     from kvlab.serde import get_serde as get_serde
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "capture": "kvlab.connectors.transformers",
     "CacheEngine": "kvlab.engine",
     "Chunker": "kvlab.chunking",
     "KVGeometry": "kvlab.geometry",
@@ -28,7 +30,7 @@ _HOME = {
     "size_calculator": "kvlab.sizing",
     "vllm_config": "kvlab.connectors",
 }
-__all__ = [*_HOME]  # noqa: PLE0604 - the names of _HOME, resolved by __getattr__
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:
