@@ -42,8 +42,8 @@ def generate_traffic(
     """Traffic of `kind` (chat, agent, document) of which an unbounded cache would answer about `reuse`.
 
     Every request either goes on with a conversation (or asks of a known document) or opens a new one, whichever brings
-    the share of blocks seen before closer to `reuse`, in [0, 0.99]; what a kind cannot reach it approaches. Arrivals are
-    a Poisson process.
+    the share of blocks seen before closer to `reuse`, in [0, 0.99]; what a kind cannot reach it approaches.
+    Arrivals are a Poisson process.
     """
     if kind not in KINDS:
         raise ConfigError(f"kind of traffic must be one of {', '.join(KINDS)}; got {kind!r}")

@@ -40,7 +40,9 @@ def load_traffic(
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format must be auto, {' or '.join(FORMATS)}; got {format!r}")
     if not file.is_file():
-        raise ConfigError(f"no trace at {str(path)!r}; give a JSON-lines file, or chat, agent or document to make one up")
+        raise ConfigError(
+            f"no trace at {str(path)!r}; give a JSON-lines file, or chat, agent or document: made-up traffic"
+        )
     chain, requests, before = Chain(), [], -math.inf
     unit = 0.0
     for where, row in _rows(file):
@@ -50,7 +52,9 @@ def load_traffic(
             block_tokens = block_tokens or own_block_tokens
         request = _request(row, where, block_tokens or 0, unit, chain)
         if request.arrival_s < before:
-            raise FormatError(f"{where}: timestamp {row['timestamp']} is before the line above's; sort the trace by time")
+            raise FormatError(
+                f"{where}: timestamp {row['timestamp']} is before the one above it; sort the trace by time"
+            )
         before = request.arrival_s
         requests.append(request)
         if limit is not None and len(requests) >= limit:
@@ -82,7 +86,9 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                hint = "; a pointer of Git LFS: fetch the file itself" if line.startswith("version https://git-lfs") else ""
+                hint = (
+                    "; it is a pointer of Git LFS, fetch the file" if line.startswith("version https://git-lfs") else ""
+                )
                 raise FormatError(f"{where} is not JSON: {error.msg} at column {error.colno}{hint}") from None
             if not isinstance(row, dict):
                 raise FormatError(f"{where} must be a JSON object, got {type(row).__name__}")

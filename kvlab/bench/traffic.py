@@ -25,7 +25,7 @@ class Request:
     block_ids: list[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Traffic:
     """Requests in the order of arrival; `block_tokens` tokens make a block."""
 
