@@ -71,7 +71,6 @@ def replay_tiers(
         else:
             candidates = ids if step > 1 else keys
             found, hit = find(ids, keys, step, {key: 1 for key in candidates if any(key in t.held for t in stack)})
-        result.hit_blocks.append(hit)
         for tier in stack:
             tier.policy.touch_all(reversed(found))
         loaded, num_loads = [0] * len(stack), [0] * len(stack)
@@ -85,6 +84,10 @@ def replay_tiers(
                     for above in stack[:level]:
                         above.put(key, sizes[blocks])
                     break
+            else:  # what was copied upwards has just pushed it out of the only tier that had it
+                hit = index * step
+                break
+        result.hit_blocks.append(hit)
         for level, tier in enumerate(stack):
             tier.count.loaded.append(loaded[level])
             tier.count.num_loads.append(num_loads[level])

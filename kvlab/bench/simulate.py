@@ -75,11 +75,11 @@ def simulate(
 
     Parameters
     ----------
-    trace : a `Traffic`, the path of a published trace, a list of token prompts, or ``chat``, ``agent``, ``document`` for
-        made-up traffic.
+    trace : a `Traffic`, the path of a published trace, a list of token prompts, or ``chat``, ``agent``, ``document``
+        for made-up traffic.
     tiers : fastest first: `Tier`, or text such as ``10GiB``, ``disk:1TiB``, ``10000 blocks``, ``unbounded``.
-    policy : an eviction policy of the stores, for all tiers, or ``belady``: the bound of `kvlab.bench.belady`, which is one
-        on `block_hit_rate`; several tiers are one to it.
+    policy : an eviction policy of the stores, for all tiers, or ``belady``: the bound of `kvlab.bench.belady`, which is
+        one on `block_hit_rate`; several tiers are one to it.
     model : what `size_calculator` takes, or a `KVSize`; needed where capacities are bytes.
     serde : raw bytes per stored byte (1.45), or the name of a serde whose ratio is fixed.
     chunk_tokens : tokens of a stored object, as `Chunker`'s; 256, or a block of the traffic if that is larger.

@@ -6,7 +6,7 @@ from kvlab.errors import ConfigError
 from kvlab.units import format_bytes, parse_bytes
 
 # GB/s and ms of known kinds, for first answers; measure your own and pass Tier(...) instead. Memory: one H100's
-# staged copies over PCIe 5 (data/published/h100_peers.json). Disk: one NVMe drive of PCIe 4. Redis: one connection, TCP.
+# staged copies over PCIe 5 (data/published/h100_peers.json). Disk: one NVMe drive on PCIe 4. Redis: one TCP connection.
 SPEEDS = {"memory": (50.0, 0.1), "disk": (6.0, 0.5), "redis": (1.0, 1.0)}
 
 
