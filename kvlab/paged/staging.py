@@ -5,14 +5,14 @@ the same backwards. The ring is deep enough that DMA and kernels overlap, and th
 anything else is prepared. The engine's stream waits on events, the CPU on nothing. Kernels never read host memory:
 on an H100 that tops out near 35 GB/s where DMA reaches 55.
 
-Only one kernel cannot hide behind a DMA: the last of a load, the first of a save. So a load's pieces shrink towards
-its end and a save's grow from its beginning.
+A piece is a ring buffer, 16 MiB by default: its DMA takes 0.3 ms, in which a launch from Python (0.1 to 0.2 ms) hides,
+and the one kernel that hides behind no DMA, the last of a load or the first of a save, takes 10 us. Smaller pieces
+were slower: 14 MiB in pieces of 2, 4 and 8 MiB ran at 0.42 of a memcpy on an H100.
 """
 
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TypeAlias
 
 import numpy as np
@@ -27,7 +27,6 @@ Rows: TypeAlias = NDArray[np.integer]
 
 DEFAULT_STAGING_BYTES = 128 << 20  # of GPU memory, all ring buffers together
 RING_DEPTH = 4
-SMALL_PIECE_BYTES = 2 << 20
 
 
 @dataclass
@@ -47,12 +46,7 @@ def pinned_arena(num_bytes: int) -> torch.Tensor:
     Falls back to pageable memory where the driver refuses, which the caller can tell by ``is_pinned()``.
     """
     arena = torch.empty(num_bytes, dtype=torch.uint8)
-    cudart = torch.cuda.cudart()
-    step = 1 << 36  # very large registrations in one call can fail
-    for at in range(0, num_bytes, step):
-        size = min(step, num_bytes - at)
-        if int(cudart.cudaHostRegister(arena.data_ptr() + at, size, 0)) != 0:
-            break
+    torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), num_bytes, 0)
     return arena
 
 
@@ -69,7 +63,9 @@ class CudaTransfer:
         block = layout.block_bytes
         piece_blocks = staging_bytes // (2 * RING_DEPTH) // block  # one ring for loads, one for saves
         if piece_blocks < 1:
-            raise ConfigError(f"GPU staging of {staging_bytes} bytes must hold {2 * RING_DEPTH} blocks of {block} bytes")
+            raise ConfigError(
+                f"GPU staging of {staging_bytes} bytes must hold {2 * RING_DEPTH} blocks of {block} bytes"
+            )
         self.arena = pinned_arena(num_slots * block).view(num_slots, layout.num_layers, layout.page_bytes)
         self._mover = PageMover(layout)
         self._in, self._out = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
@@ -92,9 +88,8 @@ class CudaTransfer:
             timing = Timing(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             _wait_for_slots(self._in, self._writes, rows)
             timing.start.record(self._in)
-            ring, pieces = self._rings["in"], self._pieces(len(rows))[::-1]
-            spans = _spans(pieces)
-            taken = [ring.next() for _ in spans]
+            spans = self._pieces(len(rows))
+            taken = [self._rings["in"].next() for _ in spans]
             self._fetch(rows, spans[:RING_DEPTH], taken)
             on_device = torch.from_numpy(ids).to(self.device, non_blocking=True)
             for i, (at, end) in enumerate(spans):
@@ -128,7 +123,7 @@ class CudaTransfer:
             timing.start.record(compute)
             on_device = torch.from_numpy(ids).to(self.device, non_blocking=True)
             ring = self._rings["out"]
-            for at, end in _spans(self._pieces(len(rows))):
+            for at, end in self._pieces(len(rows)):
                 slot = ring.next()
                 compute.wait_event(slot.free)
                 self._mover.gather(on_device[at:end], slot.buffer[: end - at])
@@ -164,6 +159,11 @@ class CudaTransfer:
         for into, first, count in _runs(rows):
             self.arena[first : first + count].numpy()[:] = buffer[into : into + count].numpy()
 
+    def close(self) -> None:
+        """Wait for copies under way and unpin the arena."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.cudart().cudaHostUnregister(self.arena.data_ptr())
+
     # ----
 
     def _checked(self, slots: Sequence[int], block_ids: Sequence[int]) -> tuple[Rows, Rows]:
@@ -174,16 +174,10 @@ class CudaTransfer:
             raise ConfigError(f"block ids must be in [0, {self.layout.num_blocks}), got {ids.min()} to {ids.max()}")
         return rows, ids
 
-    def _pieces(self, num_blocks: int) -> list[int]:
-        """Sizes in blocks: small first, doubling up to a ring buffer."""
-        largest = self._rings["in"].num_blocks
-        size = min(max(SMALL_PIECE_BYTES // self.layout.block_bytes, 1), largest)
-        sizes: list[int] = []
-        while num_blocks:
-            sizes.append(min(size, num_blocks))
-            num_blocks -= sizes[-1]
-            size = min(size * 2, largest)
-        return sizes
+    def _pieces(self, num_blocks: int) -> list[tuple[int, int]]:
+        """[at, end) pieces of one ring buffer each."""
+        size = self._rings["in"].num_blocks
+        return [(at, min(at + size, num_blocks)) for at in range(0, num_blocks, size)]
 
     def _settle(self, rows: Rows) -> None:
         """Wait until no copy uses these slots."""
@@ -205,12 +199,6 @@ def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
     event = torch.cuda.Event()
     event.record(stream)
     return event
-
-
-def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """[at, end) of consecutive pieces of these sizes."""
-    ends = list(accumulate(sizes))
-    return list(zip([0, *ends], ends, strict=False))
 
 
 @dataclass
