@@ -15,7 +15,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def odd(cache):
-    """The same values one element further on: narrow words only."""
+    # the same values one element further on: narrow words only
     raw = torch.empty(cache.numel() + 1, dtype=cache.dtype, device=device)
     return raw[1:].view(cache.shape).copy_(cache)
 
