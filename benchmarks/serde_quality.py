@@ -26,6 +26,7 @@ from kvlab.serde.wire import to_parts
 
 CHUNK = 256
 BATCH = 4
+FIRST_KEPT = "first token kept"
 PLAIN = [
     "naive", "lossless", "fp8", "fp8:k=channel,v=token", "int8", "int8:k=channel,v=token",
     "int4:k=token,v=token,group=64", "int4:k=channel,v=token,group=64", "int4:k=channel,v=token,group=32",
@@ -104,6 +105,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=768)
     parser.add_argument("--continuation", type=int, default=256)
     parser.add_argument("--greedy", type=int, default=64)
+    parser.add_argument(
+        "--only", default="", help="rows with this in their name (and naive), without tables in the chunk"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ablate", type=float, nargs="*", default=[0.125, 0.25])
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "measured" / "serde_quality.csv")
@@ -133,6 +137,11 @@ def main() -> None:
         serdes.append(
             (f"cachegen:level={level} one global table", CacheGenSerde(profile(learned, AXES, level, shared=True)))
         )
+
+    for level in args.ablate:  # the first token is where attention sinks; an anchor keeps it at 8 bits
+        plain = CacheGenSerde(profile(learned, AXES, level, deltas=False))
+        serdes.append((f"cachegen:level={level} without deltas, {FIRST_KEPT}", plain))
+    serdes = [(name, serde) for name, serde in serdes if name == "naive" or args.only in name]
 
     machine, out = about(), []
     elements = sum(kv.numel() for kv in kvs)
@@ -168,6 +177,10 @@ def main() -> None:
     where = {"num_tokens": args.docs * args.context, "chunk_tokens": CHUNK, "model": Path(args.model).name, **machine}
     for name, serde in serdes:
         back, bits = coded(serde, kvs)
+        if FIRST_KEPT in name:
+            for decoded, kv in zip(back, kvs, strict=True):
+                decoded[:, 0] = kv[:, 0]
+                bits["anchors"] += 16 * kv[:, 0].numel()
         nll, tokens = judged(model, back, rows, args.context, args.greedy)
         if name == "naive":
             base_nll, base_tokens = nll, tokens
@@ -186,7 +199,7 @@ def main() -> None:
             "greedy_first_difference": round(float((same.int().cumprod(1).sum(1)).float().mean()), 2), **where,
         })  # fmt: skip
         write(args.out, out)
-    for level in args.ablate:
+    for level in args.ablate if not args.only else ():
         whole = next(entry for entry in out if entry["kind"] == f"cachegen:level={level}")
         quality = {key: whole[key] for key in whole if "bits" not in key and key not in ("kind", "ratio")}
         row(f"cachegen:level={level} tables in the chunk", in_chunk_tables(kvs, level), quality)
