@@ -77,6 +77,21 @@ def fit_prefill(
     return Prefill(at_peak.s_per_token * per_peak, at_peak.s_per_token2 * per_peak), overhead_ms, 1 / per_peak
 
 
+def fit_tier(measured: Sequence[tuple[int, float]], name: str = "memory") -> Tier:
+    """An unbounded tier as fast as measured (bytes, ms of loading them) say, by least relative squares.
+
+    What an engine does for every hit besides moving bytes becomes latency. Needs two sizes.
+    """
+    size, ms = np.array([b for b, _ in measured], np.float64), np.array([t for _, t in measured], np.float64)
+    if len(set(size.tolist())) < 2:
+        raise ConfigError(f"fit_tier needs loads of two sizes or more, got {len(set(size.tolist()))}")
+    columns = np.stack([np.ones(len(ms)), size / 1e6], axis=1) / ms[:, None]
+    latency_ms, ms_per_mb = (float(x) for x in np.linalg.lstsq(columns, np.ones(len(ms)), rcond=None)[0])
+    if ms_per_mb <= 0:
+        raise ConfigError("measured loads do not grow with their bytes; no bandwidth fits them")
+    return Tier(None, name, gb_per_s=1 / ms_per_mb, latency_ms=max(latency_ms, 0.0))
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Seconds and money of serving.

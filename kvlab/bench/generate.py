@@ -89,16 +89,18 @@ class _Maker:
 
     def _opened(self) -> list[int]:
         fresh = self._new(self._draw(self.kind.opening_tokens))
-        if self.reuse == 0:
+        kind = self.kind
+        prompt = kind.shared_tokens + kind.opening_tokens + kind.turn_tokens
+        if self.rng.random() >= 0.5 * self.reuse * prompt / kind.shared_tokens:  # or this alone would exceed `reuse`
             return fresh
-        weights = [1 / rank for rank in range(1, self.kind.num_shared + 1)]
+        weights = [1 / rank for rank in range(1, kind.num_shared + 1)]
         at = self.rng.random() * sum(weights)
         which = 0
         while at >= weights[which] and which < len(weights) - 1:
             at -= weights[which]
             which += 1
         if which not in self.shared:
-            self.shared[which] = self._new(self.kind.shared_tokens)
+            self.shared[which] = self._new(kind.shared_tokens)
         return self.shared[which] + fresh
 
     def _new(self, tokens: int) -> list[int]:
