@@ -114,7 +114,8 @@ class Worker:
     def _tell(self, row: LoadRow, prompt_tokens: int) -> None:
         with self._lock:
             self._report.rows.append(row)
-        logger.info("%s (%s)", retrieved_line(row.num_tokens, prompt_tokens, row.num_bytes, row.seconds), row.tier)
+        line = retrieved_line(row.num_tokens, prompt_tokens, row.num_bytes, row.seconds)
+        logger.info("%s (%s) for %s", line, row.tier, row.request_id)
 
     def close(self) -> None:
         """Finish the writes that are queued; drop loads."""
