@@ -9,6 +9,7 @@ from kvlab.errors import KVLabError
 
 COMMANDS = {  # name -> ("module:function taking the remaining arguments", one line of help)
     "size": ("kvlab.sizing.cli:main", "how big the KV cache of a model is, and why"),
+    "bench": ("kvlab.bench.cli:main", "serving benchmarks: backends side by side, first and second run"),
     "store": ("kvlab.stores.cli:main", "look into a tier: list, verify, evict, clear"),
 }
 
