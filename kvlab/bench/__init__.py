@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from kvlab.bench.tables import serving_block as serving_block
 
 _HOME = {"run": "kvlab.bench.serving", "report": "kvlab.bench.tables", "serving_block": "kvlab.bench.tables"}
-__all__ = [*_HOME]  # noqa: PLE0604 - the names of _HOME, resolved by __getattr__
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

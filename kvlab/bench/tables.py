@@ -58,7 +58,11 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
         if first is last:
             continue
         share, low, high = reduction(first["ttfts_ms"], last["ttfts_ms"])
-        gap = (bounds[0] - last["mean_ttft_ms"]) / (bounds[0] - bounds[1]) if len(bounds) == 2 and bounds[0] > bounds[1] else None
+        gap = (
+            (bounds[0] - last["mean_ttft_ms"]) / (bounds[0] - bounds[1])
+            if len(bounds) == 2 and bounds[0] > bounds[1]
+            else None
+        )
         compared.append(Comparison(name, first, last, share, low, high, gap))
     return compared
 
@@ -77,8 +81,8 @@ def report(rows: Iterable[Row]) -> str:
 
 
 def _table(compared: Sequence[Comparison]) -> str:
-    head = ("backend", "TTFT 1st ms", "TTFT 2nd ms", "reduction", "95% interval", "verdict", "p99 1st", "p99 2nd", "TPOT 1st")
-    head += ("TPOT 2nd", "hit tokens", "gap closed")
+    head = ["backend", "TTFT 1st ms", "TTFT 2nd ms", "reduction", "95% interval", "verdict", "p99 1st", "p99 2nd"]
+    head += ["TPOT 1st", "TPOT 2nd", "hit tokens", "gap closed"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for one in compared:
         first, last = one.first, one.last
@@ -94,7 +98,8 @@ def _table(compared: Sequence[Comparison]) -> str:
 
 def serving_block(row: Row) -> str:
     """One run as ``vllm bench serve`` prints it, and what the cache did below."""
-    parts = [f"{f' Serving Benchmark Result: {row['backend']}, run {row['run']} ':=^60}"]
+    title = f" Serving Benchmark Result: {row['backend']}, run {row['run']} "
+    parts = [f"{title:=^60}"]
     counts = {
         "Successful requests": "completed",
         "Failed requests": "failed",
@@ -106,7 +111,12 @@ def serving_block(row: Row) -> str:
         "Total token throughput (tok/s)": "total_token_throughput",
     }
     parts += [_line(label, row.get(key)) for label, key in counts.items()]
-    names = {"ttft": "Time to First Token", "tpot": "Time per Output Token", "itl": "Inter-token Latency", "e2el": "End-to-end Latency"}
+    names = {
+        "ttft": "Time to First Token",
+        "tpot": "Time per Output Token",
+        "itl": "Inter-token Latency",
+        "e2el": "End-to-end Latency",
+    }
     for name, title in names.items():
         parts.append(f"{title:-^60}")
         for statistic in ("mean", "median", "p99"):

@@ -23,7 +23,7 @@ REUSE_BLOCK = 16  # tokens; the grain at which reuse is counted
 
 @dataclass(frozen=True)
 class Workload:
-    """`args` are the benchmark client's; `reusable_tokens` of `prompt_tokens` begin a prompt as an earlier one began."""
+    """`args` are the client's; `reusable_tokens` of `prompt_tokens` begin a prompt as an earlier one began."""
 
     name: str
     args: tuple[str, ...]
@@ -50,7 +50,7 @@ def make_workload(
     output_len: int | None = None,
     max_prompt_tokens: int = 8192,
 ) -> Workload:
-    """Write the files of a workload into `folder`. `path` is the user's own ShareGPT file or trace. Raises ConfigError."""
+    """Write a workload's files into `folder`. `path` is the user's own ShareGPT file or trace. Raises ConfigError."""
     if kind not in KINDS:
         raise ConfigError(f"dataset must be one of {', '.join(KINDS)}, got {kind!r}")
     if num_prompts < 1:
@@ -63,12 +63,13 @@ def make_workload(
         return _sharegpt(folder, source, encode, num_prompts, seed, output_len)
     conversations = read_conversations(source)
     random.Random(seed).shuffle(conversations)
-    turns = rounds if kind == "rounds" else documents
-    pairs = turns(conversations, encode, num_prompts, seed=seed, max_prompt_tokens=max_prompt_tokens)
+    make = rounds if kind == "rounds" else documents
+    pairs = make(conversations, encode, num_prompts, seed=seed, max_prompt_tokens=max_prompt_tokens)
     out = folder / f"{kind}.jsonl"
     lines = (json.dumps({"prompt": text, "output_tokens": output_len or num_output}) for text, num_output in pairs)
     out.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    args = ("--dataset-name", "custom", "--dataset-path", str(out), "--skip-chat-template", "--disable-shuffle")
+    args = ["--dataset-name", "custom", "--dataset-path", str(out), "--skip-chat-template", "--disable-shuffle"]
+    args += ["--custom-output-len", "-1"]  # the file's own lengths; the default of 256 overrides them
     return _count(kind, args, [encode(text) for text, _ in pairs])
 
 
@@ -85,7 +86,8 @@ def rounds(
     for entry in conversations:
         if total >= num_prompts:
             break
-        text, turns = "", []
+        text = ""
+        turns: list[tuple[str, int]] = []
         said = entry["conversations"]
         for question, answer in zip(said[::2], said[1::2], strict=False):
             text += f"User: {question['value']}\nAssistant:"
@@ -98,7 +100,8 @@ def rounds(
             chats.append(turns)
             total += len(turns)
     ordered: list[tuple[str, int]] = []
-    waiting, open_chats = list(reversed(chats)), []
+    waiting = list(reversed(chats))
+    open_chats: list[list[tuple[str, int]]] = []
     while waiting or open_chats:
         while waiting and len(open_chats) < 16:
             open_chats.append(list(reversed(waiting.pop())))
@@ -115,7 +118,9 @@ def documents(
     A document is real text: answers of the record put together. 64 tokens are generated for each question.
     """
     system = "You answer questions about the document below. Quote it where you can; say so where it is silent.\n\n"
-    texts = iter([turn["value"] for entry in conversations for turn in entry["conversations"] if len(turn["value"]) > 200])
+    texts = iter(
+        [turn["value"] for entry in conversations for turn in entry["conversations"] if len(turn["value"]) > 200]
+    )
     books: list[str] = []
     while len(books) * 4 < num_prompts:
         pieces: list[str] = []
@@ -123,7 +128,9 @@ def documents(
         while size < max_prompt_tokens * 3 // 4:
             piece = next(texts, None)
             if piece is None:
-                raise ConfigError(f"the dataset has text for {len(books)} documents only; lower num_prompts or max_prompt_tokens")
+                raise ConfigError(
+                    f"the dataset has text for {len(books)} documents only; lower num_prompts or max_prompt_tokens"
+                )
             ids = len(encode(piece))
             if size + ids <= max_prompt_tokens - 128:
                 pieces.append(piece)
@@ -135,7 +142,9 @@ def documents(
     return asked[:num_prompts]
 
 
-def _sharegpt(folder: Path, source: Path, encode: Encode, num_prompts: int, seed: int, output_len: int | None) -> Workload:
+def _sharegpt(
+    folder: Path, source: Path, encode: Encode, num_prompts: int, seed: int, output_len: int | None
+) -> Workload:
     """vLLM reads and samples the file itself; the same sample is drawn here to count what is in it."""
     conversations = read_conversations(source)
     whole = folder / "sharegpt.json"
@@ -147,13 +156,18 @@ def _sharegpt(folder: Path, source: Path, encode: Encode, num_prompts: int, seed
     return _count("sharegpt", args, [one.token_ids for one in samples])
 
 
-def _trace(folder: Path, path: str | None, num_prompts: int, output_len: int | None, max_prompt_tokens: int) -> Workload:
-    """The first `num_prompts` entries that fit, with their times from the first one on; prompts are made of the hash ids.
+def _trace(
+    folder: Path, path: str | None, num_prompts: int, output_len: int | None, max_prompt_tokens: int
+) -> Workload:
+    """The first `num_prompts` entries that fit, their times counted from the first; prompts are made of hash ids.
 
     vLLM seeds a block's random tokens by its hash id, through Python's ``hash``: the client runs with PYTHONHASHSEED=0.
     """
     if path is None or not Path(path).is_file():
-        raise ConfigError(f"dataset 'trace' needs a file in Mooncake's format (timestamp, input_length, output_length, hash_ids), got {path!r}")
+        raise ConfigError(
+            "dataset 'trace' needs a file in Mooncake's format"
+            f" (timestamp, input_length, output_length, hash_ids), got {path!r}"
+        )
     kept: list[dict[str, Any]] = []
     with open(path, encoding="utf-8") as lines:
         for line in lines:
