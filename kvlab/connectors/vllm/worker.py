@@ -35,6 +35,7 @@ class Transfer(Protocol):
     def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int]) -> None: ...
     def slots(self, slots: Sequence[int]) -> torch.Tensor: ...
     def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None: ...
+    def close(self) -> None: ...
 
 
 class Worker:
@@ -119,12 +120,14 @@ class Worker:
     def _tell(self, row: LoadRow, prompt_tokens: int) -> None:
         with self._lock:
             self._report.rows.append(row)
-        logger.info("%s (%s)", retrieved_line(row.num_tokens, prompt_tokens, row.num_bytes, row.seconds), row.tier)
+        line = retrieved_line(row.num_tokens, prompt_tokens, row.num_bytes, row.seconds)
+        logger.info("%s (%s) for %s", line, row.tier, row.request_id)
 
     def close(self) -> None:
         """Finish the writes that are queued; drop loads."""
         self._loads.shutdown(wait=True, cancel_futures=True)
         self._writes.shutdown(wait=True)
+        self.transfer.close()
         if self.engine is not None:
             self.engine.store_.close()
 
