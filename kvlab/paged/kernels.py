@@ -58,9 +58,9 @@ _TL_WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 class PageMover:
     """The kernels bound to one layout; pointers and strides are read once.
 
-    `gather` and `scatter` take block ids as an int32 tensor on the pages' device and a buffer uint8
-    [blocks, layers, page_bytes] there, whose blocks are those of `block_ids` from `first` on; they launch on the current stream and return at once. Block ids are not
-    checked here: whoever made the tensor has.
+    `gather` and `scatter` take block ids as an int32 tensor on the pages' device, and a buffer uint8
+    [blocks, layers, page_bytes] there for those from `first` on; they launch on the current stream and return at
+    once. Block ids are not checked here: whoever made the tensor has.
     """
 
     def __init__(self, layout: PageLayout) -> None:
