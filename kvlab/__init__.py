@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvlab.bench.simulate import simulate as simulate
+    from kvlab.bench.sweep import sweep as sweep
     from kvlab.chunking import Chunker as Chunker
     from kvlab.connectors import vllm_config as vllm_config
     from kvlab.connectors.transformers import capture as capture
@@ -27,7 +29,9 @@ _HOME = {
     "compare_sizes": "kvlab.sizing",
     "get_serde": "kvlab.serde",
     "open_store": "kvlab.stores",
+    "simulate": "kvlab.bench.simulate",
     "size_calculator": "kvlab.sizing",
+    "sweep": "kvlab.bench.sweep",
     "vllm_config": "kvlab.connectors",
 }
 __all__ = [*_HOME]

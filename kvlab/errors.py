@@ -18,7 +18,11 @@ class FormatError(KVLabError, ValueError):
 
 
 class StoreError(KVLabError, OSError):
-    """A tier could not be read or written (full, unreachable, refused)."""
+    """A tier could not be read or written (full, unreachable, refused); `reason` is one word for counters."""
+
+    def __init__(self, message: str, *, reason: str = "failed") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class UnknownModelError(ConfigError, LookupError):

@@ -20,6 +20,7 @@ class ConnectorConfig:
         any others are lower tiers. ``?serde=NAME`` on the lower tiers chooses how they encode.
     chunk_tokens : tokens of one stored object; a multiple of the engine's block size.
     staging : host memory for objects on their way to and from lower tiers when no ``memory://`` tier is given.
+    gpu_staging : GPU memory for the buffers between pages and host memory; on a CPU nothing is taken.
     lookup_timeout_ms : how long a request may wait for lower tiers to say what they have; then it goes without.
     save_generated : store the KV of generated tokens too, not only of prompts.
     min_hit_tokens : shorter hits are recomputed rather than loaded.
@@ -31,6 +32,7 @@ class ConnectorConfig:
     tiers: tuple[str, ...] = ("memory://?size=1GiB",)
     chunk_tokens: int = 256
     staging: int = 256 << 20
+    gpu_staging: int = 128 << 20
     lookup_timeout_ms: float = 100.0
     save_generated: bool = False
     min_hit_tokens: int = 1
@@ -54,10 +56,12 @@ class ConnectorConfig:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        if isinstance(self.tiers, str) or not self.tiers or not all(isinstance(url, str) for url in self.tiers):
+        listed: object = self.tiers  # from users, whatever the annotation says
+        if isinstance(listed, str) or not self.tiers or not all(isinstance(url, str) for url in self.tiers):
             raise ConfigError(f"tiers must be a list of store URLs like ['memory://?size=1GiB'], got {self.tiers!r}")
         Chunker(self.chunk_tokens, 1)
-        put(self, "staging", parse_bytes(self.staging))
+        for name in ("staging", "gpu_staging"):
+            put(self, name, parse_bytes(getattr(self, name)))
         for name in ("save_generated", "report", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -71,7 +75,9 @@ class ConnectorConfig:
             url = StoreURL.parse(raw)
             if url.scheme == "memory":
                 if position:
-                    raise ConfigError(f"memory:// must be the first tier and the only one of its kind, got {list(self.tiers)}")
+                    raise ConfigError(
+                        f"memory:// must be the first tier and the only one of its kind, got {list(self.tiers)}"
+                    )
                 put(self, "memory_bytes", url.take_bytes("size", default="1GiB"))
                 put(self, "policy", url.take("policy", "lru"))
                 url.done()
@@ -80,7 +86,9 @@ class ConnectorConfig:
             base = raw.partition("?")[0]
             lower.append(f"{base}?{urlencode(url.options)}" if url.options else base)
         if len(serdes) > 1:
-            raise ConfigError(f"all lower tiers must use one serde, got {sorted(serdes)}; objects move between them as they are")
+            raise ConfigError(
+                f"all lower tiers must use one serde, got {sorted(serdes)}; objects move between them as they are"
+            )
         put(self, "serde", serdes.pop() if serdes else "naive")
         get_serde(self.serde)
         put(self, "lower_tiers", tuple(lower))
@@ -104,7 +112,7 @@ def vllm_config(tiers: Sequence[str] = ("memory://?size=1GiB",), **settings: Any
     >>> vllm_config(["memory://?size=1GiB"])["kv_connector"]
     'KVLabConnector'
     """
-    extra = {"tiers": list(tiers), **settings}
+    extra = {"tiers": tiers if isinstance(tiers, str) else list(tiers), **settings}
     ConnectorConfig.from_extra(extra)
     return {
         "kv_connector": "KVLabConnector",

@@ -2,39 +2,52 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from kvlab.paged.layout import PageLayout
-from kvlab.paged.reference import scatter
+from kvlab.paged.layout import PageLayout, check_block_ids
 
 
 class CPUTransfer:
     """Pages and arena lie in the same memory: a copy is a copy.
 
-    `arena` is uint8 [slots, layers, page_bytes]; a slot holds one block.
+    `arena` is uint8 [slots, layers, page_bytes]; a slot holds one block. Copies go through numpy, page by page:
+    torch would start a team of OpenMP threads for every thread that copies, and those spin beside the model's own.
     """
 
     def __init__(self, layout: PageLayout, num_slots: int) -> None:
         self.layout = layout
         self.arena = layout.buffer(num_slots)
+        self._arena = self.arena.numpy()
+        self._pages = [pages.numpy() for pages in layout.pages]
 
     def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> None:
         """Copy pages into slots; done when it returns."""
-        blocks, rows = torch.as_tensor(block_ids), torch.as_tensor(slots)
-        for layer, pages in enumerate(self.layout.pages):
-            self.arena[rows, layer] = pages[blocks]
+        check_block_ids(block_ids, self.layout.num_blocks)
+        for layer, pages in enumerate(self._pages):
+            for block_id, slot in zip(block_ids, slots, strict=True):
+                self._arena[slot, layer] = pages[block_id]
 
     def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
         """Copy slots into pages; done when it returns."""
-        scatter(self.layout, block_ids, self.slots(slots))
+        check_block_ids(block_ids, self.layout.num_blocks)
+        for layer, pages in enumerate(self._pages):
+            for block_id, slot in zip(block_ids, slots, strict=True):
+                pages[block_id] = self._arena[slot, layer]
+
+    load_and_wait = load
 
     def slots(self, slots: Sequence[int]) -> torch.Tensor:
         """The content of `slots`, uint8 [blocks, layers, page_bytes]: a view where they lie in one run."""
         first = slots[0]
         if all(slot == first + i for i, slot in enumerate(slots)):
             return self.arena[first : first + len(slots)]
-        return self.arena[torch.as_tensor(slots)]
+        return torch.from_numpy(self._arena[np.asarray(slots)])
 
     def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None:
         """Write `buffer`, uint8 [blocks, layers, page_bytes], into slots."""
-        self.arena[torch.as_tensor(slots)] = buffer
+        for slot, block in zip(slots, buffer.numpy(), strict=True):
+            self._arena[slot] = block
+
+    def close(self) -> None:
+        """Nothing: the arena is ordinary memory."""

@@ -9,7 +9,7 @@ from kvlab.sizing.catalog import load_facts
 from kvlab.sizing.dtypes import KVDtype, element_bytes, get_kv_dtype
 from kvlab.sizing.facts import Facts
 from kvlab.sizing.families import build_layers
-from kvlab.sizing.parts import Rules
+from kvlab.sizing.parts import IndexerKV, Rules, StateKV
 
 ENGINES = ("vllm", "transformers")
 
@@ -59,12 +59,15 @@ def size_calculator(
         raise ConfigError(f"encoder_tokens must be 0 or more, got {encoder_tokens!r}")
     facts = load_facts(model, hub=hub)
     layers = tuple(build_layers(facts, mtp=mtp, encoder_tokens=encoder_tokens))
+    before = list(facts.notes)
     rules = Rules(
         kv=_kv_dtype(facts, dtype, engine),
         model_bytes=element_bytes(_model_dtype(facts, engine), "the model's dtype"),
         state_bytes=element_bytes(_state_dtype(facts, state_dtype), "state_dtype"),
         engine=engine,
     )
+    if dtype != "auto" and not any(isinstance(p, StateKV | IndexerKV) for layer in layers for p in layer.parts):
+        facts.notes[:] = before  # nothing here depends on the model's own dtype
     size = KVSize(facts, layers, rules, tp, pp, Fraction(factor).limit_denominator(10**6))
     size.rank_bytes(1)  # a tp, pp or dtype that does not fit is refused here, not at the first use
     return size

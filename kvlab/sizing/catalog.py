@@ -53,7 +53,8 @@ def load_facts(model: Any, *, hub: bool = False) -> Facts:
 
 
 def _is_path(text: str) -> bool:
-    return text.endswith(".json") or text.startswith((".", "/", "~")) or Path(text).expanduser().is_dir()
+    # a folder that merely has a model's name must not hide the model
+    return text.endswith(".json") or text.startswith((".", "/", "~")) or (Path(text) / "config.json").is_file()
 
 
 def _from_config(name: str, config: Mapping[str, Any], **about: Any) -> Facts:

@@ -19,7 +19,9 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of ``kvlab size``."""
     p = _Parser(prog="kvlab size", description="How big the KV cache of a model is, and why.")
     p.add_argument("model", help="a name (Qwen2.5-7B), a config.json, or the folder that holds it")
-    p.add_argument("--tokens", action="append", metavar="N", help="length of a sequence: 4096, 32k, 1M; may be repeated")
+    p.add_argument(
+        "--tokens", action="append", metavar="N", help="length of a sequence: 4096, 32k, 1M; may be repeated"
+    )
     p.add_argument("--dtype", default="auto", help="KV dtype: auto, bf16, fp8, int4_per_token_head, q8_0, ...")
     p.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     p.add_argument("--pp", type=int, default=1, help="pipeline-parallel stages")

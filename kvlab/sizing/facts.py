@@ -49,19 +49,24 @@ class Facts:
         """Like `get`, but a missing field is a ConfigError that names it."""
         value = self.get(*names)
         if value is None:
-            known = ", ".join(repr(n) for n in names)
-            reason = "its source does not give it" if set(names) & self.unknown else "the config does not give it"
-            raise ConfigError(
-                f"cannot size {self.name}: field {known} is missing ({reason}){f', {why}' if why else ''}; "
-                "give it in a dict or a complete config.json"
-            )
+            raise self.missing(*names, why=why)
         return value
+
+    def missing(self, *names: str, why: str = "") -> ConfigError:
+        """The error for fields of which none is there."""
+        known = repr(names[0]) + (f" (or {', '.join(names[1:])})" if len(names) > 1 else "")
+        reason = "its source does not give it" if set(names) & self.unknown else "the config does not give it"
+        return ConfigError(
+            f"cannot size {self.name}: field {known} is missing ({reason}){f', {why}' if why else ''}; "
+            "give it in a dict or a complete config.json"
+        )
 
     def count(self, *names: str, why: str = "") -> int:
         """A positive integer field."""
         value = self.need(*names, why=why)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"cannot size {self.name}: {names[0]} must be a positive integer, got {value!r}")
+            found = next((name for name in names if self.fields.get(name) is not None), names[0])
+            raise ConfigError(f"cannot size {self.name}: {found} must be a positive integer, got {value!r}")
         return value
 
     def note(self, text: str) -> None:
@@ -84,19 +89,21 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
+# The decoder's own names first: in Whisper's config num_hidden_layers and num_attention_heads are the encoder's.
+_LAYERS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_HEADS = ("decoder_attention_heads", "num_attention_heads", "n_head", "n_heads", "num_heads")
+
+
 def num_layers(facts: Facts) -> int:
     """Decoder layers, counting those that keep nothing."""
     blocks = facts.get("layers_block_type") or facts.get("hybrid_override_pattern")
-    explicit = facts.get(
-        "num_hidden_layers", "n_layer", "n_layers", "num_decoder_layers", "decoder_layers", "num_layers"
-    )
-    if explicit is None and blocks:
+    if blocks and facts.get(*_LAYERS) is None:
         return len(blocks)
-    return facts.count("num_hidden_layers", "n_layer", "n_layers", "num_decoder_layers", "decoder_layers", "num_layers")
+    return facts.count(*_LAYERS)
 
 
 def num_heads(facts: Facts) -> int:
-    return facts.count("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads")
+    return facts.count(*_HEADS)
 
 
 def hidden_size(facts: Facts) -> int:

@@ -81,6 +81,9 @@ def _has_indexer(facts: Facts, i: int) -> bool:
 
 def _block_sparse_index_dim(facts: Facts, i: int) -> int:
     """Width of layer `i`'s block-selection key (MiniMax-M3), or 0."""
+    types = facts.get("layer_types")
+    if types and i < len(types) and types[i] == "minimax_m3_sparse":  # as transformers' class names it
+        return facts.count("index_head_dim")
     config = facts.get("sparse_attention_config") or {}
     freq = config.get("sparse_attention_freq") or ()
     if config.get("use_sparse_attention") is False or i >= len(freq) or not freq[i]:
@@ -103,6 +106,8 @@ def _kv_heads(facts: Facts, i: int, kind: str) -> int:
         return facts.count("swa_num_key_value_heads")
     if kind == "full" and facts.get("num_global_key_value_heads") and facts.get("attention_k_eq_v") is not False:
         return facts.count("num_global_key_value_heads")  # Gemma 4
+    if facts.model_type in FALCON:  # its class reads neither num_key_value_heads nor the plain rule
+        return _falcon_kv_heads(facts)
     listed = facts.get("num_kv_heads_per_layer", "num_key_value_heads_per_layer")
     heads = listed[i] if listed else facts.get("num_key_value_heads")
     if isinstance(heads, list):  # OpenELM
@@ -112,13 +117,18 @@ def _kv_heads(facts: Facts, i: int, kind: str) -> int:
     return _kv_heads_by_other_names(facts)
 
 
-def _kv_heads_by_other_names(facts: Facts) -> int:
-    if facts.model_type in ("falcon", "RefinedWeb", "RefinedWebModel"):
-        if not facts.get("new_decoder_architecture") and facts.get("multi_query"):
-            return 1
+FALCON = ("falcon", "RefinedWeb", "RefinedWebModel")
+
+
+def _falcon_kv_heads(facts: Facts) -> int:
+    if facts.get("new_decoder_architecture"):
         return int(facts.get("num_kv_heads", "n_head_kv") or num_heads(facts))
-    if facts.get("multi_query"):  # GPT-BigCode
-        return 1
+    return 1 if facts.get("multi_query") else num_heads(facts)
+
+
+def _kv_heads_by_other_names(facts: Facts) -> int:
+    if facts.get("multi_query") is not None:  # GPT-BigCode
+        return 1 if facts.get("multi_query") else num_heads(facts)
     if (nested := facts.get("attn_config")) and nested.get("kv_n_heads"):  # DBRX, MPT
         return int(nested["kv_n_heads"])
     for name in ("num_kv_heads", "n_head_kv", "multi_query_group_num", "num_attention_groups", "num_query_groups"):

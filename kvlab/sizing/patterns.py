@@ -95,13 +95,11 @@ def _hybrid(facts: Facts, count: int) -> list[str] | None:
     elif facts.get("full_attn_idxs") is not None:  # LFM2
         return ["full" if i in facts.get("full_attn_idxs") else "conv" for i in range(count)]
     elif facts.get("conv_L_cache") is not None:
-        facts.need("layer_types", "full_attn_idxs", why="so which layers are convolutions is not known")
-        raise AssertionError("unreachable")
+        raise facts.missing("layer_types", "full_attn_idxs", why="so which layers are convolutions is not known")
     elif facts.model_type in _WHOLLY:
         return [_WHOLLY[facts.model_type]] * count
     elif facts.get("layer_type_counts"):
-        facts.need("layer_types", why="only counts of layers per type are known")
-        raise AssertionError("unreachable")
+        raise facts.missing("layer_types", why="only counts of layers per type are known")
     else:
         return None
     return ["full" if i in full else "linear" for i in range(count)]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ENGINE_VERSION = "vLLM 0.32"
 DEFAULT_BLOCK = 16
+CHECKPOINTED = ("Mamba-2", "KDA")  # states whose prefill may leave one more block, the checkpoint
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def reserve(
     block_size: tokens per block before vLLM aligns it for hybrid models (16 on most GPUs, 128 on CPU).
     max_num_batched_tokens x max_concurrent_batches tokens may be in flight (2 with async scheduling), and a window
     holds them besides its own.
-    mamba_cache_mode: ``none`` keeps one state per sequence, ``align`` (prefix caching of hybrids) two.
+    mamba_cache_mode: ``none`` keeps one state per sequence, ``align`` (prefix caching of hybrids, vLLM's default for
+    them) two, and a third where prefill leaves a checkpoint.
     """
     if size.rules.engine != "vllm":
         raise ConfigError(
@@ -115,16 +117,15 @@ def reserve(
     if mamba_cache_mode not in ("none", "align"):
         raise ConfigError(f"mamba_cache_mode must be 'none' or 'align', got {mamba_cache_mode!r}")
     in_flight = max_num_batched_tokens * max_concurrent_batches
-    states = 2 if mamba_cache_mode == "align" else 1
     plans = []
     for stage in stages_of(list(size.layers), size.pp):
         parts = [part.shard(size.tp) for layer in stage for part in layer.parts]
         if parts:
-            plans.append(_plan(size, parts, tokens, block_size, in_flight, states))
+            plans.append(_plan(size, parts, tokens, block_size, in_flight, mamba_cache_mode == "align"))
     return max(plans, key=lambda plan: plan.bytes_per_block)
 
 
-def _plan(size: "KVSize", parts: list[Part], tokens: int, block_size: int, in_flight: int, states: int) -> Reserved:
+def _plan(size: "KVSize", parts: list[Part], tokens: int, block_size: int, in_flight: int, aligned: bool) -> Reserved:
     block = _hybrid_block_size(size, parts, block_size)
     pages = [_page(size, part, block) for part in parts]
     if block != block_size:  # hybrid: states are padded to the attention page
@@ -135,7 +136,7 @@ def _plan(size: "KVSize", parts: list[Part], tokens: int, block_size: int, in_fl
         tokens=tokens,
         block_size=block,
         groups=groups,
-        blocks_per_group=tuple(max(_blocks(p, tokens, in_flight, states) for p, _ in g.pages) for g in groups),
+        blocks_per_group=tuple(max(_blocks(p, tokens, in_flight, aligned) for p, _ in g.pages) for g in groups),
         bytes_per_block=max(group.bytes_per_block for group in groups),
     )
 
@@ -186,10 +187,10 @@ def _equal_pages(pages: list[Page]) -> list[Page]:
     return equal
 
 
-def _blocks(page: Page, tokens: int, in_flight: int, states: int) -> int:
+def _blocks(page: Page, tokens: int, in_flight: int, aligned: bool) -> int:
     """Blocks of one sequence in a group of such pages."""
     if page.kind == "state":
-        return states
+        return 1 if not aligned else 2 + (page.part.name in CHECKPOINTED if isinstance(page.part, StateKV) else 0)
     if page.kind == "sliding":  # + 1: a window need not begin at a block's edge
         return -(-min(page.window - 1 + in_flight, tokens) // page.block_size) + 1
     if page.kind == "chunked":

@@ -18,6 +18,11 @@ __all__ = ["STORES", "Store", "StoreStats", "StoreURL", "open_store", "open_stor
 STORES = {  # scheme -> ("module:Class", what to install when the import fails)
     "memory": ("kvlab.stores.memory:MemoryStore", ""),
     "file": ("kvlab.stores.disk:DiskStore", ""),
+    "redis": ("kvlab.stores.redis:RedisStore", "pip install 'kvlab[redis]'"),
+    "rediss": ("kvlab.stores.redis:RedisStore", "pip install 'kvlab[redis]'"),
+    "unix": ("kvlab.stores.redis:RedisStore", "pip install 'kvlab[redis]'"),
+    "redis-sentinel": ("kvlab.stores.redis:RedisStore", "pip install 'kvlab[redis]'"),
+    "redis-cluster": ("kvlab.stores.redis:RedisStore", "pip install 'kvlab[redis]'"),
 }
 
 
@@ -27,7 +32,7 @@ def open_store(url: str) -> Store:
     found = {point.name: (point.value, "") for point in entry_points(group="kvlab.stores")}
     if parsed.scheme not in STORES and parsed.scheme not in found:
         known = ", ".join(sorted({*STORES, *found}))
-        raise ConfigError(f"unknown store scheme {parsed.scheme!r} in {url!r}; known: {known}")
+        raise ConfigError(f"unknown store scheme {parsed.scheme!r} in {parsed.shown!r}; known: {known}")
     target, hint = STORES.get(parsed.scheme) or found[parsed.scheme]
     module, _, name = target.partition(":")
     try:

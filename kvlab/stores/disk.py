@@ -8,7 +8,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -105,6 +105,17 @@ class DiskStore(Store):
                 raise
         return state.st_size if stat.S_ISREG(state.st_mode) and state.st_size <= self.max_bytes else None
 
+    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+        """From the book, which knows of every process's files; only while somebody is at work on it, from the folder.
+
+        A file that a person removed is believed to be there until it is read.
+        """
+        with self._medium("look"):
+            if self._folder.book.catch_up():
+                sizes = self._folder.book.sizes
+                return [path_of(key) in sizes for key in keys]
+        return [self.contains(key) for key in keys]
+
     def delete(self, key: str) -> bool:
         with self._medium("remove a file"):
             return self._folder.unlink(path_of(key), "deleted")
@@ -145,7 +156,7 @@ class DiskStore(Store):
             if opened is None:
                 self._count(misses=1)
                 if path in self._folder.book.sizes:
-                    self._folder.unlink(path, "vanished")
+                    self._folder.forget(path)
                 return None
             fd, size, direct = opened
             try:
@@ -153,7 +164,8 @@ class DiskStore(Store):
                     raise ValueTooLongError(f"value of {key!r} holds {size} bytes, the buffer only {out.nbytes}")
                 into = aligned_buffer(size) if out is None else out
                 got = read_file(fd, into, size, direct=direct)
-                os.utime(fd)  # so that the next process knows what was used last
+                with suppress(OSError):  # a folder of somebody else, or one that cannot be written any more
+                    os.utime(fd)  # so that the next process knows what was used last
             finally:
                 os.close(fd)
         if got != size:  # cut short under our hands
@@ -210,7 +222,7 @@ class DiskStore(Store):
         try:
             fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
             try:
-                os.pwritev(fd, [aligned_buffer(BLOCK)], 0)
+                write_file(fd, [memoryview(bytes(BLOCK))], direct=True)
             finally:
                 os.close(fd)
         except OSError as error:

@@ -123,6 +123,12 @@ class Folder:
             self.book.remove(path, why)
             return there
 
+    def forget(self, path: str) -> None:
+        """A reader did not find it: take it out of the book, unless it has come back by now."""
+        with self.book.locked():
+            if not os.path.isfile(self.root / path):
+                self.book.remove(path, "vanished")
+
     def set_aside(self, path: str, why: str) -> bool:
         """Move a broken file out of the readers' sight, keeping the last few; True if it was there."""
         aside = f"{BROKEN}/{secrets.token_hex(4)}-{Path(path).name}"
@@ -144,6 +150,8 @@ class Folder:
     def _make_room(self, size: int, replacing: str = "") -> bool:
         """Let files go until `size` more bytes fit: broken ones, the one that is replaced, then by policy."""
         book = self.book
+        while self.touched:  # even where there is room: they came before what is about to enter
+            self._policy.touch(self.touched.popleft())
         if book.used + size <= self.max_bytes:
             return True
         self._drop_dead_writers()
@@ -153,8 +161,6 @@ class Folder:
         for path in [*[path for path in book.sizes if path.startswith(BROKEN)], replacing]:
             if path in book.sizes and book.used + size > self.max_bytes:
                 self.unlink(path, "replaced")
-        while self.touched:
-            self._policy.touch(self.touched.popleft())
         while book.used + size > self.max_bytes:
             victim = self._policy.victim()
             if victim is None:

@@ -65,6 +65,19 @@ class Ledger:
                 if self._depth == 0:
                     self._unlock()
 
+    def catch_up(self) -> bool:
+        """Bring the book up to date unless somebody is at work on it; whether it is."""
+        if not self._thread_lock.acquire(blocking=False):
+            return False
+        try:
+            if self._depth == 0:
+                if not self._lock(wait=False):
+                    return False
+                self._unlock()
+            return self._shared
+        finally:
+            self._thread_lock.release()
+
     def add(self, path: str, size: int) -> None:
         self._append(f"+ {size} {path}\n")
         self._add(path, size)
@@ -118,23 +131,27 @@ class Ledger:
         self._fd = os.open(self.journal, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._pid, self._offset, self._epoch = os.getpid(), 0, b""
 
-    def _lock(self) -> None:
+    def _lock(self, wait: bool = True) -> bool:
         if self._fd < 0 or self._pid != os.getpid():
             self._open()
-        self._flock()
+        try:
+            self._flock(fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
         while os.fstat(self._fd).st_nlink == 0:  # somebody removed the folder
             self._open()
-            self._flock()
+            self._flock(fcntl.LOCK_EX)
         try:
             self._catch_up(os.fstat(self._fd).st_size)
         except BaseException:
             self._unlock()
             raise
+        return True
 
-    def _flock(self) -> None:
+    def _flock(self, how: int) -> None:
         try:
             if self._shared:
-                fcntl.flock(self._fd, fcntl.LOCK_EX)
+                fcntl.flock(self._fd, how)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise

@@ -2,96 +2,146 @@
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
+
+from kvlab.stores.arena import PAGE, Arena, Region, cuda_is_in_use
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.url import StoreURL
 
+KEPT_REASONS = 1 << 16  # keys whose reason of leaving is remembered
+
 
 class MemoryStore(Store):
-    """Values in this process's memory, at most `max_bytes` of them."""
+    """Values in one arena of this process's memory, in whole pages, at most `max_bytes` of them.
 
-    def __init__(self, max_bytes: int, *, policy: str = "lru", name: str = "memory") -> None:
+    Copies run outside the lock. What is being read or written is leased and neither evicted nor overwritten; a `put`
+    that needs such room waits up to `wait_s` for it and is then refused.
+
+    Parameters
+    ----------
+    pinned : register the arena with CUDA, so that copies to and from a GPU run at full speed and in the background.
+        None does so where this process uses CUDA already.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int,
+        *,
+        policy: str = "lru",
+        pinned: bool | None = None,
+        wait_s: float = 0.1,
+        name: str = "memory",
+    ) -> None:
         self.name = name
         self.max_bytes = max_bytes
         self.stats_ = StoreStats()
-        self._values: dict[str, bytearray] = {}
-        self._used = 0
         self._policy = get_policy(policy)
-        self._evicted: dict[str, float] = {}
-        self._lock = threading.Lock()
+        self._arena = Arena(max_bytes, pinned=cuda_is_in_use() if pinned is None else pinned)
+        self._wait_s = wait_s
+        self._held: dict[str, Region] = {}
+        self._leased: set[str] = set()
+        self._gone: dict[str, str] = {}
+        self._lock = threading.Condition()
 
     @classmethod
     def from_url(cls, url: StoreURL) -> Self:
-        return cls(url.take_bytes("size", default="1GiB"), policy=url.take("policy", "lru"))
+        pinned = url.take("pinned", "auto")
+        return cls(
+            url.take_bytes("size", default="1GiB"),
+            policy=url.take("policy", "lru"),
+            pinned=None if pinned == "auto" else url.take_bool("pinned", False),
+            wait_s=url.take_ms("wait_ms", "100"),
+        )
 
     def put(self, key: str, value: Value) -> bool:
         start = time.perf_counter()
         pieces = buffers(value)
         size = sum(piece.nbytes for piece in pieces)
         with self._lock:
-            if size > self.max_bytes:
+            region = self._make_room(size, key)
+            if region is None:
                 self.stats_.refused += 1
                 return False
-            self._remove(key)
-            while self._used + size > self.max_bytes:
-                victim = self._policy.victim()
-                self.stats_.evictions += 1
-                self.stats_.evicted_bytes += self._remove(str(victim))
-                self._evicted[str(victim)] = time.time()
-            held = bytearray(size)
-            at = 0
-            for piece in pieces:
-                held[at : at + piece.nbytes] = piece
+        into, at = self._arena.bytes_of(region), 0
+        for piece in pieces:  # numpy lets other threads run meanwhile
+            if piece.nbytes:
+                into[at : at + piece.nbytes] = np.frombuffer(piece, np.uint8)
                 at += piece.nbytes
-            self._values[key] = held
-            self._used += size
-            self._policy.admit(key, size)
-            self._evicted.pop(key, None)
+        with self._lock:
+            self._drop(key, "replaced")
+            self._held[key] = region
+            self._policy.admit(key, region.span)
+            self._gone.pop(key, None)
+            self._lock.notify_all()  # it may be evicted from now on
             self.stats_.puts += 1
             self.stats_.put_bytes += size
             self.stats_.put_s += time.perf_counter() - start
         return True
 
-    def get(self, key: str) -> Buffer | None:
-        start = time.perf_counter()
+    @contextmanager
+    def lease(self, key: str) -> Iterator[memoryview | None]:
+        """The value in place, read-only and page-aligned, for as long as the block runs; None if absent."""
         with self._lock:
-            held = self._values.get(key)
-            self._count(key, held, start)
-            return None if held is None else bytearray(held)
+            region = self._held.get(key)
+            if region is None:
+                self.stats_.misses += 1
+            else:
+                self._policy.touch(key)
+                region.readers += 1
+                self._leased.add(key)
+        if region is None:
+            yield None
+            return
+        try:
+            yield self._arena.bytes_of(region).data.toreadonly()
+        finally:
+            with self._lock:
+                region.readers -= 1
+                if not region.readers:
+                    if region.dropped:
+                        self._arena.free(region)
+                    now = self._held.get(key)  # another one by now, if it was replaced meanwhile
+                    if now is None or not now.readers:
+                        self._leased.discard(key)
+                    self._lock.notify_all()
+
+    def get(self, key: str) -> Buffer | None:
+        return self._read(key, None)
 
     def get_into(self, key: str, out: memoryview) -> int | None:
-        start = time.perf_counter()
-        with self._lock:
-            held = self._values.get(key)
-            if held is not None:
-                if len(held) > out.nbytes:
-                    raise ValueTooLongError(f"value of {key!r} holds {len(held)} bytes, the buffer only {out.nbytes}")
-                out.cast("B")[: len(held)] = held
-            self._count(key, held, start)
-            return None if held is None else len(held)
+        got = self._read(key, out.cast("B"))
+        return None if got is None else got.nbytes
 
     def size_of(self, key: str) -> int | None:
-        held = self._values.get(key)
-        return None if held is None else len(held)
+        region = self._held.get(key)
+        return None if region is None else region.size
+
+    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+        held = self._held
+        return [key in held for key in keys]
 
     def delete(self, key: str) -> bool:
         with self._lock:
-            present = key in self._values
-            self._remove(key)
-            if present:
-                self._evicted.pop(key, None)
-            return present
+            return self._drop(key, "deleted")
+
+    def set_aside(self, key: str, reason: str) -> None:
+        with self._lock:
+            self.stats_.dropped += self._drop(key, f"set_aside:{'_'.join(reason.split())}")
 
     def keys(self) -> Iterator[str]:
         with self._lock:
-            return iter(list(self._values))
+            return iter(list(self._held))
 
     @property
     def used_bytes(self) -> int:
-        return self._used
+        """Whole pages, those included that are being written or are deleted but still read."""
+        return self._arena.used
 
     def touch(self, keys: Iterable[str]) -> None:
         with self._lock:
@@ -99,20 +149,60 @@ class MemoryStore(Store):
                 self._policy.touch(key)
 
     def why_missing(self, key: str) -> str:
-        return "evicted" if key in self._evicted else "never_stored"
+        return self._gone.get(key, "never_stored")
 
-    def _remove(self, key: str) -> int:
-        held = self._values.pop(key, None)
+    def stats(self) -> dict[str, int | float | str]:
+        return {**super().stats(), "pinned": int(self._arena.is_pinned)}
+
+    def close(self) -> None:
+        self._arena.close()
+
+    def _read(self, key: str, out: memoryview | None) -> memoryview | None:
+        start = time.perf_counter()
+        with self.lease(key) as held:
+            if held is None:
+                return None
+            size = held.nbytes
+            if out is not None and size > out.nbytes:
+                raise ValueTooLongError(f"value of {key!r} holds {size} bytes, the buffer only {out.nbytes}")
+            into: npt.NDArray[np.uint8] = (
+                np.empty(size, np.uint8) if out is None else np.frombuffer(out[:size], np.uint8)
+            )
+            np.copyto(into, np.frombuffer(held, np.uint8))
+        with self._lock:
+            self.stats_.hits += 1
+            self.stats_.get_bytes += size
+            self.stats_.get_s += time.perf_counter() - start
+        return into.data
+
+    def _make_room(self, size: int, key: str) -> Region | None:
+        """A region for `size` bytes. Values leave by policy until there is one; waits for leases if it must."""
+        if max(-(-size // PAGE), 1) * PAGE > self._arena.max_bytes:
+            return None
+        deadline = time.monotonic() + self._wait_s
+        while (region := self._arena.take(size)) is None:
+            old = self._held.get(key)
+            victim = self._policy.victim(self._leased)
+            if old is not None and not old.readers:
+                self._drop(key, "replaced")  # it leaves anyway; no other has to
+            elif victim is not None:
+                self.stats_.evictions += 1
+                self.stats_.evicted_bytes += self._held[str(victim)].size
+                self._drop(str(victim), "evicted")
+            elif not self._lock.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
+                return None
+        return region
+
+    def _drop(self, key: str, why: str) -> bool:
+        region = self._held.pop(key, None)
+        if region is None:
+            return False
         self._policy.discard(key)
-        size = 0 if held is None else len(held)
-        self._used -= size
-        return size
-
-    def _count(self, key: str, held: bytearray | None, start: float) -> None:
-        if held is None:
-            self.stats_.misses += 1
-            return
-        self._policy.touch(key)
-        self.stats_.hits += 1
-        self.stats_.get_bytes += len(held)
-        self.stats_.get_s += time.perf_counter() - start
+        self._gone[key] = why
+        if len(self._gone) > KEPT_REASONS:
+            self._gone.pop(next(iter(self._gone)))
+        if region.readers:
+            region.dropped = True
+        else:
+            self._arena.free(region)
+        return True

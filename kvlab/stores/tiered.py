@@ -1,13 +1,18 @@
 """Several tiers as one store: fast and small above, slow and large below."""
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
 
 from kvlab.errors import ConfigError
+from kvlab.stores.background import BackgroundWriter
+from kvlab.stores.backoff import FIRST_WAIT_S, LONGEST_WAIT_S
 from kvlab.stores.base import Buffer, Store, StoreStats, Value
-from kvlab.stores.tier import FIRST_WAIT_S, LONGEST_WAIT_S, Tier
+from kvlab.stores.tier import Tier
 
 KEPT_SOURCES = 1 << 14
+KEPT_SIGHTS = 1 << 16
 
 
 class TieredStore(Store):
@@ -15,18 +20,33 @@ class TieredStore(Store):
 
     `stores` are given fastest first; the stack owns and closes them. A tier that fails is left alone for a growing
     while (`first_wait_s` to `longest_wait_s`) and never fails a call: its values are misses, its writes are dropped.
+
+    Parameters
+    ----------
+    write : ``"through"``: `put` returns when every tier has it. ``"back"``: when the first has it; a background
+        thread carries it to the others, reading it from the first; `close` drains. At most `max_queued` keys wait,
+        more are dropped and counted (`writer` in `rows`), so are those that left the first tier too early.
+    after_sights : carry a value to the lower tiers only at the n-th time its key is put or read; what is used
+        once only then never costs them a write.
+    promote : copy what a lower tier had to the tiers above.
     """
 
     def __init__(
         self,
         stores: Sequence[Store],
         *,
+        write: Literal["through", "back"] = "through",
+        after_sights: int = 1,
+        promote: bool = True,
+        max_queued: int = 256,
         name: str = "tiered",
         first_wait_s: float = FIRST_WAIT_S,
         longest_wait_s: float = LONGEST_WAIT_S,
     ) -> None:
         if not stores:
             raise ConfigError("a tiered store needs at least one store")
+        if write not in ("through", "back") or after_sights < 1:
+            raise ConfigError(f"write must be through or back, after_sights >= 1; got {write!r}, {after_sights}")
         self.name = name
         names = [store.name for store in stores]
         for index, store in enumerate(stores):  # so that rows tell two folders apart
@@ -34,8 +54,12 @@ class TieredStore(Store):
                 store.name = f"{store.name}{index}"
         self.tiers = [Tier(store, first_wait_s=first_wait_s, longest_wait_s=longest_wait_s) for store in stores]
         self.stats_ = StoreStats()
-        self._came_from: dict[str, Tier] = {}
+        self._after_sights = after_sights
+        self._promote = promote
+        self._came_from: OrderedDict[str, Tier] = OrderedDict()
+        self._sights: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
+        self._writer = BackgroundWriter(self._carry_down, max_keys=max_queued) if write == "back" else None
 
     @property
     def max_bytes(self) -> int:  # type: ignore[override]
@@ -47,12 +71,19 @@ class TieredStore(Store):
 
     def put(self, key: str, value: Value) -> bool:
         """True if at least one tier holds it now."""
-        stored = [tier.call(tier.store.put, key, value, default=False) for tier in self.tiers]
-        if any(stored):
-            self.stats_.puts += 1
-        else:
-            self.stats_.refused += 1
-        return any(stored)
+        first = self.tiers[0]
+        stored = first.call(first.store.put, key, value, default=False)
+        if self._is_due(key) or not stored:
+            if stored and self._writer is not None:
+                self._writer.add(key)
+            else:
+                for tier in self.tiers[1:]:
+                    stored |= tier.call(tier.store.put, key, value, default=False)
+        with self._lock:
+            self.stats_.puts += stored
+            self.stats_.refused += not stored
+            self._came_from.pop(key, None)
+        return stored
 
     def get(self, key: str) -> Buffer | None:
         for level, tier in enumerate(self.tiers):
@@ -60,7 +91,7 @@ class TieredStore(Store):
             if value is not None:
                 self._found(key, level, value)
                 return value
-        self.stats_.misses += 1
+        self._missed()
         return None
 
     def get_into(self, key: str, out: memoryview) -> int | None:
@@ -69,7 +100,7 @@ class TieredStore(Store):
             if size is not None:
                 self._found(key, level, out.cast("B")[:size])
                 return size
-        self.stats_.misses += 1
+        self._missed()
         return None
 
     def size_of(self, key: str) -> int | None:
@@ -93,6 +124,8 @@ class TieredStore(Store):
         return found
 
     def delete(self, key: str) -> bool:
+        if self._writer is not None:
+            self._writer.cancel(key)  # or it would come back
         return any([tier.call(tier.store.delete, key, default=False) for tier in self.tiers])
 
     def keys(self) -> Iterator[str]:
@@ -112,32 +145,42 @@ class TieredStore(Store):
         """
         with self._lock:
             source = self._came_from.pop(key, None)
+        if self._writer is not None:
+            self._writer.cancel(key)
         there = False
         for tier in self.tiers:
             there |= tier.call(tier.store.contains, key, default=False)
             tier.call(tier.store.set_aside, key, reason, default=None)
             if tier is source:
                 break
-        self.stats_.dropped += there
+        with self._lock:
+            self.stats_.dropped += there
 
     def why_missing(self, key: str) -> str:
         """``tier_down`` if a tier that cannot be asked might have it, else what the first tier knows."""
         if not all(tier.is_up for tier in self.tiers):
             return "tier_down"
-        reasons = (tier.store.why_missing(key) for tier in self.tiers)
+        reasons = (tier.call(tier.store.why_missing, key, default="never_stored") for tier in self.tiers)
         return next((reason for reason in reasons if reason != "never_stored"), "never_stored")
 
     def rows(self) -> list[dict[str, int | float | str]]:
-        """One row per tier: its counters, and how often it was down."""
+        """One row per tier: its counters, how often it was down; for the first, what its writer has to do and did."""
         rows: list[dict[str, int | float | str]] = []
         for tier in self.tiers:
             unknown: list[dict[str, int | float | str]] = [{"tier": tier.store.name}]
-            for row in tier.call(tier.store.rows, default=unknown):
-                health = {"up": int(tier.is_up), "outages": tier.outages, "failures": tier.failures}
-                rows.append({**row, **health, "last_error": tier.last_error})
+            rows.extend({**row, **tier.row()} for row in tier.call(tier.store.rows, default=unknown))
+        if self._writer is not None:
+            queued, written, dropped = self._writer.waiting, self._writer.written, self._writer.dropped
+            rows[0] |= {"writer_waiting": queued, "writer_written": written, "writer_dropped": dropped}
         return rows
 
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Wait until the lower tiers have what they are to get; False if that took longer than `timeout_s`."""
+        return self._writer is None or self._writer.drain(timeout_s)
+
     def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
         for tier in self.tiers:
             tier.store.close()
 
@@ -147,6 +190,37 @@ class TieredStore(Store):
             self.stats_.get_bytes += memoryview(value).nbytes
             self._came_from[key] = self.tiers[level]
             if len(self._came_from) > KEPT_SOURCES:
-                self._came_from.pop(next(iter(self._came_from)))
-        for tier in self.tiers[:level]:
+                self._came_from.popitem(last=False)
+        if self._promote:
+            for tier in self.tiers[:level]:
+                tier.call(tier.store.put, key, value, default=False)
+        if level == 0 and self._after_sights > 1 and self._is_due(key, exactly=True):
+            if self._writer is not None:
+                self._writer.add(key)
+            else:
+                for tier in self.tiers[1:]:
+                    tier.call(tier.store.put, key, value, default=False)
+
+    def _missed(self) -> None:
+        with self._lock:
+            self.stats_.misses += 1
+
+    def _is_due(self, key: str, *, exactly: bool = False) -> bool:
+        """Count one more sight of `key`; whether the lower tiers are to have it by now (`exactly`: just now)."""
+        if self._after_sights == 1:
+            return True
+        with self._lock:
+            sights = self._sights[key] = self._sights.pop(key, 0) + 1
+            if len(self._sights) > KEPT_SIGHTS:
+                self._sights.popitem(last=False)
+        return sights == self._after_sights if exactly else sights >= self._after_sights
+
+    def _carry_down(self, key: str) -> None:
+        first = self.tiers[0]
+        value = first.call(first.store.get, key, default=None)
+        if value is None:  # evicted or deleted meanwhile
+            if self._writer is not None:
+                self._writer.dropped += 1
+            return
+        for tier in self.tiers[1:]:
             tier.call(tier.store.put, key, value, default=False)

@@ -32,7 +32,7 @@ PER_TOKEN = {
     "Mistral-7B-v0.3": 131_072,
     "Mixtral-8x7B-v0.1": 131_072,
     "Mixtral-8x22B-v0.1": 229_376,
-    "Mistral-Nemo-Base-2407": 163_840,
+    "Mistral-Nemo-Instruct-2407": 163_840,
     "Mistral-Large-Instruct-2407": 360_448,
     "phi-4": 204_800,
     "Phi-3.5-mini-instruct": 393_216,

@@ -196,6 +196,17 @@ def test_two_stores_on_one_folder_share_budget_and_content(tmp_path):
         assert bytes(one.get("k19")) == pattern(10, 0)
 
 
+def test_a_lookup_sees_what_another_process_did(tmp_path):
+    with DiskStore(tmp_path / "kv", 1 << 20) as one, DiskStore(tmp_path / "kv", 1 << 20) as two:
+        one.put("a", b"1")
+        one.put("b", b"2")
+        assert two.contains_many(["a", "b", "c"]) == [True, True, False]
+        one.delete("a")
+        assert two.contains_many(["a", "b", "c"]) == [False, True, False]
+        with one._folder.book.locked():  # another process is at work: the folder itself is asked
+            assert two.contains_many(["a", "b", "c"]) == [False, True, False]
+
+
 def test_a_file_deleted_or_cut_behind_our_back_is_a_miss(store):
     store.put("k", pattern(5000))
     (store.root / path_of("k")).unlink()

@@ -1,4 +1,5 @@
 import logging
+import time
 
 import pytest
 
@@ -8,6 +9,7 @@ from kvlab.stores.disk import DiskStore
 from kvlab.stores.memory import MemoryStore
 from kvlab.stores.names import path_of
 from kvlab.stores.tiered import TieredStore
+from kvlab.stores.wrappers import LatencyStore
 from kvlab.testing import StoreTests
 from kvlab.testing.machines import pattern
 
@@ -27,7 +29,7 @@ class TestSmallAboveLarge(StoreTests):
     examples = 20
 
     def open(self, where, max_bytes):
-        return TieredStore([MemoryStore(4000), DiskStore(where, max_bytes)])
+        return TieredStore([MemoryStore(40_000), DiskStore(where, max_bytes)])
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def test_a_failing_tier_costs_no_call_is_told_once_and_comes_back(two, caplog):
     assert len([record for record in caplog.records if "tier disk failed" in record.message]) == 1
     tier = store.tiers[1]
     assert not tier.is_up
-    assert 1 <= tier.failures < 20  # it was left alone most of the time
+    assert 1 <= tier.health.failures < 20  # it was left alone most of the time
     assert store.why_missing("absent") == "tier_down"
     row = store.rows()[1]
     assert (row["up"], row["outages"]) == (0, 1)
@@ -103,7 +105,7 @@ def test_a_failing_tier_costs_no_call_is_told_once_and_comes_back(two, caplog):
     assert bytes(store.get("k3")) == pattern(100, 3)
 
     heal()
-    tier._ask_again = 0.0  # its wait is over
+    tier.health.hurry()
     assert store.put("after", b"v")
     assert tier.is_up
     assert disk.contains("after")
@@ -115,9 +117,9 @@ def test_the_wait_grows_with_each_failure_in_a_row(two):
     heal = break_disk(disk)
     waits = []
     for _ in range(5):
-        store.tiers[1]._ask_again = 0.0
+        store.tiers[1].health.hurry()
         store.put("k", b"v")
-        waits.append(store.tiers[1]._wait_s)
+        waits.append(store.tiers[1].health.wait_s)
     assert waits == [0.02, 0.04, 0.08, 0.1, 0.1]
     heal()
 
@@ -147,3 +149,79 @@ def test_open_stores(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError):
         open_stores(["memory://", f"file://{tmp_path}/file/kv"])
+
+
+class TestWriteBack(StoreTests):
+    """What a put left to the background is found by the next store, for closing drains."""
+
+    persistent = True
+    examples = 10
+
+    def open(self, where, max_bytes):
+        return TieredStore([MemoryStore(max_bytes), DiskStore(where, max_bytes)], write="back", after_sights=1)
+
+
+def test_write_back_returns_first_and_drains(tmp_path):
+    disk = DiskStore(tmp_path / "kv", 1 << 20)
+    slow = LatencyStore(disk, latency_s=0.02)
+    with TieredStore([MemoryStore(1 << 20), slow], write="back") as store:
+        start = time.monotonic()
+        for index in range(10):
+            assert store.put(f"k{index}", pattern(1000, index))
+        assert time.monotonic() - start < 0.1, "ten writes of 20 ms each were waited for"
+        assert not disk.contains("k9")
+        assert store.drain(10)
+        assert disk.contains("k9")
+        store.put("last", pattern(1000))
+        row = store.rows()[0]
+        assert (row["writer_written"], row["writer_dropped"]) == (10, 0)
+    with DiskStore(tmp_path / "kv", 1 << 20) as disk:
+        assert disk.contains("last")
+
+
+def test_write_back_drops_and_counts_what_the_queue_cannot_hold(tmp_path):
+    slow = LatencyStore(DiskStore(tmp_path / "kv", 1 << 20), latency_s=0.05)
+    with TieredStore([MemoryStore(1 << 20), slow], write="back", max_queued=2) as store:
+        for index in range(10):
+            store.put(f"k{index}", pattern(100, index))
+        dropped = store.rows()[0]["writer_dropped"]
+        assert dropped >= 7
+        store.drain()
+        assert len(list(slow.inner.keys())) == 10 - dropped
+
+
+@pytest.mark.parametrize("write", ["through", "back"])
+def test_lower_tiers_get_what_is_seen_again(tmp_path, write):
+    memory, disk = MemoryStore(1 << 20), DiskStore(tmp_path / "kv", 1 << 20)
+    with TieredStore([memory, disk], write=write, after_sights=2) as store:
+        store.put("once", b"1")
+        store.put("twice", b"2")
+        store.put("put again", b"3")
+        store.get("twice")
+        store.put("put again", b"4")
+        store.drain()
+        assert sorted(disk.keys()) == ["put again", "twice"]
+        assert bytes(disk.get("put again")) == b"4"
+
+
+def test_what_the_first_tier_refuses_goes_down_at_once(tmp_path):
+    disk = DiskStore(tmp_path / "kv", 1 << 20)
+    with TieredStore([MemoryStore(10_000), disk], write="back", after_sights=3) as store:
+        assert store.put("large", pattern(50_000))
+        assert disk.contains("large")
+
+
+def test_without_promotion_values_stay_where_they_are(tmp_path):
+    memory, disk = MemoryStore(1 << 20), DiskStore(tmp_path / "kv", 1 << 20)
+    with TieredStore([memory, disk], promote=False) as store:
+        disk.put("k", b"v")
+        assert bytes(store.get("k")) == b"v"
+        assert not memory.contains("k")
+
+
+def test_settings_are_checked(tmp_path):
+    for wrong in ({"write": "sometimes"}, {"after_sights": 0}):
+        with pytest.raises(ConfigError):
+            TieredStore([MemoryStore(1)], **wrong)
+    with pytest.raises(ConfigError):
+        TieredStore([])

@@ -1,4 +1,4 @@
-"""Where the public request traces lie: KVLAB_TRACES, or the folder shared/data/traces beside the repository."""
+"""Where the public request traces lie: in KVLAB_TRACES, or in a data folder beside the repository."""
 
 import os
 from pathlib import Path

@@ -22,10 +22,10 @@ from kvlab.connectors.vllm.identity import engine_namespace, rank_namespace
 from kvlab.connectors.vllm.metadata import StepMetadata, WorkerReport
 from kvlab.connectors.vllm.scheduler import Scheduler
 from kvlab.connectors.vllm.slots import SlotIndex
-from kvlab.connectors.vllm.worker import Worker
+from kvlab.connectors.vllm.worker import Transfer, Worker
 from kvlab.engine import CacheEngine
 from kvlab.errors import ConfigError
-from kvlab.paged import page_layout
+from kvlab.paged import PageLayout, page_layout
 from kvlab.paged.transfer import CPUTransfer
 from kvlab.serde import get_serde
 from kvlab.stores import open_stores
@@ -46,9 +46,7 @@ def _never_raise(default: Callable[[], Any]) -> Callable[[F], F]:
             try:
                 return hook(self, *args, **kwargs)
             except Exception:
-                self.hook_errors[hook.__name__] = self.hook_errors.get(hook.__name__, 0) + 1
-                if self.hook_errors[hook.__name__] == 1:
-                    logger.exception("kvlab: %s failed; the request goes on without the cache", hook.__name__)
+                self._hook_failed(hook.__name__)
                 return default()
 
         return guarded  # type: ignore[return-value]
@@ -56,7 +54,16 @@ def _never_raise(default: Callable[[], Any]) -> Callable[[F], F]:
     return wrap
 
 
-class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+def _transfer(layout: PageLayout, num_slots: int, gpu_staging: int) -> Transfer:
+    """The way between these pages and host memory."""
+    if layout.pages[0].device.type != "cuda":
+        return CPUTransfer(layout, num_slots)
+    from kvlab.paged.staging import CudaTransfer  # loads Triton
+
+    return CudaTransfer(layout, num_slots, staging_bytes=gpu_staging)
+
+
+class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM's V1 connector interface over kvlab's tiers; settings as in `kvlab.connectors.ConnectorConfig`."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -73,11 +80,20 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         slot_bytes = sum(self._pages.values())
         self.num_slots = self.config.arena_bytes // slot_bytes
         if self.num_slots < 1:
-            raise ConfigError(f"host memory of {format_bytes(self.config.arena_bytes)} must hold a block of {format_bytes(slot_bytes)}; give a larger size")
+            raise ConfigError(
+                f"host memory of {format_bytes(self.config.arena_bytes)} must hold a block of "
+                f"{format_bytes(slot_bytes)}; give a larger size"
+            )
         serde = get_serde(self.config.serde)
         if serde.needs_kv_axes and self.config.lower_tiers:
-            raise ConfigError(f"serde {self.config.serde!r} must tell K from V, which vLLM's pages here do not show; use naive or lossless")
-        self.namespace = engine_namespace(vllm_config, kv_cache_config, extra=self.config.namespace, serde=self.config.serde)
+            raise ConfigError(
+                f"serde {self.config.serde!r} must tell K from V, which an engine's opaque pages do not show; "
+                "use naive or lossless"
+            )
+        self.namespace = engine_namespace(
+            vllm_config, kv_cache_config, extra=self.config.namespace, serde=self.config.serde
+        )
+        self._promise = (0, False)  # of the latest match: tokens computed locally, and whether the load is async
         self.scheduler: Scheduler | None = None
         self.worker: Worker | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -86,6 +102,12 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             index = SlotIndex(self.num_slots, policy=self.config.policy)
             lower = open_stores(self.config.lower_tiers) if self.config.lower_tiers else None
             self.scheduler = Scheduler(self.config, self.chunker, index, lower, namespaces)
+
+    def _hook_failed(self, name: str) -> None:
+        """Called while the error is handled: count it, and tell it with its trace the first time."""
+        self.hook_errors[name] = self.hook_errors.get(name, 0) + 1
+        if self.hook_errors[name] == 1:
+            logger.exception("kvlab: %s failed; the request goes on without the cache", name)
 
     # ---- worker
 
@@ -97,7 +119,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             namespace = rank_namespace(self.namespace, self._vllm_config.parallel_config.rank)
             lower = open_stores(self.config.lower_tiers)
             engine = CacheEngine(lower, namespace=namespace, chunker=self.chunker, serde=self.config.serde)
-        self.worker = Worker(CPUTransfer(layout, self.num_slots), self.num_slots, engine)
+        self.worker = Worker(_transfer(layout, self.num_slots, self.config.gpu_staging), self.num_slots, engine)
 
     @_never_raise(lambda: None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -138,12 +160,22 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @_never_raise(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self.scheduler is not None
-        return self.scheduler.match(request, num_computed_tokens)
+        tokens, is_async = self.scheduler.match(request, num_computed_tokens)
+        self._promise = (num_computed_tokens, is_async)
+        return tokens, is_async
 
-    @_never_raise(lambda: None)
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self.scheduler is not None
-        self.scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        block_ids = blocks.get_block_ids()[0]
+        try:
+            self.scheduler.allocated(request, block_ids, num_external_tokens)
+        except Exception:
+            self._hook_failed("update_state_after_alloc")
+            if num_external_tokens:  # promised: the engine takes these pages for filled unless told otherwise
+                computed, is_async = self._promise
+                first, block = computed // self.chunker.block_tokens, self.chunker.block_tokens
+                lost = block_ids[first : first + num_external_tokens // block]
+                self.scheduler.lose(request.request_id, lost, is_async=is_async)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         assert self.scheduler is not None
@@ -163,7 +195,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished(request, block_ids[0])  # type: ignore[no-any-return]
+        return self.request_finished(request, block_ids[0])
 
     def reset_cache(self) -> bool | None:
         if self.scheduler is not None:

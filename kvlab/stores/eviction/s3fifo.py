@@ -1,7 +1,7 @@
 """S3-FIFO: three queues that filter what is used only once."""
 
 from collections import OrderedDict
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Iterable
 
 from kvlab.stores.eviction.base import EvictionPolicy
 
@@ -29,12 +29,12 @@ class S3FIFOPolicy(EvictionPolicy):
         self._chosen: Hashable | None = None  # by `victim`: its leaving is an eviction, any other a deletion
 
     def admit(self, key: Hashable, size: int) -> None:
+        uses = 0
         if key in self._uses:
-            uses = self._uses[key]
-            self._take_out(key)
-            self._uses[key] = min(uses + 1, MOST_USES)
-        else:
-            self._uses[key] = 0
+            uses = min(self._uses[key] + 1, MOST_USES)
+            self._chosen = None
+            self.discard(key)
+        self._uses[key] = uses
         if key in self._ghosts:
             del self._ghosts[key]
             self._main[key] = size
@@ -48,57 +48,91 @@ class S3FIFOPolicy(EvictionPolicy):
         if uses is not None and uses < MOST_USES:
             self._uses[key] = uses + 1
 
+    def touch_all(self, keys: Iterable[Hashable]) -> None:
+        all_uses = self._uses
+        for key in keys:
+            uses = all_uses.get(key)
+            if uses is not None and uses < MOST_USES:
+                all_uses[key] = uses + 1
+
     def discard(self, key: Hashable) -> None:
-        if key not in self._uses:
+        if self._uses.pop(key, None) is None:
             return
-        if key == self._chosen and key in self._small:
-            self._ghosts[key] = None
-            while len(self._ghosts) > max(len(self._main), 1):
-                self._ghosts.popitem(last=False)
-        self._take_out(key)
+        size = self._small.pop(key, None)
+        if size is None:
+            self._main_bytes -= self._main.pop(key)
+            return
+        self._small_bytes -= size
+        if key == self._chosen:
+            ghosts = self._ghosts
+            ghosts[key] = None
+            if len(ghosts) > max(len(self._main), 1):
+                ghosts.popitem(last=False)
 
     def victim(self, pinned: Container[Hashable] = ()) -> Hashable | None:
-        from_small = self._small_bytes >= SMALL_SHARE * (self._small_bytes + self._main_bytes)
-        key = self._from_small(pinned) if from_small or not self._main else self._from_main(pinned)
+        small_first = self._small_bytes >= SMALL_SHARE * (self._small_bytes + self._main_bytes)
+        if small_first and self._small and not pinned:  # nearly always
+            key = next(iter(self._small))
+            if self._uses[key] <= 1:
+                self._chosen = key
+                return key
+        self._chosen = self._search(pinned, small_first)
+        return self._chosen
+
+    def evict(self) -> Hashable | None:
+        small, small_bytes = self._small, self._small_bytes
+        if small_bytes >= SMALL_SHARE * (small_bytes + self._main_bytes):
+            uses, main, ghosts = self._uses, self._main, self._ghosts
+            while small:  # what `victim` and `discard` do, without looking the key up again and again
+                key, size = small.popitem(last=False)
+                self._small_bytes -= size
+                if uses[key] <= 1:
+                    del uses[key]
+                    ghosts[key] = None
+                    if len(ghosts) > len(main) and len(ghosts) > 1:
+                        ghosts.popitem(last=False)
+                    return key
+                main[key] = size
+                self._main_bytes += size
+                uses[key] = 0
+        return super().evict()
+
+    def _search(self, pinned: Container[Hashable], small_first: bool) -> Hashable | None:
+        key = self._from_small(pinned) if small_first else self._from_main(pinned)
         if key is None:
+            key = self._from_main(pinned) if small_first else self._from_small(pinned)
+        if key is None:  # the last of the small queue has just moved on
             key = self._from_main(pinned)
-        if key is None:
-            key = self._from_small(pinned)
-        self._chosen = key
         return key
 
     def _from_small(self, pinned: Container[Hashable]) -> Hashable | None:
+        """The oldest that was not used twice; those before it move to the main queue."""
+        uses, found = self._uses, None
         used_again: list[Hashable] = []
-        found = None
         for key in self._small:
             if pinned and key in pinned:
                 continue
-            if self._uses[key] > 1:
-                used_again.append(key)
-                continue
-            found = key
-            break
+            if uses[key] <= 1:
+                found = key
+                break
+            used_again.append(key)
         for key in used_again:
             size = self._small.pop(key)
             self._small_bytes -= size
             self._main[key] = size
             self._main_bytes += size
-            self._uses[key] = 0
+            uses[key] = 0
         return found
 
     def _from_main(self, pinned: Container[Hashable]) -> Hashable | None:
-        for _ in range((MOST_USES + 1) * len(self._main)):
-            key = next(iter(self._main))
+        """The oldest unused one; each that was used pays one use for another round."""
+        uses, main = self._uses, self._main
+        for _ in range((MOST_USES + 1) * len(main)):
+            key = next(iter(main))
             if not (pinned and key in pinned):
-                if not self._uses[key]:
+                left = uses[key]
+                if not left:
                     return key
-                self._uses[key] -= 1
-            self._main.move_to_end(key)
+                uses[key] = left - 1
+            main.move_to_end(key)
         return None
-
-    def _take_out(self, key: Hashable) -> None:
-        del self._uses[key]
-        if key in self._small:
-            self._small_bytes -= self._small.pop(key)
-        else:
-            self._main_bytes -= self._main.pop(key)

@@ -1,0 +1,33 @@
+# Two commands: `make demo` shows it, `make test` proves it. Both make the environment first, once.
+PYTHON ?= python3
+VENV := .venv/bin
+EXECUTED := notebooks/executed
+NOTEBOOK_ENV := TQDM_DISABLE=1 PLOTLY_RENDERER=plotly_mimetype HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 JUPYTER_PLATFORM_DIRS=1
+
+.PHONY: demo test lab check clean env-demo env-test env-dev model
+
+env-%:
+	@$(PYTHON) scripts/setup_env.py $*
+
+model: env-demo
+	@$(VENV)/python -m kvlab.bench.demo_model $(MODEL)
+
+# make demo MODEL=path-or-hub-id runs it on a model you have.
+demo: model
+	@mkdir -p $(EXECUTED)
+	@$(NOTEBOOK_ENV) KVLAB_MODEL="$(MODEL)" $(VENV)/jupyter execute notebooks/00_quickstart.ipynb --output=$(CURDIR)/$(EXECUTED)/00_quickstart.ipynb
+	@$(VENV)/python scripts/show_table.py $(EXECUTED)/00_quickstart.ipynb
+
+test: env-test
+	@$(VENV)/python -m kvlab.bench.demo_model > /dev/null
+	@$(NOTEBOOK_ENV) $(VENV)/python -m pytest --nbmake --nbmake-timeout=600 tests notebooks --ignore=$(EXECUTED)
+
+lab: model
+	@cd notebooks && ../$(VENV)/jupyter lab
+
+check: env-dev
+	@$(VENV)/ruff check .
+	@$(VENV)/mypy
+
+clean:
+	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache $(EXECUTED)

@@ -1,0 +1,97 @@
+"""TTFT of a hit by prompt length: recompute, vLLM's own prefix cache (the floor), kvlab, and peers.
+
+    python benchmarks/gpu_ttft.py MODEL --backend kvlab [--rows data/measured/gpu_ttft.csv]
+
+One request at a time, one new token, random token ids, weights may be random (`--load-format dummy`): only shapes
+matter here. One backend per process; run them one after the other on the same machine. Medians with the spread.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+
+LENGTHS = (776, 2048, 8192, 15000)
+BACKENDS = ("none", "vllm-prefix", "kvlab", "lmcache", "vllm-offload")
+
+
+def transfer_config(backend: str):
+    from vllm.config import KVTransferConfig
+
+    import kvlab
+
+    if backend.startswith("kvlab"):
+        return KVTransferConfig(**kvlab.vllm_config(["memory://?size=16GiB"], report=True))
+    if backend == "lmcache":
+        os.environ |= {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": "16", "LMCACHE_CHUNK_SIZE": "256"}
+        return KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role="kv_both")
+    if backend == "vllm-offload":
+        extra = {"cpu_bytes_to_use": 16 << 30}
+        return KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=extra)
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--backend", choices=BACKENDS, required=True)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--load-format", default="dummy")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs and compilation on")
+    parser.add_argument("--rows", type=Path, default=Path("data/measured/gpu_ttft.csv"))
+    options = parser.parse_args()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    import random
+
+    from vllm import LLM, SamplingParams
+
+    from kvlab.bench.provenance import append_rows
+
+    backend = options.backend
+    # vLLM's offloading works behind its prefix cache; the cache is emptied before each repeat instead.
+    keep_prefix = backend in ("vllm-prefix", "vllm-offload")
+    llm = LLM(
+        options.model,
+        load_format=options.load_format,
+        enforce_eager=not options.graphs,
+        max_model_len=16384,
+        gpu_memory_utilization=0.8,
+        enable_prefix_caching=keep_prefix,
+        skip_tokenizer_init=True,
+        kv_transfer_config=transfer_config(backend),
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    rng = random.Random(0)
+
+    def ask(ids: list[int]) -> float:
+        if backend == "vllm-offload":
+            llm.reset_prefix_cache()
+        start = time.perf_counter()
+        llm.generate({"prompt_token_ids": ids}, sampling, use_tqdm=False)
+        return (time.perf_counter() - start) * 1e3
+
+    rows = []
+    for length in LENGTHS:
+        prompts = [[rng.randrange(1000, 100000) for _ in range(length)] for _ in range(4)]
+        for ids in prompts:
+            ask(ids)
+        time.sleep(1.0)
+        for _ in range(3):
+            ask(prompts[-1])
+        times = [ask(prompts[i % 4]) for i in range(options.repeats)]
+        row = {
+            "backend": backend, "tokens": length, "ttft_ms_median": round(statistics.median(times), 2),
+            "ttft_ms_min": round(min(times), 2), "ttft_ms_max": round(max(times), 2), "repeats": options.repeats,
+            "graphs": options.graphs,
+        }  # fmt: skip
+        rows.append(row)
+        print(*(f"{k}={v}" for k, v in row.items()), flush=True)
+    append_rows(options.rows, rows)
+    if backend.startswith("kvlab"):
+        connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
+        print(dict(connector.scheduler.counters), connector.hook_errors, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Figures from rows. Each function returns a plotly Figure; plotly is imported on use."""

@@ -1,0 +1,109 @@
+"""One stretch of memory cut into regions, pinned for the GPU where there is one."""
+
+import logging
+import mmap
+import sys
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+log = logging.getLogger(__name__)
+
+PAGE = 4096  # regions start and end at pages: right for direct I/O and DMA
+
+
+@dataclass(eq=False)
+class Region:
+    """A stretch of the arena: where it starts, how long it is in whole pages, and how much of it is the value."""
+
+    start: int
+    span: int
+    size: int
+    readers: int = 0
+    dropped: bool = False  # no longer to be found; freed with its last reader
+
+
+class Arena:
+    """`max_bytes` (whole pages of it) of address space, taken from the system page by page as it is first used.
+
+    With `pinned`, all of it is taken and registered with CUDA at once (cudaHostRegister): exactly these bytes, where
+    an allocator of pinned memory would round each piece up to a power of two. Not thread-safe: the owner holds a lock.
+    """
+
+    def __init__(self, max_bytes: int, *, pinned: bool = False) -> None:
+        self.max_bytes = max_bytes // PAGE * PAGE
+        self.used = 0
+        self._holes: list[tuple[int, int]] = (
+            [(0, self.max_bytes)] if self.max_bytes else []
+        )  # (start, length), by start
+        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, max(self.max_bytes, PAGE)), np.uint8)
+        self._unpin: Callable[[], None] | None = _pin(self._bytes) if pinned else None
+
+    @property
+    def is_pinned(self) -> bool:
+        return self._unpin is not None
+
+    @property
+    def largest_hole(self) -> int:
+        return max((length for _, length in self._holes), default=0)
+
+    def take(self, size: int) -> Region | None:
+        """The smallest hole that fits, cut to size; None if there is none."""
+        span = max(-(-size // PAGE), 1) * PAGE
+        fitting = [(length, start) for start, length in self._holes if length >= span]
+        if not fitting:
+            return None
+        length, start = min(fitting)
+        self._holes.remove((start, length))
+        if length > span:
+            insort(self._holes, (start + span, length - span))
+        self.used += span
+        return Region(start, span, size)
+
+    def free(self, region: Region) -> None:
+        """Give back; neighbouring holes become one."""
+        self.used -= region.span
+        start, end = region.start, region.start + region.span
+        for hole in [hole for hole in self._holes if hole[0] == end or hole[0] + hole[1] == start]:
+            self._holes.remove(hole)
+            start, end = min(start, hole[0]), max(end, hole[0] + hole[1])
+        insort(self._holes, (start, end - start))
+
+    def bytes_of(self, region: Region) -> npt.NDArray[np.uint8]:
+        """The value's bytes, in place."""
+        return self._bytes[region.start : region.start + region.size]
+
+    def close(self) -> None:
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
+
+
+def cuda_is_in_use() -> bool:
+    """Whether this process has torch loaded and a GPU at hand; asks without loading torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_available())
+
+
+def _pin(memory: npt.NDArray[np.uint8]) -> Callable[[], None] | None:
+    """Page-lock `memory` for CUDA; how to undo it, or None (logged) if CUDA refuses."""
+    import torch
+
+    if not torch.cuda.is_available():
+        log.warning("memory is not pinned: no CUDA device")
+        return None
+    address = int(memory.__array_interface__["data"][0])
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    status = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
+    if status:
+        log.warning("memory is not pinned: cudaHostRegister of %d bytes answered %d", memory.nbytes, status)
+        return None
+
+    def unpin() -> None:
+        runtime.cudaHostUnregister(address)
+
+    return unpin

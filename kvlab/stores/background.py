@@ -1,0 +1,86 @@
+"""A bounded queue of writes and the thread that carries them out."""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from kvlab.errors import StoreError
+
+
+class BackgroundWriter:
+    """Runs ``write(key)`` for each key handed in, one at a time, in order, each key once however often it is given.
+
+    Holds at most `max_keys`; what does not fit is dropped and counted. `close` drains, for at most `drain_s`.
+    """
+
+    def __init__(self, write: Callable[[str], None], *, max_keys: int = 256, drain_s: float = 30.0) -> None:
+        self.dropped = 0
+        self.written = 0
+        self.errors = 0
+        self._write = write
+        self._max_keys = max_keys
+        self._drain_s = drain_s
+        self._queue: OrderedDict[str, None] = OrderedDict()
+        self._writing: str | None = None
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="kvlab-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    def add(self, key: str) -> bool:
+        """True if it will be written; False if the queue is full (counted)."""
+        with self._changed:
+            if self._closing:
+                raise StoreError("the background writer is closed")
+            if key not in self._queue and len(self._queue) >= self._max_keys:
+                self.dropped += 1
+                return False
+            self._queue[key] = None
+            self._changed.notify_all()
+            return True
+
+    def cancel(self, key: str) -> None:
+        """Forget `key`; returns when no write of it is under way."""
+        with self._changed:
+            self._queue.pop(key, None)
+            self._changed.wait_for(lambda: self._writing != key)
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Wait until all is written; False if that took longer than `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queue and self._writing is None, timeout_s)
+
+    def close(self) -> None:
+        """Write what is queued, then stop. What is left after `drain_s` counts as dropped."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        deadline = time.monotonic() + self._drain_s
+        self.drain(self._drain_s)
+        with self._changed:
+            self.dropped += len(self._queue)
+            self._queue.clear()
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closing)
+                if not self._queue:
+                    return
+                key, _ = self._queue.popitem(last=False)
+                self._writing = key
+            try:
+                self._write(key)
+                self.written += 1
+            except Exception:  # the tier counts and logs it; the thread must live on
+                self.errors += 1
+            finally:
+                with self._changed:
+                    self._writing = None
+                    self._changed.notify_all()

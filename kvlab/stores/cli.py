@@ -1,0 +1,158 @@
+"""``kvlab store ls|info|verify|evict|clear URL``: look into a tier and tidy it."""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kvlab.container import unpack
+from kvlab.errors import ConfigError, FormatError, StoreError
+from kvlab.stores import Store, StoreURL, open_store
+from kvlab.units import format_bytes, parse_bytes
+
+EPILOG = """URLs: file:///path, redis://host:6379/0, unix:///run/redis.sock, redis-sentinel://..., redis-cluster://...
+A folder is opened with its present size as budget unless the URL gives one (?size=10GiB), so looking evicts nothing."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 fine, 1 something is broken, 2 wrong use or no access."""
+    parser = argparse.ArgumentParser(
+        prog="kvlab store", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (about, _) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        command.add_argument("url", help="the store, for example file:///data/kv")
+        if name == "ls":
+            command.add_argument("--prefix", default="", help="only keys that start with this")
+        if name == "verify":
+            command.add_argument(
+                "--set-aside", action="store_true", help="take what is broken out of the readers' sight"
+            )
+        if name == "evict":
+            command.add_argument("--to", required=True, metavar="SIZE", help="bytes that may stay, like 2GiB")
+        if name == "clear":
+            command.add_argument("--yes", action="store_true", help="do it; without this only the count is shown")
+    arguments = parser.parse_args(argv)
+    try:
+        with open_store(_looking_only(arguments.url)) as store:
+            return COMMANDS[arguments.command][1](store, arguments)
+    except (ConfigError, StoreError) as error:
+        print(f"kvlab store: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 0
+
+
+def _looking_only(url: str) -> str:
+    """`url` with a budget nothing exceeds, if it is a folder without one: a look must not evict."""
+    parsed = StoreURL.parse(url)
+    if parsed.scheme == "memory":
+        raise ConfigError("a memory store lives and ends with its process: there is nothing to look into")
+    if parsed.scheme != "file":
+        return url
+    if not Path(parsed.path).is_dir():
+        raise ConfigError(f"no folder {parsed.path!r}")
+    defaults = {"size": str((1 << 63) - 1), "check": "false"}
+    extra = "&".join(f"{option}={value}" for option, value in defaults.items() if option not in parsed.options)
+    return url + ("&" if parsed.options else "?") + extra if extra else url
+
+
+def _ls(store: Store, arguments: argparse.Namespace) -> int:
+    total = count = 0
+    for key in sorted(store.keys()):
+        if not key.startswith(arguments.prefix):
+            continue
+        size = store.size_of(key)
+        if size is not None:
+            print(f"{size:>14,}  {_shown(key)}")
+            total, count = total + size, count + 1
+    print(f"{count} objects, {format_bytes(total)}")
+    return 0
+
+
+def _info(store: Store, arguments: argparse.Namespace) -> int:
+    count, total = Counter[str](), Counter[str]()
+    for key in list(store.keys()):
+        size = store.size_of(key)
+        if size is not None:
+            group = _group(key)
+            count[group] += 1
+            total[group] += size
+    for group in sorted(total, key=lambda group: -total[group]):
+        print(f"{count[group]:>8} objects  {format_bytes(total[group]):>12}  {_shown(group)}")
+    limit = f" of {format_bytes(store.max_bytes)}" if store.max_bytes < 1 << 62 else ""
+    print(
+        f"{sum(count.values()):>8} objects  {format_bytes(sum(total.values())):>12}  in all; {store.name} uses ", end=""
+    )
+    print(f"{format_bytes(store.used_bytes)}{limit}")
+    return 0
+
+
+def _verify(store: Store, arguments: argparse.Namespace) -> int:
+    reasons: Counter[str] = Counter()
+    num_bytes = sound = 0
+    for key in sorted(store.keys()):
+        value = store.get(key)
+        if value is None:  # left meanwhile
+            continue
+        num_bytes += memoryview(value).nbytes
+        try:
+            unpack(value, key)
+            sound += 1
+        except FormatError as error:
+            reasons[error.reason] += 1
+            print(f"{error.reason}: {_shown(key)}: {error}")
+            if arguments.set_aside:
+                store.set_aside(key, error.reason)
+    broken = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    state = f"{sum(reasons.values())} broken" + (f" ({broken})" if broken else "")
+    print(f"{sound} objects are sound, {state}; read {format_bytes(num_bytes)}")
+    return 1 if reasons else 0
+
+
+def _evict(store: Store, arguments: argparse.Namespace) -> int:
+    """Oldest first: a fresh store knows the order of last use from the medium, and `keys` gives it."""
+    allowed = parse_bytes(arguments.to)
+    sizes = {key: store.size_of(key) or 0 for key in list(store.keys())}
+    total, gone, freed = sum(sizes.values()), 0, 0
+    for key, size in sizes.items():
+        if total - freed <= allowed:
+            break
+        if store.delete(key):
+            gone, freed = gone + 1, freed + size
+    stay = f"{len(sizes) - gone} objects, {format_bytes(total - freed)} stay"
+    print(f"removed {gone} objects, {format_bytes(freed)}; {stay}")
+    return 0
+
+
+def _clear(store: Store, arguments: argparse.Namespace) -> int:
+    keys = list(store.keys())
+    if not arguments.yes:
+        print(f"{len(keys)} objects would be removed; say --yes to do it")
+        return 0
+    removed = sum(store.delete(key) for key in keys)
+    print(f"removed {removed} objects")
+    return 0
+
+
+def _group(key: str) -> str:
+    """Model and namespace of one of kvlab's keys; others are one group."""
+    parts = key.split(":")
+    return ":".join(parts[:3]) if len(parts) == 4 and parts[0] == "kvlab" else "(other keys)"
+
+
+def _shown(key: str) -> str:
+    """`key` with what would upset a terminal escaped."""
+    return key.encode("unicode_escape", "surrogatepass").decode() if not key.isprintable() else key
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Store, argparse.Namespace], int]]] = {
+    "ls": ("list keys and sizes", _ls),
+    "info": ("objects and bytes by model and namespace, and the budget", _info),
+    "verify": ("read everything and name what is broken", _verify),
+    "evict": ("remove the least recently used until SIZE stays", _evict),
+    "clear": ("remove every object", _clear),
+}

@@ -1,0 +1,320 @@
+"""A tier in Redis (or Valkey): one key per object, shared by every process that can reach the server."""
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Self, TypeVar
+
+from kvlab.errors import StoreError
+from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers
+from kvlab.stores.redis_node import Node, NodeDownError
+from kvlab.stores.redis_topology import Topology, make_topology
+from kvlab.stores.redis_url import RedisPlace
+from kvlab.stores.resp import Reply, ReplyError, Room, Wire, many, one
+from kvlab.stores.url import StoreURL
+from kvlab.units import format_bytes, parse_bytes
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+PREFIX = b"kvlab:"
+FOREIGN = b"kvlab::"  # keys that do not start with PREFIX are stored under this
+KEPT_PUTS = 1 << 16
+UNKNOWN_LIMIT = 512 << 20  # Redis' own default of proto-max-bulk-len
+
+
+def name_of(key: str) -> bytes:
+    """The Redis key of `key`: itself if it is one of kvlab's, else marked, so that nothing else is ever touched."""
+    raw = key.encode("utf-8", "surrogatepass")
+    return raw if raw.startswith(PREFIX) and not raw.startswith(FOREIGN) else FOREIGN + raw
+
+
+def key_of(name: bytes) -> str:
+    return (name[len(FOREIGN) :] if name.startswith(FOREIGN) else name).decode("utf-8", "surrogatepass")
+
+
+class RedisStore(Store):
+    """Values in a Redis server, behind sentinels, or spread over a cluster (`kvlab.stores.redis_topology`).
+
+    The budget is the server's ``maxmemory`` and the order of leaving its ``maxmemory-policy``: give it both, for
+    many clients share it. Every call ends within `timeout_s`; a server that fails is left alone for `first_wait_s`,
+    doubled up to `longest_wait_s`, and tried again. Failures are counted by reason (``stats()["error_timeout"]``).
+    With a cluster, the keys of a failed node are misses while the others answer.
+
+    Parameters
+    ----------
+    ttl_s : seconds a value lives on the server; 0 for ever.
+    limit : values over this many bytes are refused before anything is sent; None asks the server for its own limit.
+    """
+
+    def __init__(
+        self,
+        place: RedisPlace,
+        *,
+        timeout_s: float = 1.0,
+        ttl_s: float = 0.0,
+        limit: int | None = None,
+        first_wait_s: float = 0.25,
+        longest_wait_s: float = 10.0,
+        name: str = "redis",
+    ) -> None:
+        self.name = name
+        self.stats_ = StoreStats()
+        self.errors: Counter[str] = Counter()
+        self._topology: Topology = make_topology(place, first_wait_s, longest_wait_s)
+        self._timeout_s = timeout_s
+        self._ttl_ms = round(ttl_s * 1000)
+        self._limit = limit
+        self._server: dict[str, int] = {}
+        self._put_before: OrderedDict[str, None] = OrderedDict()
+        self._gone: OrderedDict[str, str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_url(cls, url: StoreURL) -> Self:
+        limit = url.take("limit", "")
+        return cls(
+            RedisPlace.from_url(url),
+            timeout_s=url.take_ms("timeout_ms", "1000"),
+            ttl_s=url.take_ms("ttl_ms", "0"),
+            limit=parse_bytes(limit) if limit else None,
+            first_wait_s=url.take_ms("retry_ms", "250"),
+            longest_wait_s=url.take_ms("longest_retry_ms", "10000"),
+        )
+
+    def put(self, key: str, value: Value) -> bool:
+        start = time.perf_counter()
+        pieces = buffers(value)
+        size = sum(piece.nbytes for piece in pieces)
+        command: list[Any] = ["SET", name_of(key), pieces, *(["PX", str(self._ttl_ms)] if self._ttl_ms else [])]
+        try:
+            if size > self._value_limit():
+                return self._refuse("too_large")
+            self._run(key, lambda deadline: one(command, deadline))
+        except ReplyError as error:
+            if error.reason == "oom":
+                return self._refuse("maxmemory")
+            raise
+        except NodeDownError:
+            if self._others_answer():
+                return self._refuse("node_down")
+            raise
+        with self._lock:
+            self._put_before[key] = None
+            self._gone.pop(key, None)
+            if len(self._put_before) > KEPT_PUTS:
+                self._put_before.popitem(last=False)
+            self.stats_.puts += 1
+            self.stats_.put_bytes += size
+            self.stats_.put_s += time.perf_counter() - start
+        return True
+
+    def get(self, key: str) -> Buffer | None:
+        return self._read(key, None)
+
+    def get_into(self, key: str, out: memoryview) -> int | None:
+        view = out.cast("B")
+
+        def room(size: int) -> memoryview:
+            if size > view.nbytes:
+                raise ValueTooLongError(f"value of {key!r} holds {size} bytes, the buffer only {view.nbytes}")
+            return view
+
+        got = self._read(key, room)
+        return None if got is None else got.nbytes
+
+    def size_of(self, key: str) -> int | None:
+        name = name_of(key)
+        there, size = self._asked(
+            key, lambda deadline: many([["EXISTS", name], ["STRLEN", name]], deadline), default=[0, 0]
+        )
+        return size if there == 1 and isinstance(size, int) else None
+
+    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+        """One round trip per server, however many keys."""
+        return [answer == 1 for answer in self._pipelined("EXISTS", keys)]
+
+    def touch(self, keys: Iterable[str]) -> None:
+        self._pipelined("TOUCH", list(keys))
+
+    def delete(self, key: str) -> bool:
+        name = name_of(key)
+        there: int = self._asked(key, lambda deadline: one(["UNLINK", name], deadline), default=0)
+        if there:
+            self._left(key, "deleted")
+        return there == 1
+
+    def set_aside(self, key: str, reason: str) -> None:
+        if self.delete(key):
+            self._left(key, f"set_aside:{'_'.join(reason.split())}")
+            self.stats_.dropped += 1
+
+    def keys(self) -> Iterator[str]:
+        found: dict[str, None] = {}
+        for node in self._topology.nodes(self._deadline()):
+            cursor = b"0"
+            while True:
+                command = ["SCAN", cursor, "MATCH", PREFIX + b"*", "COUNT", "1000"]
+                cursor, names = node.run(one(command, self._deadline()), self._deadline())
+                found.update((key_of(bytes(name)), None) for name in names)
+                if bytes(cursor) == b"0":
+                    break
+        return iter(found)
+
+    @property
+    def max_bytes(self) -> int:  # type: ignore[override]
+        """The servers' ``maxmemory`` together; where none is set, their whole memory. As last heard."""
+        if "max_bytes" not in self._server:
+            self._ask_server()
+        return self._server.get("max_bytes", 0)
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory the servers use, for whatever and whomever. As last heard, if they do not answer."""
+        self._ask_server()
+        return self._server.get("used_bytes", 0)
+
+    def why_missing(self, key: str) -> str:
+        if key in self._gone:
+            return self._gone[key]
+        if not all(node.health.is_up for node in self._topology.known()):
+            return "tier_down"
+        return "evicted" if key in self._put_before else "never_stored"
+
+    def stats(self) -> dict[str, int | float | str]:
+        return {**super().stats(), **{f"error_{reason}": count for reason, count in sorted(self.errors.items())}}
+
+    def close(self) -> None:
+        self._topology.close()
+
+    # ---- calls
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._timeout_s
+
+    def _run(self, key: str, work: Callable[[float], Callable[[Wire], T]]) -> T:
+        deadline = self._deadline()
+        try:
+            return self._topology.run(name_of(key), work(deadline), deadline)
+        except ValueTooLongError:
+            raise
+        except StoreError as error:
+            self._failed(error)
+            raise
+
+    def _asked(self, key: str, work: Callable[[float], Callable[[Wire], T]], default: T) -> T:
+        """Like `_run`, with `default` for keys of a cluster's failed node."""
+        try:
+            return self._run(key, work)
+        except NodeDownError:
+            if self._others_answer():
+                return default
+            raise
+
+    def _read(self, key: str, room: Room | None) -> memoryview | None:
+        start = time.perf_counter()
+        command = ["GET", name_of(key)]
+        try:
+            value: memoryview | None = self._asked(key, lambda deadline: one(command, deadline, room), default=None)
+        except ReplyError as error:
+            if error.reason != "wrongtype":  # somebody else's list or hash: not ours, so not here
+                raise
+            value = None
+        with self._lock:
+            if value is None:
+                self.stats_.misses += 1
+            else:
+                self.stats_.hits += 1
+                self.stats_.get_bytes += value.nbytes
+                self.stats_.get_s += time.perf_counter() - start
+        return value
+
+    def _pipelined(self, command: str, keys: Sequence[str]) -> list[Any]:
+        """The answers to one command per key, None where a node of the cluster is down."""
+        names = [name_of(key) for key in keys]
+        answers: list[Any] = [None] * len(keys)
+        deadline = self._deadline()
+        try:
+            groups = self._topology.group(names, deadline) if names else {}
+        except StoreError as error:
+            self._failed(error)
+            raise
+        failures: list[StoreError] = []
+        for node, places in groups.items():
+            try:
+                commands = [[command, names[place]] for place in places]
+                replies = node.run(many(commands, deadline), deadline)
+            except StoreError as error:
+                self._failed(error)
+                failures.append(error)
+                continue
+            for place, reply in zip(places, replies, strict=True):
+                if isinstance(reply, ReplyError) and reply.reason in ("moved", "ask"):
+                    reply = self._asked(keys[place], partial(one, [command, names[place]]), default=None)
+                answers[place] = reply
+        if failures and len(failures) == len(groups):
+            raise failures[0]
+        return answers
+
+    def _ask_server(self) -> None:
+        """Refresh what is known of the servers; whoever does not answer keeps its last numbers."""
+        totals: Counter[str] = Counter()
+        try:
+            for node in self._topology.nodes(self._deadline()):
+                totals.update(self._memory_of(node))
+        except StoreError as error:
+            self._failed(error)
+            return
+        if "max_bytes" not in self._server and totals["unbounded"]:
+            log.warning("Redis has no maxmemory: it will grow; set maxmemory and maxmemory-policy allkeys-lru")
+        self._server |= totals
+
+    def _memory_of(self, node: Node) -> dict[str, int]:
+        deadline = self._deadline()
+        text = bytes(node.run(one(["INFO", "memory"], deadline), deadline)).decode()
+        facts = dict(line.split(":", 1) for line in text.split("\r\n") if ":" in line)
+        maxmemory = int(facts.get("maxmemory", 0))
+        return {
+            "used_bytes": int(facts.get("used_memory", 0)),
+            "max_bytes": maxmemory or int(facts.get("total_system_memory", 0)),
+            "unbounded": int(not maxmemory),
+        }
+
+    def _value_limit(self) -> int:
+        if self._limit is None:
+            deadline = self._deadline()
+            try:
+                node = self._topology.nodes(deadline)[0]
+                found: Reply = node.run(one(["CONFIG", "GET", "proto-max-bulk-len"], deadline), deadline)
+                self._limit = int(bytes(found[1]))
+            except (ReplyError, IndexError):  # not allowed to ask
+                self._limit = UNKNOWN_LIMIT
+            except StoreError as error:
+                self._failed(error)
+                raise
+            log.debug("Redis takes values of up to %s", format_bytes(self._limit))
+        return self._limit
+
+    def _refuse(self, reason: str) -> bool:
+        with self._lock:
+            self.stats_.refused += 1
+            self.errors[reason] += 1
+        return False
+
+    def _failed(self, error: StoreError) -> None:
+        with self._lock:
+            self.stats_.errors += 1
+            self.errors[error.reason] += 1
+
+    def _others_answer(self) -> bool:
+        known = self._topology.known()
+        return self._topology.place.kind == "cluster" and any(node.health.is_up for node in known)
+
+    def _left(self, key: str, why: str) -> None:
+        with self._lock:
+            self._gone[key] = why
+            if len(self._gone) > KEPT_PUTS:
+                self._gone.popitem(last=False)

@@ -1,0 +1,277 @@
+"""The serving benchmark for real: vLLM's server and client, a small model, every tier, and what may go wrong."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvlab.bench import report, run, serving_block
+from kvlab.bench.latency import summary
+from kvlab.bench.server import Server
+from kvlab.bench.sharegpt import encoder, read_conversations, sample, sharegpt_file
+from kvlab.bench.tables import compare, read_rows
+from kvlab.errors import ConfigError, KVLabError
+from kvlab.plotting.serving import itl_over_time, reduction_bars, ttft_cdf
+
+BLOCK = 32
+NUM_PROMPTS = 24
+SERVER = ["--max-model-len", "1088", "--block-size", str(BLOCK), "--kv-cache-memory-bytes", str(128 << 20)]
+SERVER += ["--max-num-seqs", "8", "--enforce-eager", "--dtype", "bfloat16"]
+BACKENDS = ["none", "kvlab-memory", "kvlab-disk", "kvlab-redis"]
+MARK = "KVLAB_TEST_MARK"
+
+
+@pytest.fixture(scope="module")
+def measured(demo_model_path, tmp_path_factory):
+    """Two runs each of four backends on the same 24 prompts: the rows, and the folder with the client's results."""
+    folder = tmp_path_factory.mktemp("serving")
+    rows = run(
+        BACKENDS[0],
+        BACKENDS[1:],
+        model=demo_model_path,
+        num_prompts=NUM_PROMPTS,
+        request_rate=2.0,
+        output_len=6,
+        cache_size="512MiB",
+        server_flags=SERVER,
+        warmups=1,
+        folder=folder,
+        out=folder / "rows.jsonl",
+    )
+    return rows, folder
+
+
+@pytest.mark.timeout(1200)
+def test_every_run_answers_every_prompt_with_the_same_settings(measured):
+    rows, folder = measured
+    assert [(row["backend"], row["run"]) for row in rows] == [(name, turn) for name in BACKENDS for turn in (1, 2)]
+    assert read_rows(folder / "rows.jsonl") == json.loads(json.dumps(rows))
+    for row in rows:
+        assert row["completed"] == NUM_PROMPTS
+        assert row["failed"] == 0
+        assert row["duplicate_prompts"] == 0
+        args = row["client_args"]
+        assert args[args.index("--temperature") + 1] == "0"
+        assert args[args.index("--num-warmups") + 1] == args[args.index("--ready-check-timeout-sec") + 1] == "0"
+        assert "--no-oversample" in args
+        assert "--no-enable-prefix-caching" in row["server_args"]
+        assert row["counters"].get("prefix_cache_hits", 0) == 0  # vLLM's own cache served nothing
+        assert row["commit"]
+        assert "vllm" in row["versions"]
+    assert len({tuple(row["input_lens"]) for row in rows}) == 1
+    shared = [[arg for arg in row["server_args"] if not arg.isdigit() and "kv_connector" not in arg] for row in rows]
+    assert all(set(SERVER) - {arg for arg in SERVER if arg.isdigit()} <= set(args) for args in shared)
+
+
+@pytest.mark.timeout(1200)
+def test_statistics_are_those_of_vllm(measured):
+    rows, folder = measured
+    results = [json.loads(path.read_text()) for path in folder.glob("result-*.json")]
+    assert len(results) == len(rows)
+    for details in results:
+        for name, value in summary(details).items():
+            assert value == pytest.approx(details[name], abs=1e-6, rel=1e-6), name
+
+
+@pytest.mark.timeout(1200)
+def test_second_runs_hit_every_prompt_of_two_blocks_and_none_hits_nothing(measured):
+    for row in measured[0]:
+        if row["backend"] == "none":
+            assert row["hit_tokens"] == row["hit_prompts"] == 0
+            assert row["tiers"] == {}
+        elif row["run"] == 1:  # the warm-up and the server's start cached none of the prompts
+            assert row["hit_tokens"] <= row["reusable_share"] * row["total_input_tokens"]
+        else:
+            long = [
+                (size, hit)
+                for size, hit in zip(row["input_lens"], row["prompt_hits"], strict=True)
+                if size >= 2 * BLOCK
+            ]
+            assert len(long) > NUM_PROMPTS // 2
+            assert all(hit == (size - 1) // BLOCK * BLOCK for size, hit in long)
+            assert sum(row["prompt_hits"]) == row["hit_tokens"]
+            assert sum(tier["bytes"] for tier in row["tiers"].values()) == pytest.approx(
+                row["hit_tokens"] * 23040, rel=0.02
+            )
+            if row["backend"] != "kvlab-memory":
+                assert row["stored_bytes"] > row["hit_tokens"] * 23040
+
+
+@pytest.mark.timeout(1200)
+def test_it_is_reported_and_drawn(measured):
+    rows, _ = measured
+    table = report(rows)
+    assert all(f"| {name} |" in table for name in BACKENDS)
+    compared = {one.backend: one for one in compare(rows)}
+    assert compared["none"].verdict in ("not faster", "slower", "faster")
+    assert compared["kvlab-memory"].verdict == "faster"
+    block = serving_block(rows[3])
+    assert f"{rows[3]['mean_ttft_ms']:.2f}" in block
+    assert "Successful requests:" in block
+    bars = reduction_bars(
+        list(compared),
+        [c.first["mean_ttft_ms"] for c in compared.values()],
+        [c.last["mean_ttft_ms"] for c in compared.values()],
+        title="t",
+    )
+    assert len(bars.data[1].y) == len(BACKENDS)
+    assert len(ttft_cdf(rows, title="t").data) == len(rows)
+    assert len(itl_over_time(rows[:2], title="t").data[0].x) > 3
+
+
+def test_a_second_run_that_is_not_faster_is_shown_as_such():
+    rng = np.random.default_rng(1)
+    base = rng.uniform(50, 70, 200)
+    fields = {
+        "dataset": "d",
+        "model": "m",
+        "num_prompts": 200,
+        "request_rate": 1,
+        "total_input_tokens": 10,
+        "hit_tokens": 0,
+    }
+    rows = [
+        {
+            "backend": name,
+            "run": turn,
+            "ttfts_ms": list(times),
+            "mean_ttft_ms": times.mean(),
+            "p99_ttft_ms": 1.0,
+            "mean_tpot_ms": 1.0,
+            **fields,
+        }
+        for name, factor in (("same", 1.0), ("worse", 1.1), ("better", 0.5))
+        for turn, times in ((1, base), (2, base * factor + rng.normal(0, 1, 200)))
+    ]
+    assert [one.verdict for one in compare(rows)] == ["not faster", "slower", "faster"]
+    assert "| same |" in report(rows)
+    assert "not faster" in report(rows)
+
+
+def test_prompts_are_those_that_vllm_samples(demo_model_path, tmp_path):
+    from transformers import AutoTokenizer
+    from vllm.benchmarks.datasets import ShareGPTDataset
+
+    conversations = read_conversations(sharegpt_file())[:3000]
+    assert len(read_conversations(sharegpt_file())) == 17671
+    path = tmp_path / "part.json"
+    path.write_text(json.dumps(conversations))
+    theirs = ShareGPTDataset(dataset_path=str(path), random_seed=7).sample(
+        AutoTokenizer.from_pretrained(demo_model_path), 100, no_oversample=True
+    )
+    ours = sample(conversations, encoder(demo_model_path), 100, seed=7)
+    assert [(one.prompt, len(one.token_ids), one.num_output_tokens) for one in ours] == [
+        (one.prompt, one.prompt_len, one.expected_output_len) for one in theirs
+    ]
+
+
+def test_a_cut_off_file_reads_up_to_the_cut_and_prompts_are_never_repeated(demo_model_path, tmp_path):
+    conversations = read_conversations(sharegpt_file())[:12]
+    whole = json.dumps(conversations)
+    (tmp_path / "cut.json").write_text(whole[: whole.rindex('"id"') + 3])
+    found = read_conversations(tmp_path / "cut.json")
+    assert found == conversations[:-1]
+    assert len(sample(found, encoder(demo_model_path), 100)) <= len(found)
+    (tmp_path / "no.json").write_text('{"a": 1}')
+    with pytest.raises(ConfigError, match="must be a JSON list"):
+        read_conversations(tmp_path / "no.json")
+
+
+def one_line(error: KVLabError) -> str:
+    text = str(error)
+    assert "\n" not in text
+    return text
+
+
+def test_a_missing_dataset_a_wrong_backend_and_a_port_in_use(demo_model_path, tmp_path):
+    with pytest.raises(ConfigError, match="does not exist") as missing:
+        run("none", model=demo_model_path, dataset_path=str(tmp_path / "none.json"))
+    one_line(missing.value)
+    with pytest.raises(ConfigError, match="must be one of"):
+        run("lmcache-gpu", model=demo_model_path)
+    with pytest.raises(ConfigError, match="unknown connector setting"):
+        run("kvlab-memory", model=demo_model_path, settings={"chunk": 1})
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} is in use") as used, Server(demo_model_path, port=port):
+            pass
+    one_line(used.value)
+
+
+def test_a_server_that_dies_at_start_says_why(demo_model_path, tmp_path, monkeypatch):
+    monkeypatch.setenv(MARK, str(tmp_path))
+    small = [*SERVER, "--kv-cache-memory-bytes", str(1 << 20)]  # not even one prompt fits
+    with (
+        pytest.raises(KVLabError, match="memory too small") as died,
+        Server(demo_model_path, small, log=tmp_path / "log"),
+    ):
+        pass
+    one_line(died.value)
+    with (
+        pytest.raises(KVLabError, match="no-such-model") as wrong,
+        Server(str(tmp_path / "no-such-model"), SERVER, log=tmp_path / "log2"),
+    ):
+        pass
+    one_line(wrong.value)
+    assert marked(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing_running(number, demo_model_path, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "kvlab",
+        "bench",
+        "--backends",
+        "kvlab-redis",
+        "--num-prompts",
+        "4",
+        "--model",
+        demo_model_path,
+    ]
+    command += ["--dataset-path", str(small_file(tmp_path)), "--folder", str(tmp_path / "work"), "--", *SERVER]
+    env = {**os.environ, MARK: str(tmp_path), "KVLAB_MODEL": demo_model_path}
+    with open(tmp_path / "err", "wb") as err:
+        bench = subprocess.Popen(command, env=env, stdout=err, stderr=err, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while len(marked(str(tmp_path))) < 3:  # itself, Redis, and the server that is starting
+            assert bench.poll() is None, (tmp_path / "err").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(2)
+        bench.send_signal(number)
+        assert bench.wait(timeout=60) == 130
+    assert marked(str(tmp_path)) == []
+    assert "interrupted" in (tmp_path / "err").read_text()
+
+
+def small_file(folder: Path) -> Path:
+    path = folder / "small.json"
+    path.write_text(json.dumps(read_conversations(sharegpt_file())[:40]))
+    return path
+
+
+def marked(value: str) -> list[int]:
+    """Processes that carry the test's mark in their environment, this one left out."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if (
+                entry.name.isdigit()
+                and int(entry.name) != os.getpid()
+                and f"{MARK}={value}".encode() in (entry / "environ").read_bytes().split(b"\0")
+            ):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found

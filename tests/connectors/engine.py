@@ -1,0 +1,120 @@
+"""A real vLLM in this process, with and without kvlab; prompts of the demo model."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import kvlab
+from kvlab.bench.demo_model import demo_model
+
+BLOCK = 32
+MAX_TOKENS = 12
+# Float32: in bfloat16 another batch composition flips near-ties by itself.
+SETTINGS = {
+    "enforce_eager": True,
+    "distributed_executor_backend": "uni",
+    "kv_cache_memory_bytes": 160 << 20,
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    "block_size": BLOCK,
+    "dtype": "float32",
+    "enable_prefix_caching": False,
+}
+
+
+@dataclass
+class Answer:
+    """Greedy tokens of one request and kvlab's row about it."""
+
+    tokens: list[int]
+    row: dict[str, Any]
+
+    @property
+    def hit(self) -> int:
+        return int(self.row.get("hit_tokens", 0))
+
+
+@contextmanager
+def engine(tiers: Sequence[str] | None, settings: dict[str, Any] | None = None, **connector: Any) -> Iterator[Any]:
+    """An `LLM` with these tiers (None: no connector), shut down at the end."""
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    close_shared()
+    arguments = {**SETTINGS, **(settings or {})}
+    model = arguments.pop("model", None) or demo_model()
+    if tiers is not None:
+        chosen = {"report": True, "chunk_tokens": 64, **connector}
+        arguments["kv_transfer_config"] = KVTransferConfig(**kvlab.vllm_config(tiers, **chosen))
+    llm = LLM(model, **arguments)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+_shared: dict[tuple[str, ...], tuple[Any, ExitStack]] = {}
+
+
+def shared(*tiers: str) -> Any:
+    """An engine kept between tests. vLLM keeps its connector in a global: two engines never live at once."""
+    if tiers not in _shared:
+        stack = ExitStack()
+        llm = stack.enter_context(engine(tiers))
+        _shared[tiers] = (llm, stack)
+    return _shared[tiers][0]
+
+
+def close_shared() -> None:
+    for _, stack in list(_shared.values()):
+        stack.close()
+    _shared.clear()
+
+
+def core(llm: Any) -> Any:
+    """vLLM's scheduler of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def connector(llm: Any) -> Any:
+    """The scheduler side's KVLabConnector."""
+    return core(llm).connector
+
+
+def worker(llm: Any) -> Any:
+    """The worker side's Worker."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group().worker
+
+
+def generate(llm: Any, prompts: Sequence[Sequence[int]], *, salt: str | None = None, **params: Any) -> list[Answer]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(**{"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True, **params})
+    inputs = [{"prompt_token_ids": list(p), **({"cache_salt": salt} if salt else {})} for p in prompts]
+    outputs = llm.generate(inputs, sampling, use_tqdm=False)
+    return [Answer(list(o.outputs[0].token_ids), (o.kv_transfer_params or {}).get("kvlab", {})) for o in outputs]
+
+
+@cache
+def text_ids() -> tuple[int, ...]:
+    from transformers import AutoTokenizer
+
+    facts = " ".join(f"Fact {i}: item {i * 7 % 13} costs {i * i} coins and weighs {i % 5} stones." for i in range(60))
+    return tuple(AutoTokenizer.from_pretrained(demo_model()).encode(facts))
+
+
+def prompt(length: int, *, ending: int | None = None) -> list[int]:
+    """`length` tokens of the text; with `ending`, the last 20 are others."""
+    ids = list(text_ids()[:length])
+    if ending is not None:
+        ids[-20:] = text_ids()[500 + 20 * ending : 520 + 20 * ending]
+    return ids

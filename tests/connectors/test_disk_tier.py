@@ -1,0 +1,138 @@
+"""A disk tier under a real engine: restarts, other models' files, damage, full disks, budgets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.connectors.engine import connector, engine, generate, prompt, shared, worker
+
+WRITER = """
+from tests.connectors.engine import engine, generate, prompt
+with engine(["file://{folder}?size=1GiB"]) as llm:
+    print(generate(llm, [prompt(300)])[0].tokens)
+"""
+
+
+def objects(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.safetensors") if ".kvlab" not in path.parts)
+
+
+def store_in_another_process(folder: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", WRITER.format(folder=folder)], check=True, timeout=250, env=env, cwd=root)
+
+
+def test_a_new_process_finds_what_an_old_one_stored(tmp_path, expected):
+    store_in_another_process(tmp_path)
+    assert objects(tmp_path)
+    with engine([f"file://{tmp_path}?size=1GiB"]) as llm:
+        answer = generate(llm, [prompt(300)])[0]
+        assert answer.hit == 288
+        assert answer.row["tier"] == "lower"
+        assert answer.tokens == expected(prompt(300))
+    others = [({"dtype": "bfloat16"}, {}), ({"block_size": 64}, {}), ({}, {"namespace": "other"})]
+    for settings, extra in others:
+        with engine([f"file://{tmp_path}?size=1GiB"], settings, **extra) as llm:
+            assert generate(llm, [prompt(300)])[0].hit == 0
+            assert not connector(llm).hook_errors
+
+
+def cut_short(path: Path, _others: list[Path]) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path: Path, _others: list[Path]) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def swap_content(path: Path, others: list[Path]) -> None:
+    path.write_bytes(next(other for other in others if other != path).read_bytes())
+
+
+def make_empty(path: Path, _others: list[Path]) -> None:
+    path.write_bytes(b"")
+
+
+def make_a_folder(path: Path, _others: list[Path]) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+    return tmp_path_factory.mktemp("tier")
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit, swap_content, make_empty, make_a_folder])
+def test_damage_is_a_miss(disk, expected, damage):
+    folder, llm = disk, shared(f"file://{disk}?size=1GiB")
+    p = prompt(300)
+    generate(llm, [p])
+    drain(llm)
+    files = objects(folder)
+    damage(files[0], files)
+    damaged = generate(llm, [p])[0]
+    assert damaged.tokens == expected(p)
+    assert damaged.hit < 288
+    drain(llm)
+    assert generate(llm, [p])[0].tokens == expected(p)
+    stats = worker(llm).engine.stats_
+    assert sum(stats.misses.values()) >= 1 or connector(llm).scheduler.counters["miss_never_stored"] >= 1
+
+
+def test_an_unwritable_folder_costs_misses_never_a_request(disk, expected, monkeypatch):
+    llm = shared(f"file://{disk}?size=1GiB")
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    for name in ("write", "pwrite", "writev", "pwritev"):
+        monkeypatch.setattr(os, name, full)
+    p = prompt(480, ending=0)
+    assert generate(llm, [p])[0].tokens == expected(p)
+    drain(llm)
+    assert generate(llm, [p])[0].tokens == expected(p)
+
+
+def test_budgets_hold_with_files_from_before(tmp_path, expected):
+    budget = 20 << 20
+    (tmp_path / "old").mkdir()
+    with engine(["memory://?size=20MiB", f"file://{tmp_path}?size=20MiB"]) as llm:
+        for p in [prompt(480), prompt(480, ending=0), prompt(300, ending=1), prompt(480)]:
+            assert generate(llm, [p])[0].tokens == expected(p)
+            drain(llm)
+            assert sum(path.stat().st_size for path in objects(tmp_path)) <= budget
+        assert worker(llm).transfer.arena.numel() <= budget
+    with engine([f"file://{tmp_path}?size=8MiB"]) as llm:
+        generate(llm, [prompt(300)])
+        drain(llm)
+        assert sum(path.stat().st_size for path in objects(tmp_path)) <= 8 << 20
+
+
+def test_lossless_serde_gives_the_same_tokens(tmp_path, expected):
+    with engine([f"file://{tmp_path}?size=1GiB&serde=lossless"]) as llm:
+        p = prompt(300)
+        generate(llm, [p])
+        drain(llm)
+        again = generate(llm, [p])[0]
+        assert again.hit == 288
+        assert again.tokens == expected(p)
+
+
+def drain(llm) -> None:
+    """Wait until what was saved is in the tier, and let the scheduler hear of it."""
+    import time
+
+    deadline = time.monotonic() + 30
+    while worker(llm)._writes._work_queue.qsize() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    worker(llm)._writes.submit(lambda: None).result(timeout=30)
+    report = worker(llm).take_report()
+    if report is not None:
+        connector(llm).scheduler.absorb(report)

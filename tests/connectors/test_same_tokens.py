@@ -1,0 +1,140 @@
+"""The same greedy tokens with the cache as without, and the hit as long as it can be."""
+
+import pytest
+
+from tests.connectors.conftest import EDGES
+from tests.connectors.engine import BLOCK, connector, core, engine, generate, prompt, shared, worker
+
+MEMORY = ["memory://?size=512MiB"]
+
+
+@pytest.fixture
+def fresh():
+    llm = shared(*MEMORY)
+    connector(llm).reset_cache()
+    return llm
+
+
+@pytest.mark.parametrize("length", EDGES)
+def test_repeated_prompt_at_block_edges(fresh, expected, length):
+    p = prompt(length)
+    first, second = generate(fresh, [p])[0], generate(fresh, [p])[0]
+    assert first.tokens == second.tokens == expected(p)
+    assert first.hit == 0
+    assert second.hit == (length - 1) // BLOCK * BLOCK
+
+
+def test_shared_prefix_with_another_ending(fresh, expected):
+    generate(fresh, [prompt(300, ending=0)])
+    other = generate(fresh, [prompt(300, ending=1)])[0]
+    assert other.tokens == expected(prompt(300, ending=1))
+    assert other.hit == 256  # four chunks of 64; the tail differs
+
+
+def test_longer_prompt_reuses_the_tail_of_a_shorter_one(fresh, expected):
+    generate(fresh, [prompt(300)])
+    longer = generate(fresh, [prompt(480)])[0]
+    assert longer.tokens == expected(prompt(480))
+    assert longer.hit == 288  # four chunks and the 32-token tail
+
+
+def test_eight_prompts_at_once(fresh, expected):
+    prompts = [prompt(200, ending=e) for e in range(8)]
+    first = generate(fresh, prompts)
+    second = generate(fresh, prompts)
+    for p, a, b in zip(prompts, first, second, strict=True):
+        assert a.tokens == b.tokens == expected(p)
+        assert b.hit == 192
+
+
+def test_salts_do_not_share(fresh, expected):
+    p = prompt(300)
+    generate(fresh, [p], salt="one")
+    other = generate(fresh, [p], salt="two")[0]
+    none = generate(fresh, [p])[0]
+    again = generate(fresh, [p], salt="one")[0]
+    assert (other.hit, none.hit, again.hit) == (0, 0, 288)
+    assert other.tokens == none.tokens == again.tokens == expected(p)
+
+
+def test_prompt_logprobs_are_computed_not_served(fresh, expected):
+    p = prompt(300)
+    generate(fresh, [p])
+    answer = generate(fresh, [p], prompt_logprobs=1)[0]
+    assert answer.hit == 0
+    assert answer.tokens == expected(p)
+
+
+def test_an_error_in_any_hook_costs_only_the_hit(fresh, expected, monkeypatch):
+    p = prompt(300)
+    scheduler = connector(fresh).scheduler
+
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("planted")
+
+    for name in ("match", "allocated", "absorb", "finished", "_collect_saves", "_place"):
+        generate(fresh, [p])
+        with monkeypatch.context() as patch:
+            patch.setattr(scheduler, name, broken)
+            assert generate(fresh, [p])[0].tokens == expected(p), name
+    scheduler._states.clear()
+    assert generate(fresh, [p])[0].tokens == expected(p)
+
+
+@pytest.mark.parametrize("method", ["load", "save"])
+def test_an_error_in_a_copy_costs_only_the_hit(fresh, expected, monkeypatch, method):
+    p = prompt(300)
+    if method == "load":
+        generate(fresh, [p])
+
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker(fresh).transfer, method, broken)
+        assert generate(fresh, [p])[0].tokens == expected(p)
+    after = generate(fresh, [p])[0]
+    assert after.tokens == expected(p)
+
+
+def test_chunked_prefill(expected):
+    with engine(MEMORY, {"max_num_batched_tokens": 128, "enable_chunked_prefill": True}) as llm:
+        for length in (480, 700):
+            p = prompt(length)
+            first, second = generate(llm, [p])[0], generate(llm, [p])[0]
+            assert first.tokens == second.tokens == expected(p)
+            assert second.hit == (length - 1) // BLOCK * BLOCK
+            connector(llm).reset_cache()
+
+
+def test_together_with_prefix_caching(expected):
+    long, short = prompt(480), prompt(129)
+    with engine(MEMORY, {"enable_prefix_caching": True}) as llm:
+        generate(llm, [long])
+        both = generate(llm, [long])[0]
+        assert both.tokens == expected(long)
+        assert both.hit == 0  # the engine's own cache holds all of it
+        assert llm.reset_prefix_cache()
+        generate(llm, [short])  # now the engine's own cache is shorter than ours
+        shorter_local = generate(llm, [long])[0]
+        assert shorter_local.tokens == expected(long)
+        assert shorter_local.hit == 448 - 128
+        connector(llm).reset_cache()
+        generate(llm, [prompt(480, ending=0)])
+        longer_local = generate(llm, [long])[0]  # and now ours is
+        assert longer_local.tokens == expected(long)
+        assert longer_local.hit == 0
+
+
+def test_preemption(expected):
+    prompts = [prompt(200, ending=e) for e in range(8)]
+    # 40 blocks for eight requests that need eight each at their end
+    with engine(MEMORY, {"kv_cache_memory_bytes": 40 * BLOCK * 46080, "max_model_len": 512}) as llm:
+        scheduler, preempted = core(llm), []
+        original = scheduler._preempt_request
+        scheduler._preempt_request = lambda request, *a, **k: (preempted.append(1), original(request, *a, **k))[1]
+        for _ in range(2):
+            answers = generate(llm, prompts, max_tokens=40)
+            for p, answer in zip(prompts, answers, strict=True):
+                assert answer.tokens[:12] == expected(p)
+        assert preempted

@@ -1,0 +1,106 @@
+import pytest
+from servers import Server, running
+
+from kvlab.container import Part, pack
+from kvlab.stores import open_store
+from kvlab.stores.cli import main
+from kvlab.stores.names import path_of
+
+KEYS = [f"kvlab:org-Model:00{ns}:{index:032x}" for ns in ("aa", "bb") for index in range(3)]
+
+
+def fill(store):
+    for index, key in enumerate(KEYS):
+        store.put(key, pack(key, {"kv": Part("U8", (1000 + index,), memoryview(bytes(1000 + index)))}))
+
+
+@pytest.fixture
+def url(tmp_path):
+    with open_store(f"file://{tmp_path}/kv?size=10MiB") as store:
+        fill(store)
+    return f"file://{tmp_path}/kv"
+
+
+def test_ls_and_info(url, capsys):
+    assert main(["ls", url]) == 0
+    out = capsys.readouterr().out
+    assert all(key in out for key in KEYS)
+    assert "6 objects" in out
+    assert main(["ls", url, "--prefix", "kvlab:org-Model:00aa"]) == 0
+    assert "3 objects" in capsys.readouterr().out
+    assert main(["info", url + "?size=10MiB"]) == 0
+    out = capsys.readouterr().out
+    assert "kvlab:org-Model:00aa" in out
+    assert "of 10 MiB" in out
+
+
+def test_verify_names_what_is_broken(url, tmp_path, capsys):
+    assert main(["verify", url]) == 0
+    assert "6 objects are sound, 0 broken" in capsys.readouterr().out
+    cut, flipped = (tmp_path / "kv" / path_of(key) for key in KEYS[:2])
+    cut.write_bytes(cut.read_bytes()[:-1])
+    raw = bytearray(flipped.read_bytes())
+    raw[-1] ^= 1
+    flipped.write_bytes(raw)
+    assert main(["verify", url]) == 1
+    out = capsys.readouterr().out
+    assert f"truncated: {KEYS[0]}" in out
+    assert f"checksum: {KEYS[1]}" in out
+    assert "4 objects are sound, 2 broken (1 checksum, 1 truncated)" in out
+    assert main(["verify", url, "--set-aside"]) == 1
+    assert main(["verify", url]) == 0
+    assert len(list((tmp_path / "kv" / ".kvlab" / "broken").iterdir())) == 2
+
+
+def test_evict_lets_the_least_recently_used_go(url, capsys):
+    with open_store(url) as store:
+        store.get(KEYS[0])
+        each = store.size_of(KEYS[0])
+    assert main(["evict", url, "--to", str(2 * each + 20)]) == 0
+    assert "removed 4 objects" in capsys.readouterr().out
+    with open_store(url) as store:
+        assert sorted(store.keys()) == sorted([KEYS[0], KEYS[5]])
+
+
+def test_clear_asks_first(url, capsys):
+    assert main(["clear", url]) == 0
+    assert "6 objects would be removed" in capsys.readouterr().out
+    assert main(["clear", url, "--yes"]) == 0
+    with open_store(url) as store:
+        assert list(store.keys()) == []
+
+
+def test_on_redis(tmp_path, capsys):
+    with running(Server(tmp_path / "s", "maxmemory 50mb")) as (server,):
+        url = f"redis://127.0.0.1:{server.port}"
+        with open_store(url) as store:
+            fill(store)
+        assert main(["ls", url]) == 0
+        assert main(["info", url]) == 0
+        assert "of 50 MiB" in capsys.readouterr().out
+        assert main(["verify", url]) == 0
+        assert main(["clear", url, "--yes"]) == 0
+        assert "removed 6 objects" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv", [["ls", "memory://"], ["ls", "nonsense"], ["ls", "redis://127.0.0.1:1"], ["ls", "file:///dev/null/kv"]]
+)
+def test_wrong_use_is_one_line(argv, capsys):
+    assert main(argv) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_looking_makes_no_folder(tmp_path, capsys):
+    assert main(["ls", f"file://{tmp_path}/none"]) == 2
+    assert "no folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_control_characters_in_keys_do_not_reach_the_terminal(url, capsys):
+    with open_store(url) as store:
+        store.put("evil\x1b[2J\nkey", b"v")
+    main(["ls", url])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "evil\\x1b[2J\\nkey" in out

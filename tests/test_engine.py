@@ -1,0 +1,119 @@
+"""CacheEngine over a store: what went in comes out, what is damaged is a miss with its reason."""
+
+import pytest
+import torch
+
+from kvlab.chunking import Chunker
+from kvlab.engine import CacheEngine
+from kvlab.errors import ConfigError, StoreError
+from kvlab.geometry import KVGeometry
+from kvlab.hashing import Namespace
+from kvlab.stores import open_store
+
+GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=3, head_dim=8, dtype="bfloat16")
+CHUNKER = Chunker(chunk_tokens=32, block_tokens=8)
+
+
+def kv(num_tokens: int) -> torch.Tensor:
+    return torch.randn(GEOMETRY.shape(num_tokens)).to(torch.bfloat16)
+
+
+@pytest.fixture
+def engine():
+    return CacheEngine(open_store("memory://?size=8MiB"), namespace="m", chunker=CHUNKER)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 7, 8, 31, 32, 33, 40, 63, 64, 100])
+def test_every_full_block_comes_back(engine, num_tokens):
+    ids, value = list(range(num_tokens)), kv(num_tokens)
+    whole = num_tokens // 8 * 8
+    assert engine.lookup(ids).num_tokens == 0
+    assert engine.store(ids, value) == whole
+    hit = engine.lookup(ids)
+    assert (hit.num_tokens, hit.miss) == (whole, "")
+    count, back = engine.retrieve(ids)
+    assert count == whole
+    assert back is None if whole == 0 else torch.equal(back, value[:, :whole])
+
+
+def test_a_shared_prefix_is_reused_to_the_chunk(engine):
+    engine.store(list(range(100)), kv(100))
+    other = [*range(70), *range(500, 530)]
+    hit = engine.lookup(other)
+    assert (hit.num_tokens, hit.miss) == (64, "never_stored")
+
+
+def test_extras_and_namespaces_keep_apart(engine):
+    ids = list(range(40))
+    engine.store(ids, kv(40), extras={0: [("cache_salt", "a")]})
+    assert engine.lookup(ids, extras={0: [("cache_salt", "a")]}).num_tokens == 40
+    assert engine.lookup(ids, extras={0: [("cache_salt", "b")]}).num_tokens == 0
+    assert engine.lookup(ids).num_tokens == 0
+    other = CacheEngine(engine.store_, namespace=Namespace("m", {"dtype": "fp8"}), chunker=CHUNKER)
+    assert other.lookup(ids, extras={0: [("cache_salt", "a")]}).num_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda v: v[:-1], "truncated"),
+        (lambda v: v[:5000] + bytes([v[5000] ^ 1]) + v[5001:], "checksum"),
+        (lambda v: b"", "truncated"),
+        (lambda v: b"garbage" * 1000, "corrupt"),
+    ],
+)
+def test_damage_is_a_miss_with_its_reason(engine, damage, reason):
+    ids, value = list(range(64)), kv(64)
+    engine.store(ids, value)
+    second = engine.lookup(ids).keys[1]
+    engine.store_.put(second, damage(bytes(engine.store_.get(second))))
+    count, back = engine.retrieve(ids)
+    assert count == 32
+    assert torch.equal(back, value[:, :32])
+    assert engine.stats_.misses == {reason: 1}
+    assert not engine.store_.contains(second), "set aside: it is read once and no more"
+
+
+def test_another_object_under_this_key_is_seen(engine):
+    engine.store(list(range(64)), kv(64))
+    first, second = engine.lookup(list(range(64))).keys
+    engine.store_.put(second, bytes(engine.store_.get(first)))
+    assert engine.retrieve(list(range(64)))[0] == 32
+    assert engine.stats_.misses == {"wrong_key": 1}
+
+
+def test_a_failing_tier_costs_misses_only(engine, monkeypatch):
+    ids = list(range(64))
+    engine.store(ids, kv(64))
+
+    def down(*_a, **_k):
+        raise StoreError("tier is down")
+
+    monkeypatch.setattr(engine.store_, "get", down)
+    assert engine.retrieve(ids) == (0, None)
+    assert engine.stats_.misses == {"tier_failed": 1}
+    monkeypatch.setattr(engine.store_, "put", down)
+    assert engine.store(list(range(500, 564)), kv(64)) == 0
+    monkeypatch.setattr(engine.store_, "contains_many", down)
+    assert engine.lookup(ids).num_tokens == 0
+
+
+def test_a_value_larger_than_the_tier_is_refused_and_told():
+    engine = CacheEngine("memory://?size=5kB", namespace="m", chunker=CHUNKER)
+    assert engine.store(list(range(64)), kv(64)) == 0
+    assert engine.stats()["save_failed_no_room"] == 1
+
+
+def test_kv_of_another_length_is_one_clear_error(engine):
+    with pytest.raises(ConfigError, match="10 tokens, got shape"):
+        engine.store(list(range(10)), kv(9))
+
+
+def test_a_disk_engine_survives_its_process(tmp_path):
+    ids, value = list(range(40)), kv(40)
+    with open_store(f"file://{tmp_path}?size=8MiB") as store:
+        CacheEngine(store, namespace="m", chunker=CHUNKER).store(ids, value)
+    with open_store(f"file://{tmp_path}?size=8MiB") as store:
+        count, back = CacheEngine(store, namespace="m", chunker=CHUNKER).retrieve(ids)
+    assert count == 40
+    assert torch.equal(back, value)

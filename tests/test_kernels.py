@@ -1,0 +1,55 @@
+"""The Triton kernels against their torch twins, in Triton's interpreter (or on a GPU where there is one)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CHECK = """
+import torch
+from kvlab.paged import gather, page_layout, scatter
+from kvlab.paged.kernels import PageMover
+from tests.test_paged import caches
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def odd(cache):
+    # the same values one element further on: narrow words only
+    raw = torch.empty(cache.numel() + 1, dtype=cache.dtype, device=device)
+    return raw[1:].view(cache.shape).copy_(cache)
+
+
+checked = 0
+for order in ("LBHNC", "LBNHC", "BLHNC", "BLNHC"):
+    for dtype in (torch.float32, torch.float16, torch.uint8):
+        for aligned in (True, False):
+            made = caches(order, dtype, device)
+            kv = made if aligned else {name: odd(cache) for name, cache in made.items()}
+            name = order if aligned else "LBHNC"
+            first = next(iter(kv.values()))
+            size = first[0].numel() * first.element_size()
+            layout = page_layout(kv, num_blocks=first.shape[0], page_bytes=dict.fromkeys(kv, size), name=name)
+            mover = PageMover(layout)
+            for ids in ([0], [10, 3, 7], list(range(11))):
+                index = torch.tensor(ids, dtype=torch.int32, device=device)
+                out = torch.full((len(ids), layout.num_layers, size), 0xA5, dtype=torch.uint8, device=device)
+                mover.gather(index, out)
+                assert torch.equal(out, gather(layout, ids, torch.empty_like(out)))
+                fresh = torch.randint(0, 255, out.shape, dtype=torch.uint8, device=device)
+                untouched = [b for b in range(11) if b not in ids]
+                before = gather(layout, untouched, layout.buffer(len(untouched), device=device))
+                mover.scatter(index, fresh)
+                assert torch.equal(gather(layout, ids, torch.empty_like(out)), fresh)
+                assert torch.equal(gather(layout, untouched, layout.buffer(len(untouched), device=device)), before)
+                checked += 1
+print(checked)
+"""
+
+
+def test_kernels_agree_with_their_torch_twins():
+    root = Path(__file__).resolve().parent.parent
+    env = {**os.environ, "TRITON_INTERPRET": "1"}  # read when the kernels are made: a process of its own
+    out = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, env=env, cwd=root, timeout=280)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert int(out.stdout) == 4 * 3 * 2 * 3

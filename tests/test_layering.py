@@ -1,0 +1,73 @@
+"""Imports point down, heavy packages enter at one named place, no file grows past 400 lines."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "kvlab"
+FLOORS = [
+    ["errors", "units"],
+    ["geometry"],
+    ["chunking", "hashing", "container", "sizing"],
+    ["serde", "stores", "paged"],
+    ["engine"],
+    ["connectors", "bench", "plotting", "testing", "capture"],
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+WITHIN_GROUND = {("units", "errors")}  # units raises ConfigError; errors imports nothing
+HEAVY = {"vllm": "connectors/vllm", "redis": "stores", "pytest": "testing", "hypothesis": "testing"}
+FILES = [
+    path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py" and path != PACKAGE / "__init__.py"
+]
+
+
+def imports(path: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full, from kvlab.x"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_point_down(path):
+    here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for name in imports(path):
+        if name.startswith("kvlab.") and (room := name.split(".")[1]) not in ("__version__", here):
+            assert FLOOR[room] < FLOOR[here] or (here, room) in WITHIN_GROUND, f"{here} must not import {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_heavy_packages_enter_at_one_place(path):
+    here = path.relative_to(PACKAGE).as_posix()
+    for name in imports(path):
+        room = HEAVY.get(name.split(".")[0])
+        assert room is None or here.startswith(room), f"{here} must not import {name}"
+
+
+def test_no_file_is_longer_than_400_lines():
+    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_import_is_light():
+    code = (
+        "import sys, kvlab; heavy = {'torch', 'vllm', 'redis', 'plotly', 'numpy', 'transformers', 'pandas'};"
+        "print(*sorted(heavy & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert out.stdout.strip() == ""
+
+
+def test_front_door_is_small_and_opens():
+    import kvlab
+
+    assert len(kvlab.__all__) <= 12
+    for name in kvlab.__all__:
+        assert getattr(kvlab, name).__name__
