@@ -3,8 +3,8 @@
 Belady's rule, prompt by prompt: after each prompt keep those blocks whose next use comes soonest, and never keep
 what is not used again. It decides on single blocks and need not hold a prefix to use what follows it, so no policy
 that stores whole prefixes in objects can have more block hits: in the terms of interval scheduling, it picks the
-largest set of spans between uses such that at no time more than `capacity` overlap, and for such sets this greedy rule is
-optimal.
+largest set of spans between uses such that at no time more than `capacity` overlap, and for such sets this greedy
+rule is optimal.
 (Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966.)
 """
 

@@ -11,7 +11,7 @@ Ints = npt.NDArray[np.int64]
 def reuse_distances(traffic: Traffic) -> Ints:
     """For every block access, how many other blocks were used since, when its prompt comes; -1 for first uses.
 
-    Shape [accesses], each prompt from its last block to its first: so the engine renews them, suffixes before prefixes.
+    Shape [accesses], each prompt from its last block to its first, the order in which the engine renews them.
     An LRU cache of C blocks answers those with a distance below C, if it can hold every single prompt. (Mattson et al., "Evaluation techniques for
     storage hierarchies", IBM Systems Journal 9(2), 1970.)
     """
