@@ -4,7 +4,8 @@
 
 Speed: block accesses per second of CPU time, of one process, for every policy; the ceiling is the same traffic through
 the same loop with no policy at all (an unbounded dict). Medians over repeats. Then the sweep of 5 policies at 8
-capacities, in wall-clock seconds on all cores. Without KVLAB_TRACES it runs on made-up traffic. Rows go to data/measured/.
+capacities, in wall-clock seconds on all cores. Without KVLAB_TRACES it runs on made-up traffic. Rows go to
+data/measured/.
 """
 
 import os

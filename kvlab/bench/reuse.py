@@ -12,7 +12,8 @@ def reuse_distances(traffic: Traffic) -> Ints:
     """For every block access, how many other blocks were used since, when its prompt comes; -1 for first uses.
 
     Shape [accesses], each prompt from its last block to its first, the order in which the engine renews them.
-    An LRU cache of C blocks answers those with a distance below C, if it can hold every single prompt. (Mattson et al., "Evaluation techniques for
+    An LRU cache of C blocks answers those with a distance below C, if it can hold every single prompt. (Mattson
+    et al., "Evaluation techniques for
     storage hierarchies", IBM Systems Journal 9(2), 1970.)
     """
     accesses = np.concatenate([np.array(request.block_ids[::-1], np.int64) for request in traffic.requests])
