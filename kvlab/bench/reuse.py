@@ -9,10 +9,11 @@ Ints = npt.NDArray[np.int64]
 
 
 def reuse_distances(traffic: Traffic) -> Ints:
-    """For every block access, how many other blocks were used since its last use; -1 for the first. Shape [accesses].
+    """For every block access, how many other blocks were used since, when its prompt comes; -1 for first uses.
 
-    Accesses of a prompt count from its last block to its first, the order in which the engine renews them; so an LRU
-    cache of C blocks answers about the share with a distance below C. (Mattson et al., "Evaluation techniques for
+    Shape [accesses], each prompt from its last block to its first, the order in which the engine renews them.
+    An LRU cache of C blocks answers those with a distance below C, if it can hold every single prompt. (Mattson
+    et al., "Evaluation techniques for
     storage hierarchies", IBM Systems Journal 9(2), 1970.)
     """
     accesses = np.concatenate([np.array(request.block_ids[::-1], np.int64) for request in traffic.requests])
@@ -22,7 +23,9 @@ def reuse_distances(traffic: Traffic) -> Ints:
     previous[order[1:][same]] = order[:-1][same]
     # Of the accesses in between, those whose own last use also lies in between are repeats, not other blocks.
     repeats = _larger_before(previous)
-    distances: Ints = np.arange(len(accesses)) - previous - 1 - repeats
+    # Those of the prompt itself, deeper ones all, have not been renewed yet when it is looked up.
+    of_this_prompt = np.concatenate([np.arange(len(request.block_ids)) for request in traffic.requests])
+    distances: Ints = np.arange(len(accesses)) - previous - 1 - repeats - of_this_prompt
     return np.where(previous < 0, -1, distances)
 
 

@@ -29,14 +29,14 @@ class S3FIFOPolicy(EvictionPolicy):
         self._chosen: Hashable | None = None  # by `victim`: its leaving is an eviction, any other a deletion
 
     def admit(self, key: Hashable, size: int) -> None:
-        uses = 0
-        if key in self._uses:
-            uses = min(self._uses[key] + 1, MOST_USES)
+        uses, all_uses, ghosts = 0, self._uses, self._ghosts
+        if key in all_uses:
+            uses = min(all_uses[key] + 1, MOST_USES)
             self._chosen = None
             self.discard(key)
-        self._uses[key] = uses
-        if key in self._ghosts:
-            del self._ghosts[key]
+        all_uses[key] = uses
+        if key in ghosts:
+            del ghosts[key]
             self._main[key] = size
             self._main_bytes += size
         else:
