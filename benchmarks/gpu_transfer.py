@@ -22,7 +22,9 @@ LAYERS, BLOCKS, PAGE = 28, 2400, 32768
 
 
 def layout():
-    caches = {f"layer.{i}": torch.randint(0, 255, (BLOCKS, PAGE), dtype=torch.uint8, device="cuda") for i in range(LAYERS)}
+    caches = {
+        f"layer.{i}": torch.randint(0, 255, (BLOCKS, PAGE), dtype=torch.uint8, device="cuda") for i in range(LAYERS)
+    }
     return page_layout(caches, num_blocks=BLOCKS, page_bytes=dict.fromkeys(caches, PAGE), name="NHD")
 
 
@@ -82,8 +84,14 @@ def main() -> None:
                     device[n : 2 * n].copy_(host[n : 2 * n], non_blocking=True)
 
             pairs = {
-                "load": (lambda b=blocks, s=slots: transfer.load(s, b), lambda n=size: device[:n].copy_(host[:n], non_blocking=True)),
-                "save": (lambda b=blocks, s=slots: transfer.save(b, s), lambda n=size: host[:n].copy_(device[:n], non_blocking=True)),
+                "load": (
+                    lambda b=blocks, s=slots: transfer.load(s, b),
+                    lambda n=size: device[:n].copy_(host[:n], non_blocking=True),
+                ),
+                "save": (
+                    lambda b=blocks, s=slots: transfer.save(b, s),
+                    lambda n=size: host[:n].copy_(device[:n], non_blocking=True),
+                ),
             }
             if 2 * size <= most * block_bytes:
                 pairs["both"] = (both, two_copies)
@@ -101,7 +109,7 @@ def main() -> None:
                 }  # fmt: skip
                 rows.append(row)
                 print(*(f"{k}={v}" for k, v in row.items()), flush=True)
-        del transfer
+        transfer.close()
     append_rows(options.rows, rows)
 
 

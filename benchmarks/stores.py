@@ -170,7 +170,7 @@ def disk_rows(size: int, repeats: int, folder: Path) -> list[dict]:
         "dd write": ["dd", "if=/dev/zero", f"of={folder}/dd", f"bs={size}", "count=16", "oflag=direct"],
         "dd read": ["dd", f"if={folder}/dd", "of=/dev/null", f"bs={size}", "count=16", "iflag=direct"],
     }.items():
-        elapsed = min(timed(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(3))  # noqa: B023
+        elapsed = min(timed(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(3))
         rows.append({"what": kind, "bytes": size, "repeats": 3, "medium_gb_s": 16 * size / elapsed / 1e9})
         print(f"{kind:34} {16 * size / elapsed / 1e9:7.2f} GB/s (best of 3, one file of 16 blocks)")
     return rows

@@ -7,8 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvlab.bench.simulate import simulate as simulate
+    from kvlab.bench.sweep import sweep as sweep
     from kvlab.chunking import Chunker as Chunker
     from kvlab.connectors import vllm_config as vllm_config
+    from kvlab.connectors.transformers import capture as capture
     from kvlab.engine import CacheEngine as CacheEngine
     from kvlab.geometry import KVGeometry as KVGeometry
     from kvlab.serde import get_serde as get_serde
@@ -19,16 +22,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "capture": "kvlab.connectors.transformers",
     "CacheEngine": "kvlab.engine",
     "Chunker": "kvlab.chunking",
     "KVGeometry": "kvlab.geometry",
     "compare_sizes": "kvlab.sizing",
     "get_serde": "kvlab.serde",
     "open_store": "kvlab.stores",
+    "simulate": "kvlab.bench.simulate",
     "size_calculator": "kvlab.sizing",
+    "sweep": "kvlab.bench.sweep",
     "vllm_config": "kvlab.connectors",
 }
-__all__ = [*_HOME]  # noqa: PLE0604 - the names of _HOME, resolved by __getattr__
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

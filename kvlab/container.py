@@ -21,7 +21,10 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 VERSION = "1"
 ALIGNMENT = 4096  # direct I/O wants data at a page boundary
 MAX_HEADER_BYTES = 1 << 20  # a header that claims more is hostile or broken; nothing is allocated for it
-ITEM_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8}  # fmt: skip
+ITEM_BYTES = {
+    "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8,
+}  # fmt: skip
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{32})"')
 _NO_CHECKSUM = b"0" * 32
 
@@ -54,14 +57,18 @@ def pack(key: str, parts: Mapping[str, Part], metadata: Mapping[str, str] | None
     for name, part in parts.items():
         size = part.nbytes
         if part.data.nbytes != size:
-            raise FormatError(f"part {name!r} must hold {size} bytes for {part.dtype}{list(part.shape)}, got {part.data.nbytes}")
+            raise FormatError(
+                f"part {name!r} must hold {size} bytes for {part.dtype}{list(part.shape)}, got {part.data.nbytes}"
+            )
         entries[name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [offset, offset + size]}
         offset += size
     fields = {**(metadata or {}), "kvlab": VERSION, "key": key, "checksum": _NO_CHECKSUM.decode()}
     header = json.dumps({"__metadata__": fields, **entries}, separators=(",", ":")).encode()
     padded = -(-(8 + len(header)) // ALIGNMENT) * ALIGNMENT - 8
     head = padded.to_bytes(8, "little") + header.ljust(padded)
-    data = [part.data.cast("B") if part.data.format != "B" or part.data.ndim != 1 else part.data for part in parts.values()]
+    data = [
+        part.data.cast("B") if part.data.format != "B" or part.data.ndim != 1 else part.data for part in parts.values()
+    ]
     digest = xxhash.xxh3_128(head)
     for piece in data:
         digest.update(piece)
@@ -93,7 +100,10 @@ def unpack(value: Buffer, key: str) -> Container:
         header = json.loads(head[8:])
         metadata = header.pop("__metadata__")
         if metadata["kvlab"] != VERSION:
-            raise FormatError(f"object {key!r} has format version {metadata['kvlab']!r}, this kvlab reads {VERSION!r}", reason="version")
+            raise FormatError(
+                f"object {key!r} has format version {metadata['kvlab']!r}, this kvlab reads {VERSION!r}",
+                reason="version",
+            )
         parts, end = _parts(header, view[8 + header_bytes :])
     except FormatError:
         raise

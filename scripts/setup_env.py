@@ -52,7 +52,11 @@ def uv_environment() -> dict[str, str]:
         name, _, value = line.partition("=")
         option = name.removeprefix(":env:").removeprefix("global.").strip(".")
         pip[option] = value.strip("'\"").replace("\\n", " ")
-    for option, variable in (("index-url", "UV_DEFAULT_INDEX"), ("find-links", "UV_FIND_LINKS"), ("cert", "SSL_CERT_FILE")):
+    for option, variable in (
+        ("index-url", "UV_DEFAULT_INDEX"),
+        ("find-links", "UV_FIND_LINKS"),
+        ("cert", "SSL_CERT_FILE"),
+    ):
         if option in pip:
             env.setdefault(variable, pip[option].replace(" ", ",") if option == "find-links" else pip[option])
     env.setdefault("UV_HTTP_TIMEOUT", "300")
@@ -93,7 +97,7 @@ def install(profile: str) -> None:
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in EXTRAS:
         sys.exit(f"usage: python3 scripts/setup_env.py {'|'.join(EXTRAS)}")
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - runs before pip could have refused
         sys.exit(f"kvlab needs Python 3.11 or newer, got {sys.version.split()[0]}; try make PYTHON=python3.12")
     profile = sys.argv[1]
     done = json.loads(STAMP.read_text()) if STAMP.exists() else {}

@@ -1,6 +1,6 @@
 """Print the result table of an executed notebook: the last plain-text table in its outputs, and where it lies.
 
-    python scripts/show_table.py notebooks/executed/00_quickstart.ipynb
+python scripts/show_table.py notebooks/executed/00_quickstart.ipynb
 """
 
 import json

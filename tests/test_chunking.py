@@ -20,7 +20,7 @@ def test_spans_cover_every_full_block_once(num_tokens, block, per_chunk):
 def test_a_chunk_that_is_no_multiple_names_the_nearest():
     with pytest.raises(ConfigError, match="multiple of block_tokens=16, got 100; try 96 or 112"):
         Chunker(chunk_tokens=100, block_tokens=16)
-    with pytest.raises(ConfigError, match="try 128$"):
+    with pytest.raises(ConfigError, match=r"try 128$"):
         Chunker(chunk_tokens=100, block_tokens=128)
 
 

@@ -57,7 +57,13 @@ def test_a_lora_and_a_salt_of_one_name_do_not_collide():
     ids = list(range(64))
     chains = [
         block_hashes(ids, 16, extras={0: extras})
-        for extras in ([], [("lora", "x")], [("cache_salt", "x")], [("lora", "xcache_salt"), ("", "x")], [("lora", "x"), ("cache_salt", "x")])
+        for extras in (
+            [],
+            [("lora", "x")],
+            [("cache_salt", "x")],
+            [("lora", "xcache_salt"), ("", "x")],
+            [("lora", "x"), ("cache_salt", "x")],
+        )
     ]
     assert len({chain[0] for chain in chains}) == len(chains)
     assert len({chain[-1] for chain in chains}) == len(chains), "an extra binds all later blocks"

@@ -12,17 +12,21 @@ from kvlab.paged.kernels import PageMover
 from tests.test_paged import caches
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def odd(cache):
+    # the same values one element further on: narrow words only
+    raw = torch.empty(cache.numel() + 1, dtype=cache.dtype, device=device)
+    return raw[1:].view(cache.shape).copy_(cache)
+
+
 checked = 0
 for order in ("LBHNC", "LBNHC", "BLHNC", "BLNHC"):
     for dtype in (torch.float32, torch.float16, torch.uint8):
-        for trim in (0, 1):  # an odd storage offset makes narrow words
-            kv = {name: cache.to(device) for name, cache in caches(order, dtype).items()}
-            if trim:
-                kv = {name: torch.empty(cache.numel() + 1, dtype=dtype, device=device)[1:].view(cache.shape).copy_(cache) for name, cache in kv.items()}
-                name = "LBHNC"
-            else:
-                kv = caches(order, dtype) if device == "cpu" else kv
-                name = order if device == "cpu" else "LBHNC"
+        for aligned in (True, False):
+            made = caches(order, dtype, device)
+            kv = made if aligned else {name: odd(cache) for name, cache in made.items()}
+            name = order if aligned else "LBHNC"
             first = next(iter(kv.values()))
             size = first[0].numel() * first.element_size()
             layout = page_layout(kv, num_blocks=first.shape[0], page_bytes=dict.fromkeys(kv, size), name=name)

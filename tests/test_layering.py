@@ -19,7 +19,9 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN_GROUND = {("units", "errors")}  # units raises ConfigError; errors imports nothing
 HEAVY = {"vllm": "connectors/vllm", "redis": "stores", "pytest": "testing", "hypothesis": "testing"}
-FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py" and path != PACKAGE / "__init__.py"]
+FILES = [
+    path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py" and path != PACKAGE / "__init__.py"
+]
 
 
 def imports(path: Path) -> list[str]:

@@ -12,10 +12,11 @@ from kvlab.paged.transfer import CPUTransfer
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 11, 2, 4, 10
 
 
-def caches(order: str, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+def caches(order: str, dtype: torch.dtype = torch.float16, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Per-layer views [B, H, N, C] of one storage whose memory order is `order`, as vLLM hands them over."""
     sizes = dict(zip("LBHNC", (LAYERS, BLOCKS, HEADS, TOKENS, CONTENT), strict=True))
-    raw = torch.randint(0, 255, (LAYERS * BLOCKS * HEADS * TOKENS * CONTENT * dtype.itemsize,), dtype=torch.uint8)
+    num_bytes = LAYERS * BLOCKS * HEADS * TOKENS * CONTENT * dtype.itemsize
+    raw = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device=device)
     whole = raw.view(dtype).reshape([sizes[axis] for axis in order])
     logical = whole.permute([order.index(axis) for axis in "LBHNC"])
     return {f"layer.{i}": logical[i] for i in range(LAYERS)}

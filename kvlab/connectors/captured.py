@@ -65,7 +65,12 @@ class KV:
             tensors[f"layers.{index}.key"] = key.detach().cpu().contiguous()
             tensors[f"layers.{index}.value"] = value.detach().cpu().contiguous()
         about = {"num_layers": self.num_layers, "num_positions": self.num_positions, "token_ids": list(self.token_ids)}
-        fields = {"kvlab_kv": FORMAT, "axes": "tokens,kv_heads,head_dim", "model": self.model, "about": json.dumps(about)}
+        fields = {
+            "kvlab_kv": FORMAT,
+            "axes": "tokens,kv_heads,head_dim",
+            "model": self.model,
+            "about": json.dumps(about),
+        }
         save_file(tensors, str(path), metadata=fields)
 
     @staticmethod
@@ -96,7 +101,9 @@ class KV:
         """
         ours, theirs = ([tuple(tensor.shape) for tensor in (*kv.keys, *kv.values)] for kv in (self, other))
         if ours != theirs:
-            raise ConfigError(f"KV of shapes {ours[0]} x {len(ours)} and {theirs[0]} x {len(theirs)} cannot be compared")
+            raise ConfigError(
+                f"KV of shapes {ours[0]} x {len(ours)} and {theirs[0]} x {len(theirs)} cannot be compared"
+            )
         return {
             "key": torch.stack([_error(a, b) for a, b in zip(self.keys, other.keys, strict=True)]),
             "value": torch.stack([_error(a, b) for a, b in zip(self.values, other.values, strict=True)]),

@@ -56,7 +56,8 @@ class ConnectorConfig:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        if isinstance(self.tiers, str) or not self.tiers or not all(isinstance(url, str) for url in self.tiers):
+        listed: object = self.tiers  # from users, whatever the annotation says
+        if isinstance(listed, str) or not self.tiers or not all(isinstance(url, str) for url in self.tiers):
             raise ConfigError(f"tiers must be a list of store URLs like ['memory://?size=1GiB'], got {self.tiers!r}")
         Chunker(self.chunk_tokens, 1)
         for name in ("staging", "gpu_staging"):
@@ -74,7 +75,9 @@ class ConnectorConfig:
             url = StoreURL.parse(raw)
             if url.scheme == "memory":
                 if position:
-                    raise ConfigError(f"memory:// must be the first tier and the only one of its kind, got {list(self.tiers)}")
+                    raise ConfigError(
+                        f"memory:// must be the first tier and the only one of its kind, got {list(self.tiers)}"
+                    )
                 put(self, "memory_bytes", url.take_bytes("size", default="1GiB"))
                 put(self, "policy", url.take("policy", "lru"))
                 url.done()
@@ -83,7 +86,9 @@ class ConnectorConfig:
             base = raw.partition("?")[0]
             lower.append(f"{base}?{urlencode(url.options)}" if url.options else base)
         if len(serdes) > 1:
-            raise ConfigError(f"all lower tiers must use one serde, got {sorted(serdes)}; objects move between them as they are")
+            raise ConfigError(
+                f"all lower tiers must use one serde, got {sorted(serdes)}; objects move between them as they are"
+            )
         put(self, "serde", serdes.pop() if serdes else "naive")
         get_serde(self.serde)
         put(self, "lower_tiers", tuple(lower))
@@ -107,7 +112,7 @@ def vllm_config(tiers: Sequence[str] = ("memory://?size=1GiB",), **settings: Any
     >>> vllm_config(["memory://?size=1GiB"])["kv_connector"]
     'KVLabConnector'
     """
-    extra = {"tiers": list(tiers), **settings}
+    extra = {"tiers": tiers if isinstance(tiers, str) else list(tiers), **settings}
     ConnectorConfig.from_extra(extra)
     return {
         "kv_connector": "KVLabConnector",

@@ -68,15 +68,23 @@ def page_layout(
     Raises ConfigError where the strides do not make each page one run of bytes, or layers differ in page size.
     """
     if name not in COMPACT_LAYOUTS:
-        raise ConfigError(f"KV cache layout must be one of {', '.join(COMPACT_LAYOUTS)} (a page in one run of bytes), got {name!r}; choose another with VLLM_KV_CACHE_LAYOUT")
+        raise ConfigError(
+            f"KV cache layout must be one of {', '.join(COMPACT_LAYOUTS)} (a page in one run of bytes), "
+            f"got {name!r}; choose another with VLLM_KV_CACHE_LAYOUT"
+        )
     if not kv_caches:
         raise ConfigError("the engine registered no KV cache; kvlab needs a model with attention layers")
     sizes = {page_bytes[layer] for layer in kv_caches}
     if len(sizes) != 1:
-        raise ConfigError(f"all layers must have pages of one size, got {sorted(sizes)} bytes; this model is not served yet")
+        raise ConfigError(
+            f"all layers must have pages of one size, got {sorted(sizes)} bytes; this model is not served yet"
+        )
     views: list[torch.Tensor] = []
     for layer, cache in kv_caches.items():
-        where = f"layer {layer}: shape {tuple(cache.shape)}, strides {cache.stride()}, dtype {cache.dtype}, layout {name}, {num_blocks} blocks"
+        where = (
+            f"layer {layer}: shape {tuple(cache.shape)}, strides {cache.stride()}, dtype {cache.dtype}, "
+            f"layout {name}, {num_blocks} blocks"
+        )
         if cache.dim() < 2 or cache.shape[0] % num_blocks:
             raise ConfigError(f"dimension 0 must count blocks; {where}")
         rows = cache.shape[0] // num_blocks
@@ -84,9 +92,11 @@ def page_layout(
         page = cache[0].numel() * item * rows
         stride = cache.stride(0) * item * rows
         if page != page_bytes[layer] or stride < page or not _is_one_run(cache[0]) or (rows > 1 and stride != page):
-            raise ConfigError(f"a page must be one run of {page_bytes[layer]} bytes, found {page} at stride {stride}; {where}")
+            raise ConfigError(
+                f"a page must be one run of {page_bytes[layer]} bytes, found {page} at stride {stride}; {where}"
+            )
         raw = torch.empty(0, dtype=torch.uint8, device=cache.device)
-        views.append(raw.set_(cache.untyped_storage(), cache.storage_offset() * item, (num_blocks, page), (stride, 1)))  # type: ignore[call-overload]
+        views.append(raw.set_(cache.untyped_storage(), cache.storage_offset() * item, (num_blocks, page), (stride, 1)))
     return PageLayout(tuple(kv_caches), tuple(views), name)
 
 

@@ -12,7 +12,10 @@ def _checked(layout: PageLayout, block_ids: Sequence[int], buffer: torch.Tensor)
     check_block_ids(block_ids, layout.num_blocks)
     want = (len(block_ids), layout.num_layers, layout.page_bytes)
     if tuple(buffer.shape) != want or buffer.dtype != torch.uint8:
-        raise ConfigError(f"chunk buffer must be uint8{list(want)} (blocks, layers, page_bytes), got {buffer.dtype}{list(buffer.shape)}")
+        raise ConfigError(
+            f"chunk buffer must be uint8{list(want)} (blocks, layers, page_bytes), "
+            f"got {buffer.dtype}{list(buffer.shape)}"
+        )
     return torch.as_tensor(block_ids, dtype=torch.int64, device=layout.pages[0].device)
 
 

@@ -85,5 +85,8 @@ def checked_out(encoded: Encoded, out: torch.Tensor | None) -> torch.Tensor:
     if out is None:
         return torch.empty(encoded.shape, dtype=dtype)
     if tuple(out.shape) != encoded.shape or out.dtype != dtype or not out.is_contiguous():
-        raise FormatError(f"out must be contiguous {encoded.dtype}{list(encoded.shape)}, got {out.dtype}{list(out.shape)}", reason="shape")
+        raise FormatError(
+            f"out must be contiguous {encoded.dtype}{list(encoded.shape)}, got {out.dtype}{list(out.shape)}",
+            reason="shape",
+        )
     return out

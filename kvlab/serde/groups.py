@@ -56,4 +56,6 @@ def halves(kv: torch.Tensor, axes: tuple[str, ...], modes: tuple[str, str], size
         for suffix, start, stop in (("", 0, whole), (".tail", whole, length)):
             if stop > start:
                 each = min(size or length, stop - start)
-                yield Groups(letter + suffix, values.narrow(axis, start, stop - start).unflatten(axis, (-1, each)), axis + 1)
+                yield Groups(
+                    letter + suffix, values.narrow(axis, start, stop - start).unflatten(axis, (-1, each)), axis + 1
+                )

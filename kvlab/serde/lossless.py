@@ -165,7 +165,9 @@ def _checked(
     else:
         fmt = FORMATS.get(element) if isinstance(element, str) else None
         if coding != "window" or fmt is None or num_bytes % fmt.item_bytes:
-            raise FormatError(f"lossless coding must be raw, or window of a known element; got {str(encoded.params)[:120]}")
+            raise FormatError(
+                f"lossless coding must be raw, or window of a known element; got {str(encoded.params)[:120]}"
+            )
         if type(rows) is not int or type(period) is not int:
             raise FormatError(f"lossless rows and period must be integers, got {str((rows, period))[:80]}")
         window = Window.of(encoded.shape, encoded.axes, num_bytes // fmt.item_bytes, rows, period)

@@ -19,7 +19,8 @@ class NaiveSerde(Serde):
     def decode(self, encoded: Encoded, out: torch.Tensor | None = None) -> torch.Tensor:
         payload = encoded.parts.get("payload")
         if payload is None or tuple(payload.shape) != encoded.shape or str(payload.dtype) != f"torch.{encoded.dtype}":
-            raise FormatError(f"naive payload must be {encoded.dtype}{list(encoded.shape)}, got {payload if payload is None else (payload.dtype, payload.shape)}")
+            found = "nothing" if payload is None else f"{payload.dtype}{list(payload.shape)}"
+            raise FormatError(f"naive payload must be {encoded.dtype}{list(encoded.shape)}, got {found}")
         out = checked_out(encoded, out)
         if out.device.type != "cpu":
             return out.copy_(payload)

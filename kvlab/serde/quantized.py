@@ -140,9 +140,9 @@ class Int4Serde(ScaledSerde):
         super().__init__(k, v, group)
 
     def quantize(self, values: torch.Tensor, dim: int) -> Parts:
-        low = finite(values.amin(dim, keepdim=True)).to(torch.bfloat16)
-        high = finite(values.amax(dim, keepdim=True))
         limit = torch.finfo(torch.bfloat16).max
+        low = finite(values.amin(dim, keepdim=True)).clamp_(-limit, limit).to(torch.bfloat16)
+        high = finite(values.amax(dim, keepdim=True))
         step = (high / 15 - low.float() / 15).clamp_(0, limit).to(torch.bfloat16)
         inverse = torch.where(step > 0, 1 / step.float(), 0.0).clamp_(0, limit)
         codes = values.sub(low.float()).mul_(inverse).round_().clamp_(0, 15).to(torch.uint8)

@@ -5,6 +5,8 @@ head's outlier channels over all of them, and what comes out is so nearly normal
 (Lloyd and Max's for the normal distribution) fits every head of every model. No calibration, one scale a vector.
 """
 
+from functools import lru_cache
+
 import torch
 
 from kvlab.errors import FormatError
@@ -56,6 +58,7 @@ class Rotated4Serde(Serde):
         return result
 
 
+@lru_cache(maxsize=8)
 def rotation(dim: int) -> torch.Tensor:
     """An orthogonal (dim, dim) matrix, the same for ever: fixed signs, then Hadamard blocks.
 
@@ -68,4 +71,4 @@ def rotation(dim: int) -> torch.Tensor:
     while hadamard.shape[0] < block:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
     signs = 1.0 - 2.0 * ((torch.arange(dim) * 0x9E3779B1 >> 13) & 1)
-    return signs[:, None] * torch.block_diag(*[hadamard / block**0.5] * (dim // block))
+    return signs[:, None] * torch.kron(torch.eye(dim // block), hadamard / block**0.5)

@@ -49,8 +49,9 @@ class Window:
     def bases_of(self, base: Bytes, start: int, stop: int) -> Bytes:
         """Window bases of slabs [start, stop), shape (slabs, 1, period)."""
         if stop - start == 1:
-            return base[start % self.tables][None, None]
-        return base[np.arange(start, stop) % self.tables][:, None]
+            return base[None, start % self.tables : start % self.tables + 1]
+        found: Bytes = base[np.arange(start, stop) % self.tables][:, None]
+        return found
 
     def base(self, words: NDArray[Any], fmt: FloatFormat) -> Bytes:
         """Window bases (tables, period) of flat `words`."""
@@ -81,9 +82,7 @@ def bases_under(top: Bytes) -> Bytes:
     return np.maximum(top, np.uint8(WIDTH - 1)) - np.uint8(WIDTH - 1)
 
 
-def best_window(
-    words: NDArray[Any], fmt: FloatFormat, shape: tuple[int, ...], axes: tuple[str, ...]
-) -> Window:
+def best_window(words: NDArray[Any], fmt: FloatFormat, shape: tuple[int, ...], axes: tuple[str, ...]) -> Window:
     """The grid whose windows cost least: a window per channel where enough rows share it, else fewer.
 
     In typed KV the channels are known. What lies in an opaque page is found by trying rows of likely lengths, so
@@ -110,11 +109,13 @@ def best_window(
 def detect_element(raw: Bytes, formats: Mapping[str, FloatFormat]) -> str | None:
     """Name of the float in `formats` that a sample of `raw` packs smallest as, counted per byte; None if none does."""
     costs = {}
-    size = min(raw.size, SAMPLE // 4) // 64 * 64
-    start = (raw.size - size) // 2 // 4 * 4
+    size = min(raw.size, SAMPLE) // 1024 * 1024 or raw.size // 64 * 64
+    start = (raw.size - size) // 2 // 1024 * 1024
     for name, fmt in formats.items() if size else ():
         exponent = fmt.exponent(raw[start : start + size].view(fmt.word))
-        costs[name] = (fmt.rest_bits + 3 + _cost(exponent[None, None], fmt, exponent.size, 1)) / fmt.item_bytes
+        period = 64 if size % 1024 == 0 else 1  # few models have heads that are not made of 64s; a guess is enough here
+        escapes = _cost(exponent[None, None], fmt, exponent.size // period, period)
+        costs[name] = (fmt.rest_bits + 3 + escapes) / fmt.item_bytes
     return min(costs, key=lambda name: costs[name], default=None)
 
 

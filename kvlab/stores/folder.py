@@ -150,6 +150,8 @@ class Folder:
     def _make_room(self, size: int, replacing: str = "") -> bool:
         """Let files go until `size` more bytes fit: broken ones, the one that is replaced, then by policy."""
         book = self.book
+        while self.touched:  # even where there is room: they came before what is about to enter
+            self._policy.touch(self.touched.popleft())
         if book.used + size <= self.max_bytes:
             return True
         self._drop_dead_writers()
@@ -159,8 +161,6 @@ class Folder:
         for path in [*[path for path in book.sizes if path.startswith(BROKEN)], replacing]:
             if path in book.sizes and book.used + size > self.max_bytes:
                 self.unlink(path, "replaced")
-        while self.touched:
-            self._policy.touch(self.touched.popleft())
         while book.used + size > self.max_bytes:
             victim = self._policy.victim()
             if victim is None:

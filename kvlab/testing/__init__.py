@@ -5,9 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvlab.testing.budgets import BudgetTests as BudgetTests
+    from kvlab.testing.serde import SerdeTests as SerdeTests
     from kvlab.testing.stores import StoreTests as StoreTests
 
-_HOME = {"BudgetTests": "kvlab.testing.budgets", "StoreTests": "kvlab.testing.stores"}
+_HOME = {
+    "BudgetTests": "kvlab.testing.budgets",
+    "SerdeTests": "kvlab.testing.serde",
+    "StoreTests": "kvlab.testing.stores",
+}
 __all__ = [*_HOME]
 
 

@@ -58,7 +58,8 @@ def test_a_model_with_several_groups_is_refused_at_start(tmp_path):
 
     config = Gemma3TextConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32, sliding_window=64, vocab_size=256, max_position_embeddings=512, architectures=["Gemma3ForCausalLM"],
+        head_dim=32, sliding_window=64, vocab_size=256, max_position_embeddings=512,
+        architectures=["Gemma3ForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     settings = {"model": str(tmp_path), "load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 256}

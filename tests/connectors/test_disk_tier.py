@@ -87,7 +87,7 @@ def test_damage_is_a_miss(disk, expected, damage):
 
 
 def test_an_unwritable_folder_costs_misses_never_a_request(disk, expected, monkeypatch):
-    folder, llm = disk, shared(f"file://{disk}?size=1GiB")
+    llm = shared(f"file://{disk}?size=1GiB")
 
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")

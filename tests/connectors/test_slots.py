@@ -9,7 +9,12 @@ from kvlab.errors import ConfigError
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["reserve", "drop", "pin", "unpin", "touch"]), st.integers(0, 9), st.integers(1, 6)), max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["reserve", "drop", "pin", "unpin", "touch"]), st.integers(0, 9), st.integers(1, 6)),
+        max_size=60,
+    )
+)
 def test_no_slot_has_two_owners(steps):
     index = SlotIndex(16)
     pins: dict[bytes, int] = {}

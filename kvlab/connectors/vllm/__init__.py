@@ -63,7 +63,7 @@ def _transfer(layout: PageLayout, num_slots: int, gpu_staging: int) -> Transfer:
     return CudaTransfer(layout, num_slots, staging_bytes=gpu_staging)
 
 
-class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM's V1 connector interface over kvlab's tiers; settings as in `kvlab.connectors.ConnectorConfig`."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -80,11 +80,19 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         slot_bytes = sum(self._pages.values())
         self.num_slots = self.config.arena_bytes // slot_bytes
         if self.num_slots < 1:
-            raise ConfigError(f"host memory of {format_bytes(self.config.arena_bytes)} must hold a block of {format_bytes(slot_bytes)}; give a larger size")
+            raise ConfigError(
+                f"host memory of {format_bytes(self.config.arena_bytes)} must hold a block of "
+                f"{format_bytes(slot_bytes)}; give a larger size"
+            )
         serde = get_serde(self.config.serde)
         if serde.needs_kv_axes and self.config.lower_tiers:
-            raise ConfigError(f"serde {self.config.serde!r} must tell K from V, which vLLM's pages here do not show; use naive or lossless")
-        self.namespace = engine_namespace(vllm_config, kv_cache_config, extra=self.config.namespace, serde=self.config.serde)
+            raise ConfigError(
+                f"serde {self.config.serde!r} must tell K from V, which an engine's opaque pages do not show; "
+                "use naive or lossless"
+            )
+        self.namespace = engine_namespace(
+            vllm_config, kv_cache_config, extra=self.config.namespace, serde=self.config.serde
+        )
         self._promise = (0, False)  # of the latest match: tokens computed locally, and whether the load is async
         self.scheduler: Scheduler | None = None
         self.worker: Worker | None = None
@@ -187,7 +195,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished(request, block_ids[0])  # type: ignore[no-any-return]
+        return self.request_finished(request, block_ids[0])
 
     def reset_cache(self) -> bool | None:
         if self.scheduler is not None:

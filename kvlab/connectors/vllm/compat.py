@@ -13,7 +13,9 @@ from kvlab.errors import ConfigError
 
 def layout_name(vllm_config: Any, kv_cache_config: Any) -> str:
     """The engine's own name of the KV cache layout."""
-    name = getattr(kv_cache_config, "kv_cache_layout", None) or getattr(vllm_config.cache_config, "kv_cache_layout", None)
+    name = getattr(kv_cache_config, "kv_cache_layout", None) or getattr(
+        vllm_config.cache_config, "kv_cache_layout", None
+    )
     if name is not None:
         return str(getattr(name, "name", name))
     from vllm.v1.attention.backends import utils  # before the layout became part of the config
@@ -53,15 +55,24 @@ def refuse_unserved(vllm_config: Any, group: Any) -> None:
     """ConfigError for setups whose KV would be named or copied wrongly."""
     parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
-        raise ConfigError(f"pipeline_parallel_size must be 1 with KVLabConnector, got {parallel.pipeline_parallel_size}; use tensor parallelism")
+        raise ConfigError(
+            f"pipeline_parallel_size must be 1 with KVLabConnector, got {parallel.pipeline_parallel_size}; "
+            "use tensor parallelism"
+        )
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(f"{name} must be 1 with KVLabConnector, got {getattr(parallel, name)}")
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.use_eagle():
-        raise ConfigError("speculative decoding with a draft model's own KV (eagle, mtp) is not served: that KV depends on later tokens than its key says")
+        raise ConfigError(
+            "speculative decoding with a draft model's own KV (eagle, mtp) is not served: "
+            "that KV depends on later tokens than its key says; turn one of the two off"
+        )
     if "Mamba" in type(group.kv_cache_spec).__name__ or getattr(group, "is_eagle_group", False):
-        raise ConfigError(f"KV cache of kind {type(group.kv_cache_spec).__name__} is a running state, not per-token KV; kvlab cannot serve it")
+        raise ConfigError(
+            f"KV cache of kind {type(group.kv_cache_spec).__name__} is a running state, not per-token KV; "
+            "run this model without the connector"
+        )
 
 
 def packing(vllm_config: Any, group: Any) -> str:

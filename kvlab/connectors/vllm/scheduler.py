@@ -7,11 +7,11 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kvlab.chunking import Chunker, Span
 from kvlab.connectors.config import ConnectorConfig
+from kvlab.connectors.vllm.lookup import Lookup
 from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.requests import Piece, RequestState, request_extras
 from kvlab.connectors.vllm.slots import SlotIndex
@@ -20,14 +20,18 @@ from kvlab.stores import Store
 
 logger = logging.getLogger("vllm.kvlab")
 IDLE_WAIT_S = 0.0005
-INLINE_WAIT_S = 0.001  # a lookup that is answered this fast saves the request one trip through the scheduler
 
 
 class Scheduler:
     """One per engine. `lower` may be None; `namespaces` holds one namespace per worker rank."""
 
     def __init__(
-        self, config: ConnectorConfig, chunker: Chunker, index: SlotIndex, lower: Store | None, namespaces: Sequence[Namespace]
+        self,
+        config: ConnectorConfig,
+        chunker: Chunker,
+        index: SlotIndex,
+        lower: Store | None,
+        namespaces: Sequence[Namespace],
     ) -> None:
         self.config = config
         self.chunker = chunker
@@ -43,7 +47,7 @@ class Scheduler:
         self._unsettled: dict[bytes, int] = {}  # hashes being handed to lower tiers -> ranks still to answer
         self._arrived: dict[str, int] = {}  # ranks that finished an async load
         self._bad: dict[bytes, None] = {}  # hashes a lower tier answered with broken or absent data
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvlab-lookup")
+        self._lookup = Lookup(lower, chunker, namespaces, config.lookup_timeout_ms / 1e3, self.counters)
 
     # ---- a hit?
 
@@ -60,12 +64,12 @@ class Scheduler:
             return 0, False
         plan = self._plan(hashes, {})
         if self.lower is not None and _end(plan) < usable:
-            known = self._ask_lower(state, hashes)
+            known = self._lookup.ask(state, hashes, self._in_memory)
             if known is None:
                 return None, False
-            plan = self._plan(hashes, known)
+            plan = self._plan(hashes, {key: held and key not in self._bad for key, held in known.items()})
         if any(not entry.ready for piece in plan if (entry := self.index.get(piece.hash))):
-            if not self._overdue(state):
+            if not self._lookup.is_overdue(state):
                 return None, False  # another request is fetching it right now
             plan = self._ready_run(plan)
         blocks = min(_end(plan), usable)
@@ -119,47 +123,6 @@ class Scheduler:
         held = sum(len(e.slots) for p in plan if (e := self.index.get(p.hash)) and not e.pins)
         return self.index.can_reserve(fetched + held)
 
-    def _ask_lower(self, state: RequestState, hashes: list[bytes]) -> dict[bytes, bool] | None:
-        """What the lower tiers hold of these hashes; None while they have not answered; {} once they are late."""
-        if state.lookup is None:
-            state.lookup = self._pool.submit(self._query, list(hashes))
-            state.lookup_started_s = time.monotonic()
-        try:
-            known: dict[bytes, bool] = state.lookup.result(timeout=INLINE_WAIT_S)
-        except TimeoutError:
-            if not self._overdue(state):
-                return None
-            self.counters["lookup_late"] += 1
-            return {}
-        except Exception as error:
-            self.counters["lookup_failed"] += 1
-            logger.warning("kvlab: lookup in lower tiers failed: %s", error)
-            return {}
-        return {key: held and key not in self._bad for key, held in known.items()}
-
-    def _overdue(self, state: RequestState) -> bool:
-        if not state.lookup_started_s:
-            state.lookup_started_s = time.monotonic()
-        return time.monotonic() - state.lookup_started_s > self.config.lookup_timeout_ms / 1e3
-
-    def _query(self, hashes: list[bytes]) -> dict[bytes, bool]:
-        """In the lookup thread: chunks first, then the tails that could follow the run."""
-        step = self.chunker.chunk_blocks
-        chunks = hashes[step - 1 :: step]
-        known = self._held(chunks)
-        run = next((i for i, key in enumerate(chunks) if not known[key] and not self._in_memory(key)), len(chunks))
-        known |= self._held(hashes[run * step : (run + 1) * step])
-        return known
-
-    def _held(self, hashes: Sequence[bytes]) -> dict[bytes, bool]:
-        """Which hashes every rank's namespace holds in the lower tiers."""
-        assert self.lower is not None
-        held = [True] * len(hashes)
-        for namespace in self.namespaces:
-            found = self.lower.contains_many([namespace.key(key) for key in hashes])
-            held = [a and b for a, b in zip(held, found, strict=True)]
-        return dict(zip(hashes, held, strict=True))
-
     # ---- take it
 
     def allocated(self, request: Any, block_ids: Sequence[int], num_external_tokens: int) -> None:
@@ -183,7 +146,13 @@ class Scheduler:
         self.counters["hit_tokens"] += num_external_tokens
 
     def _place(
-        self, state: RequestState, plan: list[Piece], used: list[Piece], first: int, usable: int, block_ids: Sequence[int]
+        self,
+        state: RequestState,
+        plan: list[Piece],
+        used: list[Piece],
+        first: int,
+        usable: int,
+        block_ids: Sequence[int],
     ) -> list[int]:
         """Queue the copies that fill blocks [first, usable); block ids that could not be served."""
         request, block = state.request, self.chunker.block_tokens
@@ -262,7 +231,9 @@ class Scheduler:
             if (state := self._states.get(new.req_id)) is not None:
                 state.block_ids = list(new.block_ids[0])
         cached = output.scheduled_cached_reqs
-        for req_id, blocks, num_computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+        for req_id, blocks, num_computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
             computed[req_id] = num_computed
             state = self._states.get(req_id)
             if state is None:
@@ -336,7 +307,12 @@ class Scheduler:
         for row in report.rows:
             state = self._states.get(row.request_id)
             if state is not None:
-                state.row |= {"bytes": row.num_bytes, "ms": row.seconds * 1e3, "tier": row.tier, "hit_tokens": row.num_tokens}
+                state.row |= {
+                    "bytes": row.num_bytes,
+                    "ms": row.seconds * 1e3,
+                    "tier": row.tier,
+                    "hit_tokens": row.num_tokens,
+                }
             self.counters["loaded_bytes"] += row.num_bytes
 
     def _release(self, keys: Sequence[bytes]) -> None:
@@ -364,7 +340,7 @@ class Scheduler:
         self.index.clear()
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._lookup.close()
         if self.lower is not None:
             self.lower.close()
 

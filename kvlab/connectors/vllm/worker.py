@@ -52,7 +52,7 @@ class Worker:
         self._report = WorkerReport()
         self._lost_blocks: set[int] = set()
         self._finished: set[str] = set()
-        self._under_way: list[tuple[LoadRow, int, list[Clock]]] = []  # loads whose copies have not ended
+        self._under_way: list[tuple[LoadRow, int, Clock]] = []  # loads whose copies have not ended
         self._lock = threading.Lock()
         self._loads = ThreadPoolExecutor(2, thread_name_prefix="kvlab-load")
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="kvlab-write")
@@ -70,19 +70,24 @@ class Worker:
         metadata.loads = []
 
     def save(self, metadata: StepMetadata) -> None:
-        for op in metadata.saves:
-            try:
-                for slot in op.slots:
-                    self._owner[slot] = None
-                self.transfer.save(op.block_ids, op.slots)
-                for slot in op.slots:
-                    self._owner[slot] = op.hash
-            except Exception:
+        """All of a step's saves as one copy: few large pieces move faster than many small ones."""
+        ops, metadata.saves = metadata.saves, []
+        if not ops:
+            return
+        slots = [slot for op in ops for slot in op.slots]
+        try:
+            for slot in slots:
+                self._owner[slot] = None
+            self.transfer.save([block for op in ops for block in op.block_ids], slots)
+        except Exception:
+            for op in ops:
                 self._failed("save", op.hash, settled=op.write)
-                continue
+            return
+        for op in ops:
+            for slot in op.slots:
+                self._owner[slot] = op.hash
             if op.write:
                 self._writes.submit(self._write, op)
-        metadata.saves = []
 
     def take_finished(self) -> set[str]:
         """Requests whose async loads ended, well or badly."""
@@ -99,13 +104,13 @@ class Worker:
     def take_report(self) -> WorkerReport | None:
         with self._lock:
             waiting, self._under_way = self._under_way, []
-        for row, prompt_tokens, clocks in waiting:
-            parts = [clock.seconds() for clock in clocks]
-            if None in parts:
+        for row, prompt_tokens, clock in waiting:
+            seconds = clock.seconds()
+            if seconds is None:
                 with self._lock:
-                    self._under_way.append((row, prompt_tokens, clocks))
+                    self._under_way.append((row, prompt_tokens, clock))
                 continue
-            row.seconds = sum(part for part in parts if part is not None)
+            row.seconds = seconds
             self._tell(row, prompt_tokens)
         with self._lock:
             report, self._report = self._report, WorkerReport()
@@ -128,52 +133,46 @@ class Worker:
 
     def _load(self, load: RequestLoad) -> None:
         start = time.perf_counter()
-        num_blocks = 0
+        slots: list[int] = []
+        pages: list[int] = []
         tiers: dict[str, None] = {}
-        clocks: list[Clock] = []
-        failed = False
-        for op in load.ops:
-            try:
-                failed = failed or not self._load_object(op, clocks, wait=load.is_async)
-            except Exception:
-                self._failed("load", op.hash, settled=False)
-                failed = True
-            if failed:  # what follows a hole is useless too: KV without its prefix
-                with self._lock:
-                    self._lost_blocks.update(op.block_ids)
-                continue
-            num_blocks += len(op.block_ids)
-            tiers["lower" if op.fetch else "memory"] = None
-        wanted = max(sum(len(op.block_ids) for op in load.ops), 1)
-        row = LoadRow(
-            load.request_id,
-            load.num_tokens * num_blocks // wanted,
-            num_blocks * self.transfer.layout.block_bytes,
-            time.perf_counter() - start,
-            "+".join(tiers) or "none",
-        )
-        if clocks:
-            with self._lock:
-                self._under_way.append((row, load.prompt_tokens, clocks))
-        else:
-            self._tell(row, load.prompt_tokens)
-        if load.is_async:
-            with self._lock:
+        wanted = [block for op in load.ops for block in op.block_ids]
+        clock: Clock | None = None
+        try:
+            for op in load.ops:
+                if not self._present(op):
+                    break  # what follows a hole is useless too: KV without its prefix
+                slots += op.slots[op.first : op.first + len(op.block_ids)]
+                pages += op.block_ids
+                tiers["lower" if op.fetch else "memory"] = None
+            if slots and load.is_async:
+                self.transfer.load_and_wait(slots, pages)
+            elif slots:
+                clock = self.transfer.load(slots, pages)
+        except Exception:
+            pages = []
+            self._failed("load", load.ops[0].hash, settled=False)
+        num_bytes = len(pages) * self.transfer.layout.block_bytes
+        tokens = load.num_tokens * len(pages) // max(len(wanted), 1)
+        row = LoadRow(load.request_id, tokens, num_bytes, time.perf_counter() - start, "+".join(tiers) or "none")
+        with self._lock:
+            self._lost_blocks.update(wanted[len(pages) :])
+            if load.is_async:
                 self._report.loaded[load.request_id] += 1
                 self._finished.add(load.request_id)
+            if clock is not None:
+                self._under_way.append((row, load.prompt_tokens, clock))
+        if clock is None:
+            self._tell(row, load.prompt_tokens)
 
-    def _load_object(self, op: LoadOp, clocks: list[Clock], *, wait: bool) -> bool:
+    def _present(self, op: LoadOp) -> bool:
+        """Whether the slots this load reads hold its object, fetched from the lower tiers if need be."""
         if op.fetch and not self._fetch(op):
             return False
-        used = op.slots[op.first : op.first + len(op.block_ids)]
-        if any(self._owner[slot] != op.hash for slot in used):
+        if any(self._owner[slot] != op.hash for slot in op.slots[op.first : op.first + len(op.block_ids)]):
             self.counters["slot_mismatch"] += 1
             self._mark_bad(op.hash)
             return False
-        if wait:
-            self.transfer.load_and_wait(used, op.block_ids)
-        elif (clock := self.transfer.load(used, op.block_ids)) is not None:
-            clocks.append(clock)
         return True
 
     def _fetch(self, op: LoadOp) -> bool:

@@ -65,7 +65,10 @@ class ARCPolicy(EvictionPolicy):
         if key in self._again:
             self._again.move_to_end(key)
         elif key in self._once:
-            self._again.push(key, self._once.take(key))
+            size = self._once.pop(key)
+            self._once.total -= size
+            self._again[key] = size
+            self._again.total += size
 
     def discard(self, key: Hashable) -> None:
         for held, ghosts in ((self._once, self._once_ghosts), (self._again, self._again_ghosts)):
@@ -79,6 +82,20 @@ class ARCPolicy(EvictionPolicy):
         first, second = (self._once, self._again) if self._once.total > self._target else (self._again, self._once)
         self._chosen = next((key for queue in (first, second) for key in queue if not (pinned and key in pinned)), None)
         return self._chosen
+
+    def evict(self) -> Hashable | None:
+        once_first = self._once.total > self._target
+        if self._once and (once_first or not self._again):
+            held, ghosts = self._once, self._once_ghosts
+        else:
+            held, ghosts = self._again, self._again_ghosts
+        if not held:
+            return None
+        key, size = held.popitem(last=False)
+        held.total -= size
+        ghosts.push(key, size)
+        self._trim()
+        return key
 
     def _trim(self) -> None:
         while self._once_ghosts and self._once.total + self._once_ghosts.total > self._capacity:

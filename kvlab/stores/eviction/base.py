@@ -1,7 +1,7 @@
 """What an eviction policy is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Iterable
 from typing import ClassVar
 
 
@@ -25,3 +25,15 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def victim(self, pinned: Container[Hashable] = ()) -> Hashable | None:
         """The key that should leave next, never one in `pinned`; None if there is none. It stays until `discard`."""
+
+    def evict(self) -> Hashable | None:
+        """`victim` and `discard` in one step, for owners that pin nothing; None if nothing is here."""
+        key = self.victim()
+        if key is not None:
+            self.discard(key)
+        return key
+
+    def touch_all(self, keys: Iterable[Hashable]) -> None:
+        """`touch` each of `keys`, in their order."""
+        for key in keys:
+            self.touch(key)

@@ -1,7 +1,7 @@
 """The policies that are one queue: LRU, FIFO, MRU."""
 
 from collections import OrderedDict
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Iterable
 
 from kvlab.stores.eviction.base import EvictionPolicy
 
@@ -30,6 +30,15 @@ class LRUPolicy(EvictionPolicy):
             return next(iter(self._order), None)
         return next((key for key in self._order if key not in pinned), None)
 
+    def evict(self) -> Hashable | None:
+        return self._order.popitem(last=False)[0] if self._order else None
+
+    def touch_all(self, keys: Iterable[Hashable]) -> None:
+        order, renew = self._order, self._order.move_to_end
+        for key in keys:
+            if key in order:
+                renew(key)
+
 
 class FIFOPolicy(LRUPolicy):
     """First in, first out: use does not count."""
@@ -37,6 +46,9 @@ class FIFOPolicy(LRUPolicy):
     name = "fifo"
 
     def touch(self, key: Hashable) -> None:
+        pass
+
+    def touch_all(self, keys: Iterable[Hashable]) -> None:
         pass
 
 
@@ -47,3 +59,6 @@ class MRUPolicy(LRUPolicy):
 
     def victim(self, pinned: Container[Hashable] = ()) -> Hashable | None:
         return next((key for key in reversed(self._order) if key not in pinned), None)
+
+    def evict(self) -> Hashable | None:
+        return self._order.popitem()[0] if self._order else None

@@ -1,7 +1,7 @@
 """S3-FIFO: three queues that filter what is used only once."""
 
 from collections import OrderedDict
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Iterable
 
 from kvlab.stores.eviction.base import EvictionPolicy
 
@@ -48,6 +48,13 @@ class S3FIFOPolicy(EvictionPolicy):
         if uses is not None and uses < MOST_USES:
             self._uses[key] = uses + 1
 
+    def touch_all(self, keys: Iterable[Hashable]) -> None:
+        all_uses = self._uses
+        for key in keys:
+            uses = all_uses.get(key)
+            if uses is not None and uses < MOST_USES:
+                all_uses[key] = uses + 1
+
     def discard(self, key: Hashable) -> None:
         if self._uses.pop(key, None) is None:
             return
@@ -71,6 +78,24 @@ class S3FIFOPolicy(EvictionPolicy):
                 return key
         self._chosen = self._search(pinned, small_first)
         return self._chosen
+
+    def evict(self) -> Hashable | None:
+        small, small_bytes = self._small, self._small_bytes
+        if small_bytes >= SMALL_SHARE * (small_bytes + self._main_bytes):
+            uses, main, ghosts = self._uses, self._main, self._ghosts
+            while small:  # what `victim` and `discard` do, without looking the key up again and again
+                key, size = small.popitem(last=False)
+                self._small_bytes -= size
+                if uses[key] <= 1:
+                    del uses[key]
+                    ghosts[key] = None
+                    if len(ghosts) > len(main) and len(ghosts) > 1:
+                        ghosts.popitem(last=False)
+                    return key
+                main[key] = size
+                self._main_bytes += size
+                uses[key] = 0
+        return super().evict()
 
     def _search(self, pinned: Container[Hashable], small_first: bool) -> Hashable | None:
         key = self._from_small(pinned) if small_first else self._from_main(pinned)

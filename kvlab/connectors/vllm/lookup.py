@@ -1,0 +1,80 @@
+"""What do the lower tiers hold? Asked in the background, so that a slow tier never holds up the scheduler."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from kvlab.chunking import Chunker
+from kvlab.connectors.vllm.requests import RequestState
+from kvlab.hashing import Namespace
+from kvlab.stores import Store
+
+logger = logging.getLogger("vllm.kvlab")
+INLINE_WAIT_S = 0.001  # an answer this fast saves the request one trip through the scheduler
+
+
+class Lookup:
+    """Existence of objects in `store` under every rank's namespace, one thread, a deadline per request."""
+
+    def __init__(
+        self,
+        store: Store | None,
+        chunker: Chunker,
+        namespaces: Sequence[Namespace],
+        timeout_s: float,
+        counters: Counter[str],
+    ) -> None:
+        self._store = store
+        self._chunker = chunker
+        self._namespaces = namespaces
+        self._timeout_s = timeout_s
+        self._counters = counters
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvlab-lookup")
+
+    def ask(
+        self, state: RequestState, hashes: Sequence[bytes], in_memory: Callable[[bytes], bool]
+    ) -> dict[bytes, bool] | None:
+        """Which of a request's objects are there; None while there is no answer; {} once it is late or failed."""
+        if state.lookup is None:
+            state.lookup = self._pool.submit(self._query, list(hashes), in_memory)
+            state.lookup_started_s = time.monotonic()
+        try:
+            known: dict[bytes, bool] = state.lookup.result(timeout=INLINE_WAIT_S)
+        except TimeoutError:
+            if not self.is_overdue(state):
+                return None
+            self._counters["lookup_late"] += 1
+            return {}
+        except Exception as error:
+            self._counters["lookup_failed"] += 1
+            logger.warning("kvlab: lookup in lower tiers failed: %s", error)
+            return {}
+        return known
+
+    def is_overdue(self, state: RequestState) -> bool:
+        """Whether the request has waited long enough; the clock starts with the first question."""
+        if not state.lookup_started_s:
+            state.lookup_started_s = time.monotonic()
+        return time.monotonic() - state.lookup_started_s > self._timeout_s
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _query(self, hashes: list[bytes], in_memory: Callable[[bytes], bool]) -> dict[bytes, bool]:
+        """In the thread: chunks first, then the tails that could follow the run."""
+        step = self._chunker.chunk_blocks
+        chunks = hashes[step - 1 :: step]
+        known = self._held(chunks)
+        run = next((i for i, key in enumerate(chunks) if not known[key] and not in_memory(key)), len(chunks))
+        return known | self._held(hashes[run * step : (run + 1) * step])
+
+    def _held(self, hashes: Sequence[bytes]) -> dict[bytes, bool]:
+        if self._store is None or not hashes:
+            return {}
+        held = [True] * len(hashes)
+        for namespace in self._namespaces:
+            found = self._store.contains_many([namespace.key(key) for key in hashes])
+            held = [a and b for a, b in zip(held, found, strict=True)]
+        return dict(zip(hashes, held, strict=True))

@@ -1,0 +1,125 @@
+"""cachegen: its coder against the reference, its tables, and what happens with the wrong ones."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvlab.errors import ConfigError, FormatError
+from kvlab.geometry import AXES
+from kvlab.serde import get_serde, rans, rans_fast
+from kvlab.serde.cachegen import CacheGenSerde
+from kvlab.serde.tables import load_tables, profile, save_tables
+from kvlab.testing.serde import kv_like, raw
+from tests.serde.kinds import tables
+
+KV = kv_like((3, 23, 2, 2, 16))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(0, 30), st.integers(1, 12), st.integers(2, 256), st.integers(0, 2**32 - 1))
+def test_both_coders_write_the_same_words_and_read_them(
+    planes: int, steps: int, channels: int, alphabet: int, seed: int
+) -> None:
+    source = np.random.default_rng(seed)
+    counts = source.geometric(0.05, (planes * channels, alphabet)) * (
+        source.random((planes * channels, alphabet)) < 0.4
+    )
+    model = rans.Model.of(np.arange(planes * channels).reshape(planes, channels), rans.normalized(counts))
+    symbols = source.integers(0, alphabet, (planes, steps, channels), np.uint8)
+    lanes = rans.num_lanes(channels, 4)
+    words, lengths = rans.encode(symbols, model, lanes)
+    fast_words, fast_lengths = rans_fast.encode(symbols, model, lanes)
+    assert (words == fast_words).all()
+    assert (lengths == fast_lengths).all()
+    assert (rans.decode(words, lengths, model, steps) == symbols).all()
+    assert (rans_fast.decode(words, lengths, model, steps) == symbols).all()
+
+
+def test_coded_size_is_near_the_entropy() -> None:
+    source = np.random.default_rng(1)
+    symbols = np.clip(np.rint(source.normal(20, 3, (1, 4000, 4))), 0, 40).astype(np.uint8)
+    counts = np.stack([np.bincount(symbols[0, :, channel], minlength=41) for channel in range(4)])
+    shares = counts / 4000
+    entropy = -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(1).mean()
+    words, _ = rans_fast.encode(symbols, rans.Model.of(np.arange(4)[None], rans.normalized(counts)), 4)
+    assert entropy <= 16 * words.size / symbols.size <= entropy * 1.02 + 0.02
+
+
+def test_tables_come_back_from_their_file_and_changes_are_seen(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    save_tables(path, [tables()])
+    assert load_tables(path, 0.25).digest == tables().digest
+    with pytest.raises(ConfigError, match=r"levels 0\.25, not 1"):
+        load_tables(path, 1.0)
+    content = bytearray(path.read_bytes())
+    for at in range(len(content) - 3000, len(content), 500):
+        content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FormatError):
+        load_tables(path, 0.25)
+
+
+def test_a_chunk_is_not_read_with_another_table() -> None:
+    other = profile([kv_like((3, 40, 2, 2, 16), seed=99)], AXES, level=0.25)
+    encoded = CacheGenSerde(tables()).encode(KV, AXES)
+    assert encoded.params["table"] == tables().digest
+    with pytest.raises(FormatError, match="needs cachegen table") as caught:
+        CacheGenSerde(other).decode(encoded)
+    assert caught.value.reason == "table"
+
+
+def test_no_table_no_serde(tmp_path: Path) -> None:
+    for spec in ("cachegen", "cachegen:tables=absent", "cachegen:tables=absent,level=x"):
+        with pytest.raises(ConfigError):
+            get_serde(spec)
+
+
+def test_kv_of_another_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tables are for 3 layers"):
+        CacheGenSerde(tables()).encode(kv_like((4, 23, 2, 2, 16)), AXES)
+
+
+def test_far_values_come_back_through_escapes() -> None:
+    kv = KV.clone()
+    kv[1, 5, 1, 0, 3] = 100.0
+    serde = CacheGenSerde(tables())
+    encoded = serde.encode(kv, AXES)
+    assert len(encoded.parts["payload.escapes"]) > len(serde.encode(KV, AXES).parts["payload.escapes"])
+    assert float(serde.decode(encoded)[1, 5, 1, 0, 3]) == pytest.approx(100.0, rel=0.01)
+
+
+def test_without_numba_the_reference_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    serde = CacheGenSerde(tables())
+    fast = serde.encode(KV, AXES)
+    monkeypatch.setattr("kvlab.serde.cachegen.coder", rans)
+    slow = serde.encode(KV, AXES)
+    assert all(raw(fast.parts[name]).equal(raw(slow.parts[name])) for name in fast.parts)
+    assert raw(serde.decode(fast)).equal(raw(serde.decode(slow)))
+
+
+def test_tables_lie_beside_the_model_and_lmcaches_in_each_chunk() -> None:
+    assert CacheGenSerde(tables()).encode(KV, AXES).bits()["tables"] == 0
+    counted = get_serde("cachegen-lmcache").encode(KV, AXES).bits()
+    assert counted["tables"] == 3 * 2 * 32 * 33 * 16
+
+
+def test_values_without_deltas_are_another_table() -> None:
+    plain = CacheGenSerde(tables(deltas=False))
+    encoded = plain.encode(KV, AXES)
+    assert not any(name.startswith("anchors") for name in encoded.parts)
+    assert (plain.decode(encoded).float() - KV.float()).norm() < 0.16 * KV.float().norm()
+    with pytest.raises(FormatError):
+        CacheGenSerde(tables()).decode(replace(encoded, params={"table": tables().digest}))
+
+
+def test_anchor_errors_do_not_add_up() -> None:
+    serde, kv = CacheGenSerde(tables()), KV.float()
+    error = (serde.decode(serde.encode(kv, AXES)) - kv).abs()
+    rest = torch.arange(23) % 10 != 0
+    allowed = tables().step.reshape(3, 2, 2, 16).permute(0, 2, 1, 3)[:, None] / 2
+    assert bool((error[:, rest] <= allowed * 1.001 + 1e-6).all())

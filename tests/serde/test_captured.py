@@ -1,0 +1,100 @@
+"""KV out of a transformers model, to a file, compared, and back into a cache that goes on generating."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import kvlab
+from kvlab.connectors.captured import KV
+from kvlab.connectors.profile_command import main as profile_main
+from kvlab.connectors.transformers import from_cache, to_cache
+from kvlab.errors import ConfigError, FormatError
+from kvlab.geometry import AXES
+from kvlab.serde import get_serde
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+TOKENS = [int(token) for token in torch.randint(0, 128, (40,), generator=torch.Generator().manual_seed(3))]
+
+
+def continued(model: LlamaForCausalLM, cache: DynamicCache, position: int, token: int, steps: int = 12) -> list[int]:
+    """Greedy tokens after `token` at `position`."""
+    made = []
+    with torch.inference_mode():
+        for step in range(steps):
+            logits = model(
+                torch.tensor([[token]]), past_key_values=cache, position_ids=torch.tensor([[position + step]])
+            ).logits
+            token = int(logits[0, -1].argmax())
+            made.append(token)
+    return made
+
+
+def test_capture_save_load_and_go_on_generating(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    kv = kvlab.capture(model, TOKENS)
+    assert kv.tensor().shape == (3, 40, 2, 2, 16)
+    kv.save(tmp_path / "kv.safetensors")
+    loaded = KV.load(tmp_path / "kv.safetensors")
+    assert loaded.token_ids == tuple(TOKENS)
+    assert loaded.num_positions == 40
+    assert not any(error.any() for error in kv.diff(loaded).values())
+    fresh = DynamicCache()
+    model(torch.tensor([TOKENS]), past_key_values=fresh)
+    assert continued(model, to_cache(loaded), 40, 5) == continued(model, fresh, 40, 5)
+
+
+@pytest.mark.parametrize("spec", ["lossless", "int8"])
+def test_decoded_kv_in_place(model: LlamaForCausalLM, spec: str) -> None:
+    kv = kvlab.capture(model, TOKENS)
+    serde = get_serde(spec)
+    back = kv.replaced(serde.decode(serde.encode(kv.tensor(), AXES)))
+    errors = kv.diff(back)
+    assert errors["key"].shape == (3, 2)
+    assert float(max(error.max() for error in errors.values())) <= (0.0 if spec == "lossless" else 0.02)
+    assert len(continued(model, to_cache(back), 40, 5)) == 12
+
+
+def test_a_pruned_cache_with_layers_of_different_length_passes_through(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model(torch.tensor([TOKENS]), past_key_values=cache)
+    for index, layer in enumerate(cache.layers):  # what a press leaves: fewer tokens, another number in each layer
+        keep = torch.arange(0, 40, index + 2)
+        layer.keys, layer.values = layer.keys[:, :, keep], layer.values[:, :, keep]
+    kv = from_cache(cache, TOKENS)
+    assert [len(key) for key in kv.keys] == [20, 14, 10]
+    kv.save(tmp_path / "pruned.safetensors")
+    loaded = KV.load(tmp_path / "pruned.safetensors")
+    again = from_cache(to_cache(loaded), TOKENS)
+    assert not any(error.any() for error in kv.diff(again).values())
+    with pytest.raises(ConfigError, match="different shapes"):
+        kv.tensor()
+
+
+def test_what_is_no_kv_file_is_a_format_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for content in (b"", b"{}", b"\xff" * 100):
+        path.write_bytes(content)
+        with pytest.raises(FormatError):
+            KV.load(path)
+
+
+def test_kv_of_different_texts_cannot_be_compared(model: LlamaForCausalLM) -> None:
+    with pytest.raises(ConfigError, match="cannot be compared"):
+        kvlab.capture(model, TOKENS).diff(kvlab.capture(model, TOKENS[:7]))
+
+
+def test_profile_refuses_silly_numbers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        profile_main([str(tmp_path), str(tmp_path / "t"), "--chunk", "0"])
