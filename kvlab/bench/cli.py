@@ -23,7 +23,11 @@ def main(argv: Sequence[str]) -> int:
         rows = [row for path in options.report for row in read_rows(path)]
         print(report(rows))
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)  # so that a polite kill stops the servers as ctrl-C does
+    for number in (
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # a polite kill or a closed terminal stops the servers as ctrl-C does
+        signal.signal(number, _interrupt)
     names: list[Any] = [name for name in options.backends.split(",") if name]
     try:
         rows = run(

@@ -1,12 +1,9 @@
 """Serving runs: start a server with a backend, run vLLM's benchmark client several times, collect rows, stop it all."""
 
 import contextlib
-import functools
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,8 +14,8 @@ from typing import Any
 
 from kvlab.bench import client, counters, latency, peers
 from kvlab.bench.demo_model import demo_model
+from kvlab.bench.origin import filesystem, gpu_name, origin
 from kvlab.bench.processes import usage
-from kvlab.bench.provenance import provenance
 from kvlab.bench.redis_server import RedisServer
 from kvlab.bench.server import Server
 from kvlab.bench.workloads import Workload, make_workload
@@ -97,7 +94,7 @@ def run(
     if runs < 1 or request_rate <= 0:
         raise ConfigError(f"runs and request_rate must be positive, got {runs} and {request_rate}")
     tell = say or _say
-    size = parse_bytes(cache_size if cache_size is not None else ("20GiB" if _gpu() else "2GiB"))
+    size = parse_bytes(cache_size if cache_size is not None else ("20GiB" if gpu_name() else "2GiB"))
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
         if folder is None:
@@ -121,9 +118,7 @@ def run(
             max_prompt_tokens=max_prompt_tokens,
         )
         if workload.num_prompts < num_prompts:
-            tell(
-                f"the dataset has {workload.num_prompts} prompts that fit, not {num_prompts}; none is sent twice"
-            )
+            tell(f"the dataset has {workload.num_prompts} prompts that fit, not {num_prompts}; none is sent twice")
         plan = Plan(
             model,
             workload,
@@ -187,7 +182,7 @@ def _measure(
             _warm_up(server, plan.warmups)
             for turn in range(1, plan.runs + 1):
                 row = _one_run(plan, server, chosen, turn)
-                row |= {"server_start_s": round(start_s, 1), "cache_bytes": size} | _origin()
+                row |= {"server_start_s": round(start_s, 1), "cache_bytes": size} | origin()
                 if out is not None:
                     with open(out, "a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
@@ -244,6 +239,7 @@ def _one_run(plan: Plan, server: Server, chosen: peers.Backend, turn: int) -> Ro
         "counters": counted,
         "tiers": counters.by_tier(loads),
         "stored_bytes": _stored_bytes(chosen),
+        "filesystem": filesystem(chosen.folder) if chosen.folder else None,
         "server_cpu_s": round(cpu_after_s - cpu_s, 2),
         "server_rss_bytes": rss_bytes,
         "warmups": plan.warmups,
@@ -282,30 +278,6 @@ def _stored_bytes(chosen: peers.Backend) -> int | None:
 def _shown(text: str, plan: Plan) -> str:
     """Without the folders of this machine."""
     return text.replace(str(plan.folder), "FOLDER").replace(plan.model, Path(plan.model).name)
-
-
-@functools.cache
-def _gpu() -> str:
-    """Name of the first NVIDIA GPU, empty where there is none."""
-    if not shutil.which("nvidia-smi"):
-        return ""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
-
-
-@functools.cache
-def _origin() -> Row:
-    """Machine, versions, commit and command."""
-    origin: Row = dict(provenance(("torch", "transformers")))
-    origin["versions"] += f"; vllm {client.client_version()}"
-    origin["commit"] = os.environ.get("KVLAB_COMMIT", origin["commit"])  # for copies that are no checkout
-    if _gpu():
-        origin["gpu"] = _gpu()
-    origin["command"] = (
-        " ".join(["python -m kvlab", *sys.argv[1:]]) if "kvlab" in sys.argv[0] else "kvlab.bench.run(...)"
-    )
-    return origin
 
 
 def _say(text: str) -> None:
