@@ -32,10 +32,13 @@ MARK = "KVLAB_TEST_MARK"
 def measured(demo_model_path, tmp_path_factory):
     """Two runs each of four backends on the same 24 prompts: the rows, and the folder with the client's results."""
     folder = tmp_path_factory.mktemp("serving")
+    part = folder / "part.json"
+    part.write_text(json.dumps(read_conversations(sharegpt_file())[:400]))
     rows = run(
         BACKENDS[0],
         BACKENDS[1:],
         model=demo_model_path,
+        dataset_path=str(part),
         num_prompts=NUM_PROMPTS,
         request_rate=2.0,
         output_len=6,
