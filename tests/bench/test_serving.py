@@ -17,6 +17,7 @@ from kvlab.bench.latency import summary
 from kvlab.bench.server import Server
 from kvlab.bench.sharegpt import encoder, read_conversations, sample, sharegpt_file
 from kvlab.bench.tables import compare, read_rows
+from kvlab.bench.workloads import make_workload
 from kvlab.errors import ConfigError, KVLabError
 from kvlab.plotting.serving import itl_over_time, reduction_bars, ttft_cdf
 
@@ -169,6 +170,12 @@ def test_prompts_are_those_that_vllm_samples(demo_model_path, tmp_path):
     theirs = ShareGPTDataset(dataset_path=str(path), random_seed=7).sample(
         AutoTokenizer.from_pretrained(demo_model_path), 100, no_oversample=True
     )
+    made = make_workload("sharegpt", tmp_path, tokenizer=demo_model_path, path=str(path), num_prompts=100, seed=7)
+    assert "--disable-shuffle" in made.args
+    sent = ShareGPTDataset(dataset_path=made.args[3], random_seed=7, disable_shuffle=True).sample(
+        AutoTokenizer.from_pretrained(demo_model_path), 100, no_oversample=True
+    )
+    assert sent == theirs
     ours = sample(conversations, encoder(demo_model_path), 100, seed=7)
     assert [(one.prompt, len(one.token_ids), one.num_output_tokens) for one in ours] == [
         (one.prompt, one.prompt_len, one.expected_output_len) for one in theirs
