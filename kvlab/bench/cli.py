@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
             redis_url=options.redis_url,
             settings=dict(_setting(text) for text in options.set),
             server_flags=[*_server_flags(options), *rest[1:]],
+            env=dict(_pair(text, "--env") for text in options.env),
             port=options.port,
             ignore_eos=options.ignore_eos,
             warmups=options.warmups,
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="a setting of kvlab's connector; may be repeated",
     )
+    add("--env", action="append", default=[], metavar="KEY=VALUE", help="a variable of every server; may be repeated")
     add("--load-format", help="dummy: random weights of the model's shape")
     add("--max-model-len", type=int)
     add("--gpu-memory-utilization", type=float)
@@ -110,9 +112,7 @@ def _server_flags(options: argparse.Namespace) -> list[str]:
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"--set takes KEY=VALUE, got {text!r}")
+    name, value = _pair(text, "--set")
     if value.lower() in ("true", "false"):
         return name, value.lower() == "true"
     for kind in (int, float):
@@ -120,6 +120,13 @@ def _setting(text: str) -> tuple[str, Any]:
             return name, kind(value)
         except ValueError:
             continue
+    return name, value
+
+
+def _pair(text: str, flag: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{flag} takes KEY=VALUE, got {text!r}")
     return name, value
 
 

@@ -37,6 +37,7 @@ class Plan:
     runs: int
     seed: int
     server_flags: tuple[str, ...]
+    env: Mapping[str, str]
     port: int | None
     ignore_eos: bool
     warmups: int
@@ -62,6 +63,7 @@ def run(
     redis_url: str | None = None,
     settings: Mapping[str, Any] | None = None,
     server_flags: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
     port: int | None = None,
     ignore_eos: bool = False,
     warmups: int = 2,
@@ -81,7 +83,7 @@ def run(
     request_rate : requests per second, Poisson arrivals; a trace brings its own times.
     runs : how often the same prompts are sent to the same server. The first fills the cache, later ones use it.
     cache_size : bytes of each backend's tier; default 20GiB where there is an NVIDIA GPU, else 2GiB.
-    settings : of kvlab's connector, see `ConnectorConfig`. `server_flags` go to every server alike.
+    settings : of kvlab's connector, see `ConnectorConfig`. `server_flags` and `env` go to every server alike.
     warmups : random prompts of 300 tokens, each sent twice before the first run; they share nothing with the dataset.
     folder : where disk tiers, logs and detailed results go, and stay. None: a temporary folder, removed at the end.
     out : a file of JSON lines; rows are appended as they come.
@@ -126,6 +128,7 @@ def run(
             runs,
             seed,
             tuple(server_flags),
+            dict(env or {}),
             port,
             ignore_eos,
             warmups,
@@ -170,7 +173,7 @@ def _measure(
             plan.model,
             (*plan.server_flags, *chosen.flags),
             port=plan.port,
-            env=chosen.env,
+            env={**chosen.env, **plan.env},
             log=log,
             timeout_s=plan.start_timeout_s,
         )
@@ -244,7 +247,7 @@ def _one_run(plan: Plan, server: Server, chosen: peers.Backend, turn: int) -> Ro
         "server_rss_bytes": rss_bytes,
         "warmups": plan.warmups,
         "server_args": [_shown(arg, plan) for arg in server.command[3:]],
-        "server_env": {key: _shown(value, plan) for key, value in chosen.env.items()},
+        "server_env": {key: _shown(value, plan) for key, value in {**chosen.env, **plan.env}.items()},
         "client_args": [_shown(arg, plan) for arg in args],
         "ttfts_ms": [round(t * 1e3, 3) for t, good in zip(details["ttfts"], ok, strict=True) if good],
         "starts_s": [round(t - first, 4) for t in details["start_times"]],
