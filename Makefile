@@ -6,8 +6,8 @@ NOTEBOOK_ENV := TQDM_DISABLE=1 PLOTLY_RENDERER=plotly_mimetype HF_HUB_OFFLINE=1 
 
 .PHONY: demo test lab check clean env-demo env-test env-dev model
 
-env-%:
-	@$(PYTHON) scripts/setup_env.py $*
+env-demo env-test env-dev:
+	@$(PYTHON) scripts/setup_env.py $(@:env-%=%)
 
 model: env-demo
 	@$(VENV)/python -m kvlab.bench.demo_model $(MODEL)

@@ -14,7 +14,8 @@ FLOORS = [
     ["chunking", "hashing", "container", "sizing"],
     ["serde", "stores", "paged"],
     ["engine"],
-    ["connectors", "bench", "plotting", "testing", "capture"],
+    ["connectors", "plotting", "testing", "capture"],
+    ["bench"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN_GROUND = {("units", "errors")}  # units raises ConfigError; errors imports nothing

@@ -17,10 +17,12 @@ _PART_WORDS = 1024
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Sizes vary from call to call: specialising on them would compile again in the middle of serving.
+@triton.jit(do_not_specialize=["first", "num_layers", "page_words", "stride_words"])  # type: ignore[untyped-decorator]
 def _move(  # type: ignore[no-untyped-def]  # Triton reads annotations: only its own may stand here
     page_pointers,
     block_ids,
+    first,
     buffer,
     stride_words,
     page_words,
@@ -38,7 +40,7 @@ def _move(  # type: ignore[no-untyped-def]  # Triton reads annotations: only its
     if ALIGNED:  # every page starts at a multiple of 16 bytes: say so, for 16-byte accesses
         stride = tl.multiple_of(stride, 16)
     base = tl.load(page_pointers + layer)
-    page = base.to(tl.pointer_type(WORD)) + tl.load(block_ids + block).to(tl.int64) * stride
+    page = base.to(tl.pointer_type(WORD)) + tl.load(block_ids + first + block).to(tl.int64) * stride
     if ALIGNED:
         page = tl.multiple_of(page, 16)
     piece = buffer + (block.to(tl.int64) * num_layers + layer) * page_words
@@ -56,9 +58,9 @@ _TL_WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 class PageMover:
     """The kernels bound to one layout; pointers and strides are read once.
 
-    `gather` and `scatter` take block ids as an int32 tensor on the pages' device and a buffer uint8
-    [blocks, layers, page_bytes] there; they launch on the current stream and return at once. Block ids are not
-    checked here: whoever made the tensor has.
+    `gather` and `scatter` take block ids as an int32 tensor on the pages' device, and a buffer uint8
+    [blocks, layers, page_bytes] there for those from `first` on; they launch on the current stream and return at
+    once. Block ids are not checked here: whoever made the tensor has.
     """
 
     def __init__(self, layout: PageLayout) -> None:
@@ -74,17 +76,18 @@ class PageMover:
         self._aligned = common % (16 * self._word) == 0
         self._words = layout.page_bytes // self._word
 
-    def gather(self, block_ids: torch.Tensor, out: torch.Tensor) -> None:
-        self._launch(block_ids, out, to_pages=False)
+    def gather(self, block_ids: torch.Tensor, out: torch.Tensor, *, first: int = 0) -> None:
+        self._launch(block_ids, first, out, to_pages=False)
 
-    def scatter(self, block_ids: torch.Tensor, buffer: torch.Tensor) -> None:
-        self._launch(block_ids, buffer, to_pages=True)
+    def scatter(self, block_ids: torch.Tensor, buffer: torch.Tensor, *, first: int = 0) -> None:
+        self._launch(block_ids, first, buffer, to_pages=True)
 
-    def _launch(self, block_ids: torch.Tensor, buffer: torch.Tensor, *, to_pages: bool) -> None:
-        grid = (block_ids.shape[0], self.layout.num_layers, triton.cdiv(self._words, _PART_WORDS))
+    def _launch(self, block_ids: torch.Tensor, first: int, buffer: torch.Tensor, *, to_pages: bool) -> None:
+        grid = (buffer.shape[0], self.layout.num_layers, triton.cdiv(self._words, _PART_WORDS))
         _move[grid](
             self._pointers,
             block_ids,
+            first,
             buffer.reshape(-1).view(_WORDS[self._word]),
             self._stride // self._word,
             self._words,

@@ -74,6 +74,11 @@ class CudaTransfer:
         self._reads: list[tuple[torch.cuda.Event, Rows]] = []  # loads under way and the slots they read
         self._writes: list[tuple[torch.cuda.Event, Rows]] = []  # saves under way and the slots they fill
         self._lock = threading.RLock()
+        self._closed = False
+
+    def __del__(self) -> None:
+        if hasattr(self, "_closed"):
+            self.close()
 
     @property
     def staging_bytes(self) -> int:
@@ -95,7 +100,7 @@ class CudaTransfer:
             for i, (at, end) in enumerate(spans):
                 slot = taken[i]
                 compute.wait_event(slot.filled)
-                self._mover.scatter(on_device[at:end], slot.buffer[: end - at])
+                self._mover.scatter(on_device, slot.buffer[: end - at], first=at)
                 slot.free.record(compute)
                 if i + RING_DEPTH < len(spans):
                     self._fetch(rows, spans[i + RING_DEPTH : i + RING_DEPTH + 1], taken[i + RING_DEPTH :])
@@ -126,7 +131,7 @@ class CudaTransfer:
             for at, end in self._pieces(len(rows)):
                 slot = ring.next()
                 compute.wait_event(slot.free)
-                self._mover.gather(on_device[at:end], slot.buffer[: end - at])
+                self._mover.gather(on_device, slot.buffer[: end - at], first=at)
                 slot.filled.record(compute)
                 self._out.wait_event(slot.filled)
                 with torch.cuda.stream(self._out):
@@ -160,9 +165,12 @@ class CudaTransfer:
             self.arena[first : first + count].numpy()[:] = buffer[into : into + count].numpy()
 
     def close(self) -> None:
-        """Wait for copies under way and unpin the arena."""
-        torch.cuda.synchronize(self.device)
-        torch.cuda.cudart().cudaHostUnregister(self.arena.data_ptr())
+        """Wait for copies under way and unpin the arena: memory given back while still registered would make CUDA
+        refuse whatever is allocated there next."""
+        if not self._closed:
+            self._closed = True
+            torch.cuda.synchronize(self.device)
+            torch.cuda.cudart().cudaHostUnregister(self.arena.data_ptr())
 
     # ----
 

@@ -48,3 +48,6 @@ class CPUTransfer:
         """Write `buffer`, uint8 [blocks, layers, page_bytes], into slots."""
         for slot, block in zip(slots, buffer.numpy(), strict=True):
             self._arena[slot] = block
+
+    def close(self) -> None:
+        """Nothing: the arena is ordinary memory."""

@@ -115,7 +115,7 @@ def test_a_sweep_is_many_simulations_in_any_number_of_processes():
 
 def test_what_a_worker_raises_is_raised_here(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(__import__("pathlib").Path(__file__).parent))
-    with pytest.raises(ConfigError, match="shared [01]"):
+    with pytest.raises(ConfigError, match=r"shared [01]"):
         list(run_jobs("test_simulate_api:fails", "shared", [0, 1], workers=2))
     with pytest.raises(RuntimeError, match="a worker process ended with status 3"):
         list(run_jobs("test_simulate_api:dies", None, [0, 1], workers=2))

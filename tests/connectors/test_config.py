@@ -63,5 +63,5 @@ def test_a_model_with_several_groups_is_refused_at_start(tmp_path):
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     settings = {"model": str(tmp_path), "load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 256}
-    with pytest.raises(Exception, match="has 2 KV cache groups"), engine(["memory://"], settings):
+    with pytest.raises(Exception, match=r"has \d KV cache groups \(Sliding"), engine(["memory://"], settings):
         pass

@@ -35,6 +35,7 @@ class Transfer(Protocol):
     def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int]) -> None: ...
     def slots(self, slots: Sequence[int]) -> torch.Tensor: ...
     def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None: ...
+    def close(self) -> None: ...
 
 
 class Worker:
@@ -126,6 +127,7 @@ class Worker:
         """Finish the writes that are queued; drop loads."""
         self._loads.shutdown(wait=True, cancel_futures=True)
         self._writes.shutdown(wait=True)
+        self.transfer.close()
         if self.engine is not None:
             self.engine.store_.close()
 
