@@ -118,12 +118,24 @@ class Server:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of servers and clients: this kvlab importable, no network look-ups, one hash seed, plain logs."""
+    """The environment of servers and clients: this kvlab importable, no network look-ups, one hash seed, plain logs.
+
+    On a CPU vLLM keeps one core free of computing, and one more where there is any connector; where that leaves none, all
+    compute. Two servers would so be given different cores for the same work: one is kept free for each, unless told.
+    """
     package = str(Path(kvlab.__file__).resolve().parent.parent)
     inherited = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     path = os.pathsep.join(part for part in (package, inherited.get("PYTHONPATH", "")) if part)
     fixed = {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return {"HF_HUB_OFFLINE": "1", **inherited, **fixed, "VLLM_LOGGING_LEVEL": "INFO", "NO_COLOR": "1", **(extra or {})}
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
+        **inherited,
+        **fixed,
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "NO_COLOR": "1",
+        **(extra or {}),
+    }
 
 
 def why(log: Path) -> str:

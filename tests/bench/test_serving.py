@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -34,14 +35,18 @@ def measured(demo_model_path, tmp_path_factory):
     """Two runs each of four backends on the same 24 prompts: the rows, and the folder with the client's results."""
     folder = tmp_path_factory.mktemp("serving")
     part = folder / "part.json"
-    part.write_text(json.dumps(read_conversations(sharegpt_file())[:400]))
+    conversations = read_conversations(sharegpt_file())[:600]
+    short = [
+        entry for entry in conversations if entry["conversations"] and len(entry["conversations"][0]["value"]) < 1200
+    ]
+    part.write_text(json.dumps(short))
     rows = run(
         BACKENDS[0],
         BACKENDS[1:],
         model=demo_model_path,
         dataset_path=str(part),
         num_prompts=NUM_PROMPTS,
-        request_rate=2.0,
+        request_rate=2.5,
         output_len=6,
         cache_size="512MiB",
         server_flags=SERVER,
@@ -72,6 +77,12 @@ def test_every_run_answers_every_prompt_with_the_same_settings(measured):
     assert len({tuple(row["input_lens"]) for row in rows}) == 1
     shared = [[arg for arg in row["server_args"] if not arg.isdigit() and "kv_connector" not in arg] for row in rows]
     assert all(set(SERVER) - {arg for arg in SERVER if arg.isdigit()} <= set(args) for args in shared)
+
+
+def test_every_server_computes_on_the_same_cores(measured):
+    logs = [path.read_text() for path in measured[1].glob("server-*.log")]
+    assert len(logs) == len(BACKENDS)
+    assert len({re.search(r"core ids=\[[\d, ]*\]", log)[0] for log in logs}) == 1
 
 
 @pytest.mark.timeout(1200)
