@@ -120,8 +120,8 @@ class Server:
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of servers and clients: this kvlab importable, no network look-ups, one hash seed, plain logs.
 
-    On a CPU vLLM keeps one core free of computing, and one more where there is any connector; where that leaves none, all
-    compute. Two servers would so be given different cores for the same work: one is kept free for each, unless told.
+    On a CPU vLLM keeps one core free of computing, and one more where there is any connector; where that leaves none,
+    all compute. Two servers would be given different cores for the same work: each keeps one free, unless told.
     """
     package = str(Path(kvlab.__file__).resolve().parent.parent)
     inherited = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
