@@ -23,7 +23,11 @@ def main(argv: Sequence[str]) -> int:
         rows = [row for path in options.report for row in read_rows(path)]
         print(report(rows))
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)  # so that a polite kill stops the servers as ctrl-C does
+    for number in (
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # a polite kill or a closed terminal stops the servers as ctrl-C does
+        signal.signal(number, _interrupt)
     names: list[Any] = [name for name in options.backends.split(",") if name]
     try:
         rows = run(
@@ -42,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
             redis_url=options.redis_url,
             settings=dict(_setting(text) for text in options.set),
             server_flags=[*_server_flags(options), *rest[1:]],
+            env=dict(_pair(text, "--env") for text in options.env),
             port=options.port,
             ignore_eos=options.ignore_eos,
             warmups=options.warmups,
@@ -83,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="a setting of kvlab's connector; may be repeated",
     )
+    add("--env", action="append", default=[], metavar="KEY=VALUE", help="a variable of every server; may be repeated")
     add("--load-format", help="dummy: random weights of the model's shape")
     add("--max-model-len", type=int)
     add("--gpu-memory-utilization", type=float)
@@ -106,9 +112,7 @@ def _server_flags(options: argparse.Namespace) -> list[str]:
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"--set takes KEY=VALUE, got {text!r}")
+    name, value = _pair(text, "--set")
     if value.lower() in ("true", "false"):
         return name, value.lower() == "true"
     for kind in (int, float):
@@ -116,6 +120,13 @@ def _setting(text: str) -> tuple[str, Any]:
             return name, kind(value)
         except ValueError:
             continue
+    return name, value
+
+
+def _pair(text: str, flag: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{flag} takes KEY=VALUE, got {text!r}")
     return name, value
 
 

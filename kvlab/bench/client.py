@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvlab.bench.processes import end, start
+from kvlab.bench.processes import Child
 from kvlab.bench.server import Server, environment, why
 from kvlab.errors import StoreError
 
@@ -65,7 +65,7 @@ def run_client(server: Server, args: Sequence[str], result: Path, *, timeout_s: 
     log = result.with_suffix(".log")
     saved = ["--save-result", "--save-detailed", "--result-dir", str(result.parent), "--result-filename", result.name]
     with log.open("ab") as out:
-        process = start([sys.executable, "-c", ENTRY, *args, *saved], environment({"VLLM_LOGGING_LEVEL": "ERROR"}), out)
+        process = Child([sys.executable, "-c", ENTRY, *args, *saved], out, environment({"VLLM_LOGGING_LEVEL": "ERROR"}))
         try:
             deadline = time.monotonic() + timeout_s
             while process.poll() is None:
@@ -74,10 +74,11 @@ def run_client(server: Server, args: Sequence[str], result: Path, *, timeout_s: 
                     raise StoreError(f"the benchmark client did not end within {timeout_s:.0f} s; its log: {log}")
                 time.sleep(0.1)
         finally:
-            end(process)
-    if process.returncode or not result.exists():
+            process.end()
+    status = process.poll()
+    if status or not result.exists():
         server.check()
-        raise StoreError(f"the benchmark client ended with status {process.returncode}: {why(log)}; its log: {log}")
+        raise StoreError(f"the benchmark client ended with status {status}: {why(log)}; its log: {log}")
     details: dict[str, Any] = json.loads(result.read_text())
     if not details.get("completed"):
         error = next((text for text in details.get("errors", ()) if text), "no reason given")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvlab.connectors.config import vllm_config
+import kvlab  # the connector by its front door: rooms of one floor do not import each other
 from kvlab.errors import ConfigError
 
 
@@ -97,7 +97,7 @@ def from_tiers(
     settings: Mapping[str, Any] | None = None,
 ) -> Backend:
     """kvlab over any store URLs, fastest first. Raises ConfigError on a wrong one, before a server is started."""
-    config = vllm_config(list(tiers), **{"report": True, **(settings or {})})
+    config = kvlab.vllm_config(list(tiers), **{"report": True, **(settings or {})})
     redis = next((url.partition("?")[0] for url in tiers if url.startswith("redis")), None)
     if folder is None:
         folder = next(

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,41 +11,78 @@ from typing import IO
 
 _TICK = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_GUARD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from kvlab.bench.processes import end_session
+sys.stdin.buffer.read()
+end_session(int(sys.argv[2]))
+"""
 
 
-def start(command: Sequence[str], env: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start `command` as the leader of a session of its own, so that it can be ended with its children."""
-    return subprocess.Popen(
-        command, env=dict(env), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-    )
+class Child:
+    """`command`, started as the leader of a session of its own, so that it can be ended with its children.
+
+    A guard watches: should this process be killed outright, as a notebook's kernel is, it ends the session.
+    """
+
+    def __init__(self, command: Sequence[str], log: IO[bytes], env: Mapping[str, str] | None = None) -> None:
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=quiet, start_new_session=True)
+        self.pid: int = self._process.pid
+        package = str(Path(__file__).resolve().parents[2])
+        guard = [sys.executable, "-c", _GUARD, package, str(self.pid)]
+        try:  # its stdin closes when we end, however we end
+            self._guard = subprocess.Popen(
+                guard, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True
+            )
+        except BaseException:
+            end_session(self.pid, reap=self._process)
+            raise
+
+    def poll(self) -> int | None:
+        """Its exit status, None while it runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """End it at once, as a power cut would."""
+        _signal(self.pid, signal.SIGKILL)
+        self.end()
+
+    def end(self, patience_s: float = 15.0) -> None:
+        """End it and all of its session: asked first, killed after `patience_s`. Returns when nothing of it runs."""
+        try:
+            end_session(self.pid, patience_s, reap=self._process)
+        finally:
+            if self._guard.stdin is not None:
+                self._guard.stdin.close()
+            self._process.wait()
+            self._guard.wait()
 
 
-def end(process: subprocess.Popen[bytes], patience_s: float = 15.0) -> None:
-    """End `process` and its session: asked first, killed after `patience_s`. Returns when nothing of it runs."""
+def end_session(session: int, patience_s: float = 15.0, reap: subprocess.Popen[bytes] | None = None) -> None:
+    """End every process of `session`; `reap` is its leader where that is our own child."""
     deadline = time.monotonic() + patience_s
     try:
-        _signal_session(process.pid, signal.SIGTERM)
-        while time.monotonic() < deadline and members(process.pid):
-            process.poll()  # reaps it
+        _signal(session, signal.SIGTERM)
+        while time.monotonic() < deadline and members(session):
+            if reap is not None:
+                reap.poll()
             time.sleep(0.05)
     finally:  # also when a second interrupt comes while we wait
-        while members(process.pid):
-            _signal_session(process.pid, signal.SIGKILL)
-            process.poll()
+        while members(session):
+            _signal(session, signal.SIGKILL)
+            if reap is not None:
+                reap.poll()
             time.sleep(0.02)
-        process.wait()
 
 
 def members(session: int) -> list[int]:
     """Process ids that run in `session`; those that have ended and wait to be reaped are not counted."""
     found = []
     for entry in Path("/proc").iterdir():
-        if (
-            entry.name.isdigit()
-            and (stat := _stat(int(entry.name)))
-            and int(stat[3]) == session
-            and stat[0] not in "ZX"
-        ):
+        stat = _stat(int(entry.name)) if entry.name.isdigit() else None
+        if stat is not None and int(stat[3]) == session and stat[0] not in "ZX":
             found.append(int(entry.name))
     return found
 
@@ -63,7 +101,7 @@ def _stat(pid: int) -> list[str] | None:
         return None
 
 
-def _signal_session(session: int, number: int) -> None:
+def _signal(session: int, number: int) -> None:
     for pid in members(session):
         try:
             os.kill(pid, number)

@@ -2,7 +2,6 @@
 
 import shutil
 import socket
-import subprocess
 import tempfile
 import time
 from importlib import import_module
@@ -10,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
+from kvlab.bench.processes import Child
 from kvlab.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ class RedisServer:
             self.port: int = probe.getsockname()[1]
         lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {self._folder}", 'save ""', *settings]
         (self._folder / "conf").write_text("\n".join(lines) + "\n")
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
         self.start()
 
     @property
@@ -33,7 +33,7 @@ class RedisServer:
     def start(self) -> None:
         """Start, and wait until it listens."""
         with open(self._folder / "log", "ab") as log:
-            self._process = subprocess.Popen([server_binary(), str(self._folder / "conf")], stdout=log, stderr=log)
+            self._process = Child([server_binary(), str(self._folder / "conf")], log)
         for _ in range(500):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
@@ -45,7 +45,6 @@ class RedisServer:
         """End it as a power cut would."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
 
     def __enter__(self) -> Self:
         return self

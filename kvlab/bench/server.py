@@ -4,7 +4,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 import kvlab
-from kvlab.bench.processes import end, start
+from kvlab.bench.processes import Child
 from kvlab.errors import ConfigError, StoreError
 
 _TOO_SMALL = re.compile(
@@ -50,7 +49,7 @@ class Server:
         self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--uvicorn-log-level", "warning", *flags]
         self.env = environment(env)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
 
     @property
     def session(self) -> int:
@@ -68,7 +67,7 @@ class Server:
                 raise ConfigError(f"port {self.port} is in use; give another, or none for a free one") from error
         try:
             with self.log.open("ab") as log:
-                self._process = start(self.command, self.env, log)
+                self._process = Child(self.command, log, self.env)
             self._wait_until_healthy()
         except BaseException:
             self.stop()
@@ -82,14 +81,13 @@ class Server:
         """End it and its children; safe to call again."""
         process, self._process = self._process, None
         if process is not None:
-            end(process)
+            process.end()
 
     def check(self) -> None:
         """Raise StoreError if it has died."""
-        if self._process is not None and self._process.poll() is not None:
-            raise StoreError(
-                f"the server ended with status {self._process.returncode}: {why(self.log)}; its log: {self.log}"
-            )
+        status = self._process.poll() if self._process is not None else None
+        if status is not None:
+            raise StoreError(f"the server ended with status {status}: {why(self.log)}; its log: {self.log}")
 
     def get(self, path: str, timeout_s: float = 10.0) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=timeout_s) as answer:
@@ -120,12 +118,24 @@ class Server:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of servers and clients: this kvlab importable, no network look-ups, one hash seed, plain logs."""
+    """The environment of servers and clients: this kvlab importable, no network look-ups, one hash seed, plain logs.
+
+    On a CPU vLLM keeps one core free of computing, and one more where there is any connector; where that leaves none,
+    all compute. Two servers would be given different cores for the same work: each keeps one free, unless told.
+    """
     package = str(Path(kvlab.__file__).resolve().parent.parent)
     inherited = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     path = os.pathsep.join(part for part in (package, inherited.get("PYTHONPATH", "")) if part)
     fixed = {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return {"HF_HUB_OFFLINE": "1", **inherited, **fixed, "VLLM_LOGGING_LEVEL": "INFO", "NO_COLOR": "1", **(extra or {})}
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
+        **inherited,
+        **fixed,
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "NO_COLOR": "1",
+        **(extra or {}),
+    }
 
 
 def why(log: Path) -> str:

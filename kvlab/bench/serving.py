@@ -1,12 +1,9 @@
 """Serving runs: start a server with a backend, run vLLM's benchmark client several times, collect rows, stop it all."""
 
 import contextlib
-import functools
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,8 +14,8 @@ from typing import Any
 
 from kvlab.bench import client, counters, latency, peers
 from kvlab.bench.demo_model import demo_model
+from kvlab.bench.origin import filesystem, gpu_name, origin
 from kvlab.bench.processes import usage
-from kvlab.bench.provenance import provenance
 from kvlab.bench.redis_server import RedisServer
 from kvlab.bench.server import Server
 from kvlab.bench.workloads import Workload, make_workload
@@ -40,6 +37,7 @@ class Plan:
     runs: int
     seed: int
     server_flags: tuple[str, ...]
+    env: Mapping[str, str]
     port: int | None
     ignore_eos: bool
     warmups: int
@@ -65,6 +63,7 @@ def run(
     redis_url: str | None = None,
     settings: Mapping[str, Any] | None = None,
     server_flags: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
     port: int | None = None,
     ignore_eos: bool = False,
     warmups: int = 2,
@@ -84,7 +83,7 @@ def run(
     request_rate : requests per second, Poisson arrivals; a trace brings its own times.
     runs : how often the same prompts are sent to the same server. The first fills the cache, later ones use it.
     cache_size : bytes of each backend's tier; default 20GiB where there is an NVIDIA GPU, else 2GiB.
-    settings : of kvlab's connector, see `ConnectorConfig`. `server_flags` go to every server alike.
+    settings : of kvlab's connector, see `ConnectorConfig`. `server_flags` and `env` go to every server alike.
     warmups : random prompts of 300 tokens, each sent twice before the first run; they share nothing with the dataset.
     folder : where disk tiers, logs and detailed results go, and stay. None: a temporary folder, removed at the end.
     out : a file of JSON lines; rows are appended as they come.
@@ -97,7 +96,7 @@ def run(
     if runs < 1 or request_rate <= 0:
         raise ConfigError(f"runs and request_rate must be positive, got {runs} and {request_rate}")
     tell = say or _say
-    size = parse_bytes(cache_size if cache_size is not None else ("20GiB" if _gpu() else "2GiB"))
+    size = parse_bytes(cache_size if cache_size is not None else ("20GiB" if gpu_name() else "2GiB"))
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
         if folder is None:
@@ -129,6 +128,7 @@ def run(
             runs,
             seed,
             tuple(server_flags),
+            dict(env or {}),
             port,
             ignore_eos,
             warmups,
@@ -173,7 +173,7 @@ def _measure(
             plan.model,
             (*plan.server_flags, *chosen.flags),
             port=plan.port,
-            env=chosen.env,
+            env={**chosen.env, **plan.env},
             log=log,
             timeout_s=plan.start_timeout_s,
         )
@@ -185,7 +185,7 @@ def _measure(
             _warm_up(server, plan.warmups)
             for turn in range(1, plan.runs + 1):
                 row = _one_run(plan, server, chosen, turn)
-                row |= {"server_start_s": round(start_s, 1), "cache_bytes": size} | _origin()
+                row |= {"server_start_s": round(start_s, 1), "cache_bytes": size} | origin()
                 if out is not None:
                     with open(out, "a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
@@ -242,11 +242,12 @@ def _one_run(plan: Plan, server: Server, chosen: peers.Backend, turn: int) -> Ro
         "counters": counted,
         "tiers": counters.by_tier(loads),
         "stored_bytes": _stored_bytes(chosen),
+        "filesystem": filesystem(chosen.folder) if chosen.folder else None,
         "server_cpu_s": round(cpu_after_s - cpu_s, 2),
         "server_rss_bytes": rss_bytes,
         "warmups": plan.warmups,
         "server_args": [_shown(arg, plan) for arg in server.command[3:]],
-        "server_env": {key: _shown(value, plan) for key, value in chosen.env.items()},
+        "server_env": {key: _shown(value, plan) for key, value in {**chosen.env, **plan.env}.items()},
         "client_args": [_shown(arg, plan) for arg in args],
         "ttfts_ms": [round(t * 1e3, 3) for t, good in zip(details["ttfts"], ok, strict=True) if good],
         "starts_s": [round(t - first, 4) for t in details["start_times"]],
@@ -280,30 +281,6 @@ def _stored_bytes(chosen: peers.Backend) -> int | None:
 def _shown(text: str, plan: Plan) -> str:
     """Without the folders of this machine."""
     return text.replace(str(plan.folder), "FOLDER").replace(plan.model, Path(plan.model).name)
-
-
-@functools.cache
-def _gpu() -> str:
-    """Name of the first NVIDIA GPU, empty where there is none."""
-    if not shutil.which("nvidia-smi"):
-        return ""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
-
-
-@functools.cache
-def _origin() -> Row:
-    """Machine, versions, commit and command."""
-    origin: Row = dict(provenance(("torch", "transformers")))
-    origin["versions"] += f"; vllm {client.client_version()}"
-    origin["commit"] = os.environ.get("KVLAB_COMMIT", origin["commit"])  # for copies that are no checkout
-    if _gpu():
-        origin["gpu"] = _gpu()
-    origin["command"] = (
-        " ".join(["python -m kvlab", *sys.argv[1:]]) if "kvlab" in sys.argv[0] else "kvlab.bench.run(...)"
-    )
-    return origin
 
 
 def _say(text: str) -> None:

@@ -23,11 +23,12 @@ Encode = Callable[[str], Sequence[int]]
 
 @dataclass(frozen=True)
 class Sample:
-    """One request: its text, its token ids, and how many tokens it may generate."""
+    """One request: text, token ids, how many tokens it may generate, its place among the shuffled entries."""
 
     prompt: str
     token_ids: tuple[int, ...]
     num_output_tokens: int
+    position: int
 
 
 def sharegpt_file(path: str | Path | None = None) -> Path:
@@ -67,12 +68,6 @@ def read_conversations(path: str | Path) -> list[dict[str, Any]]:
     return found
 
 
-def write_whole(path: str | Path, out: Path) -> Path:
-    """A copy that strict JSON readers accept: the whole conversations of `path`, nothing else."""
-    out.write_text(json.dumps(read_conversations(path)), encoding="utf-8")
-    return out
-
-
 def sample(
     conversations: Sequence[dict[str, Any]],
     encode: Encode,
@@ -87,10 +82,8 @@ def sample(
     most 2,048 with the output. Fewer than `num_prompts` come back where the file has no more: none is repeated,
     because a repeated prompt is a hit that no user caused. As ``ShareGPTDataset.sample`` of vLLM 0.26 and 0.32.
     """
-    entries = [entry for entry in conversations if len(entry["conversations"]) >= 2]
-    random.Random(seed).shuffle(entries)
     samples: list[Sample] = []
-    for entry in entries:
+    for position, entry in enumerate(shuffled(conversations, seed)):
         if len(samples) >= num_prompts:
             break
         prompt, completion = (turn["value"] for turn in entry["conversations"][:2])
@@ -100,8 +93,15 @@ def sample(
             continue
         if len(ids) > 1024 or len(ids) + num_output > 2048:
             continue
-        samples.append(Sample(prompt, ids, num_output))
+        samples.append(Sample(prompt, ids, num_output, position))
     return samples
+
+
+def shuffled(conversations: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Conversations of two turns or more, in the order in which vLLM goes through them."""
+    entries = [entry for entry in conversations if len(entry["conversations"]) >= 2]
+    random.Random(seed).shuffle(entries)
+    return entries
 
 
 def encoder(tokenizer: str) -> Encode:

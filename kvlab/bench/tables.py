@@ -23,6 +23,7 @@ class Comparison:
     low: float
     high: float
     gap_closed: float | None
+    first_over_none: tuple[float, float] | None
 
     @property
     def verdict(self) -> str:
@@ -45,13 +46,15 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
     """First run against last of each backend of one comparison, in the order of the rows.
 
     `gap_closed` says how much of the distance between ``none`` and ``vllm-prefix`` (mean TTFT of their last runs) the
-    backend's last run closes; None where those two were not both measured.
+    backend's last run closes; None where those two were not both measured. `first_over_none` is what the first run
+    costs: its mean TTFT and mean TPOT over those of the first run of ``none``, less 1.
     """
     runs: dict[str, list[Row]] = {}
     for row in rows:
         runs.setdefault(row["backend"], []).append(row)
     lasts = {name: max(found, key=lambda row: row["run"]) for name, found in runs.items()}
     bounds = [lasts[name]["mean_ttft_ms"] for name in ("none", "vllm-prefix") if name in lasts]
+    plain = min(runs.get("none", ()), key=lambda row: row["run"], default=None)
     compared = []
     for name, found in runs.items():
         first, last = min(found, key=lambda row: row["run"]), lasts[name]
@@ -63,7 +66,7 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
             if len(bounds) == 2 and bounds[0] > bounds[1]
             else None
         )
-        compared.append(Comparison(name, first, last, share, low, high, gap))
+        compared.append(Comparison(name, first, last, share, low, high, gap, _over(first, plain)))
     return compared
 
 
@@ -80,9 +83,15 @@ def report(rows: Iterable[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def _over(row: Row, plain: Row | None) -> tuple[float, float] | None:
+    if plain is None or row is plain:
+        return None
+    return row["mean_ttft_ms"] / plain["mean_ttft_ms"] - 1, row["mean_tpot_ms"] / plain["mean_tpot_ms"] - 1
+
+
 def _table(compared: Sequence[Comparison]) -> str:
     head = ["backend", "TTFT 1st ms", "TTFT 2nd ms", "reduction", "95% interval", "verdict", "p99 1st", "p99 2nd"]
-    head += ["TPOT 1st", "TPOT 2nd", "hit tokens", "gap closed"]
+    head += ["TPOT 1st", "TPOT 2nd", "hit tokens", "gap closed", "1st over none: TTFT, TPOT"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for one in compared:
         first, last = one.first, one.last
@@ -92,6 +101,7 @@ def _table(compared: Sequence[Comparison]) -> str:
         cells += [f"{row[f'p99_{metric}_ms']:.2f}" for metric in ("ttft",) for row in (first, last)]
         cells += [f"{row['mean_tpot_ms']:.2f}" for row in (first, last)]
         cells += [f"{hit:.1%}", "" if one.gap_closed is None else f"{one.gap_closed:.0%}"]
+        cells.append(", ".join(f"{over:+.1%}" for over in one.first_over_none or ()))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

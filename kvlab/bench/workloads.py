@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvlab.bench.sharegpt import Encode, encoder, read_conversations, sample, sharegpt_file
+from kvlab.bench.sharegpt import Encode, encoder, read_conversations, sample, sharegpt_file, shuffled
 from kvlab.errors import ConfigError
 from kvlab.hashing import block_hashes
 
@@ -145,14 +145,16 @@ def documents(
 def _sharegpt(
     folder: Path, source: Path, encode: Encode, num_prompts: int, seed: int, output_len: int | None
 ) -> Workload:
-    """vLLM reads and samples the file itself; the same sample is drawn here to count what is in it."""
+    """vLLM samples the file itself. It gets those conversations that it would look at, already in its order: the same
+    requests come out, and the client need not read a hundred megabytes before each run."""
     conversations = read_conversations(source)
-    whole = folder / "sharegpt.json"
-    whole.write_text(json.dumps(conversations), encoding="utf-8")
-    args = ["--dataset-name", "sharegpt", "--dataset-path", str(whole), "--seed", str(seed)]
+    samples = sample(conversations, encode, num_prompts, seed=seed, output_len=output_len)
+    looked_at = shuffled(conversations, seed)[: samples[-1].position + 1 if samples else None]
+    out = folder / "sharegpt.json"
+    out.write_text(json.dumps(looked_at), encoding="utf-8")
+    args = ["--dataset-name", "sharegpt", "--dataset-path", str(out), "--disable-shuffle", "--seed", str(seed)]
     if output_len is not None:
         args += ["--sharegpt-output-len", str(output_len)]
-    samples = sample(conversations, encode, num_prompts, seed=seed, output_len=output_len)
     return _count("sharegpt", args, [one.token_ids for one in samples])
 
 

@@ -50,7 +50,7 @@ def ttft_cdf(rows: Iterable[Row], *, title: str) -> "go.Figure":
         figure.add_scatter(x=times, y=shares, mode="lines", line=line, name=f"{row['backend']}, run {row['run']}")
     figure.update_layout(title=title, template="plotly_white", height=420)
     figure.update_xaxes(title="TTFT (ms)", type="log")
-    figure.update_yaxes(title="share of requests", tickformat=".0%")
+    figure.update_yaxes(title="share of requests", tickformat=".0%", range=[0, 1.03])
     return figure
 
 

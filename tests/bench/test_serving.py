@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from kvlab.bench.latency import summary
 from kvlab.bench.server import Server
 from kvlab.bench.sharegpt import encoder, read_conversations, sample, sharegpt_file
 from kvlab.bench.tables import compare, read_rows
+from kvlab.bench.workloads import make_workload
 from kvlab.errors import ConfigError, KVLabError
 from kvlab.plotting.serving import itl_over_time, reduction_bars, ttft_cdf
 
@@ -32,12 +34,19 @@ MARK = "KVLAB_TEST_MARK"
 def measured(demo_model_path, tmp_path_factory):
     """Two runs each of four backends on the same 24 prompts: the rows, and the folder with the client's results."""
     folder = tmp_path_factory.mktemp("serving")
+    part = folder / "part.json"
+    conversations = read_conversations(sharegpt_file())[:600]
+    short = [
+        entry for entry in conversations if entry["conversations"] and len(entry["conversations"][0]["value"]) < 1200
+    ]
+    part.write_text(json.dumps(short))
     rows = run(
         BACKENDS[0],
         BACKENDS[1:],
         model=demo_model_path,
+        dataset_path=str(part),
         num_prompts=NUM_PROMPTS,
-        request_rate=2.0,
+        request_rate=2.5,
         output_len=6,
         cache_size="512MiB",
         server_flags=SERVER,
@@ -68,6 +77,12 @@ def test_every_run_answers_every_prompt_with_the_same_settings(measured):
     assert len({tuple(row["input_lens"]) for row in rows}) == 1
     shared = [[arg for arg in row["server_args"] if not arg.isdigit() and "kv_connector" not in arg] for row in rows]
     assert all(set(SERVER) - {arg for arg in SERVER if arg.isdigit()} <= set(args) for args in shared)
+
+
+def test_every_server_computes_on_the_same_cores(measured):
+    logs = [path.read_text() for path in measured[1].glob("server-*.log")]
+    assert len(logs) == len(BACKENDS)
+    assert len({re.search(r"core ids=\[[\d, ]*\]", log)[0] for log in logs}) == 1
 
 
 @pytest.mark.timeout(1200)
@@ -166,6 +181,12 @@ def test_prompts_are_those_that_vllm_samples(demo_model_path, tmp_path):
     theirs = ShareGPTDataset(dataset_path=str(path), random_seed=7).sample(
         AutoTokenizer.from_pretrained(demo_model_path), 100, no_oversample=True
     )
+    made = make_workload("sharegpt", tmp_path, tokenizer=demo_model_path, path=str(path), num_prompts=100, seed=7)
+    assert "--disable-shuffle" in made.args
+    sent = ShareGPTDataset(dataset_path=made.args[3], random_seed=7, disable_shuffle=True).sample(
+        AutoTokenizer.from_pretrained(demo_model_path), 100, no_oversample=True
+    )
+    assert sent == theirs
     ours = sample(conversations, encoder(demo_model_path), 100, seed=7)
     assert [(one.prompt, len(one.token_ids), one.num_output_tokens) for one in ours] == [
         (one.prompt, one.prompt_len, one.expected_output_len) for one in theirs
@@ -225,7 +246,7 @@ def test_a_server_that_dies_at_start_says_why(demo_model_path, tmp_path, monkeyp
     assert marked(str(tmp_path)) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupt_leaves_nothing_running(number, demo_model_path, tmp_path):
     command = [
         sys.executable,
@@ -244,21 +265,31 @@ def test_an_interrupt_leaves_nothing_running(number, demo_model_path, tmp_path):
     with open(tmp_path / "err", "wb") as err:
         bench = subprocess.Popen(command, env=env, stdout=err, stderr=err, start_new_session=True)
         deadline = time.monotonic() + 120
-        while len(marked(str(tmp_path))) < 3:  # itself, Redis, and the server that is starting
+        while not any(b"api_server" in command_of(pid) for pid in marked(str(tmp_path))):
             assert bench.poll() is None, (tmp_path / "err").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.2)
         time.sleep(2)
         bench.send_signal(number)
-        assert bench.wait(timeout=60) == 130
+        assert bench.wait(timeout=60) == (-9 if number == signal.SIGKILL else 130)
+    while marked(str(tmp_path)) and time.monotonic() < deadline:  # killed outright, it leaves the rest to the guards
+        time.sleep(0.2)
     assert marked(str(tmp_path)) == []
-    assert "interrupted" in (tmp_path / "err").read_text()
+    if number != signal.SIGKILL:
+        assert "interrupted" in (tmp_path / "err").read_text()
 
 
 def small_file(folder: Path) -> Path:
     path = folder / "small.json"
     path.write_text(json.dumps(read_conversations(sharegpt_file())[:40]))
     return path
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def marked(value: str) -> list[int]:
