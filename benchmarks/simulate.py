@@ -68,7 +68,7 @@ def main():
                     f"{per_s / 1e6:.2f} M/s, {per_s / ceiling:.2f} of no policy",
                     flush=True,
                 )
-            per_s = accesses / cpu_seconds(lambda: belady(traffic, capacity))  # noqa: B023
+            per_s = accesses / cpu_seconds(lambda: belady(traffic, capacity))
             row = {"traffic": traffic.name, "what": "belady", "blocks": capacity, "accesses_per_cpu_s": round(per_s)}
             speed.append({**row, "of_no_policy": round(per_s / ceiling, 3), "repeats": REPEATS, **shared})
         walls = []
