@@ -100,6 +100,7 @@ def lossless_rows(repeats: int) -> list[dict[str, object]]:
                     milliseconds(copy, repeats),
                 )
             )
+            graph.replay()  # the timing above ended with the plain copy into the same outputs
             assert all(out.cpu().equal(kv.view(torch.int16)) for out in outs)
     return rows
 

@@ -1,6 +1,7 @@
 """A real vLLM in this process, with and without kvlab; prompts of the demo model."""
 
 import gc
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ BLOCK = 32
 MAX_TOKENS = 12
 # Float32: in bfloat16 another batch composition flips near-ties by itself.
 SETTINGS = {
-    "enforce_eager": True,
+    "enforce_eager": "KVLAB_TEST_GRAPHS" not in os.environ,  # CUDA graphs cost minutes of compilation
     "distributed_executor_backend": "uni",
     "kv_cache_memory_bytes": 160 << 20,
     "max_model_len": 1024,
