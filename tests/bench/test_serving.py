@@ -36,9 +36,8 @@ def measured(demo_model_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serving")
     part = folder / "part.json"
     conversations = read_conversations(sharegpt_file())[:600]
-    short = [
-        entry for entry in conversations if entry["conversations"] and len(entry["conversations"][0]["value"]) < 1200
-    ]
+    firsts = [(entry, entry["conversations"][0]["value"]) for entry in conversations if entry["conversations"]]
+    short = [entry for entry, text in firsts if 300 < len(text) < 1800]
     part.write_text(json.dumps(short))
     rows = run(
         BACKENDS[0],
