@@ -20,6 +20,7 @@ from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm import compat
 from kvlab.connectors.vllm.identity import engine_namespace, rank_namespace
 from kvlab.connectors.vllm.metadata import StepMetadata, WorkerReport
+from kvlab.connectors.vllm.metrics import Increments, KVLabPromMetrics, KVLabStats
 from kvlab.connectors.vllm.scheduler import Scheduler
 from kvlab.connectors.vllm.slots import SlotIndex
 from kvlab.connectors.vllm.worker import Transfer, Worker
@@ -96,12 +97,14 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self._promise = (0, False)  # of the latest match: tokens computed locally, and whether the load is async
         self.scheduler: Scheduler | None = None
         self.worker: Worker | None = None
+        self._increments: Increments | None = None
         if role == KVConnectorRole.SCHEDULER:
             ranks = vllm_config.parallel_config.tensor_parallel_size
             namespaces = [rank_namespace(self.namespace, rank) for rank in range(ranks)]
             index = SlotIndex(self.num_slots, policy=self.config.policy)
             lower = open_stores(self.config.lower_tiers) if self.config.lower_tiers else None
             self.scheduler = Scheduler(self.config, self.chunker, index, lower, namespaces)
+            self._increments = Increments(self.scheduler.counters)
 
     def _hook_failed(self, name: str) -> None:
         """Called while the error is handled: count it, and tell it with its trace the first time."""
@@ -145,6 +148,33 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> WorkerReport | None:
         return self.worker.take_report() if self.worker is not None else None
+
+    # ---- metrics
+
+    def get_kv_connector_stats(self) -> KVLabStats | None:
+        """The scheduler side's increments; what workers measure reaches it through their reports."""
+        return self._increments.take() if self._increments is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVLabStats:
+        return KVLabStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> KVLabPromMetrics:
+        return KVLabPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
+        """Tokens of a hit by tier, in vLLM's words (asked for by versions that have them)."""
+        sources = compat.hit_sources()
+        if self.scheduler is None or sources is None or num_external_tokens == 0:
+            return {}
+        lower = min(self.scheduler.lower_tokens(request.request_id), num_external_tokens)
+        disk = all(url.startswith("file:") for url in self.config.lower_tiers)
+        below = sources.DISK if disk else sources.EXTERNAL_UNSPECIFIED
+        counts = {sources.HOST: num_external_tokens - lower, below: lower}
+        return {source: count for source, count in counts.items() if count}
 
     # ---- scheduler
 

@@ -32,6 +32,7 @@ class RequestState:
     plan_blocks: int = 0  # blocks of the plan that may be used
     lookup: Any = None  # future of what the lower tiers hold
     lookup_started_s: float = 0.0
+    lower_tokens: int = 0  # tokens of the latest hit that lower tiers supply
     counted: bool = False  # its miss, if any, is in the counters
     row: dict[str, Any] = field(default_factory=dict)
 

@@ -166,6 +166,7 @@ class Scheduler:
                     self.index.pin(piece.hash)
                     pinned.append(piece.hash)
         self._loads.append(load)
+        state.lower_tokens = 0
         at = first
         for piece in used:
             entry = self.index.get(piece.hash)
@@ -177,6 +178,8 @@ class Scheduler:
                 self.index.pin(piece.hash)
                 pinned.append(piece.hash)
             end = min(piece.span.end_block, usable)
+            if fetch:
+                state.lower_tokens += (end - at) * block
             skip = at - piece.span.first_block
             pages = tuple(block_ids[at:end])
             load.ops.append(LoadOp(piece.hash, entry.slots, skip, pages, piece.span.end_block * block, fetch))
@@ -314,6 +317,7 @@ class Scheduler:
                     "hit_tokens": row.num_tokens,
                 }
             self.counters["loaded_bytes"] += row.num_bytes
+            self.counters["load_seconds"] += row.seconds  # type: ignore[assignment]  # a Counter adds floats too
 
     def _release(self, keys: Sequence[bytes]) -> None:
         """Workers let go of these objects' slots."""
@@ -334,6 +338,11 @@ class Scheduler:
         if state is None or not self.config.report:
             return None
         return {"kvlab": {"prompt_tokens": request.num_prompt_tokens, "hit_tokens": 0, "tier": "none", **state.row}}
+
+    def lower_tokens(self, request_id: str) -> int:
+        """Tokens of this request's latest hit that come from lower tiers."""
+        state = self._states.get(request_id)
+        return state.lower_tokens if state is not None else 0
 
     def reset(self) -> None:
         """Forget the memory tier's content."""

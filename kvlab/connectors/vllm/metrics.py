@@ -1,0 +1,80 @@
+"""The cache's counters where vLLM looks for them: its periodic log line and Prometheus."""
+
+from collections import Counter
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+# counter -> what Prometheus says of it; counters named miss_<reason> become one metric with a label
+DOCUMENTATION = {
+    "hit_requests": "Requests that loaded KV from kvlab.",
+    "hit_tokens": "Tokens whose KV was loaded from kvlab.",
+    "loaded_bytes": "Bytes of KV loaded into pages, to the end of the copy.",
+    "load_seconds": "Seconds spent loading, to the end of the copy.",
+    "saved_tokens": "Tokens whose KV was saved.",
+    "saves_dropped": "Objects not saved because nothing could be evicted.",
+    "bad_objects": "Objects that could not be served as promised: broken, gone, or a failed copy.",
+    "lookup_late": "Requests that went without the lower tiers because these answered too late.",
+    "lookup_failed": "Lookups in the lower tiers that failed.",
+    "errors": "Errors of kvlab's own that cost a save.",
+}
+
+
+class KVLabStats(KVConnectorStats):
+    """Counter increments since the last interval, in `data`."""
+
+    def reset(self) -> None:
+        self.data.clear()
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        for name, value in other.data.items():
+            self.data[name] = self.data.get(name, 0) + value
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """For the log line: the counters, and the rate they give (GB are 10**9 bytes)."""
+        shown = {name: round(value, 4) for name, value in sorted(self.data.items())}
+        if self.data.get("load_seconds"):
+            shown["load_gb_per_s"] = round(self.data.get("loaded_bytes", 0) / self.data["load_seconds"] / 1e9, 2)
+        return shown
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+
+class Increments:
+    """What was added to a Counter since the last call."""
+
+    def __init__(self, counters: Counter[str]) -> None:
+        self._counters = counters
+        self._told: Counter[str] = Counter()
+
+    def take(self) -> KVLabStats | None:
+        new = {name: value - self._told[name] for name, value in self._counters.items() if value != self._told[name]}
+        self._told.update(new)
+        return KVLabStats(data=dict(new)) if new else None
+
+
+class KVLabPromMetrics(KVConnectorPromMetrics):
+    """``kvlab:<counter>`` per engine, and ``kvlab:misses`` by reason."""
+
+    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._labels = {engine: list(values) for engine, values in per_engine_labelvalues.items()}
+        self._metrics = {
+            name: self._counter_cls(name=f"kvlab:{name}", documentation=text, labelnames=labelnames)
+            for name, text in DOCUMENTATION.items()
+        }
+        self._misses = self._counter_cls(
+            name="kvlab:misses",
+            documentation="Requests that kvlab could not serve in full, by reason.",
+            labelnames=[*labelnames, "reason"],
+        )
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        labels = self._labels[engine_idx]
+        for name, value in transfer_stats_data.items():
+            if name in self._metrics:
+                self._metrics[name].labels(*labels).inc(value)
+            elif name.startswith("miss_"):
+                self._misses.labels(*labels, name.removeprefix("miss_")).inc(value)

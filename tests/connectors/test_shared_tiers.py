@@ -1,0 +1,103 @@
+"""Tiers under a real engine that others use too, or that fail: a real Redis server, two processes, metrics."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvlab.bench.redis_server import redis_server
+from tests.connectors.engine import connector, core, engine, generate, prompt, worker
+from tests.connectors.test_disk_tier import drain
+
+OTHER = """
+from tests.connectors.engine import engine, generate, prompt
+with engine(["{url}"]) as llm:
+    answer = generate(llm, [prompt(300)])[0]
+    print(answer.hit, *answer.tokens)
+"""
+
+
+def another_process(url: str) -> tuple[int, list[int]]:
+    """Hit and tokens of `prompt(300)` in an engine of its own."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", OTHER.format(url=url)]
+    out = subprocess.run(
+        command, check=True, timeout=250, env=dict(os.environ), cwd=root, capture_output=True, text=True
+    )
+    hit, *tokens = map(int, out.stdout.splitlines()[-1].split())
+    return hit, tokens
+
+
+@pytest.fixture
+def redis():
+    with redis_server() as server:
+        yield server
+
+
+def test_two_processes_share_one_redis_and_one_folder(redis, tmp_path, expected):
+    folder = f"file://{tmp_path}?size=1GiB"
+    for url in (f"redis://127.0.0.1:{redis.port}", folder):
+        assert another_process(url) == (0, expected(prompt(300)))
+        with engine([url]) as llm:
+            answer = generate(llm, [prompt(300)])[0]
+            assert (answer.hit, answer.tokens) == (288, expected(prompt(300)))
+            generate(llm, [prompt(480)])
+            drain(llm)
+        hit, tokens = another_process(url)
+        assert (hit, tokens) == (288, expected(prompt(300)))
+
+
+def test_a_redis_that_dies_and_returns_costs_misses_only(redis, expected):
+    url = f"redis://127.0.0.1:{redis.port}"
+    p = prompt(300)
+    with engine([url]) as llm:
+        generate(llm, [p])
+        drain(llm)
+        assert generate(llm, [p])[0].hit == 288
+        redis.kill()
+        for q in (p, prompt(480), p):
+            assert generate(llm, [q])[0].tokens == expected(q)
+        redis.start()
+        for _ in range(20):
+            answer = generate(llm, [p])[0]
+            assert answer.tokens == expected(p)
+            drain(llm)
+            if answer.hit:
+                break
+        assert answer.hit == 288, "the tier comes back by itself"
+        assert not connector(llm).hook_errors
+
+
+def test_metrics_and_hit_sources(tmp_path, expected):
+    from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    with engine(["memory://?size=512MiB", f"file://{tmp_path}?size=1GiB"]) as llm:
+        ours, seen = connector(llm), []
+        original = ours.get_external_cache_hit_sources
+        ours.get_external_cache_hit_sources = lambda r, n: seen.append(original(r, n)) or seen[-1]
+        generate(llm, [prompt(300)])
+        drain(llm)
+        generate(llm, [prompt(300)])
+        ours.reset_cache()
+        generate(llm, [prompt(300)])
+        assert seen == [{CacheHitSource.HOST: 288}, {CacheHitSource.DISK: 288}]
+        stats = type(ours).build_kv_connector_stats(dict(ours.scheduler.counters))
+        assert stats.reduce()["hit_tokens"] == 576
+        assert stats.reduce()["load_gb_per_s"] > 0
+        types = {Counter: Counter, Gauge: Gauge, Histogram: Histogram}
+        prom = type(ours).build_prom_metrics(core(llm).vllm_config, types, ["engine"], {0: ["0"]})
+        prom.observe(stats.data, 0)
+        assert REGISTRY.get_sample_value("kvlab:hit_tokens_total", {"engine": "0"}) == 576
+        assert REGISTRY.get_sample_value("kvlab:misses_total", {"engine": "0", "reason": "never_stored"}) == 1
+        assert worker(llm).engine.stats()["hits"] >= 1
+
+
+def test_a_serde_that_needs_k_and_v_is_refused_at_start(tmp_path):
+    with (
+        pytest.raises(Exception, match="must tell K from V, which an engine's opaque pages do not show"),
+        engine([f"file://{tmp_path}?size=1GiB&serde=int8"]),
+    ):
+        pass
