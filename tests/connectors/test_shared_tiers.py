@@ -88,11 +88,11 @@ def test_metrics_and_hit_sources(tmp_path, expected):
         told = {sample.name: 0.0 for metric in REGISTRY.collect() for sample in metric.samples}
         for sample in (sample for metric in REGISTRY.collect() for sample in metric.samples):
             told[sample.name] += sample.value
-        assert told["kvlab:hit_tokens_total"] == 576
-        assert told["kvlab:hit_requests_total"] == 2
-        assert told["kvlab:loaded_bytes_total"] == 2 * 288 * 46080
-        assert told["kvlab:load_seconds_total"] > 0
-        assert told["kvlab:misses_total"] == 1
+        assert told["vllm:kvlab_hit_tokens_total"] == 576
+        assert told["vllm:kvlab_hit_requests_total"] == 2
+        assert told["vllm:kvlab_loaded_bytes_total"] == 2 * 288 * 46080
+        assert told["vllm:kvlab_load_seconds_total"] > 0
+        assert told["vllm:kvlab_misses_total"] == 1
         stats = type(ours).build_kv_connector_stats(dict(ours.scheduler.counters))
         assert stats.reduce()["load_gb_per_s"] > 0
         assert worker(llm).engine.stats()["hits"] >= 1

@@ -56,17 +56,18 @@ class Increments:
 
 
 class KVLabPromMetrics(KVConnectorPromMetrics):
-    """``kvlab:<counter>`` per engine, and ``kvlab:misses`` by reason."""
+    """``vllm:kvlab_<counter>`` per engine, and ``vllm:kvlab_misses`` by reason; a second engine in one process takes
+    over the names that begin with vllm, as it does with vLLM's own metrics."""
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._labels = {engine: list(values) for engine, values in per_engine_labelvalues.items()}
         self._metrics = {
-            name: self._counter_cls(name=f"kvlab:{name}", documentation=text, labelnames=labelnames)
+            name: self._counter_cls(name=f"vllm:kvlab_{name}", documentation=text, labelnames=labelnames)
             for name, text in DOCUMENTATION.items()
         }
         self._misses = self._counter_cls(
-            name="kvlab:misses",
+            name="vllm:kvlab_misses",
             documentation="Requests that kvlab could not serve in full, by reason.",
             labelnames=[*labelnames, "reason"],
         )
