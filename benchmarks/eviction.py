@@ -6,14 +6,13 @@ Every access is a block of 512 tokens; hits are counted per block. Rows go to da
 """
 
 import json
-import sys
 from pathlib import Path
 
 from kvlab.bench.provenance import provenance, write_rows
+from kvlab.bench.trace_files import find_traces
 from kvlab.stores.eviction import POLICIES, get_policy
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "stores"))
 SIZES = [1000, 3000, 10_000, 30_000, 100_000]
 
 
@@ -34,12 +33,11 @@ def hit_rate(name: str, accesses: list[int], capacity: int) -> float:
 
 
 def main() -> None:
-    from traces import TRACES
-
+    found = find_traces()
     shared = provenance(("kvlab",))
     rows = []
     for trace in ("conversation", "synthetic"):
-        with open(TRACES / f"mooncake_{trace}_trace.jsonl") as file:
+        with open(found[f"mooncake_{trace}_trace"]) as file:
             accesses = [key for line in file for key in json.loads(line)["hash_ids"]]
         best = 1 - len(set(accesses)) / len(accesses)
         for name in POLICIES:

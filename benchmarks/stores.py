@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from kvlab.bench.provenance import provenance, write_rows
+from kvlab.bench.trace_files import find_traces
 from kvlab.stores import open_store
 from kvlab.stores.direct import aligned_buffer
 from kvlab.stores.eviction import POLICIES, get_policy
@@ -262,9 +263,7 @@ def lookup_rows(repeats: int, folder: Path) -> list[dict]:
 
 def eviction_rows(repeats: int) -> list[dict]:
     """Accesses per second and hit rate of each policy over a trace of block ids, 10,000 blocks held."""
-    from traces import MOONCAKE_CONVERSATION
-
-    with open(MOONCAKE_CONVERSATION) as file:
+    with open(find_traces()["mooncake_conversation_trace"]) as file:
         accesses = [key for line in file for key in json.loads(line)["hash_ids"]]
     rows = []
     for name in POLICIES:

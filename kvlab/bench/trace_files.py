@@ -10,6 +10,7 @@ Two published formats are known, told apart by their fields:
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,10 @@ def _request(row: dict[str, Any], where: str, block_tokens: int, unit: float, ch
             f"but hash_ids has {len(ids)}; is block_tokens right?"
         )
     return Request(stamp * unit, row["input_length"], row["output_length"], chain.number(ids))
+
+
+def find_traces() -> dict[str, Path]:
+    """Trace files by name: in the folder ``$KVLAB_TRACES``, or in a ``*/data/traces`` beside a checkout."""
+    beside = sorted(Path(__file__).resolve().parents[3].glob("*/data/traces"))
+    folders = [Path(os.environ["KVLAB_TRACES"])] if "KVLAB_TRACES" in os.environ else beside
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.jsonl"))}

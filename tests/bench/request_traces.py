@@ -1,15 +1,12 @@
-"""Traffic for tests: made up, and the public traces where they lie (KVLAB_TRACES, or beside the repository)."""
+"""Traffic for tests: made up, and the public traces where they are found."""
 
-import os
 from functools import cache
-from pathlib import Path
 
 from kvlab.bench.generate import KINDS, generate_traffic
-from kvlab.bench.trace_files import load_traffic
+from kvlab.bench.trace_files import find_traces, load_traffic
 from kvlab.bench.traffic import Traffic
 
-_BESIDE = Path(__file__).resolve().parents[3] / "shared" / "data" / "traces"
-FOUND = {path.stem: path for path in sorted(Path(os.environ.get("KVLAB_TRACES", _BESIDE)).glob("*.jsonl"))}
+FOUND = find_traces()
 NAMES = [*KINDS, *FOUND]
 
 

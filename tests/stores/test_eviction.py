@@ -1,12 +1,13 @@
 """Policies against independent, plain implementations on a real trace, and what makes each one itself."""
 
-import json
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from traces import MOONCAKE_CONVERSATION
 
+from kvlab.bench.generate import generate_traffic
+from kvlab.bench.trace_files import find_traces, load_traffic
 from kvlab.errors import ConfigError
 from kvlab.stores import open_store
 from kvlab.stores.eviction import POLICIES, get_policy
@@ -16,13 +17,11 @@ SIZES = [100, 500, 1000, 3000, 10_000]
 
 @pytest.fixture(scope="module")
 def accesses():
-    """Block ids in the order of use: the first 60,000 of the trace."""
-    ids = []
-    with open(MOONCAKE_CONVERSATION) as file:
-        for line in file:
-            ids.extend(json.loads(line)["hash_ids"])
-            if len(ids) >= 60_000:
-                break
+    """60,000 block ids in the order of use: of the public conversation trace where it is found, else made up."""
+    found = find_traces().get("mooncake_conversation_trace")
+    traffic = load_traffic(found) if found else generate_traffic("chat", 6000, reuse=0.4, block_tokens=64)
+    ids = [block for request in traffic.requests for block in request.block_ids]
+    assert len(ids) >= 60_000
     return ids[:60_000]
 
 
@@ -103,7 +102,11 @@ def test_hit_counts_equal_an_independent_implementation(accesses, name, oracle, 
     assert 0 < hits < len(accesses)
 
 
-def test_s3fifo_and_arc_beat_fifo_on_the_trace(accesses):
+def test_s3fifo_and_arc_beat_fifo_where_half_is_used_once():
+    rng = random.Random(5)
+    weights = [1 / (rank + 1) for rank in range(5000)]
+    again = rng.choices(range(5000), weights, k=30_000)
+    accesses = [key for i, popular in enumerate(again) for key in (popular, 10_000 + i)]
     fifo = hits_of(get_policy("fifo"), accesses, 1000)
     assert hits_of(get_policy("s3fifo"), accesses, 1000) > fifo
     assert hits_of(get_policy("arc"), accesses, 1000) > fifo
