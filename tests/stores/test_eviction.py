@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvlab.bench.generate import generate_traffic
@@ -114,6 +114,7 @@ def test_s3fifo_and_arc_beat_fifo_where_half_is_used_once():
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @given(steps=st.lists(st.tuples(st.sampled_from("aatvdp"), st.integers(0, 12), st.integers(0, 50)), max_size=120))
+@example(steps=[("a", 0, 0), ("a", 0, 0), ("a", 0, 1), ("a", 1, 0)])
 def test_any_sequence(name, steps):
     """A victim is always one that is here and not pinned, and there is one as long as there can be one."""
     policy = get_policy(name)

@@ -70,59 +70,58 @@ class S3FIFOPolicy(EvictionPolicy):
                 ghosts.popitem(last=False)
 
     def victim(self, pinned: Container[Hashable] = ()) -> Hashable | None:
-        small_first = self._small_bytes >= SMALL_SHARE * (self._small_bytes + self._main_bytes)
-        if small_first and self._small and not pinned:  # nearly always
+        if self._small and not pinned and self._small_is_full():  # nearly always
             key = next(iter(self._small))
             if self._uses[key] <= 1:
                 self._chosen = key
                 return key
-        self._chosen = self._search(pinned, small_first)
+        self._chosen = self._search(pinned)
         return self._chosen
 
     def evict(self) -> Hashable | None:
-        small, small_bytes = self._small, self._small_bytes
-        if small_bytes >= SMALL_SHARE * (small_bytes + self._main_bytes):
-            uses, main, ghosts = self._uses, self._main, self._ghosts
-            while small:  # what `victim` and `discard` do, without looking the key up again and again
-                key, size = small.popitem(last=False)
-                self._small_bytes -= size
-                if uses[key] <= 1:
-                    del uses[key]
-                    ghosts[key] = None
-                    if len(ghosts) > len(main) and len(ghosts) > 1:
-                        ghosts.popitem(last=False)
-                    return key
-                main[key] = size
-                self._main_bytes += size
-                uses[key] = 0
-        return super().evict()
-
-    def _search(self, pinned: Container[Hashable], small_first: bool) -> Hashable | None:
-        key = self._from_small(pinned) if small_first else self._from_main(pinned)
-        if key is None:
-            key = self._from_main(pinned) if small_first else self._from_small(pinned)
-        if key is None:  # the last of the small queue has just moved on
-            key = self._from_main(pinned)
-        return key
-
-    def _from_small(self, pinned: Container[Hashable]) -> Hashable | None:
-        """The oldest that was not used twice; those before it move to the main queue."""
-        uses, found = self._uses, None
-        used_again: list[Hashable] = []
-        for key in self._small:
-            if pinned and key in pinned:
-                continue
-            if uses[key] <= 1:
-                found = key
-                break
-            used_again.append(key)
-        for key in used_again:
-            size = self._small.pop(key)
+        small, main, uses, ghosts = self._small, self._main, self._uses, self._ghosts
+        while small and self._small_bytes >= SMALL_SHARE * (self._small_bytes + self._main_bytes):
+            # what `victim` and `discard` do, without looking the key up again and again
+            key, size = small.popitem(last=False)
             self._small_bytes -= size
-            self._main[key] = size
+            if uses[key] <= 1:
+                del uses[key]
+                ghosts[key] = None
+                if len(ghosts) > len(main) and len(ghosts) > 1:
+                    ghosts.popitem(last=False)
+                return key
+            main[key] = size
             self._main_bytes += size
             uses[key] = 0
-        return found
+        return super().evict()
+
+    def _small_is_full(self) -> bool:
+        return self._small_bytes >= SMALL_SHARE * (self._small_bytes + self._main_bytes)
+
+    def _search(self, pinned: Container[Hashable]) -> Hashable | None:
+        """Whose turn it is is asked again after each move, so that asking twice gives one answer."""
+        while self._small_is_full():
+            key = next((key for key in self._small if not (pinned and key in pinned)), None)
+            if key is None or self._uses[key] <= 1:
+                return key if key is not None else self._from_main(pinned)
+            self._move_on(key)
+        key = self._from_main(pinned)
+        if key is not None:
+            return key
+        for key in list(self._small):  # the main queue has nobody to give
+            if not (pinned and key in pinned):
+                if self._uses[key] <= 1:
+                    return key
+                self._move_on(key)
+        return self._from_main(pinned)
+
+    def _move_on(self, key: Hashable) -> None:
+        """From the small queue to the main one."""
+        size = self._small.pop(key)
+        self._small_bytes -= size
+        self._main[key] = size
+        self._main_bytes += size
+        self._uses[key] = 0
 
     def _from_main(self, pinned: Container[Hashable]) -> Hashable | None:
         """The oldest unused one; each that was used pays one use for another round."""
