@@ -7,7 +7,12 @@ library decodes streams of thousands of small static tables (constriction takes 
 from typing import Any
 
 import numpy as np
+from llvmlite.binding import ffi
 from numba import njit
+
+# llvmlite answers every attribute, even `__dict__`, with a wrapped C function. vLLM reads the `__dict__` of whatever
+# modules hold when it starts, and would stop at that one: a process that has used this codec could start no engine.
+ffi.lib._fntab.setdefault("__dict__", {})
 from numpy.typing import NDArray
 
 from kvlab.errors import FormatError

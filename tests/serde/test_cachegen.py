@@ -123,3 +123,12 @@ def test_anchor_errors_do_not_add_up() -> None:
     rest = torch.arange(23) % 10 != 0
     allowed = tables().step.reshape(3, 2, 2, 16).permute(0, 2, 1, 3)[:, None] / 2
     assert bool((error[:, rest] <= allowed * 1.001 + 1e-6).all())
+
+
+def test_the_compiled_coder_leaves_modules_that_vllm_can_read():
+    """vLLM looks for a `kernel` in the `__dict__` of whatever modules hold when it starts."""
+    from llvmlite.binding import ffi
+
+    import kvlab.serde.rans_fast  # noqa: F401
+
+    assert vars(ffi.lib).get("kernel") is None
