@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from llvmlite.binding import ffi
 from numba import njit
-
-# llvmlite answers every attribute, even `__dict__`, with a wrapped C function. vLLM reads the `__dict__` of whatever
-# modules hold when it starts, and would stop at that one: a process that has used this codec could start no engine.
-ffi.lib._fntab.setdefault("__dict__", {})
 from numpy.typing import NDArray
 
 from kvlab.errors import FormatError
 from kvlab.serde import rans
+
+# llvmlite answers every attribute, even `__dict__`, with a wrapped C function. vLLM reads the `__dict__` of whatever
+# modules hold when it starts, and would stop at that one: a process that has used this codec could start no engine.
+ffi.lib._fntab.setdefault("__dict__", {})
 
 Array = NDArray[Any]
 BESIDE = 8  # lanes decoded side by side: their look-ups do not depend on each other and overlap
