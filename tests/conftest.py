@@ -14,6 +14,13 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A notebook starts several servers one after another; the limit of a single test would cut it off halfway.
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.timeout(1800))
+
+
 @pytest.fixture(scope="session")
 def demo_model_path() -> str:
     from kvlab.bench.demo_model import demo_model
