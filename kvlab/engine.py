@@ -59,7 +59,8 @@ class CacheEngine:
     chunker : chunk and block sizes.
     serde : name of the serde for what is saved; what is loaded says itself how it was encoded.
 
-    Nothing a tier does raises here: a failing or lying tier is a miss with a reason, in `stats`.
+    Nothing a tier does raises here: a failing or lying tier is a miss with a reason, in `stats`; what a tier gives as
+    its own reason is counted as ``tier_<reason>``.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class CacheEngine:
             value = pack(key, parts, metadata)
             kept = self.store_.put(key, value)
         except StoreError as error:
-            self._save_failed("tier_failed", key, error)
+            self._save_failed(f"tier_{error.reason}", key, error)
             return False
         if not kept:
             self._save_failed("no_room", key, None)
@@ -174,7 +175,7 @@ class CacheEngine:
         try:
             value = self.store_.get(key)
         except StoreError as error:
-            self._missed("tier_failed", key, error)
+            self._missed(f"tier_{error.reason}", key, error)
             return None
         if value is None:
             self._missed(self.store_.why_missing(key), key, None)

@@ -87,13 +87,14 @@ def test_a_failing_tier_costs_misses_only(engine, monkeypatch):
     engine.store(ids, kv(64))
 
     def down(*_a, **_k):
-        raise StoreError("tier is down")
+        raise StoreError("tier is down", reason="eio")
 
     monkeypatch.setattr(engine.store_, "get", down)
     assert engine.retrieve(ids) == (0, None)
-    assert engine.stats_.misses == {"tier_failed": 1}
+    assert engine.stats_.misses == {"tier_eio": 1}
     monkeypatch.setattr(engine.store_, "put", down)
     assert engine.store(list(range(500, 564)), kv(64)) == 0
+    assert engine.stats_.save_failures == {"tier_eio": 1}
     monkeypatch.setattr(engine.store_, "contains_many", down)
     assert engine.lookup(ids).num_tokens == 0
 

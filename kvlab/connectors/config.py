@@ -24,6 +24,8 @@ class ConnectorConfig:
     lookup_timeout_ms : how long a request may wait for lower tiers to say what they have; then it goes without.
     save_generated : store the KV of generated tokens too, not only of prompts.
     min_hit_tokens : shorter hits are recomputed rather than loaded.
+    admission : do not make loads that, by what was measured lately, take longer than computing the tokens.
+    after_sights : save an object only from the n-th prompt on that holds it.
     report : attach a row (tokens hit, bytes, ms, tier) to each finished request's ``kv_transfer_params``.
     namespace : extra text that keeps this engine's entries apart from others'.
     enabled : False turns the cache off without taking the connector out.
@@ -36,6 +38,8 @@ class ConnectorConfig:
     lookup_timeout_ms: float = 100.0
     save_generated: bool = False
     min_hit_tokens: int = 1
+    admission: bool = True
+    after_sights: int = 1
     report: bool = False
     namespace: str = ""
     enabled: bool = True
@@ -62,13 +66,15 @@ class ConnectorConfig:
         Chunker(self.chunk_tokens, 1)
         for name in ("staging", "gpu_staging"):
             put(self, name, parse_bytes(getattr(self, name)))
-        for name in ("save_generated", "report", "enabled"):
+        for name in ("save_generated", "admission", "report", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not isinstance(self.lookup_timeout_ms, int | float) or self.lookup_timeout_ms < 0:
             raise ConfigError(f"lookup_timeout_ms must be a number >= 0, got {self.lookup_timeout_ms!r}")
-        if not isinstance(self.min_hit_tokens, int) or self.min_hit_tokens < 1:
-            raise ConfigError(f"min_hit_tokens must be an integer >= 1, got {self.min_hit_tokens!r}")
+        for name in ("min_hit_tokens", "after_sights"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
         lower: list[str] = []
         serdes: set[str] = set()
         for position, raw in enumerate(self.tiers):

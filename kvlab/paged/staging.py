@@ -31,10 +31,14 @@ RING_DEPTH = 4
 
 @dataclass
 class Timing:
-    """When a copy began and ended on the GPU; `seconds` is None until it has ended."""
+    """When work began and ended on the GPU; `seconds` is None until it has ended."""
 
     start: torch.cuda.Event
     end: torch.cuda.Event
+
+    def stop(self) -> None:
+        """The work ends with what the current stream has been given so far."""
+        self.end.record(torch.cuda.current_stream())
 
     def seconds(self) -> float | None:
         return self.start.elapsed_time(self.end) / 1e3 if self.end.query() else None
@@ -90,7 +94,7 @@ class CudaTransfer:
         rows, ids = self._checked(slots, block_ids)
         with self._lock:
             compute = torch.cuda.current_stream(self.device)
-            timing = Timing(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            timing = _timing()
             _wait_for_slots(self._in, self._writes, rows)
             timing.start.record(self._in)
             spans = self._pieces(len(rows))
@@ -123,7 +127,7 @@ class CudaTransfer:
         rows, ids = self._checked(slots, block_ids)
         with self._lock:
             compute = torch.cuda.current_stream(self.device)
-            timing = Timing(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            timing = _timing()
             _wait_for_slots(self._out, self._reads, rows)
             timing.start.record(compute)
             on_device = torch.from_numpy(ids).to(self.device, non_blocking=True)
@@ -147,6 +151,12 @@ class CudaTransfer:
         with torch.cuda.device(self.device), torch.cuda.stream(self._side):
             timing = self.load(slots, block_ids)
         timing.end.synchronize()
+
+    def clock(self) -> Timing:
+        """Starts behind what the current stream has been given so far."""
+        timing = _timing()
+        timing.start.record(torch.cuda.current_stream(self.device))
+        return timing
 
     def slots(self, slots: Sequence[int]) -> torch.Tensor:
         """The content of `slots` once the copies into them have ended: a view where they lie in one run."""
@@ -201,6 +211,10 @@ def _wait_for_slots(stream: torch.cuda.Stream, copies: list[tuple[torch.cuda.Eve
     for event, used in copies:
         if np.isin(rows, used).any():
             stream.wait_event(event)
+
+
+def _timing() -> Timing:
+    return Timing(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import time
 from collections.abc import Sequence
 from threading import Thread
 
@@ -28,6 +29,20 @@ def _take_from_system(arena: torch.Tensor) -> None:
         size = min(POPULATE_BYTES, end - at) // mmap.PAGESIZE * mmap.PAGESIZE
         if libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), MADV_POPULATE_WRITE) != 0:
             return
+
+
+class WallClock:
+    """Seconds from its making to `stop`."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._seconds: float | None = None
+
+    def stop(self) -> None:
+        self._seconds = time.perf_counter() - self._start
+
+    def seconds(self) -> float | None:
+        return self._seconds
 
 
 class CPUTransfer:
@@ -59,6 +74,10 @@ class CPUTransfer:
                 pages[block_id] = self._arena[slot, layer]
 
     load_and_wait = load
+
+    def clock(self) -> WallClock:
+        """Starts now."""
+        return WallClock()
 
     def slots(self, slots: Sequence[int]) -> torch.Tensor:
         """The content of `slots`, uint8 [blocks, layers, page_bytes]: a view where they lie in one run."""

@@ -243,7 +243,8 @@ class DiskStore(Store):
             raise
         except OSError as error:
             self._count(errors=1)
-            raise StoreError(f"could not {doing} under {self.root}: {error}") from error
+            reason = errno.errorcode.get(error.errno or 0, "failed").lower()  # enospc, eacces, erofs, ...
+            raise StoreError(f"could not {doing} under {self.root}: {error}", reason=reason) from error
 
     def _count(self, **amounts: float) -> None:
         with self._count_lock:

@@ -49,7 +49,8 @@ def engine(tiers: Sequence[str] | None, settings: dict[str, Any] | None = None, 
     arguments = {**SETTINGS, **(settings or {})}
     model = arguments.pop("model", None) or demo_model()
     if tiers is not None:
-        chosen = {"report": True, "chunk_tokens": 64, **connector}
+        # No admission unless asked for: on a busy machine a load may really be slower than a recompute.
+        chosen = {"report": True, "chunk_tokens": 64, "admission": False, **connector}
         arguments["kv_transfer_config"] = KVTransferConfig(**kvlab.vllm_config(tiers, **chosen))
     llm = LLM(model, **arguments)
     try:

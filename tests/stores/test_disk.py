@@ -266,6 +266,7 @@ def test_a_full_disk_raises_store_error_and_leaves_nothing(tmp_path):
                 store.put("large", b"v" * 100_000)
             except StoreError as error:
                 print("refused:", error)
+                assert error.reason == "efbig", error.reason
             assert bytes(store.get("k")) == b"v" * 10_000
             assert not list((Path(sys.argv[1]) / ".kvlab/writing").iterdir())
             assert store.used_bytes == 10_000, store.used_bytes

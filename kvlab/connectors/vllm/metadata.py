@@ -45,11 +45,13 @@ class SaveOp:
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """One step's copies. `lost_blocks` were promised and cannot be filled: the engine must recompute them."""
+    """One step's copies. `lost_blocks` were promised and cannot be filled: the engine must recompute them.
+    `num_tokens` are those the step computes."""
 
     loads: list[RequestLoad] = field(default_factory=list)
     saves: list[SaveOp] = field(default_factory=list)
     lost_blocks: list[int] = field(default_factory=list)
+    num_tokens: int = 0
 
 
 @dataclass
@@ -71,9 +73,10 @@ class WorkerReport(KVConnectorWorkerMetadata):
     settled: Counter[bytes] = field(default_factory=Counter)  # hashes whose hand-over to lower tiers ended
     bad: set[bytes] = field(default_factory=set)  # hashes that must not be served again
     rows: list[LoadRow] = field(default_factory=list)
+    prefills: list[tuple[int, float]] = field(default_factory=list)  # tokens and seconds of forward passes
 
     def __bool__(self) -> bool:
-        return bool(self.loaded or self.settled or self.bad or self.rows)
+        return bool(self.loaded or self.settled or self.bad or self.rows or self.prefills)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         if isinstance(other, WorkerReport):
@@ -81,4 +84,5 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.settled.update(other.settled)
             self.bad |= other.bad
             self.rows += other.rows
+            self.prefills += other.prefills
         return self

@@ -11,6 +11,7 @@ from typing import Any
 
 from kvlab.chunking import Chunker, Span
 from kvlab.connectors.config import ConnectorConfig
+from kvlab.connectors.vllm.admission import LoadAdmission, SaveAdmission
 from kvlab.connectors.vllm.lookup import Lookup
 from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.requests import Piece, RequestState, request_extras
@@ -47,6 +48,8 @@ class Scheduler:
         self._unsettled: dict[bytes, int] = {}  # hashes being handed to lower tiers -> ranks still to answer
         self._arrived: dict[str, int] = {}  # ranks that finished an async load
         self._bad: dict[bytes, None] = {}  # hashes a lower tier answered with broken or absent data
+        self.admission = LoadAdmission(enabled=config.admission)
+        self._saves = SaveAdmission(config.after_sights)
         self._lookup = Lookup(lower, chunker, namespaces, config.lookup_timeout_ms / 1e3, self.counters)
 
     # ---- a hit?
@@ -74,9 +77,12 @@ class Scheduler:
             plan = self._ready_run(plan)
         blocks = min(_end(plan), usable)
         fetched = sum(piece.span.num_blocks for piece in plan if not piece.in_memory)
-        if fetched and not self._has_room(plan, fetched):
-            plan = self._ready_run([piece for piece in plan if piece.in_memory])
+        state.not_worth = not self._is_worth(plan, blocks, num_computed_tokens)
+        if fetched and (state.not_worth or not self._has_room(plan, fetched)):
+            plan = self._ready_run(plan)
             blocks = min(_end(plan), usable)
+        if state.not_worth and not self._is_worth(plan, blocks, num_computed_tokens):
+            return 0, False
         tokens = blocks * self.chunker.block_tokens - num_computed_tokens
         if tokens < max(self.config.min_hit_tokens, 1):
             return 0, False
@@ -118,6 +124,15 @@ class Scheduler:
                 break
             run.append(piece)
         return run
+
+    def _is_worth(self, plan: list[Piece], blocks: int, num_computed_tokens: int) -> bool:
+        """Whether loading what the engine lacks of the first `blocks` is faster than computing it."""
+        wanted = {"memory": 0, "lower": 0}
+        first = num_computed_tokens // self.chunker.block_tokens
+        for piece in plan:
+            count = min(piece.span.end_block, blocks) - max(piece.span.first_block, first)
+            wanted["memory" if piece.in_memory else "lower"] += max(count, 0) * self.chunker.block_tokens
+        return self.admission.is_worth(wanted)
 
     def _has_room(self, plan: list[Piece], fetched: int) -> bool:
         held = sum(len(e.slots) for p in plan if (e := self.index.get(p.hash)) and not e.pins)
@@ -200,7 +215,9 @@ class Scheduler:
             return
         chunk_end = min(at - at % self.chunker.chunk_blocks + self.chunker.chunk_blocks, len(state.hashes))
         key = state.hashes[chunk_end - 1]
-        if key in self._bad:
+        if state.not_worth:
+            reason = "not_worth_loading"
+        elif key in self._bad:
             reason = "broken"
         elif self.index.get(key) is not None:
             return
@@ -217,7 +234,7 @@ class Scheduler:
         """This step's loads and saves."""
         loads, self._loads = self._loads, []
         lost, self._lost_blocks = self._lost_blocks, []
-        metadata = StepMetadata(loads, [], lost)
+        metadata = StepMetadata(loads, [], lost, output.total_num_scheduled_tokens)
         if self._in_flight and not loads and output.total_num_scheduled_tokens == 0:
             time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the loading threads from running
         try:
@@ -268,7 +285,7 @@ class Scheduler:
                 continue
             state.num_saved_blocks = span.end_block
             key = hashes[span.end_block - 1]
-            if self.index.get(key) is not None:
+            if self.index.get(key) is not None or not self._saves.is_due(key):
                 continue
             entry = self.index.reserve(key, span.num_blocks)
             if entry is None:
@@ -317,7 +334,11 @@ class Scheduler:
                     "hit_tokens": row.num_tokens,
                 }
             self.counters["loaded_bytes"] += row.num_bytes
+            self.admission.loaded("lower" if "lower" in row.tier else "memory", row.num_tokens, row.seconds)
             self.counters["load_seconds"] += row.seconds  # type: ignore[assignment]  # a Counter adds floats too
+
+        for num_tokens, seconds in report.prefills:
+            self.admission.prefilled(num_tokens, seconds)
 
     def _release(self, keys: Sequence[bytes]) -> None:
         """Workers let go of these objects' slots."""

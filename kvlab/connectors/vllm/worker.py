@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from kvlab.connectors.vllm.admission import MIN_PREFILL_TOKENS
 from kvlab.connectors.vllm.metadata import LoadOp, LoadRow, RequestLoad, SaveOp, StepMetadata, WorkerReport
 from kvlab.engine import CacheEngine, retrieved_line
 from kvlab.paged import PageLayout
@@ -19,9 +20,10 @@ PAGE_AXES = ("blocks", "layers", "page_bytes")
 
 
 class Clock(Protocol):
-    """A copy that may still be under way."""
+    """Work that may still be under way."""
 
     def seconds(self) -> float | None: ...
+    def stop(self) -> None: ...
 
 
 class Transfer(Protocol):
@@ -33,6 +35,7 @@ class Transfer(Protocol):
     def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> Clock | None: ...
     def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Clock | None: ...
     def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int]) -> None: ...
+    def clock(self) -> Clock: ...
     def slots(self, slots: Sequence[int]) -> torch.Tensor: ...
     def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None: ...
     def close(self) -> None: ...
@@ -54,6 +57,8 @@ class Worker:
         self._lost_blocks: set[int] = set()
         self._finished: set[str] = set()
         self._under_way: list[tuple[LoadRow, int, Clock]] = []  # loads whose copies have not ended
+        self._forward: tuple[int, Clock] | None = None  # tokens of this step's forward pass
+        self._forwards: list[tuple[int, Clock]] = []  # forward passes that may not have ended
         self._lock = threading.Lock()
         self._loads = ThreadPoolExecutor(2, thread_name_prefix="kvlab-load")
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="kvlab-write")
@@ -69,9 +74,16 @@ class Worker:
             else:
                 self._load(load)
         metadata.loads = []
+        self._forward = (
+            (metadata.num_tokens, self.transfer.clock()) if metadata.num_tokens >= MIN_PREFILL_TOKENS else None
+        )
 
     def save(self, metadata: StepMetadata) -> None:
         """All of a step's saves as one copy: few large pieces move faster than many small ones."""
+        if self._forward is not None:
+            self._forward[1].stop()
+            self._forwards.append(self._forward)
+            self._forward = None
         ops, metadata.saves = metadata.saves, []
         if not ops:
             return
@@ -113,7 +125,10 @@ class Worker:
                 continue
             row.seconds = seconds
             self._tell(row, prompt_tokens)
+        measured = [(entry, entry[1].seconds()) for entry in self._forwards]
+        self._forwards = [entry for entry, seconds in measured if seconds is None]
         with self._lock:
+            self._report.prefills += [(entry[0], seconds) for entry, seconds in measured if seconds is not None]
             report, self._report = self._report, WorkerReport()
         return report or None
 

@@ -1,0 +1,72 @@
+"""What is worth moving: loads that beat a recompute, saves of what comes again. Measured, never configured."""
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from statistics import median
+
+MIN_PREFILL_TOKENS = 64  # a smaller step says little of the rate of a large one
+KEPT_RATES = 16
+FORGET_S = 30.0  # a tier that was too slow is tried again after this long
+KEPT_SIGHTS = 65536
+
+
+class LoadAdmission:
+    """Compares tokens per second: a tier's loads, to the end of the copy, against the engine's forward passes.
+
+    It errs towards loading. A tier counts with the best rate of its latest loads, a recompute with the median of the
+    latest prefills (which attention makes too fast for long prompts); what nobody measured within half a minute is
+    loaded. Time in vLLM's queue is in neither.
+    """
+
+    def __init__(self, *, enabled: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
+        self.enabled = enabled
+        self._clock = clock
+        self._prefills: deque[float] = deque(maxlen=KEPT_RATES)
+        self._loads: dict[str, deque[tuple[float, float]]] = {}  # tier -> (when, tokens/s)
+
+    def prefilled(self, num_tokens: int, seconds: float) -> None:
+        """A forward pass over `num_tokens` took `seconds`."""
+        if num_tokens >= MIN_PREFILL_TOKENS and seconds > 0:
+            self._prefills.append(num_tokens / seconds)
+
+    def loaded(self, tier: str, num_tokens: int, seconds: float) -> None:
+        """A load of `num_tokens` from `tier` took `seconds`."""
+        if num_tokens > 0 and seconds > 0:
+            self._loads.setdefault(tier, deque(maxlen=KEPT_RATES)).append((self._clock(), num_tokens / seconds))
+
+    def is_worth(self, num_tokens: Mapping[str, int]) -> bool:
+        """Whether loading these tokens, by tier, takes no longer than computing them."""
+        if not self.enabled or not self._prefills:
+            return True
+        rates = {tier: self.load_rate(tier) for tier, count in num_tokens.items() if count}
+        seconds = sum(num_tokens[tier] / rate for tier, rate in rates.items() if rate)
+        return seconds <= sum(num_tokens.values()) / self.prefill_rate()
+
+    def prefill_rate(self) -> float:
+        """Tokens per second of the engine's forward passes; 0 if none was measured."""
+        return median(self._prefills) if self._prefills else 0.0
+
+    def load_rate(self, tier: str) -> float:
+        """Tokens per second of a tier at its best lately; 0 if nothing was loaded from it lately."""
+        rates = self._loads.get(tier, deque())
+        while rates and self._clock() - rates[0][0] > FORGET_S:
+            rates.popleft()
+        return max((rate for _, rate in rates), default=0.0)
+
+
+class SaveAdmission:
+    """Lets an object pass from the n-th prompt on that holds it: what is seen once is most of the traffic."""
+
+    def __init__(self, after_sights: int) -> None:
+        self._after_sights = after_sights
+        self._sights: OrderedDict[bytes, int] = OrderedDict()
+
+    def is_due(self, key: bytes) -> bool:
+        """Count a sight of `key`; whether it is the n-th or a later one. The latest 65,536 keys are remembered."""
+        if self._after_sights <= 1:
+            return True
+        sights = self._sights[key] = self._sights.pop(key, 0) + 1
+        if len(self._sights) > KEPT_SIGHTS:
+            self._sights.popitem(last=False)
+        return sights >= self._after_sights

@@ -1,0 +1,91 @@
+"""What is worth moving: the rule by itself, then in a real engine over a tier that is slow."""
+
+import pytest
+
+from kvlab.connectors.vllm.admission import FORGET_S, LoadAdmission, SaveAdmission
+from kvlab.stores.wrappers import LatencyStore
+from tests.connectors.engine import connector, engine, generate, prompt, worker
+from tests.connectors.test_disk_tier import drain
+
+
+@pytest.fixture
+def now() -> list[float]:
+    return [0.0]
+
+
+@pytest.fixture
+def rule(now) -> LoadAdmission:
+    return LoadAdmission(clock=lambda: now[0])
+
+
+def test_nothing_measured_is_loaded(rule):
+    assert rule.is_worth({"memory": 100, "lower": 100})
+    rule.prefilled(1000, 1.0)
+    assert rule.is_worth({"lower": 100})
+
+
+def test_the_slower_way_is_not_taken(rule):
+    rule.prefilled(1000, 1.0)
+    rule.loaded("lower", 500, 1.0)
+    rule.loaded("memory", 50_000, 1.0)
+    assert not rule.is_worth({"lower": 100})
+    assert rule.is_worth({"memory": 100})
+    assert rule.is_worth({"memory": 900, "lower": 400}), "0.018 + 0.8 s against 1.3"
+    assert not rule.is_worth({"memory": 300, "lower": 400}), "0.006 + 0.8 s against 0.7"
+
+
+def test_it_errs_towards_loading(rule):
+    for seconds in (0.5, 1.0, 8.0):
+        rule.prefilled(1000, seconds)
+    rule.prefilled(8, 1.0)  # a decode step says nothing of a prefill
+    assert rule.prefill_rate() == 1000
+    for tokens in (100, 1200, 300):
+        rule.loaded("lower", tokens, 1.0)
+    assert rule.is_worth({"lower": 100})
+
+
+def test_a_slow_tier_is_tried_again(rule, now):
+    rule.prefilled(1000, 1.0)
+    rule.loaded("lower", 10, 1.0)
+    assert not rule.is_worth({"lower": 100})
+    now[0] = FORGET_S + 0.1
+    assert rule.is_worth({"lower": 100})
+
+
+def test_off_loads_always():
+    rule = LoadAdmission(enabled=False)
+    rule.prefilled(1000, 1.0)
+    rule.loaded("lower", 10, 1.0)
+    assert rule.is_worth({"lower": 100})
+
+
+def test_saves_from_the_nth_sight_on():
+    once, twice = SaveAdmission(1), SaveAdmission(2)
+    assert once.is_due(b"a")
+    assert [twice.is_due(key) for key in (b"a", b"b", b"a", b"a")] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(("admission", "hits"), [(True, [288, 0, 0]), (False, [288, 288, 288])])
+def test_a_tier_slower_than_computing(tmp_path, expected, admission, hits):
+    p = prompt(300)
+    with engine([f"file://{tmp_path}?size=1GiB"], admission=admission) as llm:
+        generate(llm, [p])
+        drain(llm)
+        lower = worker(llm).engine
+        lower.store_ = LatencyStore(lower.store_, latency_s=1.0)  # five chunks one after the other
+        answers = [generate(llm, [p])[0] for _ in hits]
+        counters = connector(llm).scheduler.counters
+        assert [answer.hit for answer in answers] == hits
+        assert all(answer.tokens == expected(p) for answer in answers)
+        assert counters["miss_not_worth_loading"] == hits.count(0)
+        assert not connector(llm).hook_errors
+
+
+def test_only_what_comes_again_is_saved(expected):
+    p, q = prompt(300), prompt(300, ending=0)
+    with engine(["memory://?size=256MiB"], after_sights=2) as llm:
+        answers = [generate(llm, [each])[0] for each in (p, q, p, q)]
+        assert [answer.tokens for answer in answers] == [expected(each) for each in (p, q, p, q)]
+        # The four chunks that both begin with were saved at q's sight, the endings at their own second one.
+        assert [answer.hit for answer in answers] == [0, 0, 256, 256]
+        assert [generate(llm, [each])[0].hit for each in (p, q)] == [288, 288]

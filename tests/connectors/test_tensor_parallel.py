@@ -1,0 +1,75 @@
+"""Two tensor-parallel ranks, two worker processes: one index in the scheduler, every rank copies its own half."""
+
+import os
+
+import pytest
+import torch
+
+from tests.connectors.engine import BLOCK, connector, engine, generate, prompt
+
+NUM_TOKENS = 300
+RANK_BYTES = 288 * 3 * 2 * 32 * 4  # tokens, layers, K and V, one of two heads of 32 floats
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A small Llama whose heads divide by two (the demo model has three KV heads)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_two_ranks_answer_from_every_tier(model, tmp_path, monkeypatch):
+    cpus = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cpus[0]}|{cpus[-1]}")
+    settings = {
+        "model": model,
+        "skip_tokenizer_init": True,
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "kv_cache_memory_bytes": 32 << 20,
+    }
+    p = prompt(NUM_TOKENS)
+    tiers = ["memory://?size=64MiB", f"file://{tmp_path}/tier?size=1GiB"]
+    with engine(tiers, settings) as llm:
+        scheduler = connector(llm).scheduler
+        assert len(scheduler.namespaces) == 2
+
+        def ask(length: int = NUM_TOKENS):
+            return generate(llm, [p[:length]], detokenize=False)[0]
+
+        def settle() -> None:
+            """Reports come with steps: make some until both ranks have handed everything on."""
+            for _ in range(50):
+                if not scheduler._unsettled:
+                    return
+                ask(BLOCK - 1)
+            raise AssertionError(f"{len(scheduler._unsettled)} objects were never reported as written")
+
+        first = ask()
+        settle()
+        assert first.hit == 0
+        assert len(set(first.tokens)) > 4, "a model that says one thing only would prove nothing"
+        memory = ask()
+        assert (memory.hit, memory.row["tier"], memory.row["bytes"]) == (288, "memory", RANK_BYTES)
+        connector(llm).reset_cache()
+        lower = ask()
+        assert (lower.hit, lower.row["tier"], lower.row["bytes"]) == (288, "lower", RANK_BYTES)
+        settle()
+        connector(llm).reset_cache()
+        # What one rank lost, no rank may promise: everything of the second one's.
+        lost = [key for key in list(scheduler.lower.keys()) if key.split(":")[2] == scheduler.namespaces[1].id]
+        assert len(lost) == 5
+        for key in lost:
+            assert scheduler.lower.delete(key)
+        alone = ask()
+        assert alone.hit == 0
+        assert first.tokens == memory.tokens == lower.tokens == alone.tokens
+        assert not connector(llm).hook_errors
