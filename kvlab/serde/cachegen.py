@@ -22,8 +22,13 @@ from kvlab.serde.tables import Tables, load_tables
 
 try:
     from kvlab.serde import rans_fast as coder
-except ImportError:  # numba is an extra; the reference writes the same bytes
+    from kvlab.serde.dequant_fast import dequantize
+except ImportError:  # numba is an extra; the reference writes and reads the same bytes
     coder = rans  # type: ignore[misc]
+
+    def dequantize(*_: object) -> bool:  # type: ignore[misc]
+        return False
+
 
 DELTA_CHANNELS, ANCHOR_CHANNELS = 8, 64  # channels of a lane: about 2,000 symbols of a 256-token chunk
 __all__ = ["CacheGenSerde", "as_part", "coder", "planes_of_writable", "symbols_of"]
@@ -100,7 +105,7 @@ class CacheGenSerde(Serde):
         anchors = self._anchors(encoded, tokens, heads, dim) if tables.deltas else None
         symbols = symbols_of(encoded, "payload", tables.delta_model, len(rest_of(tokens)) if tables.deltas else tokens)
         result = checked_out(encoded, out)
-        self._dequantize(encoded, symbols, anchors, planes_of_writable(result, encoded.axes))
+        self._dequantize(encoded, symbols, anchors, result)
         return result
 
     def _anchors(self, encoded: Encoded, tokens: int, heads: int, dim: int) -> Anchors:
@@ -111,9 +116,9 @@ class CacheGenSerde(Serde):
         return Anchors(codes.view(*codes.shape[:2], heads, dim), encoded.parts["anchors.scales"])
 
     def _dequantize(
-        self, encoded: Encoded, symbols: torch.Tensor, anchors: Anchors | None, planes: list[torch.Tensor]
+        self, encoded: Encoded, symbols: torch.Tensor, anchors: Anchors | None, result: torch.Tensor
     ) -> None:
-        """Write every plane (tokens, kv_heads, head_dim) of the result."""
+        """Write every plane of the result."""
         tables, taken = self.tables, 0
         escapes, escape = encoded.parts.get("payload.escapes"), 2 * tables.radius + 1
         if escapes is None or escapes.dtype != torch.int16 or escapes.ndim != 1:
@@ -123,7 +128,11 @@ class CacheGenSerde(Serde):
         if int(num_escapes.sum()) != len(escapes):
             raise FormatError(f"cachegen chunk holds {len(escapes)} escapes, its symbols name {int(num_escapes.sum())}")
         anchor_values = anchors.values() if anchors is not None else None
-        for index, plane in enumerate(planes):
+        base, group = (center, 0) if anchor_values is None else (anchor_values, GROUP)
+        fast = (escapes.numpy(), tables.radius, step[:, 0].numpy(), base.numpy(), group)
+        if dequantize(symbols.numpy(), *fast, ordered(result, encoded.axes)):
+            return
+        for index, plane in enumerate(planes_of_writable(result, encoded.axes)):
             values = symbols[index].float().sub_(tables.radius)
             if num_escapes[index]:
                 values[symbols[index] == escape] = escapes[taken : taken + num_escapes[index]].float()
@@ -151,10 +160,14 @@ def _store(values: torch.Tensor, target: torch.Tensor) -> None:
     target.copy_(values.reshape(target.shape))
 
 
+def ordered(kv: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
+    """A view (layers, kv, tokens, kv_heads, head_dim)."""
+    return kv.permute([axes.index(axis) for axis in ("layers", "kv", "tokens", "kv_heads", "head_dim")])
+
+
 def planes_of_writable(kv: torch.Tensor, axes: tuple[str, ...]) -> list[torch.Tensor]:
     """The planes of `kv`, each a view (tokens, kv_heads, head_dim) to write to."""
-    order = [axes.index(axis) for axis in ("layers", "kv", "tokens", "kv_heads", "head_dim")]
-    return [plane for layer in kv.permute(order) for plane in layer]
+    return [plane for layer in ordered(kv, axes) for plane in layer]
 
 
 def symbols_of(encoded: Encoded, stream: str, model: rans.Model, steps: int) -> torch.Tensor:

@@ -93,13 +93,23 @@ def test_far_values_come_back_through_escapes() -> None:
     assert float(serde.decode(encoded)[1, 5, 1, 0, 3]) == pytest.approx(100.0, rel=0.01)
 
 
-def test_without_numba_the_reference_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    serde = CacheGenSerde(tables())
-    fast = serde.encode(KV, AXES)
+@pytest.mark.parametrize("deltas", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("num_tokens", [0, 1, 10, 23])
+def test_without_numba_the_reference_writes_and_reads_the_same(
+    monkeypatch: pytest.MonkeyPatch, deltas: bool, dtype: torch.dtype, num_tokens: int
+) -> None:
+    serde = CacheGenSerde(tables(deltas=deltas))
+    kv = KV[:, :num_tokens].to(dtype).clone()
+    if num_tokens:
+        kv[2, -1, 1, 1, 3], kv[0, 0, 0, 0, :] = 300.0, 40.0  # some need escapes
+    fast = serde.encode(kv, AXES)
+    read = serde.decode(fast)
     monkeypatch.setattr("kvlab.serde.cachegen.coder", rans)
-    slow = serde.encode(KV, AXES)
+    monkeypatch.setattr("kvlab.serde.cachegen.dequantize", lambda *_: False)
+    slow = serde.encode(kv, AXES)
     assert all(raw(fast.parts[name]).equal(raw(slow.parts[name])) for name in fast.parts)
-    assert raw(serde.decode(fast)).equal(raw(serde.decode(slow)))
+    assert raw(read).equal(raw(serde.decode(slow)))
 
 
 def test_tables_lie_beside_the_model_and_lmcaches_in_each_chunk() -> None:
