@@ -49,11 +49,34 @@ def check(transfer, blocks, slots) -> None:
     assert torch.equal(gather(transfer.layout, blocks, transfer.layout.buffer(len(blocks), device="cuda")), before)
 
 
+def check_order(transfer, blocks, slots, others) -> None:
+    """A load from a thread's stream into pages whose save waits behind a busy engine: the save has the old bytes."""
+    before = gather(transfer.layout, blocks, transfer.layout.buffer(len(blocks), device="cuda")).cpu()
+    transfer.arena[others].fill_(0x3C)
+    torch.cuda._sleep(100_000_000)
+    transfer.save(blocks, slots)
+    transfer.load_and_wait(others, blocks, transfer.fence())
+    assert torch.equal(transfer.slots(slots), before)
+    assert (gather(transfer.layout, blocks, transfer.layout.buffer(len(blocks), device="cuda")) == 0x3C).all()
+
+
+def check_clock(transfer) -> None:
+    """A clock knows no time before the work has ended, and then about the right one."""
+    clock = transfer.clock()
+    start = time.perf_counter()
+    torch.cuda._sleep(100_000_000)
+    clock.stop()
+    assert clock.seconds() is None
+    torch.cuda.synchronize()
+    assert 0.5 < clock.seconds() / (time.perf_counter() - start) < 1.1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=Path, default=Path("data/measured/gpu_transfer.csv"))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--staging-mib", type=int, nargs="*", default=[128])
+    parser.add_argument("--check-only", action="store_true", help="compare bytes and order, time nothing")
     options = parser.parse_args()
     pages = layout()
     block_bytes = pages.block_bytes
@@ -69,6 +92,8 @@ def main() -> None:
             blocks = torch.randperm(BLOCKS)[:num_blocks].tolist()
             slots = list(range(num_blocks))
             check(transfer, blocks, slots)
+            if options.check_only:
+                continue
             other_blocks = [b for b in range(BLOCKS) if b not in set(blocks)][:num_blocks]
             other_slots = list(range(most, most + num_blocks))
             second = torch.cuda.Stream()
@@ -109,8 +134,11 @@ def main() -> None:
                 }  # fmt: skip
                 rows.append(row)
                 print(*(f"{k}={v}" for k, v in row.items()), flush=True)
+        check_order(transfer, list(range(300)), list(range(300)), list(range(300, 600)))
+        check_clock(transfer)
         transfer.close()
-    append_rows(options.rows, rows)
+    if not options.check_only:
+        append_rows(options.rows, rows)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch
 
 from kvlab.errors import ConfigError
 
+ALIGNMENT = 4096  # of host buffers: what direct I/O asks for
+
 # Layout names in which the inside of a page is one run of bytes (the letters of vLLM's v1/kv_cache_layout.py:
 # Layers, Blocks, Heads, tokeNs, Content in memory order; NHD and HND are the older names). In LHBNC and BHLNC a
 # page is scattered per head.
@@ -48,8 +50,19 @@ class PageLayout:
         return self.num_layers * self.page_bytes
 
     def buffer(self, num_blocks: int, *, device: str | torch.device = "cpu") -> torch.Tensor:
-        """An uninitialised chunk buffer: uint8 [blocks, layers, page_bytes]."""
-        return torch.empty((num_blocks, self.num_layers, self.page_bytes), dtype=torch.uint8, device=device)
+        """An uninitialised chunk buffer: uint8 [blocks, layers, page_bytes]. In host memory it starts at a multiple of
+        4,096, so that direct I/O writes whole blocks of it without a copy."""
+        shape = (num_blocks, self.num_layers, self.page_bytes)
+        if torch.device(device).type != "cpu":
+            return torch.empty(shape, dtype=torch.uint8, device=device)
+        return aligned_bytes(num_blocks * self.block_bytes).view(shape)
+
+
+def aligned_bytes(num_bytes: int) -> torch.Tensor:
+    """Uninitialised host memory, uint8 [num_bytes], that starts at a multiple of 4,096."""
+    raw = torch.empty(num_bytes + ALIGNMENT - 1, dtype=torch.uint8)
+    start = -raw.data_ptr() % ALIGNMENT
+    return raw[start : start + num_bytes]
 
 
 def page_layout(

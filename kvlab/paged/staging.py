@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from kvlab.errors import ConfigError
 from kvlab.paged.kernels import PageMover
-from kvlab.paged.layout import PageLayout
+from kvlab.paged.layout import PageLayout, aligned_bytes
 
 Rows: TypeAlias = NDArray[np.integer]
 
@@ -49,7 +49,7 @@ def pinned_arena(num_bytes: int) -> torch.Tensor:
 
     Falls back to pageable memory where the driver refuses, which the caller can tell by ``is_pinned()``.
     """
-    arena = torch.empty(num_bytes, dtype=torch.uint8)
+    arena = aligned_bytes(num_bytes)
     torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), num_bytes, 0)
     return arena
 
@@ -146,9 +146,18 @@ class CudaTransfer:
             self._writes.append((_recorded(self._out), rows))
         return timing
 
-    def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
-        """`load` on a stream of its own, for threads: the pages are filled when it returns."""
+    def fence(self) -> torch.cuda.Event:
+        """The end of what the current stream has been given so far."""
+        return _recorded(torch.cuda.current_stream(self.device))
+
+    def load_and_wait(
+        self, slots: Sequence[int], block_ids: Sequence[int], after: torch.cuda.Event | None = None
+    ) -> None:
+        """`load` on a stream of its own, for threads: the pages are filled when it returns. Nothing is written to them
+        before `after`: who had the pages last may still be reading them, and a save of them may be under way."""
         with torch.cuda.device(self.device), torch.cuda.stream(self._side):
+            if after is not None:
+                self._side.wait_event(after)
             timing = self.load(slots, block_ids)
         timing.end.synchronize()
 

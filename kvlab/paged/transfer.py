@@ -73,7 +73,11 @@ class CPUTransfer:
             for block_id, slot in zip(block_ids, slots, strict=True):
                 pages[block_id] = self._arena[slot, layer]
 
-    load_and_wait = load
+    def fence(self) -> None:
+        """Nothing is under way when a call returns."""
+
+    def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int], after: None = None) -> None:
+        self.load(slots, block_ids)
 
     def clock(self) -> WallClock:
         """Starts now."""

@@ -1,5 +1,7 @@
 """What is worth moving: the rule by itself, then in a real engine over a tier that is slow."""
 
+import time
+
 import pytest
 
 from kvlab.connectors.vllm.admission import FORGET_S, LoadAdmission, SaveAdmission
@@ -79,6 +81,21 @@ def test_a_tier_slower_than_computing(tmp_path, expected, admission, hits):
         assert all(answer.tokens == expected(p) for answer in answers)
         assert counters["miss_not_worth_loading"] == hits.count(0)
         assert not connector(llm).hook_errors
+
+
+def test_what_is_measured_is_the_forward_pass_and_memory_is_worth_it(expected):
+    with engine(["memory://?size=256MiB"], admission=True) as llm:
+        for length in (300, 480, 700):
+            p = prompt(length)
+            start = time.perf_counter()
+            assert generate(llm, [p])[0].tokens == expected(p)
+            wall = time.perf_counter() - start
+            again = generate(llm, [p])[0]
+            assert (again.hit, again.tokens) == ((length - 1) // 32 * 32, expected(p))
+        rule = connector(llm).scheduler.admission
+        computed = 700 - 480 // 64 * 64  # the chunks of the shorter prompt were loaded
+        assert computed / wall < rule._prefills[-1] < 20 * computed / wall, "a part of the call, and no small one"
+        assert rule.load_rate("memory") > rule.prefill_rate()
 
 
 def test_only_what_comes_again_is_saved(expected):

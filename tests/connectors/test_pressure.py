@@ -19,16 +19,43 @@ def prompts() -> list[list[int]]:
     ]
 
 
+def computed(llm, asked: list[list[int]]) -> list[list[dict[int, float]]]:
+    """Without a cache: for each request and position the likeliest tokens, best first, with their log probabilities."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=5)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in asked], sampling, use_tqdm=False)
+    return [
+        [
+            {token: found.logprob for token, found in sorted(at.items(), key=lambda item: item[1].rank)}
+            for at in output.outputs[0].logprobs
+        ]
+        for output in outputs
+    ]
+
+
+def gap(want: list[dict[int, float]], got: list[int]) -> float:
+    """How far below the best token the first one that differs is, in log probability; 0 where none does."""
+    for likely, token in zip(want, got, strict=True):
+        best = next(iter(likely))
+        if token != best:
+            return likely[best] - likely.get(token, -100.0)
+    return 0.0
+
+
 def test_evictions_under_load_change_no_token():
     asked = prompts()
     with engine(None) as llm:
-        want = [answer.tokens for answer in generate(llm, asked, max_tokens=8)]
+        want = computed(llm, asked)
     touched = sum(len({tuple(p[:64]) for p in asked}) * 64 for _ in range(4)) + 40 * len(asked)
     budget = touched * 46080 // 10
     with engine([f"memory://?size={budget}"]) as llm:
         got = generate(llm, asked, max_tokens=8)
         scheduler = connector(llm).scheduler
-        assert [answer.tokens for answer in got] == want
+        gaps = [gap(*pair) for pair in zip(want, (answer.tokens for answer in got), strict=True)]
+        # A GPU takes other kernels for other batch sizes, so that a tie may fall the other way; wrong KV is no tie.
+        assert max(gaps) < 1e-3
+        assert sum(each > 0 for each in gaps) <= (NUM_REQUESTS // 100 if torch.cuda.is_available() else 0)
         assert scheduler.index.num_evictions > 0
         assert scheduler.counters["hit_requests"] > 0
         assert not connector(llm).hook_errors

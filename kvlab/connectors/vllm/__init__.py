@@ -124,6 +124,15 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             engine = CacheEngine(lower, namespace=namespace, chunker=self.chunker, serde=self.config.serde)
         self.worker = Worker(_transfer(layout, self.num_slots, self.config.gpu_staging), self.num_slots, engine)
 
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self._begin_step()
+
+    @_never_raise(lambda: None)
+    def _begin_step(self) -> None:
+        if self.worker is not None and isinstance(self._connector_metadata, StepMetadata):
+            self.worker.begin(self._connector_metadata)
+
     @_never_raise(lambda: None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self.worker is not None and isinstance(self._connector_metadata, StepMetadata):

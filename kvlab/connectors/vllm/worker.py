@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -34,7 +34,8 @@ class Transfer(Protocol):
 
     def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> Clock | None: ...
     def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Clock | None: ...
-    def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int]) -> None: ...
+    def fence(self) -> Any: ...
+    def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int], after: Any) -> None: ...
     def clock(self) -> Clock: ...
     def slots(self, slots: Sequence[int]) -> torch.Tensor: ...
     def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None: ...
@@ -65,18 +66,21 @@ class Worker:
 
     # ---- each step
 
+    def begin(self, metadata: StepMetadata) -> None:
+        """The step's forward pass comes next (some versions of vLLM start loads only after it)."""
+        timed = metadata.num_tokens >= MIN_PREFILL_TOKENS
+        self._forward = (metadata.num_tokens, self.transfer.clock()) if timed else None
+
     def load(self, metadata: StepMetadata) -> None:
         with self._lock:
             self._lost_blocks.update(metadata.lost_blocks)
         for load in metadata.loads:
             if load.is_async:
-                self._loads.submit(self._load, load)
+                # The pages may be those of a request that has just ended and whose last step is still under way.
+                self._loads.submit(self._load, load, self.transfer.fence())
             else:
                 self._load(load)
         metadata.loads = []
-        self._forward = (
-            (metadata.num_tokens, self.transfer.clock()) if metadata.num_tokens >= MIN_PREFILL_TOKENS else None
-        )
 
     def save(self, metadata: StepMetadata) -> None:
         """All of a step's saves as one copy: few large pieces move faster than many small ones."""
@@ -148,7 +152,7 @@ class Worker:
 
     # ----
 
-    def _load(self, load: RequestLoad) -> None:
+    def _load(self, load: RequestLoad, after: Any = None) -> None:
         start = time.perf_counter()
         slots: list[int] = []
         pages: list[int] = []
@@ -163,7 +167,7 @@ class Worker:
                 pages += op.block_ids
                 tiers["lower" if op.fetch else "memory"] = None
             if slots and load.is_async:
-                self.transfer.load_and_wait(slots, pages)
+                self.transfer.load_and_wait(slots, pages, after)
             elif slots:
                 clock = self.transfer.load(slots, pages)
         except Exception:
