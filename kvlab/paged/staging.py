@@ -31,10 +31,14 @@ RING_DEPTH = 4
 
 @dataclass
 class Timing:
-    """When work began and ended on the GPU; `seconds` is None until it has ended."""
+    """When work began and ended on the GPU; `seconds` is None until it has ended.
+
+    `reached` is when the engine's own stream came to it: a copy may begin while the engine still computes.
+    """
 
     start: torch.cuda.Event
     end: torch.cuda.Event
+    reached: torch.cuda.Event
 
     def stop(self) -> None:
         """The work ends with what the current stream has been given so far."""
@@ -42,6 +46,10 @@ class Timing:
 
     def seconds(self) -> float | None:
         return self.start.elapsed_time(self.end) / 1e3 if self.end.query() else None
+
+    def delay(self) -> float:
+        """Seconds by which ended work held up the engine's stream."""
+        return float(self.reached.elapsed_time(self.end)) / 1e3
 
 
 def pinned_arena(num_bytes: int) -> torch.Tensor:
@@ -97,6 +105,7 @@ class CudaTransfer:
             timing = _timing()
             _wait_for_slots(self._in, self._writes, rows)
             timing.start.record(self._in)
+            timing.reached.record(compute)
             spans = self._pieces(len(rows))
             taken = [self._rings["in"].next() for _ in spans]
             self._fetch(rows, spans[:RING_DEPTH], taken)
@@ -223,7 +232,7 @@ def _wait_for_slots(stream: torch.cuda.Stream, copies: list[tuple[torch.cuda.Eve
 
 
 def _timing() -> Timing:
-    return Timing(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+    return Timing(*(torch.cuda.Event(enable_timing=True) for _ in range(3)))
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -44,6 +44,9 @@ class WallClock:
     def seconds(self) -> float | None:
         return self._seconds
 
+    def delay(self) -> float:
+        return self._seconds or 0.0
+
 
 class CPUTransfer:
     """Pages and arena lie in the same memory: a copy is a copy.

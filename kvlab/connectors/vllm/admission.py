@@ -12,7 +12,7 @@ KEPT_SIGHTS = 65536
 
 
 class LoadAdmission:
-    """Compares tokens per second: a tier's loads, to the end of the copy, against the engine's forward passes.
+    """Compares tokens per second: a tier's loads, by how long they held up the engine, against its forward passes.
 
     It errs towards loading. A tier counts with the best rate of its latest loads, a recompute with the median of the
     latest prefills (which attention makes too fast for long prompts); what nobody measured within half a minute is
@@ -31,7 +31,7 @@ class LoadAdmission:
             self._prefills.append(num_tokens / seconds)
 
     def loaded(self, tier: str, num_tokens: int, seconds: float) -> None:
-        """A load of `num_tokens` from `tier` took `seconds`."""
+        """A load of `num_tokens` from `tier` held up the request or the engine for `seconds`."""
         if num_tokens > 0 and seconds > 0:
             self._loads.setdefault(tier, deque(maxlen=KEPT_RATES)).append((self._clock(), num_tokens / seconds))
 

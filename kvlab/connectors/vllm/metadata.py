@@ -56,13 +56,15 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass
 class LoadRow:
-    """One request's load as measured by a worker, to the end of the copy."""
+    """One request's load as measured by a worker: `seconds` from the beginning to the end of the copy, `delay` those by
+    which it held up the engine, which may still have been computing when the copy began."""
 
     request_id: str
     num_tokens: int
     num_bytes: int
     seconds: float
     tier: str
+    delay: float
 
 
 @dataclass

@@ -334,7 +334,7 @@ class Scheduler:
                     "hit_tokens": row.num_tokens,
                 }
             self.counters["loaded_bytes"] += row.num_bytes
-            self.admission.loaded("lower" if "lower" in row.tier else "memory", row.num_tokens, row.seconds)
+            self.admission.loaded("lower" if "lower" in row.tier else "memory", row.num_tokens, row.delay)
             self.counters["load_seconds"] += row.seconds  # type: ignore[assignment]  # a Counter adds floats too
 
         for num_tokens, seconds in report.prefills:

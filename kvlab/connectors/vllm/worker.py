@@ -23,6 +23,7 @@ class Clock(Protocol):
     """Work that may still be under way."""
 
     def seconds(self) -> float | None: ...
+    def delay(self) -> float: ...
     def stop(self) -> None: ...
 
 
@@ -127,7 +128,7 @@ class Worker:
                 with self._lock:
                     self._under_way.append((row, prompt_tokens, clock))
                 continue
-            row.seconds = seconds
+            row.seconds, row.delay = seconds, clock.delay()
             self._tell(row, prompt_tokens)
         measured = [(entry, entry[1].seconds()) for entry in self._forwards]
         self._forwards = [entry for entry, seconds in measured if seconds is None]
@@ -175,7 +176,8 @@ class Worker:
             self._failed("load", load.ops[0].hash, settled=False)
         num_bytes = len(pages) * self.transfer.layout.block_bytes
         tokens = load.num_tokens * len(pages) // max(len(wanted), 1)
-        row = LoadRow(load.request_id, tokens, num_bytes, time.perf_counter() - start, "+".join(tiers) or "none")
+        seconds = time.perf_counter() - start
+        row = LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", seconds)
         with self._lock:
             self._lost_blocks.update(wanted[len(pages) :])
             if load.is_async:
