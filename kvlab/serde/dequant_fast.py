@@ -18,7 +18,8 @@ _BITS = {torch.bfloat16: (torch.int16, np.uint16), torch.float32: (torch.int32, 
 def dequantize(
     symbols: Array, escapes: Array, radius: int, step: Array, base: Array, group: int, out: torch.Tensor
 ) -> bool:
-    """Write ``(symbol - radius) * step + base`` to `out`; False, and nothing written, if its dtype is another.
+    """Write ``(symbol - radius) * step + base`` to `out`; False, and nothing written, if its dtype or device is
+    another.
 
     Parameters
     ----------
@@ -26,9 +27,9 @@ def dequantize(
     step : float32 (planes, channels).
     base : float32 (planes, groups, channels): the values of the anchors, which lead their groups; with `group` 0 the
         centers (planes, 1, channels), and every token is a step.
-    out : bfloat16 or float32 (layers, kv, tokens, kv_heads, head_dim), any strides.
+    out : in host memory, bfloat16 or float32 (layers, kv, tokens, kv_heads, head_dim), any strides.
     """
-    if out.dtype not in _BITS:
+    if out.dtype not in _BITS or out.device.type != "cpu":
         return False
     integer, unsigned = _BITS[out.dtype]
     bits = out.view(integer).numpy().view(unsigned)

@@ -9,10 +9,10 @@ from kvlab.errors import ConfigError
 from kvlab.stores.background import BackgroundWriter
 from kvlab.stores.backoff import FIRST_WAIT_S, LONGEST_WAIT_S
 from kvlab.stores.base import Buffer, Store, StoreStats, Value
+from kvlab.stores.sights import Sights
 from kvlab.stores.tier import Tier
 
 KEPT_SOURCES = 1 << 14
-KEPT_SIGHTS = 1 << 16
 
 
 class TieredStore(Store):
@@ -57,7 +57,7 @@ class TieredStore(Store):
         self._after_sights = after_sights
         self._promote = promote
         self._came_from: OrderedDict[str, Tier] = OrderedDict()
-        self._sights: OrderedDict[str, int] = OrderedDict()
+        self._sights = Sights()
         self._lock = threading.Lock()
         self._writer = BackgroundWriter(self._carry_down, max_keys=max_queued) if write == "back" else None
 
@@ -210,9 +210,7 @@ class TieredStore(Store):
         if self._after_sights == 1:
             return True
         with self._lock:
-            sights = self._sights[key] = self._sights.pop(key, 0) + 1
-            if len(self._sights) > KEPT_SIGHTS:
-                self._sights.popitem(last=False)
+            sights = self._sights.add(key)
         return sights == self._after_sights if exactly else sights >= self._after_sights
 
     def _carry_down(self, key: str) -> None:

@@ -1,14 +1,15 @@
 """What is worth moving: loads that beat a recompute, saves of what comes again. Measured, never configured."""
 
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from statistics import median
+
+from kvlab.stores.sights import Sights
 
 MIN_PREFILL_TOKENS = 64  # a smaller step says little of the rate of a large one
 KEPT_RATES = 16
 FORGET_S = 30.0  # a tier that was too slow is tried again after this long
-KEPT_SIGHTS = 65536
 
 
 class LoadAdmission:
@@ -60,13 +61,8 @@ class SaveAdmission:
 
     def __init__(self, after_sights: int) -> None:
         self._after_sights = after_sights
-        self._sights: OrderedDict[bytes, int] = OrderedDict()
+        self._sights = Sights()
 
     def is_due(self, key: bytes) -> bool:
-        """Count a sight of `key`; whether it is the n-th or a later one. The latest 65,536 keys are remembered."""
-        if self._after_sights <= 1:
-            return True
-        sights = self._sights[key] = self._sights.pop(key, 0) + 1
-        if len(self._sights) > KEPT_SIGHTS:
-            self._sights.popitem(last=False)
-        return sights >= self._after_sights
+        """Count a sight of `key`; whether it is the n-th or a later one."""
+        return self._after_sights <= 1 or self._sights.add(key) >= self._after_sights
