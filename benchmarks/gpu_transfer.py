@@ -1,10 +1,12 @@
-"""How close do staged loads and saves come to the link? Pages in GPU memory against one pinned memcpy of the same size.
+"""How close do transfers come to the link? Pages in GPU memory against one pinned memcpy of the same size.
 
-    python benchmarks/gpu_transfer.py [--rows data/measured/gpu_transfer.csv]
+    python benchmarks/gpu_transfer.py [--rows data/measured/gpu_transfer.csv] [--peers]
 
 The layout is Qwen2.5-7B's in vLLM: 28 layers, pages of 16 tokens, 32 KiB each; a chunk of 256 tokens is 14 MiB.
-Every size is checked byte by byte before it is timed. Both are timed with the host clock around a synchronise,
-alternating, so that drift hits both; medians of `--repeats`.
+Every size is checked byte by byte before it is timed. Beside kvlab's transfer: one driver call with a copy per page
+(cuMemcpyBatchAsync), and with --peers vLLM's batched block copy and LMCache's kernel, called as their connectors call
+them. All are timed with the host clock around a synchronise, each alternating with the memcpy, which uses the same
+host memory; medians of `--repeats`.
 """
 
 import argparse
@@ -12,20 +14,31 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from gpu_transfer_peers import LMCache, vllm_batch
 
 from kvlab.bench.provenance import append_rows
 from kvlab.paged import gather, page_layout
-from kvlab.paged.staging import CudaTransfer, pinned_arena
+from kvlab.paged.batch import copies_between
+from kvlab.paged.driver import copy_batch
+from kvlab.paged.staging import CudaTransfer
+from kvlab.stores import open_store
 
-LAYERS, BLOCKS, PAGE = 28, 2400, 32768
+LAYERS, BLOCKS, PAGE, TOKENS, HEADS = 28, 2400, 32768, 16, 4
+SIZES = (1, 4, 14, 28, 64, 128, 256, 512, 1024)  # MiB
 
 
-def layout():
-    caches = {
-        f"layer.{i}": torch.randint(0, 255, (BLOCKS, PAGE), dtype=torch.uint8, device="cuda") for i in range(LAYERS)
-    }
-    return page_layout(caches, num_blocks=BLOCKS, page_bytes=dict.fromkeys(caches, PAGE), name="NHD")
+def layout(name="NHD"):
+    """Pages of one storage per layer (NHD), or blocks with all their layers together (BLNHC)."""
+    if name == "NHD":
+        caches = {
+            f"layer.{i}": torch.randint(0, 255, (BLOCKS, PAGE), dtype=torch.uint8, device="cuda") for i in range(LAYERS)
+        }
+    else:
+        whole = torch.randint(0, 255, (BLOCKS, LAYERS, PAGE), dtype=torch.uint8, device="cuda")
+        caches = {f"layer.{i}": whole[:, i] for i in range(LAYERS)}
+    return page_layout(caches, num_blocks=BLOCKS, page_bytes=dict.fromkeys(caches, PAGE), name=name)
 
 
 def timed(fn) -> float:
@@ -36,28 +49,46 @@ def timed(fn) -> float:
     return time.perf_counter() - start
 
 
+def pages_of(transfer, blocks):
+    return gather(transfer.layout, blocks, transfer.layout.buffer(len(blocks), device="cuda")).cpu()
+
+
 def check(transfer, blocks, slots) -> None:
     """A save, other bytes in the pages, a load: every byte as it was."""
-    before = gather(transfer.layout, blocks, transfer.layout.buffer(len(blocks), device="cuda"))
-    transfer.arena[: len(slots)].fill_(0xA5)
+    before = pages_of(transfer, blocks)
+    transfer.arena[torch.tensor(slots)] = 0xA5
     transfer.save(blocks, slots)
     torch.cuda.synchronize()
-    assert torch.equal(transfer.slots(slots), before.cpu())
+    assert torch.equal(transfer.slots(slots), before)
     for pages in transfer.layout.pages:
         pages[torch.tensor(blocks, device="cuda")] = 0x5A
     transfer.load(slots, blocks)
-    assert torch.equal(gather(transfer.layout, blocks, transfer.layout.buffer(len(blocks), device="cuda")), before)
+    assert torch.equal(pages_of(transfer, blocks), before)
 
 
 def check_order(transfer, blocks, slots, others) -> None:
     """A load from a thread's stream into pages whose save waits behind a busy engine: the save has the old bytes."""
-    before = gather(transfer.layout, blocks, transfer.layout.buffer(len(blocks), device="cuda")).cpu()
-    transfer.arena[others].fill_(0x3C)
+    before = pages_of(transfer, blocks)
+    transfer.arena[torch.tensor(others)] = 0x3C
     torch.cuda._sleep(100_000_000)
     transfer.save(blocks, slots)
     transfer.load_and_wait(others, blocks, transfer.fence())
     assert torch.equal(transfer.slots(slots), before)
-    assert (gather(transfer.layout, blocks, transfer.layout.buffer(len(blocks), device="cuda")) == 0x3C).all()
+    assert (pages_of(transfer, blocks) == 0x3C).all()
+
+
+def check_slots(transfer, blocks, others, slots) -> None:
+    """A load of slots that a save behind a busy engine still has to fill, then a save over slots that are being loaded:
+    each waits for the other. Many small copies beside them, so that the trail of copies is long."""
+    before = pages_of(transfer, blocks)
+    torch.cuda._sleep(50_000_000)
+    transfer.save(blocks, slots)
+    for i in range(20):
+        transfer.save(others[i : i + 1], [max(slots) + 1 + i])
+    transfer.load(slots, others)
+    transfer.save(blocks[::-1], slots)
+    assert torch.equal(pages_of(transfer, others), before)
+    assert torch.equal(transfer.slots(slots), before.flip(0))
 
 
 def check_clock(transfer) -> None:
@@ -71,74 +102,121 @@ def check_clock(transfer) -> None:
     assert 0.5 < clock.seconds() / (time.perf_counter() - start) < 1.1
 
 
+def check_pinned_store() -> None:
+    """A memory tier registers exactly its own bytes with CUDA, and what lies there goes to the GPU as it is."""
+    value = torch.randint(0, 255, (5 << 20,), dtype=torch.uint8)
+    with open_store("memory://?size=48MiB&pinned=true") as store:
+        assert store.stats()["pinned"] == 1
+        assert store.put("a", memoryview(value.numpy()))
+        with store.lease("a") as leased:
+            there = torch.from_numpy(np.frombuffer(leased, np.uint8))
+            assert there.is_pinned()
+            assert torch.equal(there.to("cuda", non_blocking=True).cpu(), value)
+    assert not torch.zeros(4096, dtype=torch.uint8).is_pinned()
+
+
+def check_all() -> None:
+    for name in ("NHD", "BLNHC"):
+        pages = layout(name)
+        transfer = CudaTransfer(pages, 800)
+        for count in (1, 7, 16, 300, 701):
+            check(transfer, torch.randperm(BLOCKS)[:count].tolist(), torch.randperm(800)[:count].tolist())
+        check_order(transfer, list(range(300)), list(range(300)), list(range(300, 600)))
+        check_slots(transfer, list(range(300)), list(range(300, 600)), list(range(300)))
+        check_clock(transfer)
+        transfer.close()
+        print("bytes, order and clocks are right:", name, flush=True)
+    check_pinned_store()
+    print("a pinned memory tier is pinned")
+
+
+def methods(transfer, peers, blocks, slots):
+    """method -> (load, save), each without arguments."""
+    ids, rows = np.array(blocks), np.array(slots)
+    found = {"kvlab": (lambda: transfer.load(slots, blocks), lambda: transfer.save(blocks, slots))}
+    stream = torch.cuda.Stream()
+    copies = copies_between(transfer.layout, ids, transfer.arena.data_ptr(), rows)
+    found["batch"] = (
+        lambda: copy_batch(copies.pages, copies.arena, copies.sizes, stream.cuda_stream),
+        lambda: copy_batch(copies.arena, copies.pages, copies.sizes, stream.cuda_stream),
+    )
+    if peers:
+        found["vllm swap_blocks_batch"] = vllm_batch(copies, stream)
+        found["lmcache multi_layer_kv_transfer"] = LMCache(transfer.layout, TOKENS, HEADS).methods(blocks)
+    return found
+
+
+def measure(name, peers, repeats):
+    pages = layout(name)
+    most = SIZES[-1] * (1 << 20) // pages.block_bytes
+    transfer = CudaTransfer(pages, most * 2)
+    host, device = transfer.arena.view(-1), torch.empty(most * pages.block_bytes, dtype=torch.uint8, device="cuda")
+    second = torch.cuda.Stream()
+    for mib in SIZES:
+        num_blocks = max(mib * (1 << 20) // pages.block_bytes, 1)
+        size = num_blocks * pages.block_bytes
+        blocks, slots = torch.randperm(BLOCKS)[:num_blocks].tolist(), list(range(num_blocks))
+        check(transfer, blocks, slots)
+
+        def down(n=size):
+            device[:n].copy_(host[:n], non_blocking=True)
+
+        def up(n=size):
+            host[:n].copy_(device[:n], non_blocking=True)
+
+        compared = []
+        for method, (load, save) in methods(transfer, peers, blocks, slots).items():
+            compared += [("load", method, load, down), ("save", method, save, up)]
+        if 2 * size <= most * pages.block_bytes:
+            others = [b for b in range(BLOCKS) if b not in set(blocks)][:num_blocks]
+
+            def both(b=blocks, s=slots, o=others, first=most):
+                transfer.save(b, s)
+                with torch.cuda.stream(second):
+                    transfer.load(range(first, first + len(o)), o)
+
+            def two_copies(n=size, first=most * pages.block_bytes):
+                host[:n].copy_(device[:n], non_blocking=True)
+                with torch.cuda.stream(second):
+                    device[n : 2 * n].copy_(host[first : first + n], non_blocking=True)
+
+            compared.append(("both", "kvlab", both, two_copies))
+        for what, method, ours, ceiling in compared:
+            for fn in (ours, ceiling) * 3:
+                fn()
+            times = [(timed(ours), timed(ceiling)) for _ in range(repeats)]
+            mine, best = (statistics.median(column) for column in zip(*times, strict=True))
+            ratios = sorted(b / a for a, b in times)
+            moved = size * (2 if what == "both" else 1)
+            yield {
+                "what": what, "method": method, "layout": name, "mib": round(size / 2**20, 2),
+                "gb_per_s": round(moved / mine / 1e9, 2), "memcpy_gb_per_s": round(moved / best / 1e9, 2),
+                "ratio": round(statistics.median(ratios), 4), "ratio_p10": round(ratios[len(ratios) // 10], 4),
+                "ratio_p90": round(ratios[-1 - len(ratios) // 10], 4), "ms": round(mine * 1e3, 3),
+                "staging_mib": transfer.staging_bytes >> 20, "repeats": repeats,
+            }  # fmt: skip
+    transfer.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=Path, default=Path("data/measured/gpu_transfer.csv"))
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--staging-mib", type=int, nargs="*", default=[128])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--layouts", nargs="*", default=["NHD", "BLNHC"])
+    parser.add_argument(
+        "--peers", action="store_true", help="also vLLM's and LMCache's copies, which must be installed"
+    )
     parser.add_argument("--check-only", action="store_true", help="compare bytes and order, time nothing")
     options = parser.parse_args()
-    pages = layout()
-    block_bytes = pages.block_bytes
-    most = 1024 * (1 << 20) // block_bytes
-    host = pinned_arena(most * block_bytes)
-    device = torch.empty(most * block_bytes, dtype=torch.uint8, device="cuda")
+    check_all()
+    if options.check_only:
+        return
     rows = []
-    for staging in options.staging_mib:
-        transfer = CudaTransfer(pages, most * 2, staging_bytes=staging << 20)
-        for mib in (1, 4, 14, 28, 64, 128, 256, 512, 1024):
-            num_blocks = max(mib * (1 << 20) // block_bytes, 1)
-            size = num_blocks * block_bytes
-            blocks = torch.randperm(BLOCKS)[:num_blocks].tolist()
-            slots = list(range(num_blocks))
-            check(transfer, blocks, slots)
-            if options.check_only:
-                continue
-            other_blocks = [b for b in range(BLOCKS) if b not in set(blocks)][:num_blocks]
-            other_slots = list(range(most, most + num_blocks))
-            second = torch.cuda.Stream()
-
-            def both(b=blocks, s=slots, ob=other_blocks, os=other_slots):
-                transfer.save(b, s)
-                with torch.cuda.stream(second):
-                    transfer.load(os, ob)
-
-            def two_copies(n=size):
-                host[:n].copy_(device[:n], non_blocking=True)
-                with torch.cuda.stream(second):
-                    device[n : 2 * n].copy_(host[n : 2 * n], non_blocking=True)
-
-            pairs = {
-                "load": (
-                    lambda b=blocks, s=slots: transfer.load(s, b),
-                    lambda n=size: device[:n].copy_(host[:n], non_blocking=True),
-                ),
-                "save": (
-                    lambda b=blocks, s=slots: transfer.save(b, s),
-                    lambda n=size: host[:n].copy_(device[:n], non_blocking=True),
-                ),
-            }
-            if 2 * size <= most * block_bytes:
-                pairs["both"] = (both, two_copies)
-            for what, (ours, ceiling) in pairs.items():
-                for fn in (ours, ceiling) * 3:
-                    fn()
-                times = [(timed(ours), timed(ceiling)) for _ in range(options.repeats)]
-                mine, best = (statistics.median(column) for column in zip(*times, strict=True))
-                moved = size * (2 if what == "both" else 1)
-                ratio = statistics.median(b / a for a, b in times)
-                row = {
-                    "what": what, "mib": round(size / 2**20, 2), "staging_mib": staging,
-                    "gb_per_s": round(moved / mine / 1e9, 2), "memcpy_gb_per_s": round(moved / best / 1e9, 2),
-                    "ratio": round(ratio, 4), "ms": round(mine * 1e3, 3), "repeats": options.repeats,
-                }  # fmt: skip
-                rows.append(row)
-                print(*(f"{k}={v}" for k, v in row.items()), flush=True)
-        check_order(transfer, list(range(300)), list(range(300)), list(range(300, 600)))
-        check_clock(transfer)
-        transfer.close()
-    if not options.check_only:
-        append_rows(options.rows, rows)
+    for name in options.layouts:
+        for row in measure(name, options.peers and name == "NHD", options.repeats):
+            rows.append(row)
+            print(*(f"{k}={v}" for k, v in row.items()), flush=True)
+    append_rows(options.rows, rows)
 
 
 if __name__ == "__main__":

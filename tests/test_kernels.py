@@ -32,14 +32,13 @@ for order in ("LBHNC", "LBNHC", "BLHNC", "BLNHC"):
             layout = page_layout(kv, num_blocks=first.shape[0], page_bytes=dict.fromkeys(kv, size), name=name)
             mover = PageMover(layout)
             for ids in ([0], [10, 3, 7], list(range(11))):
-                index = torch.tensor(ids, dtype=torch.int32, device=device)
                 out = torch.full((len(ids), layout.num_layers, size), 0xA5, dtype=torch.uint8, device=device)
-                mover.gather(index, out)
+                mover.gather(ids, out)
                 assert torch.equal(out, gather(layout, ids, torch.empty_like(out)))
                 fresh = torch.randint(0, 255, out.shape, dtype=torch.uint8, device=device)
                 untouched = [b for b in range(11) if b not in ids]
                 before = gather(layout, untouched, layout.buffer(len(untouched), device=device))
-                mover.scatter(index, fresh)
+                mover.scatter(ids, fresh)
                 assert torch.equal(gather(layout, ids, torch.empty_like(out)), fresh)
                 assert torch.equal(gather(layout, untouched, layout.buffer(len(untouched), device=device)), before)
                 checked += 1
@@ -53,3 +52,32 @@ def test_kernels_agree_with_their_torch_twins():
     out = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, env=env, cwd=root, timeout=280)
     assert out.returncode == 0, out.stderr[-2000:]
     assert int(out.stdout) == 4 * 3 * 2 * 3
+
+
+WIDE = """
+import torch
+from triton import compile, language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kvlab.paged.kernels import BLOCKS_PER_LAUNCH, _move
+
+ids = ("i32",) * BLOCKS_PER_LAUNCH
+sizes = dict.fromkeys(("stride_words", "page_words", "num_layers"), "i32")
+constants = dict(WORD=tl.int64, PART=512, ALIGNED=True, RAGGED=False)
+signature = dict(page_pointers="*i64", block_ids=ids, buffer="*i64", **sizes)
+signature |= dict.fromkeys(("WORD", "PART", "TO_PAGES", "ALIGNED", "RAGGED"), "constexpr")
+aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 2)}
+for to_pages in (True, False):
+    source = ASTSource(_move, signature, dict(constants, TO_PAGES=to_pages), aligned)
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    print(ptx.count("ld.global.v2.b64"), ptx.count("st.global.v2.b64"))
+"""
+
+
+def test_pages_move_in_accesses_of_16_bytes():
+    """512 words of 8 bytes by 128 threads: two loads and two stores each, in the code for an H100."""
+    root = Path(__file__).resolve().parent.parent
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, "-c", WIDE], capture_output=True, text=True, env=env, cwd=root, timeout=280)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert out.stdout.split() == ["2", "2", "2", "2"]

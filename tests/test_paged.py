@@ -1,5 +1,9 @@
 """Gather and scatter against plain indexing, for every layout an engine may state."""
 
+import ctypes
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvlab.errors import ConfigError
 from kvlab.paged import gather, page_layout, scatter
+from kvlab.paged.batch import copies_between
 from kvlab.paged.transfer import CPUTransfer
 
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 11, 2, 4, 10
@@ -46,6 +51,23 @@ def test_gather_then_scatter_elsewhere_moves_whole_blocks(order, dtype, data):
             assert torch.equal(cache[block].view(torch.uint8), before[name][source].view(torch.uint8))
 
 
+@pytest.mark.parametrize("order", ["LBHNC", "BLHNC"])
+@given(data=st.data())
+def test_direct_copies_are_right_and_as_few_as_can_be(order, data):
+    """Carried out with memmove here, by the driver on a GPU."""
+    _, pages = layout(order)
+    ids = data.draw(st.lists(st.integers(0, BLOCKS - 1), unique=True, min_size=1, max_size=5))
+    slots = data.draw(st.lists(st.integers(0, 6), unique=True, min_size=len(ids), max_size=len(ids)))
+    arena = pages.buffer(7)
+    copies = copies_between(pages, np.array(ids), arena.data_ptr(), np.array(slots))
+    for page, place, size in zip(copies.pages, copies.arena, copies.sizes, strict=True):
+        ctypes.memmove(int(place), int(page), int(size))
+    assert torch.equal(arena[slots], gather(pages, ids, pages.buffer(len(ids))))
+    assert pages.block_in_one_run == (order == "BLHNC")
+    runs = 1 + sum(b - a != 1 or t - s != 1 for (a, s), (b, t) in pairwise(zip(ids, slots, strict=True)))
+    assert copies.sizes.size == (runs if pages.block_in_one_run else LAYERS * len(ids))
+
+
 @pytest.mark.parametrize("order", ["LBHNC", "BLNHC"])
 def test_cpu_transfer_agrees_with_the_reference(order):
     _, pages = layout(order)
@@ -83,7 +105,7 @@ def test_a_page_size_other_than_stated_is_refused():
 
 def test_bad_block_ids_and_buffers_are_refused():
     _, pages = layout("LBHNC")
-    with pytest.raises(ConfigError, match=r"block id must be in \[0, 11\), got 11"):
+    with pytest.raises(ConfigError, match=r"block ids must be in \[0, 11\), got 11 to 11"):
         gather(pages, [11], pages.buffer(1))
     with pytest.raises(ConfigError, match="chunk buffer must be"):
         gather(pages, [1], pages.buffer(2))

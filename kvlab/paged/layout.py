@@ -49,6 +49,14 @@ class PageLayout:
         """Bytes of one block over all layers."""
         return self.num_layers * self.page_bytes
 
+    @property
+    def block_in_one_run(self) -> bool:
+        """Whether a block's layers lie side by side in memory, in the order of a chunk buffer."""
+        first = self.pages[0].data_ptr()
+        return self.num_layers > 1 and all(
+            pages.data_ptr() == first + i * self.page_bytes for i, pages in enumerate(self.pages)
+        )
+
     def buffer(self, num_blocks: int, *, device: str | torch.device = "cpu") -> torch.Tensor:
         """An uninitialised chunk buffer: uint8 [blocks, layers, page_bytes]. In host memory it starts at a multiple of
         4,096, so that direct I/O writes whole blocks of it without a copy."""
@@ -127,6 +135,5 @@ def _is_one_run(page: torch.Tensor) -> bool:
 
 def check_block_ids(block_ids: Sequence[int], num_blocks: int) -> None:
     """Raise ConfigError if a block id lies outside the engine's pages."""
-    for block_id in block_ids:
-        if not 0 <= block_id < num_blocks:
-            raise ConfigError(f"block id must be in [0, {num_blocks}), got {block_id}")
+    if block_ids and not 0 <= min(block_ids) <= max(block_ids) < num_blocks:
+        raise ConfigError(f"block ids must be in [0, {num_blocks}), got {min(block_ids)} to {max(block_ids)}")

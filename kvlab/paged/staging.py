@@ -5,12 +5,13 @@ the same backwards. The ring is deep enough that DMA and kernels overlap, and th
 anything else is prepared. The engine's stream waits on events, the CPU on nothing. Kernels never read host memory:
 on an H100 that tops out near 35 GB/s where DMA reaches 55.
 
-A piece is a ring buffer, 16 MiB by default: its DMA takes 0.3 ms, in which a launch from Python (0.1 to 0.2 ms) hides,
-and the one kernel that hides behind no DMA, the last of a load or the first of a save, takes 10 us. Smaller pieces
-were slower: 14 MiB in pieces of 2, 4 and 8 MiB ran at 0.42 of a memcpy on an H100.
+A piece is a ring buffer, 16 MiB by default: its DMA takes 0.3 ms, in which the next piece's calls hide, and the one
+kernel that hides behind no DMA, the last of a load or the first of a save, takes 10 us. Half the size, twice the
+size, two to four buffers, or two streams in turn made no difference on an H100 beyond the noise.
 """
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -18,10 +19,13 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from triton.runtime import driver
 
 from kvlab.errors import ConfigError
+from kvlab.paged.batch import copies_between
+from kvlab.paged.driver import copy_batch, copy_to_device, copy_to_host
 from kvlab.paged.kernels import PageMover
-from kvlab.paged.layout import PageLayout, aligned_bytes
+from kvlab.paged.layout import PageLayout, aligned_bytes, check_block_ids
 
 Rows: TypeAlias = NDArray[np.integer]
 
@@ -29,27 +33,30 @@ DEFAULT_STAGING_BYTES = 128 << 20  # of GPU memory, all ring buffers together
 RING_DEPTH = 4
 
 
-@dataclass
 class Timing:
-    """When work began and ended on the GPU; `seconds` is None until it has ended.
+    """When work began and ended on the GPU; `seconds` is None until it has ended."""
 
-    `reached` is when the engine's own stream came to it: a copy may begin while the engine still computes.
-    """
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        """The work begins behind what `stream` has been given so far."""
+        self.start = self.reached = _recorded(stream, timing=True)
+        self.end: torch.cuda.Event | None = None
 
-    start: torch.cuda.Event
-    end: torch.cuda.Event
-    reached: torch.cuda.Event
+    def reach(self, stream: torch.cuda.Stream) -> None:
+        """The engine's own stream comes to the work only now: a copy may begin while the engine still computes."""
+        self.reached = _recorded(stream, timing=True)
 
-    def stop(self) -> None:
-        """The work ends with what the current stream has been given so far."""
-        self.end.record(torch.cuda.current_stream())
+    def stop(self, stream: torch.cuda.Stream | None = None) -> None:
+        """The work ends with what `stream`, by default the current one, has been given so far."""
+        self.end = _recorded(stream or torch.cuda.current_stream(), timing=True)
 
     def seconds(self) -> float | None:
-        return self.start.elapsed_time(self.end) / 1e3 if self.end.query() else None
+        if self.end is None or not self.end.query():
+            return None
+        return float(self.start.elapsed_time(self.end)) / 1e3
 
     def delay(self) -> float:
         """Seconds by which ended work held up the engine's stream."""
-        return float(self.reached.elapsed_time(self.end)) / 1e3
+        return float(self.reached.elapsed_time(self.end)) / 1e3 if self.end is not None else 0.0
 
 
 def pinned_arena(num_bytes: int) -> torch.Tensor:
@@ -80,11 +87,12 @@ class CudaTransfer:
             )
         self.arena = pinned_arena(num_slots * block).view(num_slots, layout.num_layers, layout.page_bytes)
         self._mover = PageMover(layout)
+        self._arena_address = self.arena.data_ptr()
         self._in, self._out = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        self._seen_streams: dict[int, torch.cuda.Stream] = {}
         self._side = torch.cuda.Stream(self.device)
         self._rings = {name: _Ring(layout, piece_blocks, self.device) for name in ("in", "out")}
-        self._reads: list[tuple[torch.cuda.Event, Rows]] = []  # loads under way and the slots they read
-        self._writes: list[tuple[torch.cuda.Event, Rows]] = []  # saves under way and the slots they fill
+        self._loads, self._saves = _Trail(num_slots), _Trail(num_slots)
         self._lock = threading.RLock()
         self._closed = False
 
@@ -99,61 +107,77 @@ class CudaTransfer:
 
     def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Timing:
         """Slots into pages: the current stream's next work sees them. Returns at once."""
-        rows, ids = self._checked(slots, block_ids)
+        rows = self._checked(slots, block_ids)
+        if self.layout.block_in_one_run:
+            return self._load_directly(rows, np.asarray(block_ids))
+        block = self.layout.block_bytes
         with self._lock:
-            compute = torch.cuda.current_stream(self.device)
-            timing = _timing()
-            _wait_for_slots(self._in, self._writes, rows)
-            timing.start.record(self._in)
-            timing.reached.record(compute)
-            spans = self._pieces(len(rows))
-            taken = [self._rings["in"].next() for _ in spans]
-            self._fetch(rows, spans[:RING_DEPTH], taken)
-            on_device = torch.from_numpy(ids).to(self.device, non_blocking=True)
-            for i, (at, end) in enumerate(spans):
-                slot = taken[i]
-                compute.wait_event(slot.filled)
-                self._mover.scatter(on_device, slot.buffer[: end - at], first=at)
-                slot.free.record(compute)
-                if i + RING_DEPTH < len(spans):
-                    self._fetch(rows, spans[i + RING_DEPTH : i + RING_DEPTH + 1], taken[i + RING_DEPTH :])
-            timing.end.record(compute)
-            self._reads.append((_recorded(self._in), rows))
+            self._saves.wait(self._in, rows)
+            timing = Timing(self._in)
+            compute: torch.cuda.Stream | None = None
+            for at, end in self._pieces(len(rows)):
+                piece = self._rings["in"].next()
+                self._in.wait_event(piece.free)
+                for into, first, count in _runs(rows[at:end]):
+                    target, source = piece.address + into * block, self._arena_address + first * block
+                    copy_to_device(target, source, count * block, self._in.cuda_stream)
+                piece.filled.record(self._in)
+                if compute is None:  # what the first DMA does not need hides behind it
+                    compute = self._current_stream()
+                    timing.reach(compute)
+                compute.wait_event(piece.filled)
+                self._mover.scatter(block_ids[at:end], piece.buffer)
+                piece.free.record(compute)
+            timing.stop(compute)
+            self._loads.add(_recorded(self._in), rows)
         return timing
 
-    def _fetch(self, rows: Rows, spans: Sequence[tuple[int, int]], taken: "Sequence[_Buffer]") -> None:
-        """Queue the DMAs of these pieces."""
-        with torch.cuda.stream(self._in):
-            for (at, end), slot in zip(spans, taken, strict=False):
-                self._in.wait_event(slot.free)
-                for into, first, count in _runs(rows[at:end]):
-                    slot.buffer[into : into + count].copy_(self.arena[first : first + count], non_blocking=True)
-                slot.filled.record(self._in)
+    def _load_directly(self, rows: Rows, ids: Rows) -> Timing:
+        """No ring and no kernel where a block lies together on both sides. (Copies of single pages of 32 KiB are half
+        as fast as the ring; and a save cannot be done so, as the pages may be overwritten at once.)"""
+        copies = copies_between(self.layout, ids, self._arena_address, rows)
+        with self._lock:
+            compute = self._current_stream()
+            self._saves.wait(self._in, rows)
+            self._in.wait_event(_recorded(compute))  # who had the pages last may still be reading them
+            timing = Timing(self._in)
+            timing.reach(compute)
+            copy_batch(copies.pages, copies.arena, copies.sizes, self._in.cuda_stream)
+            done = _recorded(self._in)
+            compute.wait_event(done)
+            timing.stop(compute)
+            self._loads.add(done, rows)
+        return timing
 
     def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> Timing:
         """Pages into slots: gathered behind the current stream's work, copied out on another. Returns at once;
         the pages may be overwritten by whatever the current stream does next."""
-        rows, ids = self._checked(slots, block_ids)
+        rows = self._checked(slots, block_ids)
+        block = self.layout.block_bytes
         with self._lock:
-            compute = torch.cuda.current_stream(self.device)
-            timing = _timing()
-            _wait_for_slots(self._out, self._reads, rows)
-            timing.start.record(compute)
-            on_device = torch.from_numpy(ids).to(self.device, non_blocking=True)
-            ring = self._rings["out"]
+            compute = self._current_stream()
+            timing = Timing(compute)
+            self._loads.wait(self._out, rows)
             for at, end in self._pieces(len(rows)):
-                slot = ring.next()
-                compute.wait_event(slot.free)
-                self._mover.gather(on_device, slot.buffer[: end - at], first=at)
-                slot.filled.record(compute)
-                self._out.wait_event(slot.filled)
-                with torch.cuda.stream(self._out):
-                    for into, first, count in _runs(rows[at:end]):
-                        self.arena[first : first + count].copy_(slot.buffer[into : into + count], non_blocking=True)
-                slot.free.record(self._out)
-            timing.end.record(self._out)
-            self._writes.append((_recorded(self._out), rows))
+                piece = self._rings["out"].next()
+                compute.wait_event(piece.free)
+                self._mover.gather(block_ids[at:end], piece.buffer)
+                piece.filled.record(compute)
+                self._out.wait_event(piece.filled)
+                for into, first, count in _runs(rows[at:end]):
+                    target, source = self._arena_address + first * block, piece.address + into * block
+                    copy_to_host(target, source, count * block, self._out.cuda_stream)
+                piece.free.record(self._out)
+            timing.stop(self._out)
+            self._saves.add(_recorded(self._out), rows)
         return timing
+
+    def _current_stream(self) -> torch.cuda.Stream:
+        """torch.cuda.current_stream, which takes 8 us to make its answer."""
+        handle = driver.active.get_current_stream(self.device.index)
+        if handle not in self._seen_streams:
+            self._seen_streams[handle] = torch.cuda.current_stream(self.device)
+        return self._seen_streams[handle]
 
     def fence(self) -> torch.cuda.Event:
         """The end of what the current stream has been given so far."""
@@ -167,14 +191,13 @@ class CudaTransfer:
         with torch.cuda.device(self.device), torch.cuda.stream(self._side):
             if after is not None:
                 self._side.wait_event(after)
-            timing = self.load(slots, block_ids)
-        timing.end.synchronize()
+            ended = self.load(slots, block_ids).end
+        if ended is not None:
+            ended.synchronize()
 
     def clock(self) -> Timing:
         """Starts behind what the current stream has been given so far."""
-        timing = _timing()
-        timing.start.record(torch.cuda.current_stream(self.device))
-        return timing
+        return Timing(torch.cuda.current_stream(self.device))
 
     def slots(self, slots: Sequence[int]) -> torch.Tensor:
         """The content of `slots` once the copies into them have ended: a view where they lie in one run."""
@@ -202,13 +225,13 @@ class CudaTransfer:
 
     # ----
 
-    def _checked(self, slots: Sequence[int], block_ids: Sequence[int]) -> tuple[Rows, Rows]:
-        rows, ids = np.asarray(slots, np.int64), np.asarray(block_ids, np.int32)
-        if ids.size != rows.size or ids.size == 0:
-            raise ConfigError(f"a copy needs as many slots as blocks and at least one, got {rows.size} and {ids.size}")
-        if ids.min() < 0 or ids.max() >= self.layout.num_blocks:
-            raise ConfigError(f"block ids must be in [0, {self.layout.num_blocks}), got {ids.min()} to {ids.max()}")
-        return rows, ids
+    def _checked(self, slots: Sequence[int], block_ids: Sequence[int]) -> Rows:
+        if not slots or len(block_ids) != len(slots):
+            raise ConfigError(
+                f"a copy needs as many slots as blocks and at least one, got {len(slots)} and {len(block_ids)}"
+            )
+        check_block_ids(block_ids, self.layout.num_blocks)
+        return np.asarray(slots, np.int64)
 
     def _pieces(self, num_blocks: int) -> list[tuple[int, int]]:
         """[at, end) pieces of one ring buffer each."""
@@ -218,25 +241,42 @@ class CudaTransfer:
     def _settle(self, rows: Rows) -> None:
         """Wait until no copy uses these slots."""
         with self._lock:
-            under_way = [event for event, used in (*self._reads, *self._writes) if np.isin(rows, used).any()]
+            under_way = [trail.newest(rows) for trail in (self._loads, self._saves)]
         for event in under_way:
-            event.synchronize()
+            if event is not None:
+                event.synchronize()
 
 
-def _wait_for_slots(stream: torch.cuda.Stream, copies: list[tuple[torch.cuda.Event, Rows]], rows: Rows) -> None:
-    """Let `stream` wait for the copies under way that use these slots; forget those that have ended."""
-    copies[:] = [entry for entry in copies if not entry[0].query()]
-    for event, used in copies:
-        if np.isin(rows, used).any():
+class _Trail:
+    """The copies of one stream that may still be under way, and which of them used each slot last. A stream runs
+    its copies in order: who waits for the newest has waited for all."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._last = np.zeros(num_slots, np.int64)
+        self._events: deque[torch.cuda.Event] = deque()
+        self._ended = 0
+
+    def add(self, event: torch.cuda.Event, rows: Rows) -> None:
+        self._events.append(event)
+        self._last[rows] = self._ended + len(self._events)
+
+    def newest(self, rows: Rows) -> torch.cuda.Event | None:
+        """The end of the newest copy of these slots; None if all have ended."""
+        while self._events and self._events[0].query():
+            self._events.popleft()
+            self._ended += 1
+        last = int(self._last[rows].max()) - self._ended if self._events else 0
+        return self._events[last - 1] if last > 0 else None
+
+    def wait(self, stream: torch.cuda.Stream, rows: Rows) -> None:
+        """Let `stream` wait for the copies of these slots."""
+        event = self.newest(rows)
+        if event is not None:
             stream.wait_event(event)
 
 
-def _timing() -> Timing:
-    return Timing(*(torch.cuda.Event(enable_timing=True) for _ in range(3)))
-
-
-def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = torch.cuda.Event()
+def _recorded(stream: torch.cuda.Stream, *, timing: bool = False) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=timing)
     event.record(stream)
     return event
 
@@ -248,6 +288,9 @@ class _Buffer:
     buffer: torch.Tensor
     filled: torch.cuda.Event
     free: torch.cuda.Event
+
+    def __post_init__(self) -> None:
+        self.address = self.buffer.data_ptr()
 
 
 class _Ring:
@@ -272,6 +315,6 @@ class _Ring:
 
 def _runs(rows: Rows) -> list[tuple[int, int, int]]:
     """(position in `rows`, first slot, count) of each run of neighbouring slots: one DMA each."""
-    starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)
-    counts = np.diff(np.append(starts, rows.size))
-    return [(int(at), int(rows[at]), int(count)) for at, count in zip(starts, counts, strict=True)]
+    breaks = (rows[1:] - rows[:-1] != 1).nonzero()[0]
+    starts = [0, *(breaks + 1).tolist()] if breaks.size else [0]
+    return [(at, int(rows[at]), end - at) for at, end in zip(starts, [*starts[1:], rows.size], strict=True)]
