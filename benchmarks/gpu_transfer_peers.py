@@ -80,9 +80,11 @@ class LMCache:
     def _check(self, chunks, load, save):
         """Saved, wiped, loaded: the pages are as they were. Otherwise the times would say nothing."""
         before = [pages.clone() for pages in self._layout.pages]
+        torch.cuda.synchronize()
         save()
         for pages in self._layout.pages:
             rows = torch.cat([slots for slots, _ in chunks]).div(self._page_tokens, rounding_mode="floor").unique()
             pages[rows] = 0
+        torch.cuda.synchronize()
         load()
         assert all(torch.equal(a, b) for a, b in zip(before, self._layout.pages, strict=True))
