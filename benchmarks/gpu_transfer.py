@@ -212,11 +212,13 @@ def main() -> None:
     if options.check_only:
         return
     rows = []
-    for name in options.layouts:
-        for row in measure(name, options.peers and name == "NHD", options.repeats):
-            rows.append(row)
-            print(*(f"{k}={v}" for k, v in row.items()), flush=True)
-    append_rows(options.rows, rows)
+    try:
+        for name in options.layouts:
+            for row in measure(name, options.peers and name == "NHD", options.repeats):
+                rows.append(row)
+                print(*(f"{k}={v}" for k, v in row.items()), flush=True)
+    finally:
+        append_rows(options.rows, rows)
 
 
 if __name__ == "__main__":

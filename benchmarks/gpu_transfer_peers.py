@@ -20,7 +20,8 @@ def vllm_batch(copies, stream):
 
 class LMCache:
     """lmcache/v1/gpu_connector/gpu_connectors.py: chunk by chunk; a load's kernel reads host memory, a save goes
-    through a buffer on the GPU and waits for each chunk."""
+    through a buffer on the GPU and waits for each chunk. For vLLM's packed pages it takes K and V as one (kv_size 1,
+    head size doubled; kv_format/specs/nl_x_nb_bs_nh_two_hs.py)."""
 
     def __init__(self, layout, page_tokens, num_heads):
         from lmcache import c_ops
@@ -28,7 +29,7 @@ class LMCache:
         self._ops = c_ops
         self._layout = layout
         self._page_tokens = page_tokens
-        self._hidden = layout.page_bytes // page_tokens // 2 // 2  # K or V of a token: bfloat16 values
+        self._hidden = layout.page_bytes // page_tokens // 2  # bfloat16 values of a token, K beside V
         self._head_size = self._hidden // num_heads
         pointers = [pages.data_ptr() for pages in layout.pages]
         self._pointers = torch.tensor(pointers, dtype=torch.int64, device="cuda")
@@ -40,9 +41,9 @@ class LMCache:
         chunks = []
         for at in range(0, len(blocks), step):
             tokens = (torch.tensor(blocks[at : at + step])[:, None] * self._page_tokens + within).flatten()
-            shape = (2, self._layout.num_layers, tokens.numel(), self._hidden)
+            shape = (1, self._layout.num_layers, tokens.numel(), self._hidden)
             chunks.append((tokens.cuda(), torch.empty(shape, dtype=torch.bfloat16, pin_memory=True)))
-        whole = (2, self._layout.num_layers, CHUNK_TOKENS, self._hidden)
+        whole = (1, self._layout.num_layers, CHUNK_TOKENS, self._hidden)
         buffer = torch.empty(whole, dtype=torch.bfloat16, device="cuda")
 
         def load():

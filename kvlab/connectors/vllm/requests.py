@@ -85,3 +85,11 @@ def folder_digest(path: str) -> str:
                 digest.update(hashlib.file_digest(source, "sha256").digest())
         _digests[stamp] = digest.hexdigest()
     return _digests[stamp]
+
+
+def wants_recompute(request: Any) -> bool:
+    """Requests that need every position computed, such as those for prompt logprobs."""
+    if getattr(request, "skip_reading_prefix_cache", False):
+        return True
+    params = getattr(request, "sampling_params", None)
+    return params is not None and params.prompt_logprobs is not None

@@ -14,7 +14,7 @@ from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.admission import LoadAdmission, SaveAdmission
 from kvlab.connectors.vllm.lookup import Lookup
 from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
-from kvlab.connectors.vllm.requests import Piece, RequestState, request_extras
+from kvlab.connectors.vllm.requests import Piece, RequestState, request_extras, wants_recompute
 from kvlab.connectors.vllm.slots import SlotIndex
 from kvlab.hashing import Namespace
 from kvlab.stores import Store
@@ -42,6 +42,7 @@ class Scheduler:
         self.enabled = config.enabled
         self.counters: Counter[str] = Counter()
         self._states: dict[str, RequestState] = {}
+        self._unsaved: dict[str, RequestState] = {}  # those that may still have something to save
         self._loads: list[RequestLoad] = []
         self._lost_blocks: list[int] = []
         self._in_flight: dict[str, list[bytes]] = {}  # async loads: request id -> hashes pinned for it
@@ -56,7 +57,7 @@ class Scheduler:
 
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond `num_computed_tokens`, and whether between steps; None: ask again."""
-        if not self.enabled or _wants_recompute(request):
+        if not self.enabled or wants_recompute(request):
             return 0, False
         state = self._state(request)
         if state is None:
@@ -245,29 +246,33 @@ class Scheduler:
         return metadata
 
     def _collect_saves(self, output: Any, saves: list[SaveOp]) -> None:
+        """Only requests with something left to save are looked at: most of those that decode have nothing."""
+        if not self._unsaved:
+            return
         computed: dict[str, int] = {}
         for new in output.scheduled_new_reqs:
-            computed[new.req_id] = new.num_computed_tokens
-            if (state := self._states.get(new.req_id)) is not None:
+            if (state := self._unsaved.get(new.req_id)) is not None:
+                computed[new.req_id] = new.num_computed_tokens
                 state.block_ids = list(new.block_ids[0])
         cached = output.scheduled_cached_reqs
         for req_id, blocks, num_computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
-            computed[req_id] = num_computed
-            state = self._states.get(req_id)
-            if state is None:
+            if (state := self._unsaved.get(req_id)) is None:
                 continue
+            computed[req_id] = num_computed
             if req_id in cached.resumed_req_ids:
                 state.block_ids = []
             if blocks:
                 state.block_ids += blocks[0]
         if not self.enabled:
             return
-        for req_id, num_scheduled in output.num_scheduled_tokens.items():
-            state = self._states.get(req_id)
-            if state is not None:
-                self._save_request(state, computed[req_id] + num_scheduled, saves)
+        for req_id, before in computed.items():
+            state = self._unsaved[req_id]
+            num_computed = before + output.num_scheduled_tokens[req_id]
+            self._save_request(state, num_computed, saves)
+            if num_computed >= state.request.num_prompt_tokens and not self.config.save_generated:
+                del self._unsaved[req_id]
 
     def _save_request(self, state: RequestState, num_computed: int, saves: list[SaveOp]) -> None:
         """Save the objects whose last block is computed by the end of this step."""
@@ -356,6 +361,7 @@ class Scheduler:
     def finished(self, request: Any) -> dict[str, Any] | None:
         """The request is done. Its row, where reports are wanted."""
         state = self._states.pop(request.request_id, None)
+        self._unsaved.pop(request.request_id, None)
         if state is None or not self.config.report:
             return None
         return {"kvlab": {"prompt_tokens": request.num_prompt_tokens, "hit_tokens": 0, "tier": "none", **state.row}}
@@ -382,16 +388,9 @@ class Scheduler:
                 self.counters["unnameable_requests"] += 1
                 return None
             state = self._states[request.request_id] = RequestState(request, extras)
+            self._unsaved[request.request_id] = state
         return state
 
 
 def _end(plan: Sequence[Piece]) -> int:
     return plan[-1].span.end_block if plan else 0
-
-
-def _wants_recompute(request: Any) -> bool:
-    """Requests that need every position computed, such as those for prompt logprobs."""
-    if getattr(request, "skip_reading_prefix_cache", False):
-        return True
-    params = getattr(request, "sampling_params", None)
-    return params is not None and params.prompt_logprobs is not None
