@@ -1,0 +1,131 @@
+"""What does the connector cost requests that hit nothing, and what do hits bring, under load? One engine, taking turns.
+
+    python benchmarks/gpu_steps.py MODEL [--rounds 10] [--compilation-config JSON] [--rows data/measured/gpu_steps.csv]
+
+Machines drift by more than the cost that is looked for, so nothing is compared across processes: the same engine runs
+the same workload with its connector's hooks taken out (*off*), with prompts nobody has seen (*first*: each is saved),
+and with these again (*second*: each is loaded), round after round. A request is added every few steps, so that
+prompts are computed beside others that decode. Medians of the rounds' means, and of the ratios to *off* within a round.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import time
+from pathlib import Path
+
+EVERY = 6  # steps between two requests: at 7 ms a step about 24 a second
+OUTPUT_LEN = 90
+LENGTHS = (20, 60, 120, 250, 400, 800)  # about the spread of ShareGPT's prompts
+
+
+def prompts(count, seed):
+    rng = random.Random(seed)
+    return [[rng.randrange(1000, 40000) for _ in range(rng.choice(LENGTHS))] for _ in range(count)]
+
+
+class Driver:
+    def __init__(self, engine, sampling):
+        self._engine = engine
+        self._sampling = sampling
+        self._num_requests = 0
+
+    def run(self, waiting):
+        """Means of TTFT and of the gaps between tokens, in ms, and the gaps' median and p99."""
+        added, last, ttfts, gaps, step = {}, {}, [], [], 0
+        waiting = list(waiting)
+        while waiting or self._engine.has_unfinished_requests():
+            if waiting and step % EVERY == 0:
+                self._num_requests += 1
+                name = str(self._num_requests)
+                added[name] = time.perf_counter()
+                self._engine.add_request(name, {"prompt_token_ids": waiting.pop()}, self._sampling)
+            step += 1
+            outputs = self._engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                name = output.request_id
+                if not output.outputs[0].token_ids:
+                    continue
+                if name in last:
+                    gaps.append((now - last[name]) * 1e3)
+                else:
+                    ttfts.append((now - added[name]) * 1e3)
+                last[name] = now
+        percentiles = statistics.quantiles(gaps, n=100)
+        return {
+            "ttft_ms": statistics.mean(ttfts), "gap_ms": statistics.mean(gaps),
+            "gap_p50_ms": percentiles[49], "gap_p99_ms": percentiles[98],
+        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--requests", type=int, default=100, help="in each turn")
+    parser.add_argument("--load-format", default="dummy")
+    parser.add_argument("--compilation-config", type=json.loads, default=None, help="vLLM's, as JSON")
+    parser.add_argument("--max-model-len", type=int, default=16384)
+    parser.add_argument("--size", default="16GiB", help="of the memory tier; must hold all rounds")
+    parser.add_argument("--rows", type=Path, default=Path("data/measured/gpu_steps.csv"))
+    options = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_transfer_state import get_kv_transfer_group
+
+    import kvlab
+    from kvlab.bench.provenance import append_rows
+
+    connector = KVTransferConfig(**kvlab.vllm_config([f"memory://?size={options.size}"], report=True))
+    extra = {"compilation_config": options.compilation_config} if options.compilation_config else {}
+    llm = LLM(
+        options.model,
+        load_format=options.load_format,
+        max_model_len=options.max_model_len,
+        gpu_memory_utilization=0.7,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        kv_transfer_config=connector,
+        **extra,
+    )
+    core = llm.llm_engine.engine_core.engine_core
+    worker, scheduler = get_kv_transfer_group(), core.scheduler.connector.scheduler
+    hooks = core.model_executor.driver_worker.worker.model_runner.kv_connector
+    sampling = SamplingParams(temperature=0, max_tokens=OUTPUT_LEN, ignore_eos=True, detokenize=False)
+    driver = Driver(llm.llm_engine, sampling)
+
+    def off(is_off):
+        scheduler.enabled = not is_off
+        hooks.set_disabled(is_off)
+
+    driver.run(prompts(options.requests, 0))  # warm
+    turns = {"off": [], "first": [], "second": []}
+    for at in range(options.rounds):
+        fresh = prompts(options.requests, 1 + at)
+        off(True)
+        turns["off"].append(driver.run(fresh))
+        off(False)
+        turns["first"].append(driver.run(fresh))
+        hits = scheduler.counters["hit_tokens"]
+        turns["second"].append(driver.run(fresh))
+        hits = scheduler.counters["hit_tokens"] - hits
+        print(at, hits, *(f"{name} {done[-1]['ttft_ms']:.1f} {done[-1]['gap_ms']:.2f}" for name, done in turns.items()))
+    rows = []
+    for name, done in turns.items():
+        row = {"turn": name, "rounds": options.rounds, "requests": options.requests}
+        for what in done[0]:
+            row[what] = round(statistics.median(one[what] for one in done), 3)
+            ratios = [one[what] / base[what] for one, base in zip(done, turns["off"], strict=True)]
+            row[f"{what}_over_off"] = round(statistics.median(ratios), 4)
+        rows.append(row)
+        print(*(f"{k}={v}" for k, v in row.items()), flush=True)
+    print(dict(scheduler.counters), worker.hook_errors)
+    append_rows(options.rows, rows)
+
+
+if __name__ == "__main__":
+    main()
