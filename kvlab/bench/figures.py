@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvlab.bench.foretold import NEAR
 from kvlab.bench.simulate import BOUND
 
 if TYPE_CHECKING:
@@ -54,6 +55,25 @@ def reuse_figure(histogram: Rows, title: str, block_tokens: int) -> "go.Figure":
     figure.add_bar(x=["never before"], y=[100 * first["share"]], name="first use")
     figure.update_xaxes(title="tokens of other prompts in between: below", type="category")
     figure.update_yaxes(title="share of block accesses (%)")
+    return figure.update_layout(title=title)
+
+
+def foretold_figure(rows: Rows, title: str) -> "go.Figure":
+    """TTFT against prompt length, measured and foretold (rows of `foretell`); bars span 15% about what was measured."""
+    import plotly.graph_objects as go
+    from plotly.colors import DEFAULT_PLOTLY_COLORS
+
+    figure = go.Figure()
+    for color, (how, mine) in zip(DEFAULT_PLOTLY_COLORS, _grouped(rows, "how").items(), strict=False):
+        tokens = [row["tokens"] for row in mine]
+        told, seen = ([row[f"{name}_ms"] for row in mine] for name in ("foretold", "measured"))
+        near = {"type": "percent", "value": 100 * NEAR}
+        open_mark, full_mark = ({"symbol": s, "size": 9, "color": color} for s in ("circle-open", "circle"))
+        figure.add_scatter(x=tokens, y=told, name=f"{how}, foretold", mode="markers", marker=open_mark)
+        figure.add_scatter(x=tokens, y=seen, name=f"{how}, measured", mode="markers", marker=full_mark, error_y=near)
+    lengths = sorted({row["tokens"] for row in rows})
+    figure.update_xaxes(type="log", title="tokens of the prompt", tickvals=lengths)
+    figure.update_yaxes(type="log", title="TTFT (ms)", tickvals=[n * 10**k for k in range(5) for n in (1, 2, 5)])
     return figure.update_layout(title=title)
 
 

@@ -1,5 +1,6 @@
 """The cost model by hand, and against what was measured on an H100."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import pytest
 
 import kvlab
 from kvlab.bench.cost import CostModel, Prefill, fit_prefill, fit_tier, waits
+from kvlab.bench.foretold import foretell, latest
 from kvlab.bench.generate import generate_traffic
 from kvlab.bench.simulate import simulate
 from kvlab.bench.tiers import Tier, as_tier
 from kvlab.errors import ConfigError
 
-PEERS = json.loads((Path(__file__).resolve().parents[2] / "data" / "published" / "h100_peers.json").read_text())
+DATA = Path(__file__).resolve().parents[2] / "data"
+PEERS = json.loads((DATA / "published" / "h100_peers.json").read_text())
 PARAMS, PEAK = 7.6e9, 989e12
 SIZE = kvlab.size_calculator("Qwen2.5-7B")
 
@@ -128,3 +131,41 @@ def test_a_measured_tier_foretells_the_loads_between():
 def test_bad_arguments_are_named(make, says):
     with pytest.raises(ConfigError, match=says):
         make()
+
+
+def test_what_was_measured_on_an_h100_is_foretold_or_said_why():
+    """Each computed and each loaded row, whatever was measured last: within 15 %, or a sentence."""
+    rows = list(csv.DictReader((DATA / "measured" / "gpu_ttft.csv").open()))
+    seen = measured("computed")
+    prefill, overhead_ms, _ = fit_prefill([(n, seen[n]) for n in (2048, 8192)], SIZE, PARAMS, PEAK)
+    floor = min(float(row["ttft_ms_min"]) for row in latest(rows, "vllm-prefix"))
+    link = Tier(gb_per_s=PEERS["link_gb_per_s"]["host_to_device_1GiB_pinned"], latency_ms=floor - overhead_ms)
+    told = foretell(rows, CostModel(prefill, overhead_ms), link, SIZE)
+    assert len(told) == len(latest(rows, "none", "kvlab")) >= 8
+    assert {row["how"] for row in told} == {"computed", "loaded"}
+    for row in told:
+        assert (abs(row["error"]) > 0.15) == bool(row["why"])
+        assert row["foretold_ms"] / row["measured_ms"] - 1 == pytest.approx(row["error"])
+
+
+@pytest.mark.parametrize(
+    ("backend", "median", "least", "says"),
+    [
+        ("none", 1010, 1000, ""),  # foretold: 10 ms, and 1 ms per token
+        ("none", 1500, 1000, "noise: the least of 9 repeats, 1000.0 ms, is +1% off; their median is 50% above it"),
+        ("none", 1500, 1400, "not in the model: even the least of 9 repeats took 390.0 ms more than computing"),
+        ("none", 510, 500, "computing was 2.00 times as fast"),
+        ("kvlab", 161, 160, ""),  # foretold: 10 ms, 50 ms of latency, 99.2 ms for 992 tokens, 8 tokens computed
+        ("kvlab", 120, 115, "overlap: the model adds the fixed 60.0 ms and the load's 107.2 ms; both fit"),
+        ("kvlab", 90, 85, "loading was 3.57 times as fast"),
+        ("kvlab", 55, 50, "the fixed cost is too high here: it is 60.0 ms, the whole request took 55.0 ms"),
+    ],
+)
+def test_why_is_said_from_the_row_itself(backend, median, least, says):
+    row = {"backend": backend, "tokens": 1000, "ttft_ms_median": median, "ttft_ms_min": least, "repeats": 9}
+    other = {**row, "ttft_ms_median": 1, "ttft_ms_min": 1}  # measured before: not looked at
+    tier = Tier(gb_per_s=SIZE.bytes_per_token / 1e5, latency_ms=50)  # 0.1 ms per token
+    told = foretell([other, row], CostModel(Prefill(1e-3), overhead_ms=10), tier, SIZE)
+    assert len(told) == 1
+    assert told[0]["why"].startswith(says)
+    assert bool(told[0]["why"]) == bool(says)

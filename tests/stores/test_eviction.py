@@ -11,6 +11,7 @@ from kvlab.bench.trace_files import find_traces, load_traffic
 from kvlab.errors import ConfigError
 from kvlab.stores import open_store
 from kvlab.stores.eviction import POLICIES, get_policy
+from kvlab.stores.eviction.line import Line
 
 SIZES = [100, 500, 1000, 3000, 10_000]
 
@@ -94,8 +95,48 @@ def plain_lfu(accesses, capacity):
     return hits
 
 
+def plain_s3fifo(accesses, capacity):
+    """The paper's algorithm 1 on lists, everything of size one."""
+    small, main, ghosts, uses, hits = [], [], [], {}, 0
+    remembered = set()
+    for key in accesses:
+        if key in uses:
+            hits += 1
+            uses[key] = min(uses[key] + 1, 3)
+            continue
+        while len(uses) == capacity:
+            if 10 * len(small) >= len(uses):
+                oldest = small.pop(0)
+                if uses[oldest] > 1:
+                    main.append(oldest)
+                    uses[oldest] = 0
+                    continue
+                ghosts.append(oldest)
+                remembered.add(oldest)
+                if len(ghosts) > max(len(main), 1):
+                    remembered.remove(ghosts.pop(0))
+                del uses[oldest]
+            else:
+                oldest = main.pop(0)
+                if uses[oldest]:
+                    main.append(oldest)
+                    uses[oldest] -= 1
+                else:
+                    del uses[oldest]
+        uses[key] = 0
+        if key in remembered:
+            remembered.remove(key)
+            ghosts.remove(key)
+            main.append(key)
+        else:
+            small.append(key)
+    return hits
+
+
 @pytest.mark.parametrize("capacity", SIZES)
-@pytest.mark.parametrize(("name", "oracle"), [("lru", plain_lru), ("fifo", plain_fifo), ("lfu", plain_lfu)])
+@pytest.mark.parametrize(
+    ("name", "oracle"), [("lru", plain_lru), ("fifo", plain_fifo), ("lfu", plain_lfu), ("s3fifo", plain_s3fifo)]
+)
 def test_hit_counts_equal_an_independent_implementation(accesses, name, oracle, capacity):
     hits = hits_of(get_policy(name), accesses, capacity)
     assert hits == oracle(accesses, capacity)
@@ -143,6 +184,29 @@ def test_any_sequence(name, steps):
         left.append(victim)
         policy.discard(victim)
     assert sorted(left) == sorted(held)
+
+
+@given(steps=st.lists(st.tuples(st.sampled_from("eeelpv"), st.integers(0, 9)), max_size=200))
+def test_a_line_left_from_the_middle_is_a_plain_list(steps):
+    line, plain, unwanted, longest = Line(), [], set(), 0
+    for what, key in steps:
+        if what == "e" and key not in plain:
+            line.order.append(key)
+            plain.append(key)
+        elif what == "l" and key in plain:
+            line.leave(key)
+            plain.remove(key)
+        elif what == "p":
+            unwanted ^= {key}
+        elif what == "v" and plain:
+            assert line.past_voids(line.order.popleft()) == plain.pop(0)
+        longest = max(longest, len(plain))
+        assert len(line) == len(plain)
+        assert line.first(unwanted) == next((key for key in plain if key not in unwanted), None)
+        assert len(line.order) <= 2 * longest
+    while plain:
+        assert line.first() == plain[0]
+        line.leave(plain.pop(0))
 
 
 @pytest.mark.parametrize(("name", "ghosts"), [("s3fifo", ("_ghosts",)), ("arc", ("_once_ghosts", "_again_ghosts"))])

@@ -1,12 +1,13 @@
 """S3-FIFO: three queues that filter what is used only once."""
 
-from collections import OrderedDict
 from collections.abc import Container, Hashable, Iterable
 
 from kvlab.stores.eviction.base import EvictionPolicy
+from kvlab.stores.eviction.line import Line
 
-SMALL_SHARE = 0.1
+MAIN_PER_SMALL = 9  # bytes of the main queue per byte of the small one, which so has a tenth of all
 MOST_USES = 3
+GONE = MOST_USES + 1  # stands for the uses of a key that is only remembered: too many for a touch to add one
 
 
 class S3FIFOPolicy(EvictionPolicy):
@@ -20,118 +21,134 @@ class S3FIFOPolicy(EvictionPolicy):
     name = "s3fifo"
 
     def __init__(self) -> None:
-        self._uses: dict[Hashable, int] = {}  # of all that are here
-        self._small: OrderedDict[Hashable, int] = OrderedDict()  # key -> bytes
-        self._main: OrderedDict[Hashable, int] = OrderedDict()
-        self._ghosts: OrderedDict[Hashable, None] = OrderedDict()
+        self._uses: dict[Hashable, int] = {}  # of all that are here or remembered: one look tells which
+        self._small: dict[Hashable, int] = {}  # key -> bytes; the order is in the lines
+        self._main: dict[Hashable, int] = {}
+        self._small_line, self._main_line, self._ghosts = Line(), Line(), Line()
         self._small_bytes = 0
         self._main_bytes = 0
         self._chosen: Hashable | None = None  # by `victim`: its leaving is an eviction, any other a deletion
 
     def admit(self, key: Hashable, size: int) -> None:
-        uses, all_uses, ghosts = 0, self._uses, self._ghosts
+        all_uses, uses = self._uses, 0
         if key in all_uses:
-            uses = min(all_uses[key] + 1, MOST_USES)
+            uses = all_uses[key]
+            if uses == GONE:
+                self._ghosts.leave(key)
+                self._enter_main(key, size)
+                return
+            uses = min(uses + 1, MOST_USES)
             self._chosen = None
             self.discard(key)
         all_uses[key] = uses
-        if key in ghosts:
-            del ghosts[key]
-            self._main[key] = size
-            self._main_bytes += size
-        else:
-            self._small[key] = size
-            self._small_bytes += size
+        self._small[key] = size
+        self._small_line.order.append(key)
+        self._small_bytes += size
 
     def touch(self, key: Hashable) -> None:
-        uses = self._uses.get(key)
-        if uses is not None and uses < MOST_USES:
+        uses = self._uses.get(key, GONE)
+        if uses < MOST_USES:
             self._uses[key] = uses + 1
 
     def touch_all(self, keys: Iterable[Hashable]) -> None:
         all_uses = self._uses
+        look = all_uses.get
         for key in keys:
-            uses = all_uses.get(key)
-            if uses is not None and uses < MOST_USES:
+            uses = look(key, GONE)
+            if uses < MOST_USES:
                 all_uses[key] = uses + 1
 
     def discard(self, key: Hashable) -> None:
-        if self._uses.pop(key, None) is None:
-            return
-        size = self._small.pop(key, None)
-        if size is None:
+        if key in self._small:
+            self._small_bytes -= self._small.pop(key)
+            self._small_line.leave(key)
+            if key == self._chosen:
+                self._remember(key)
+            else:
+                del self._uses[key]
+        elif key in self._main:
+            del self._uses[key]
             self._main_bytes -= self._main.pop(key)
-            return
-        self._small_bytes -= size
-        if key == self._chosen:
-            ghosts = self._ghosts
-            ghosts[key] = None
-            if len(ghosts) > max(len(self._main), 1):
-                ghosts.popitem(last=False)
+            self._main_line.leave(key)
 
     def victim(self, pinned: Container[Hashable] = ()) -> Hashable | None:
-        if self._small and not pinned and self._small_is_full():  # nearly always
-            key = next(iter(self._small))
-            if self._uses[key] <= 1:
-                self._chosen = key
-                return key
         self._chosen = self._search(pinned)
         return self._chosen
 
     def evict(self) -> Hashable | None:
-        small, main, uses, ghosts = self._small, self._main, self._uses, self._ghosts
-        while small and self._small_bytes >= SMALL_SHARE * (self._small_bytes + self._main_bytes):
-            # what `victim` and `discard` do, without looking the key up again and again
-            key, size = small.popitem(last=False)
+        """What `victim` and `discard` do, without looking the key up again and again: simulations live on it."""
+        uses, small, line = self._uses, self._small, self._small_line
+        while MAIN_PER_SMALL * self._small_bytes >= self._main_bytes and small:
+            key = line.order.popleft()
+            if key in line.voids:
+                key = line.past_voids(key)
+            size = small.pop(key)
             self._small_bytes -= size
             if uses[key] <= 1:
-                del uses[key]
-                ghosts[key] = None
-                if len(ghosts) > len(main) and len(ghosts) > 1:
-                    ghosts.popitem(last=False)
+                self._remember(key)
                 return key
-            main[key] = size
-            self._main_bytes += size
-            uses[key] = 0
-        return super().evict()
+            self._enter_main(key, size)
+        key = self._chosen = self._from_main(())
+        if key is None:
+            return super().evict()
+        self._main_line.order.popleft()
+        self._main_bytes -= self._main.pop(key)
+        del uses[key]
+        return key
 
-    def _small_is_full(self) -> bool:
-        return self._small_bytes >= SMALL_SHARE * (self._small_bytes + self._main_bytes)
+    def _remember(self, key: Hashable) -> None:
+        uses, ghosts = self._uses, self._ghosts
+        uses[key] = GONE
+        ghosts.order.append(key)
+        if len(ghosts.order) - ghosts.num_void > (len(self._main) or 1):
+            oldest = ghosts.order.popleft()
+            if oldest in ghosts.voids:
+                oldest = ghosts.past_voids(oldest)
+            del uses[oldest]
+
+    def _enter_main(self, key: Hashable, size: int) -> None:
+        self._uses[key] = 0
+        self._main[key] = size
+        self._main_line.order.append(key)
+        self._main_bytes += size
 
     def _search(self, pinned: Container[Hashable]) -> Hashable | None:
         """Whose turn it is is asked again after each move, so that asking twice gives one answer."""
-        while self._small_is_full():
-            key = next((key for key in self._small if not (pinned and key in pinned)), None)
-            if key is None or self._uses[key] <= 1:
-                return key if key is not None else self._from_main(pinned)
+        while self._small_is_full() and (key := self._small_line.first(pinned)) is not None:
+            if self._uses[key] <= 1:
+                return key
             self._move_on(key)
         key = self._from_main(pinned)
         if key is not None:
             return key
-        for key in list(self._small):  # the main queue has nobody to give
-            if not (pinned and key in pinned):
-                if self._uses[key] <= 1:
-                    return key
-                self._move_on(key)
+        while (key := self._small_line.first(pinned)) is not None:  # the main queue has nobody to give
+            if self._uses[key] <= 1:
+                return key
+            self._move_on(key)
         return self._from_main(pinned)
+
+    def _small_is_full(self) -> bool:
+        return MAIN_PER_SMALL * self._small_bytes >= self._main_bytes
 
     def _move_on(self, key: Hashable) -> None:
         """From the small queue to the main one."""
         size = self._small.pop(key)
         self._small_bytes -= size
-        self._main[key] = size
-        self._main_bytes += size
-        self._uses[key] = 0
+        self._small_line.leave(key)
+        self._enter_main(key, size)
 
     def _from_main(self, pinned: Container[Hashable]) -> Hashable | None:
         """The oldest unused one; each that was used pays one use for another round."""
-        uses, main = self._uses, self._main
-        for _ in range((MOST_USES + 1) * len(main)):
-            key = next(iter(main))
+        uses, line = self._uses, self._main_line
+        for _ in range((MOST_USES + 1) * len(self._main)):
+            key = line.order.popleft()
+            if key in line.voids:
+                key = line.past_voids(key)
             if not (pinned and key in pinned):
                 left = uses[key]
                 if not left:
+                    line.order.appendleft(key)
                     return key
                 uses[key] = left - 1
-            main.move_to_end(key)
+            line.order.append(key)
         return None
