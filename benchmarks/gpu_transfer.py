@@ -12,6 +12,7 @@ host memory; medians of `--repeats`.
 import argparse
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +68,13 @@ def check(transfer, blocks, slots) -> None:
 
 
 def check_order(transfer, blocks, slots, others) -> None:
-    """A load from a thread's stream into pages whose save waits behind a busy engine: the save has the old bytes."""
+    """A load by another thread into pages whose save waits behind a busy engine: the save has the old bytes."""
     before = pages_of(transfer, blocks)
     transfer.arena[torch.tensor(others)] = 0x3C
     torch.cuda._sleep(100_000_000)
     transfer.save(blocks, slots)
-    transfer.load_and_wait(others, blocks, transfer.fence())
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(transfer.load_and_wait, others, blocks, transfer.fence()).result()
     assert torch.equal(transfer.slots(slots), before)
     assert (pages_of(transfer, blocks) == 0x3C).all()
 
