@@ -6,7 +6,7 @@ import torch
 from kvlab.chunking import Chunker
 from kvlab.engine import CacheEngine
 from kvlab.errors import ConfigError, StoreError
-from kvlab.geometry import KVGeometry
+from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Namespace
 from kvlab.stores import open_store
 
@@ -118,3 +118,25 @@ def test_a_disk_engine_survives_its_process(tmp_path):
         count, back = CacheEngine(store, namespace="m", chunker=CHUNKER).retrieve(ids)
     assert count == 40
     assert torch.equal(back, value)
+
+
+@pytest.mark.parametrize("url", ["memory://?size=8MiB", "file://{}?size=8MiB"])
+@pytest.mark.parametrize("serde", ["naive", "lossless"])
+def test_objects_read_one_after_the_other_do_not_share_memory(url, serde, tmp_path):
+    with open_store(url.format(tmp_path)) as store:
+        engine = CacheEngine(store, namespace="m", chunker=CHUNKER, serde=serde)
+        saved = {f"key-{i}": kv(32 + 8 * i) for i in range(3)}
+        for key, value in saved.items():
+            assert engine.save_object(key, value, AXES, num_tokens=8)
+        back = {key: engine.load_object(key, torch.empty_like(value)) for key, value in saved.items()}
+        assert all(torch.equal(back[key], value) for key, value in saved.items())
+
+
+def test_an_object_larger_than_its_place_is_a_miss_and_the_place_stays_usable(engine):
+    small = kv(32)
+    assert engine.save_object("large", kv(20_000), AXES, num_tokens=8)
+    assert engine.save_object("small", small, AXES, num_tokens=8)
+    out = torch.empty_like(small)
+    assert engine.load_object("large", out) is None
+    assert engine.stats()["miss_shape"] == 1
+    assert torch.equal(engine.load_object("small", out), small)

@@ -199,14 +199,17 @@ class CudaTransfer:
         """Starts behind what the current stream has been given so far."""
         return Timing(torch.cuda.current_stream(self.device))
 
-    def slots(self, slots: Sequence[int]) -> torch.Tensor:
-        """The content of `slots` once the copies into them have ended: a view where they lie in one run."""
+    def view(self, slots: Sequence[int]) -> torch.Tensor | None:
+        """The memory of `slots`, once no copy uses them; None where they do not lie in one run."""
         rows = np.asarray(slots)
         self._settle(rows)
         runs = _runs(rows)
-        if len(runs) == 1:
-            return self.arena[runs[0][1] : runs[0][1] + runs[0][2]]
-        return self.arena[torch.from_numpy(rows)]
+        return self.arena[runs[0][1] : runs[0][1] + runs[0][2]] if len(runs) == 1 else None
+
+    def slots(self, slots: Sequence[int]) -> torch.Tensor:
+        """The content of `slots` once the copies into them have ended: a view where they lie in one run."""
+        view = self.view(slots)
+        return view if view is not None else self.arena[torch.tensor(slots)]
 
     def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None:
         """Write `buffer`, uint8 [blocks, layers, page_bytes], into slots, once no copy uses them."""

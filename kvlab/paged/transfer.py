@@ -86,12 +86,17 @@ class CPUTransfer:
         """Starts now."""
         return WallClock()
 
-    def slots(self, slots: Sequence[int]) -> torch.Tensor:
-        """The content of `slots`, uint8 [blocks, layers, page_bytes]: a view where they lie in one run."""
+    def view(self, slots: Sequence[int]) -> torch.Tensor | None:
+        """The memory of `slots`, uint8 [blocks, layers, page_bytes]; None where they do not lie in one run."""
         first = slots[0]
         if all(slot == first + i for i, slot in enumerate(slots)):
             return self.arena[first : first + len(slots)]
-        return torch.from_numpy(self._arena[np.asarray(slots)])
+        return None
+
+    def slots(self, slots: Sequence[int]) -> torch.Tensor:
+        """The content of `slots`, uint8 [blocks, layers, page_bytes]: a view where they lie in one run."""
+        view = self.view(slots)
+        return view if view is not None else torch.from_numpy(self._arena[np.asarray(slots)])
 
     def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None:
         """Write `buffer`, uint8 [blocks, layers, page_bytes], into slots."""

@@ -38,6 +38,7 @@ class Transfer(Protocol):
     def fence(self) -> Any: ...
     def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int], after: Any) -> None: ...
     def clock(self) -> Clock: ...
+    def view(self, slots: Sequence[int]) -> torch.Tensor | None: ...
     def slots(self, slots: Sequence[int]) -> torch.Tensor: ...
     def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None: ...
     def close(self) -> None: ...
@@ -199,17 +200,18 @@ class Worker:
         return True
 
     def _fetch(self, op: LoadOp) -> bool:
-        """Fill an object's slots from the lower tiers."""
+        """Fill an object's slots from the lower tiers: in place where they lie in one run."""
         if self.engine is None:
             return False
-        layout = self.transfer.layout
-        out = layout.buffer(len(op.slots))
         for slot in op.slots:
             self._owner[slot] = None
+        place = self.transfer.view(op.slots)
+        out = place if place is not None else self.transfer.layout.buffer(len(op.slots))
         if self.engine.load_object(self.engine.namespace.key(op.hash), out) is None:
             self._mark_bad(op.hash)
             return False
-        self.transfer.fill(op.slots, out)
+        if place is None:
+            self.transfer.fill(op.slots, out)
         for slot in op.slots:
             self._owner[slot] = op.hash
         return True
