@@ -27,13 +27,14 @@ def copies_between(
     layout: PageLayout, block_ids: NDArray[np.integer], arena: int, slots: NDArray[np.integer]
 ) -> Copies:
     """What has to be copied between `block_ids` and `slots` of an arena [slots, layers, page_bytes] at this address."""
-    bases = np.array([view.data_ptr() for view in layout.pages], np.uint64)
-    stride = np.uint64(layout.pages[0].stride(0))
-    page = np.uint64(layout.page_bytes)
-    within = np.arange(layout.num_layers, dtype=np.uint64) * page
-    pages = bases[None, :] + block_ids.astype(np.uint64)[:, None] * stride
-    places = np.uint64(arena) + slots.astype(np.uint64)[:, None] * np.uint64(layout.block_bytes) + within[None, :]
-    return _joined(pages.ravel(), places.ravel(), page)
+    whole = layout.block_in_one_run
+    parts = layout.pages[:1] if whole else layout.pages  # of a block, each one run of bytes
+    size = layout.block_bytes if whole else layout.page_bytes
+    bases = np.array([part.data_ptr() for part in parts], np.uint64)
+    within = np.arange(len(parts), dtype=np.uint64) * np.uint64(size)
+    pages = bases + block_ids.astype(np.uint64)[:, None] * np.uint64(layout.pages[0].stride(0))
+    places = within + (np.uint64(arena) + slots.astype(np.uint64)[:, None] * np.uint64(layout.block_bytes))
+    return _joined(pages.ravel(), places.ravel(), np.uint64(size))
 
 
 def _joined(pages: Addresses, places: Addresses, size: np.uint64) -> Copies:

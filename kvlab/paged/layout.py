@@ -6,6 +6,7 @@ of its layout; strides are checked against them, and what does not fit is refuse
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -49,7 +50,7 @@ class PageLayout:
         """Bytes of one block over all layers."""
         return self.num_layers * self.page_bytes
 
-    @property
+    @cached_property
     def block_in_one_run(self) -> bool:
         """Whether a block's layers lie side by side in memory, in the order of a chunk buffer."""
         first = self.pages[0].data_ptr()

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from triton.runtime import driver
+from triton.runtime import driver as triton_driver
 
 from kvlab.errors import ConfigError
 from kvlab.paged.batch import copies_between
@@ -174,7 +174,7 @@ class CudaTransfer:
 
     def _current_stream(self) -> torch.cuda.Stream:
         """torch.cuda.current_stream, which takes 8 us to make its answer."""
-        handle = driver.active.get_current_stream(self.device.index)
+        handle = triton_driver.active.get_current_stream(self.device.index)
         if handle not in self._seen_streams:
             self._seen_streams[handle] = torch.cuda.current_stream(self.device)
         return self._seen_streams[handle]
