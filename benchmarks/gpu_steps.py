@@ -86,6 +86,7 @@ def main() -> None:
         options.model,
         load_format=options.load_format,
         max_model_len=options.max_model_len,
+        max_num_batched_tokens=8192,  # the server's default
         gpu_memory_utilization=0.7,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,

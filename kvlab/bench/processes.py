@@ -26,9 +26,13 @@ class Child:
     A guard watches: should this process be killed outright, as a notebook's kernel is, it ends the session.
     """
 
-    def __init__(self, command: Sequence[str], log: IO[bytes], env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], log: IO[bytes], env: Mapping[str, str] | None = None, *, told: bool = False
+    ) -> None:
+        """`told`: its input is a pipe that `tell` writes to; otherwise it has none."""
         quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=quiet, start_new_session=True)
+        source = subprocess.PIPE if told else quiet
+        self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=source, start_new_session=True)
         self.pid: int = self._process.pid
         package = str(Path(__file__).resolve().parents[2])
         guard = [sys.executable, "-c", _GUARD, package, str(self.pid)]
@@ -43,6 +47,12 @@ class Child:
     def poll(self) -> int | None:
         """Its exit status, None while it runs."""
         return self._process.poll()
+
+    def tell(self, line: str) -> None:
+        """Write one line to its input. Raises BrokenPipeError if it has ended."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(line.encode() + b"\n")
+        self._process.stdin.flush()
 
     def kill(self) -> None:
         """End it at once, as a power cut would."""

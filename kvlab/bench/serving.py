@@ -44,6 +44,7 @@ class Plan:
     start_timeout_s: float
     folder: Path
     say: Callable[[str], None]
+    client: client.Client
 
 
 def run(
@@ -108,6 +109,7 @@ def run(
         for name in names:  # refuse a wrong name or URL before anything is downloaded or started
             _backend(name, size, place / "tier", redis_url or "redis://127.0.0.1:1", settings)
         model = demo_model(model)
+        measuring = stack.enter_context(client.Client(place / "client.log"))
         tell(f"making the {dataset} workload")
         workload = make_workload(
             dataset,
@@ -135,6 +137,7 @@ def run(
             start_timeout_s,
             place,
             tell,
+            measuring,
         )
         for number, name in enumerate(names):
             rows += _measure(plan, name, number, size, redis_url, settings, out)
@@ -212,7 +215,7 @@ def _one_run(plan: Plan, server: Server, chosen: peers.Backend, turn: int) -> Ro
     at = server.log.stat().st_size
     before = counters.read_counters(server.get("/metrics"))
     cpu_s, _ = usage(server.session)
-    details = client.run_client(server, args, result)
+    details = plan.client.run(server, args, result)
     time.sleep(0.5)  # counters and log lines of the last step
     after = counters.read_counters(server.get("/metrics"))
     cpu_after_s, rss_bytes = usage(server.session)
