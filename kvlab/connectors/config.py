@@ -22,6 +22,9 @@ class ConnectorConfig:
     staging : host memory for objects on their way to and from lower tiers when no ``memory://`` tier is given.
     gpu_staging : GPU memory for the buffers between pages and host memory; on a CPU nothing is taken.
     lookup_timeout_ms : how long a request may wait for lower tiers to say what they have; then it goes without.
+    whole_prompts : keep also a prompt's last block where the prompt fills only a part of it, so that the same prompt
+        computes one token when it comes again. Costs a block of each prompt; the bytes beyond its tokens are whatever
+        lay in the page, and nobody reads them.
     save_generated : store the KV of generated tokens too, not only of prompts.
     min_hit_tokens : shorter hits are recomputed rather than loaded.
     admission : do not make loads that, by what was measured lately, take longer than computing the tokens.
@@ -36,6 +39,7 @@ class ConnectorConfig:
     staging: int = 256 << 20
     gpu_staging: int = 128 << 20
     lookup_timeout_ms: float = 100.0
+    whole_prompts: bool = True
     save_generated: bool = False
     min_hit_tokens: int = 1
     admission: bool = True
@@ -66,7 +70,7 @@ class ConnectorConfig:
         Chunker(self.chunk_tokens, 1)
         for name in ("staging", "gpu_staging"):
             put(self, name, parse_bytes(getattr(self, name)))
-        for name in ("save_generated", "admission", "report", "enabled"):
+        for name in ("whole_prompts", "save_generated", "admission", "report", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not isinstance(self.lookup_timeout_ms, int | float) or self.lookup_timeout_ms < 0:

@@ -7,7 +7,7 @@ import pytest
 from tests.connectors.engine import close_shared, engine, generate, prompt
 
 EDGES = [31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129]
-PROMPTS = [prompt(n) for n in [*EDGES, 90, 300, 480, 700]] + [
+PROMPTS = [prompt(n) for n in [*EDGES, 90, 299, 300, 308, 480, 700]] + [
     prompt(n, ending=e) for n, e in [(300, 0), (300, 1), (480, 0), *((200, e) for e in range(8))]
 ]
 

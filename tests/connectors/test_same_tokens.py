@@ -21,7 +21,7 @@ def test_repeated_prompt_at_block_edges(fresh, expected, length):
     first, second = generate(fresh, [p])[0], generate(fresh, [p])[0]
     assert first.tokens == second.tokens == expected(p)
     assert first.hit == 0
-    assert second.hit == (length - 1) // BLOCK * BLOCK
+    assert second.hit == length - 1  # all but the token that must be computed
 
 
 def test_shared_prefix_with_another_ending(fresh, expected):
@@ -44,7 +44,29 @@ def test_eight_prompts_at_once(fresh, expected):
     second = generate(fresh, prompts)
     for p, a, b in zip(prompts, first, second, strict=True):
         assert a.tokens == b.tokens == expected(p)
-        assert b.hit == 192
+        assert b.hit == 199
+
+
+def test_a_last_page_filled_in_part_serves_the_same_prompt_alone(fresh, expected):
+    p = prompt(300)
+    generate(fresh, [p])
+    for q in (prompt(299), prompt(308)):  # ten pages as well, nine of them the same
+        answer = generate(fresh, [q])[0]
+        assert (answer.hit, answer.tokens) == (288, expected(q))
+    with_salt = [generate(fresh, [p], salt="one")[0].hit for _ in range(2)]
+    assert with_salt == [0, 299]
+    counters = connector(fresh).scheduler.counters
+    before = counters["saved_tokens"]
+    assert generate(fresh, [p])[0].hit == 299
+    assert counters["saved_tokens"] == before, "nothing is saved twice"
+
+
+def test_whole_pages_only(expected):
+    with engine(MEMORY, whole_prompts=False) as llm:
+        for length in (31, 33, 64, 300):
+            p = prompt(length)
+            connector(llm).reset_cache()
+            assert [generate(llm, [p])[0].hit for _ in range(2)] == [0, (length - 1) // BLOCK * BLOCK]
 
 
 def test_salts_do_not_share(fresh, expected):
@@ -53,7 +75,7 @@ def test_salts_do_not_share(fresh, expected):
     other = generate(fresh, [p], salt="two")[0]
     none = generate(fresh, [p])[0]
     again = generate(fresh, [p], salt="one")[0]
-    assert (other.hit, none.hit, again.hit) == (0, 0, 288)
+    assert (other.hit, none.hit, again.hit) == (0, 0, 299)
     assert other.tokens == none.tokens == again.tokens == expected(p)
 
 
@@ -103,7 +125,7 @@ def test_chunked_prefill(expected):
             p = prompt(length)
             first, second = generate(llm, [p])[0], generate(llm, [p])[0]
             assert first.tokens == second.tokens == expected(p)
-            assert second.hit == (length - 1) // BLOCK * BLOCK
+            assert second.hit == length - 1
             connector(llm).reset_cache()
 
 
@@ -113,12 +135,12 @@ def test_together_with_prefix_caching(expected):
         generate(llm, [long])
         both = generate(llm, [long])[0]
         assert both.tokens == expected(long)
-        assert both.hit == 0  # the engine's own cache holds all of it
+        assert both.hit == 479 - 448  # the engine's own cache holds whole pages only
         assert llm.reset_prefix_cache()
         generate(llm, [short])  # now the engine's own cache is shorter than ours
         shorter_local = generate(llm, [long])[0]
         assert shorter_local.tokens == expected(long)
-        assert shorter_local.hit == 448 - 128
+        assert shorter_local.hit == 479 - 128
         connector(llm).reset_cache()
         generate(llm, [prompt(480, ending=0)])
         longer_local = generate(llm, [long])[0]  # and now ours is

@@ -42,11 +42,11 @@ def test_two_processes_share_one_redis_and_one_folder(redis, tmp_path, expected)
         assert another_process(url) == (0, expected(prompt(300)))
         with engine([url]) as llm:
             answer = generate(llm, [prompt(300)])[0]
-            assert (answer.hit, answer.tokens) == (288, expected(prompt(300)))
+            assert (answer.hit, answer.tokens) == (299, expected(prompt(300)))
             generate(llm, [prompt(480)])
             drain(llm)
         hit, tokens = another_process(url)
-        assert (hit, tokens) == (288, expected(prompt(300)))
+        assert (hit, tokens) == (299, expected(prompt(300)))
 
 
 def test_a_redis_that_dies_and_returns_costs_misses_only(redis, expected):
@@ -55,7 +55,7 @@ def test_a_redis_that_dies_and_returns_costs_misses_only(redis, expected):
     with engine([url]) as llm:
         generate(llm, [p])
         drain(llm)
-        assert generate(llm, [p])[0].hit == 288
+        assert generate(llm, [p])[0].hit == 299
         redis.kill()
         for q in (p, prompt(480), p):
             assert generate(llm, [q])[0].tokens == expected(q)
@@ -66,7 +66,7 @@ def test_a_redis_that_dies_and_returns_costs_misses_only(redis, expected):
             drain(llm)
             if answer.hit:
                 break
-        assert answer.hit == 288, "the tier comes back by itself"
+        assert answer.hit == 299, "the tier comes back by itself"
         assert not connector(llm).hook_errors
 
 
@@ -84,13 +84,13 @@ def test_metrics_and_hit_sources(tmp_path, expected):
         generate(llm, [prompt(300)])
         ours.reset_cache()
         generate(llm, [prompt(300)])
-        assert seen == [{CacheHitSource.HOST: 288}, {CacheHitSource.DISK: 288}]
+        assert seen == [{CacheHitSource.HOST: 299}, {CacheHitSource.DISK: 299}]
         told = {sample.name: 0.0 for metric in REGISTRY.collect() for sample in metric.samples}
         for sample in (sample for metric in REGISTRY.collect() for sample in metric.samples):
             told[sample.name] += sample.value
-        assert told["vllm:kvlab_hit_tokens_total"] == 576
+        assert told["vllm:kvlab_hit_tokens_total"] == 598
         assert told["vllm:kvlab_hit_requests_total"] == 2
-        assert told["vllm:kvlab_loaded_bytes_total"] == 2 * 288 * 46080
+        assert told["vllm:kvlab_loaded_bytes_total"] == 2 * 320 * 46080  # whole pages
         assert told["vllm:kvlab_load_seconds_total"] > 0
         assert told["vllm:kvlab_misses_total"] == 1
         stats = type(ours).build_kv_connector_stats(dict(ours.scheduler.counters))

@@ -8,7 +8,7 @@ import torch
 from tests.connectors.engine import BLOCK, connector, engine, generate, prompt
 
 NUM_TOKENS = 300
-RANK_BYTES = 288 * 3 * 2 * 32 * 4  # tokens, layers, K and V, one of two heads of 32 floats
+RANK_BYTES = 320 * 3 * 2 * 32 * 4  # tokens of ten pages, layers, K and V, one of two heads of 32 floats
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +58,15 @@ def test_two_ranks_answer_from_every_tier(model, tmp_path, monkeypatch):
         assert first.hit == 0
         assert len(set(first.tokens)) > 4, "a model that says one thing only would prove nothing"
         memory = ask()
-        assert (memory.hit, memory.row["tier"], memory.row["bytes"]) == (288, "memory", RANK_BYTES)
+        assert (memory.hit, memory.row["tier"], memory.row["bytes"]) == (299, "memory", RANK_BYTES)
         connector(llm).reset_cache()
         lower = ask()
-        assert (lower.hit, lower.row["tier"], lower.row["bytes"]) == (288, "lower", RANK_BYTES)
+        assert (lower.hit, lower.row["tier"], lower.row["bytes"]) == (299, "lower", RANK_BYTES)
         settle()
         connector(llm).reset_cache()
         # What one rank lost, no rank may promise: everything of the second one's.
         lost = [key for key in list(scheduler.lower.keys()) if key.split(":")[2] == scheduler.namespaces[1].id]
-        assert len(lost) == 5
+        assert len(lost) == 6
         for key in lost:
             assert scheduler.lower.delete(key)
         alone = ask()

@@ -213,7 +213,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             if num_external_tokens:  # promised: the engine takes these pages for filled unless told otherwise
                 computed, is_async = self._promise
                 first, block = computed // self.chunker.block_tokens, self.chunker.block_tokens
-                lost = block_ids[first : first + num_external_tokens // block]
+                lost = block_ids[first : -(-(computed + num_external_tokens) // block)]
                 self.scheduler.lose(request.request_id, lost, is_async=is_async)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:

@@ -34,11 +34,12 @@ class Lookup:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvlab-lookup")
 
     def ask(
-        self, state: RequestState, hashes: Sequence[bytes], in_memory: Callable[[bytes], bool]
+        self, state: RequestState, rest: bytes | None, in_memory: Callable[[bytes], bool]
     ) -> dict[bytes, bool] | None:
-        """Which of a request's objects are there; None while there is no answer; {} once it is late or failed."""
+        """Which of a request's objects are there; None while there is no answer; {} once it is late or failed. `rest`
+        names a last block that the prompt fills in part."""
         if state.lookup is None:
-            state.lookup = self._pool.submit(self._query, list(hashes), in_memory)
+            state.lookup = self._pool.submit(self._query, list(state.hashes), rest, in_memory)
             state.lookup_started_s = time.monotonic()
         try:
             known: dict[bytes, bool] = state.lookup.result(timeout=INLINE_WAIT_S)
@@ -62,13 +63,16 @@ class Lookup:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _query(self, hashes: list[bytes], in_memory: Callable[[bytes], bool]) -> dict[bytes, bool]:
+    def _query(self, hashes: list[bytes], rest: bytes | None, in_memory: Callable[[bytes], bool]) -> dict[bytes, bool]:
         """In the thread: chunks first, then the tails that could follow the run."""
         step = self._chunker.chunk_blocks
         chunks = hashes[step - 1 :: step]
         known = self._held(chunks)
         run = next((i for i, key in enumerate(chunks) if not known[key] and not in_memory(key)), len(chunks))
-        return known | self._held(hashes[run * step : (run + 1) * step])
+        tails = hashes[run * step : (run + 1) * step]
+        if rest is not None and run == len(chunks):
+            tails.append(rest)
+        return known | self._held(tails)
 
     def _held(self, hashes: Sequence[bytes]) -> dict[bytes, bool]:
         if self._store is None or not hashes:

@@ -17,7 +17,6 @@ class LoadOp:
     slots: tuple[int, ...]
     first: int
     block_ids: tuple[int, ...]
-    num_tokens: int  # tokens of the prefix that ends with this object
     fetch: bool = False
 
 

@@ -6,17 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvlab.chunking import Chunker, Span
+from kvlab.chunking import Chunker
 from kvlab.hashing import Extra, block_hashes
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One object of a hit: blocks [span.first_block, span.end_block) of the prompt under `hash`."""
-
-    span: Span
-    hash: bytes
-    in_memory: bool
 
 
 @dataclass
@@ -28,14 +19,30 @@ class RequestState:
     hashes: list[bytes] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     num_saved_blocks: int = 0
-    plan: list[Piece] = field(default_factory=list)
-    plan_blocks: int = 0  # blocks of the plan that may be used
+    keeps_rest: bool = True  # whether a last block that the prompt fills in part is an object too
+    rest_saved: bool = False
+    plan: list[Any] = field(default_factory=list)  # of planning.Piece
+    plan_tokens: int = 0  # tokens of the prompt that the plan may serve
     lookup: Any = None  # future of what the lower tiers hold
     lookup_started_s: float = 0.0
     lower_tokens: int = 0  # tokens of the latest hit that lower tiers supply
     not_worth: bool = False  # a load that would have been slower than computing was not made
     counted: bool = False  # its miss, if any, is in the counters
     row: dict[str, Any] = field(default_factory=dict)
+    _rest: bytes | None = None
+
+    def rest_hash(self, chunker: Chunker) -> bytes | None:
+        """Names the prompt's last block where the prompt fills only a part of it, which serves the very same prompt
+        alone; None where there is no such block or it is not kept."""
+        if self._rest is None and self.keeps_rest:
+            tokens, block = self.request.prompt_token_ids, chunker.block_tokens
+            full = chunker.num_blocks(len(tokens))
+            rest = tokens[full * block :]
+            if rest:
+                parent = self.extend_hashes(chunker)[full - 1] if full else None
+                extras = [*self.extras.get(full, ()), ("rest", str(len(rest)))]  # no full block has this name
+                self._rest = block_hashes(rest, len(rest), parent=parent, extras={0: extras})[0]
+        return self._rest
 
     def extend_hashes(self, chunker: Chunker) -> list[bytes]:
         """Hashes of all full blocks of the tokens known now; only new blocks are computed."""

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from kvlab.chunking import Chunker, Span
+from kvlab.chunking import Chunker
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.admission import LoadAdmission, SaveAdmission
 from kvlab.connectors.vllm.lookup import Lookup
 from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
-from kvlab.connectors.vllm.requests import Piece, RequestState, request_extras, wants_recompute
+from kvlab.connectors.vllm.planning import Piece, Planner, end_block, end_token
+from kvlab.connectors.vllm.requests import RequestState, request_extras, wants_recompute
 from kvlab.connectors.vllm.slots import SlotIndex
 from kvlab.hashing import Namespace
 from kvlab.stores import Store
@@ -51,6 +52,7 @@ class Scheduler:
         self._bad: dict[bytes, None] = {}  # hashes a lower tier answered with broken or absent data
         self.admission = LoadAdmission(enabled=config.admission)
         self._saves = SaveAdmission(config.after_sights)
+        self._planner = Planner(index, chunker, keeps_memory=config.keeps_memory)
         self._lookup = Lookup(lower, chunker, namespaces, config.lookup_timeout_ms / 1e3, self.counters)
 
     # ---- a hit?
@@ -62,77 +64,44 @@ class Scheduler:
         state = self._state(request)
         if state is None:
             return 0, False
-        hashes = state.extend_hashes(self.chunker)
-        usable = (request.num_tokens - 1) // self.chunker.block_tokens  # the last token must be computed
-        if usable * self.chunker.block_tokens <= num_computed_tokens:
+        state.extend_hashes(self.chunker)
+        block = self.chunker.block_tokens
+        usable = request.num_tokens - 1  # the last token must be computed
+        if not self.config.whole_prompts:
+            usable -= usable % block
+        if usable <= num_computed_tokens:
             return 0, False
-        plan = self._plan(hashes, {})
-        if self.lower is not None and _end(plan) < usable:
-            known = self._lookup.ask(state, hashes, self._in_memory)
+        plan = self._planner.plan(state, {})
+        if self.lower is not None and end_block(plan) < usable // block:
+            known = self._lookup.ask(state, state.rest_hash(self.chunker), self._planner.in_memory)
             if known is None:
                 return None, False
-            plan = self._plan(hashes, {key: held and key not in self._bad for key, held in known.items()})
+            plan = self._planner.plan(state, {key: held and key not in self._bad for key, held in known.items()})
         if any(not entry.ready for piece in plan if (entry := self.index.get(piece.hash))):
             if not self._lookup.is_overdue(state):
                 return None, False  # another request is fetching it right now
-            plan = self._ready_run(plan)
-        blocks = min(_end(plan), usable)
+            plan = self._planner.ready_run(plan)
+        end = min(end_token(plan), usable)
         fetched = sum(piece.span.num_blocks for piece in plan if not piece.in_memory)
-        state.not_worth = not self._is_worth(plan, blocks, num_computed_tokens)
+        state.not_worth = not self._is_worth(plan, end, num_computed_tokens)
         if fetched and (state.not_worth or not self._has_room(plan, fetched)):
-            plan = self._ready_run(plan)
-            blocks = min(_end(plan), usable)
-        if state.not_worth and not self._is_worth(plan, blocks, num_computed_tokens):
+            plan = self._planner.ready_run(plan)
+            end = min(end_token(plan), usable)
+        if state.not_worth and not self._is_worth(plan, end, num_computed_tokens):
             return 0, False
-        tokens = blocks * self.chunker.block_tokens - num_computed_tokens
+        tokens = end - num_computed_tokens
         if tokens < max(self.config.min_hit_tokens, 1):
             return 0, False
-        state.plan, state.plan_blocks = plan, blocks
+        state.plan, state.plan_tokens = plan, end
         return tokens, any(not piece.in_memory for piece in plan)
 
-    def _plan(self, hashes: Sequence[bytes], lower: dict[bytes, bool]) -> list[Piece]:
-        """The longest run of chunks that some tier holds, then the longest tail present."""
-        plan: list[Piece] = []
-        step = self.chunker.chunk_blocks
-        start = 0
-        while start < len(hashes):
-            piece = next(
-                (
-                    Piece(Span(start, end), hashes[end - 1], self._in_memory(hashes[end - 1]))
-                    for end in range(min(start + step, len(hashes)), start, -1)
-                    if self._in_memory(hashes[end - 1]) or lower.get(hashes[end - 1], False)
-                ),
-                None,
-            )
-            if piece is None:
-                break
-            plan.append(piece)
-            if piece.span.num_blocks < step:
-                break
-            start += step
-        return plan
-
-    def _in_memory(self, key: bytes) -> bool:
-        entry = self.index.get(key)
-        return entry is not None and (self.config.keeps_memory or not entry.ready)
-
-    def _ready_run(self, plan: list[Piece]) -> list[Piece]:
-        """The beginning of `plan` that lies ready in memory, without holes."""
-        run: list[Piece] = []
-        for piece in plan:
-            entry = self.index.get(piece.hash)
-            if entry is None or not entry.ready or piece.span.first_block != _end(run):
-                break
-            run.append(piece)
-        return run
-
-    def _is_worth(self, plan: list[Piece], blocks: int, num_computed_tokens: int) -> bool:
-        """Whether loading what the engine lacks of the first `blocks` is faster than computing it."""
+    def _is_worth(self, plan: list[Piece], end: int, num_computed_tokens: int) -> bool:
+        """Whether loading what the engine lacks of the first `end` tokens is faster than computing it."""
         wanted = {"memory": 0, "lower": 0}
-        first = num_computed_tokens // self.chunker.block_tokens
+        at = num_computed_tokens
         for piece in plan:
-            count = min(piece.span.end_block, blocks) - max(piece.span.first_block, first)
-            wanted["memory" if piece.in_memory else "lower"] += max(count, 0) * self.chunker.block_tokens
+            wanted["memory" if piece.in_memory else "lower"] += max(min(piece.end_token, end) - at, 0)
+            at = max(at, piece.end_token)
         return self.admission.is_worth(wanted)
 
     def _has_room(self, plan: list[Piece], fetched: int) -> bool:
@@ -146,17 +115,19 @@ class Scheduler:
         state = self._states.get(request.request_id)
         if state is None:
             return
-        plan, usable = state.plan, state.plan_blocks
-        state.plan, state.plan_blocks, state.lookup, state.lookup_started_s = [], 0, None, 0.0
+        plan, end = state.plan, state.plan_tokens
+        state.plan, state.plan_tokens, state.lookup, state.lookup_started_s = [], 0, None, 0.0
         if not state.counted:  # called a second time once an async load has ended
             state.counted = True
             self._count_miss(state, plan)
         if num_external_tokens == 0:
             return
-        first = usable - num_external_tokens // self.chunker.block_tokens
+        block = self.chunker.block_tokens
+        first, usable = (end - num_external_tokens) // block, -(-end // block)
         used = [piece for piece in plan if piece.span.end_block > first and piece.span.first_block < usable]
-        self._lost_blocks += self._place(state, plan, used, first, usable, block_ids)
-        state.num_saved_blocks = max(state.num_saved_blocks, _end(plan))  # some tier holds them already
+        self._lost_blocks += self._place(state, plan, used, first, usable, block_ids, num_external_tokens)
+        # Some tier holds these already. (The rest of a prompt is an object beside the block that it may grow into.)
+        state.num_saved_blocks = max(state.num_saved_blocks, min(end_block(plan), len(state.hashes)))
         self.index.touch(piece.hash for piece in reversed(plan))
         self.counters["hit_requests"] += 1
         self.counters["hit_tokens"] += num_external_tokens
@@ -169,11 +140,12 @@ class Scheduler:
         first: int,
         usable: int,
         block_ids: Sequence[int],
+        num_tokens: int,
     ) -> list[int]:
         """Queue the copies that fill blocks [first, usable); block ids that could not be served."""
         request, block = state.request, self.chunker.block_tokens
         is_async = any(not piece.in_memory for piece in plan)
-        load = RequestLoad(request.request_id, [], (usable - first) * block, request.num_tokens, is_async)
+        load = RequestLoad(request.request_id, [], num_tokens, request.num_tokens, is_async)
         pinned: list[bytes] = []
         if is_async:  # sync copies run before anything can be evicted; async ones may not
             self._in_flight[request.request_id] = pinned
@@ -195,10 +167,10 @@ class Scheduler:
                 pinned.append(piece.hash)
             end = min(piece.span.end_block, usable)
             if fetch:
-                state.lower_tokens += (end - at) * block
+                state.lower_tokens += min(end * block, piece.end_token) - at * block
             skip = at - piece.span.first_block
             pages = tuple(block_ids[at:end])
-            load.ops.append(LoadOp(piece.hash, entry.slots, skip, pages, piece.span.end_block * block, fetch))
+            load.ops.append(LoadOp(piece.hash, entry.slots, skip, pages, fetch))
             at = end
         return list(block_ids[at:usable])
 
@@ -211,7 +183,7 @@ class Scheduler:
 
     def _count_miss(self, state: RequestState, plan: Sequence[Piece]) -> None:
         """Count why the first block that no tier holds is not there."""
-        at = _end(plan)
+        at = end_block(plan)
         if at >= (state.request.num_tokens - 1) // self.chunker.block_tokens:
             return
         chunk_end = min(at - at % self.chunker.chunk_blocks + self.chunker.chunk_blocks, len(state.hashes))
@@ -277,6 +249,12 @@ class Scheduler:
     def _save_request(self, state: RequestState, num_computed: int, saves: list[SaveOp]) -> None:
         """Save the objects whose last block is computed by the end of this step."""
         request, block = state.request, self.chunker.block_tokens
+        if num_computed >= request.num_prompt_tokens and not state.rest_saved:
+            state.rest_saved = True
+            rest, at = state.rest_hash(self.chunker), request.num_prompt_tokens // block
+            if rest is not None and at < len(state.block_ids):
+                self._save_object(rest, state.block_ids[at : at + 1], request.num_prompt_tokens, saves)
+                self.index.touch([rest])
         # The engine may still take back generated tokens; it never takes back the prompt's.
         limit = request.num_tokens - 1 if self.config.save_generated else request.num_prompt_tokens
         end = min(num_computed, limit) // block
@@ -289,21 +267,25 @@ class Scheduler:
             if span.end_block <= state.num_saved_blocks or not (full or span.end_block == prompt_end):
                 continue
             state.num_saved_blocks = span.end_block
-            key = hashes[span.end_block - 1]
-            if self.index.get(key) is not None or not self._saves.is_due(key):
-                continue
-            entry = self.index.reserve(key, span.num_blocks)
-            if entry is None:
-                self.counters["saves_dropped"] += 1
-                continue
-            write = self.lower is not None
-            if write:
-                self.index.pin(key)
-                self._unsettled[key] = len(self.namespaces)
-            pages = tuple(state.block_ids[span.first_block : span.end_block])
-            saves.append(SaveOp(key, entry.slots, pages, span.end_block * block, write))
-            self.counters["saved_tokens"] += span.num_blocks * block
+            pages = state.block_ids[span.first_block : span.end_block]
+            self._save_object(hashes[span.end_block - 1], pages, span.end_block * block, saves)
         self.index.touch(hashes[s.end_block - 1] for s in reversed(self.chunker.spans(end * block)))
+
+    def _save_object(self, key: bytes, block_ids: Sequence[int], end: int, saves: list[SaveOp]) -> None:
+        """Save these pages, which end with token `end` of the request, unless their object is there already."""
+        if self.index.get(key) is not None or not self._saves.is_due(key):
+            return
+        entry = self.index.reserve(key, len(block_ids))
+        if entry is None:
+            self.counters["saves_dropped"] += 1
+            return
+        write = self.lower is not None
+        if write:
+            self.index.pin(key)
+            self._unsettled[key] = len(self.namespaces)
+        saves.append(SaveOp(key, entry.slots, tuple(block_ids), end, write))
+        block = self.chunker.block_tokens
+        self.counters["saved_tokens"] += len(block_ids) * block - -end % block
 
     def absorb(self, report: WorkerReport) -> None:
         """Learn what the workers finished."""
@@ -387,10 +369,7 @@ class Scheduler:
             if extras is None:
                 self.counters["unnameable_requests"] += 1
                 return None
-            state = self._states[request.request_id] = RequestState(request, extras)
+            state = RequestState(request, extras, keeps_rest=self.config.whole_prompts)
+            self._states[request.request_id] = state
             self._unsaved[request.request_id] = state
         return state
-
-
-def _end(plan: Sequence[Piece]) -> int:
-    return plan[-1].span.end_block if plan else 0
