@@ -1,7 +1,7 @@
 """Cut a prompt into objects: full chunks, then one block-aligned tail.
 
 A *block* is the engine's page (16 tokens on most GPUs); a *chunk* is kvlab's object (256 tokens unless told).
-Tokens after the last full block belong to no object: an engine cannot reuse part of a page.
+Tokens after the last full block belong to none of these: only a connector that fills an engine's pages can use them.
 """
 
 from dataclasses import dataclass
