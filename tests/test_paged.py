@@ -68,6 +68,15 @@ def test_direct_copies_are_right_and_as_few_as_can_be(order, data):
     assert copies.sizes.size == (runs if pages.block_in_one_run else LAYERS * len(ids))
 
 
+def test_neighbours_on_both_sides_are_one_copy():
+    _, pages = layout("BLNHC")
+    base, size = pages.pages[0].data_ptr(), pages.block_bytes
+    copies = copies_between(pages, np.array([3, 4, 5, 9, 2, 3], np.int32), 1 << 40, [7, 8, 9, 10, 0, 1])
+    assert copies.pages.tolist() == [base + 3 * size, base + 9 * size, base + 2 * size]
+    assert copies.arena.tolist() == [(1 << 40) + slot * size for slot in (7, 10, 0)]
+    assert copies.sizes.tolist() == [3 * size, size, 2 * size]
+
+
 @pytest.mark.parametrize("order", ["LBHNC", "BLNHC"])
 def test_cpu_transfer_agrees_with_the_reference(order):
     _, pages = layout(order)

@@ -7,11 +7,11 @@ memory, a whole block where its layers lie side by side (BLHNC, BLNHC), and neig
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from kvlab.paged.layout import PageLayout
 
-Addresses = NDArray[np.uint64]
+Addresses = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,29 @@ class Copies:
     sizes: Addresses
 
 
-def copies_between(
-    layout: PageLayout, block_ids: NDArray[np.integer], arena: int, slots: NDArray[np.integer]
-) -> Copies:
+def copies_between(layout: PageLayout, block_ids: ArrayLike, arena: int, slots: ArrayLike) -> Copies:
     """What has to be copied between `block_ids` and `slots` of an arena [slots, layers, page_bytes] at this address."""
-    whole = layout.block_in_one_run
-    parts = layout.pages[:1] if whole else layout.pages  # of a block, each one run of bytes
-    size = layout.block_bytes if whole else layout.page_bytes
-    bases = np.array([part.data_ptr() for part in parts], np.uint64)
-    within = np.arange(len(parts), dtype=np.uint64) * np.uint64(size)
-    pages = bases + block_ids.astype(np.uint64)[:, None] * np.uint64(layout.pages[0].stride(0))
-    places = within + (np.uint64(arena) + slots.astype(np.uint64)[:, None] * np.uint64(layout.block_bytes))
-    return _joined(pages.ravel(), places.ravel(), np.uint64(size))
+    pages = np.asarray(block_ids, np.int64) * layout.block_stride
+    places = np.asarray(slots, np.int64) * layout.block_bytes
+    places += arena
+    if layout.block_in_one_run:
+        pages += layout.addresses[0]
+        return _joined(pages, places, layout.block_bytes)
+    pages = np.add.outer(pages, layout.addresses).ravel()
+    places = np.add.outer(places, range(0, layout.block_bytes, layout.page_bytes)).ravel()
+    return _joined(pages, places, layout.page_bytes)
 
 
-def _joined(pages: Addresses, places: Addresses, size: np.uint64) -> Copies:
-    """Neighbours on both sides become one copy."""
-    apart = (np.diff(pages) != size) | (np.diff(places) != size)
-    starts = np.concatenate(([0], np.flatnonzero(apart) + 1))
-    counts = np.diff(np.append(starts, pages.size)).astype(np.uint64)
-    return Copies(pages[starts], places[starts], counts * size)
+def _joined(pages: Addresses, places: Addresses, size: int) -> Copies:
+    """Neighbours on both sides become one copy. (Plain operations: the first byte waits for them, and for a few blocks
+    np.diff or np.append take longer than all of this.)"""
+    first = np.ones(pages.size, np.bool_)  # whether a copy begins here
+    first[1:] = (pages[1:] - pages[:-1] != size) | (places[1:] - places[:-1] != size)
+    starts = first.nonzero()[0]
+    if starts.size == pages.size:
+        return Copies(pages, places, np.full(pages.size, size))
+    sizes = np.empty_like(starts)
+    sizes[:-1] = starts[1:] - starts[:-1]
+    sizes[-1] = pages.size - starts[-1]
+    sizes *= size
+    return Copies(pages[starts], places[starts], sizes)

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver as triton_driver
 
 from kvlab.paged.layout import PageLayout
 
 BLOCKS_PER_LAUNCH = 32
 _PARTS = (1024, 512, 256, 128)  # words
+_NO_HOOKS = (None, None, None)  # a launch's metadata, and what is called before and after it
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
@@ -68,20 +70,20 @@ class PageMover:
     """The kernels bound to one layout; pointers and strides are read once, and both kernels are compiled here.
 
     `gather` and `scatter` move the pages of `block_ids` to or from the beginning of a buffer, uint8 [blocks, layers,
-    page_bytes] on the pages' device that starts at a multiple of 16 bytes. They launch on the current stream and
-    return at once. Block ids are not checked here.
+    page_bytes] on the pages' device that starts at a multiple of 16 bytes. They launch on the current stream, whose
+    handle saves looking it up if it is given as `stream`, and return at once. Block ids are not checked here.
     """
 
     def __init__(self, layout: PageLayout) -> None:
         pages = layout.pages
         self.layout = layout
-        self._pointers = torch.tensor([view.data_ptr() for view in pages], dtype=torch.int64, device=pages[0].device)
+        self._pointers = torch.tensor(layout.addresses, dtype=torch.int64, device=pages[0].device)
         self._address = self._pointers.data_ptr()
         strides = {view.stride(0) for view in pages}
         if len(strides) != 1:
             raise ValueError(f"all layers must have one block stride, got {sorted(strides)}")
         stride = strides.pop()
-        common = gcd(stride, layout.page_bytes, *(view.data_ptr() for view in pages))
+        common = gcd(stride, layout.page_bytes, *layout.addresses)
         word = next(word for word in _WORDS if common % word == 0)
         words = layout.page_bytes // word
         part = next((part for part in _PARTS if words % part == 0), _PARTS[0])
@@ -93,11 +95,11 @@ class PageMover:
         block = layout.buffer(1, device=pages[0].device)  # block 0 goes out and comes back, so that both are loaded
         self._kernels = {to_pages: self._first_launch([0], block, to_pages) for to_pages in (False, True)}
 
-    def gather(self, block_ids: Sequence[int], out: torch.Tensor) -> None:
-        self._launch(block_ids, out, to_pages=False)
+    def gather(self, block_ids: Sequence[int], out: torch.Tensor, stream: int | None = None) -> None:
+        self._launch(block_ids, out, stream, to_pages=False)
 
-    def scatter(self, block_ids: Sequence[int], buffer: torch.Tensor) -> None:
-        self._launch(block_ids, buffer, to_pages=True)
+    def scatter(self, block_ids: Sequence[int], buffer: torch.Tensor, stream: int | None = None) -> None:
+        self._launch(block_ids, buffer, stream, to_pages=True)
 
     def _first_launch(self, block_ids: Sequence[int], buffer: torch.Tensor, to_pages: bool) -> Any:
         """Triton's own way to launch; returns the compiled kernel, or None in its interpreter."""
@@ -105,15 +107,24 @@ class PageMover:
         options = (*self._sizes, *self._constants[to_pages])
         return _move[(len(block_ids), *self._grid)](self._pointers, _padded(block_ids), words, *options)
 
-    def _launch(self, block_ids: Sequence[int], buffer: torch.Tensor, *, to_pages: bool) -> None:
+    def _launch(self, block_ids: Sequence[int], buffer: torch.Tensor, stream: int | None, *, to_pages: bool) -> None:
         kernel = self._kernels[to_pages]
+        if stream is None and kernel is not None:
+            stream = triton_driver.active.get_current_stream(buffer.device.index)
         for at in range(0, len(block_ids), BLOCKS_PER_LAUNCH):
             ids = block_ids[at : at + BLOCKS_PER_LAUNCH]
             if kernel is None:
                 self._first_launch(ids, buffer[at:], to_pages)
                 continue
-            # Straight to the compiled kernel: binding and looking up arguments anew costs several times the launch.
-            kernel[(len(ids), *self._grid)](
+            # Straight to the compiled kernel, as Triton itself calls it in the end: binding and looking up arguments
+            # anew costs several times the launch, and what `kernel[grid]` prepares for profilers' hooks as much again.
+            kernel.run(
+                len(ids),
+                *self._grid,
+                stream,
+                kernel.function,
+                kernel.packed_metadata,
+                *_NO_HOOKS,
                 self._address,
                 _padded(ids),
                 buffer.data_ptr() + at * self.layout.block_bytes,

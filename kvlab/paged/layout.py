@@ -32,30 +32,42 @@ class PageLayout:
     pages: tuple[torch.Tensor, ...]
     name: str
 
-    @property
+    # Tensors are asked once: each answer of theirs takes as long as a small numpy operation.
+
+    @cached_property
     def num_layers(self) -> int:
         return len(self.pages)
 
-    @property
+    @cached_property
     def num_blocks(self) -> int:
         return self.pages[0].shape[0]
 
-    @property
+    @cached_property
     def page_bytes(self) -> int:
         """Bytes of one layer's page."""
         return self.pages[0].shape[1]
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
         return self.num_layers * self.page_bytes
 
     @cached_property
+    def block_stride(self) -> int:
+        """Bytes from a page to that of the next block."""
+        return self.pages[0].stride(0)
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where each layer's page of block 0 starts."""
+        return tuple(pages.data_ptr() for pages in self.pages)
+
+    @cached_property
     def block_in_one_run(self) -> bool:
         """Whether a block's layers lie side by side in memory, in the order of a chunk buffer."""
-        first = self.pages[0].data_ptr()
+        first = self.addresses[0]
         return self.num_layers > 1 and all(
-            pages.data_ptr() == first + i * self.page_bytes for i, pages in enumerate(self.pages)
+            address == first + i * self.page_bytes for i, address in enumerate(self.addresses)
         )
 
     def buffer(self, num_blocks: int, *, device: str | torch.device = "cpu") -> torch.Tensor:

@@ -14,11 +14,8 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from triton.runtime import driver as triton_driver
 
 from kvlab.errors import ConfigError
@@ -27,18 +24,18 @@ from kvlab.paged.driver import copy_batch, copy_to_device, copy_to_host
 from kvlab.paged.kernels import PageMover
 from kvlab.paged.layout import PageLayout, aligned_bytes, check_block_ids
 
-Rows: TypeAlias = NDArray[np.integer]
-
 DEFAULT_STAGING_BYTES = 128 << 20  # of GPU memory, all ring buffers together
 RING_DEPTH = 4
+TRAIL_LENGTH = 32  # copies that are remembered without asking whether they have ended
 
 
 class Timing:
     """When work began and ended on the GPU; `seconds` is None until it has ended."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        """The work begins behind what `stream` has been given so far."""
-        self.start = self.reached = _recorded(stream, timing=True)
+    def __init__(self, stream: torch.cuda.Stream, reached: torch.cuda.Event | None = None) -> None:
+        """The work begins behind what `stream` has been given so far; `reached` as in `reach`, if it is known."""
+        self.start = _recorded(stream, timing=True)
+        self.reached = self.start if reached is None else reached
         self.end: torch.cuda.Event | None = None
 
     def reach(self, stream: torch.cuda.Stream) -> None:
@@ -92,6 +89,7 @@ class CudaTransfer:
         self._seen_streams: dict[int, torch.cuda.Stream] = {}
         self._side = torch.cuda.Stream(self.device)
         self._rings = {name: _Ring(layout, piece_blocks, self.device) for name in ("in", "out")}
+        self._gathered = torch.cuda.Event()  # recorded and waited for in one breath: a wait keeps the record it found
         self._loads, self._saves = _Trail(num_slots), _Trail(num_slots)
         self._lock = threading.RLock()
         self._closed = False
@@ -107,69 +105,66 @@ class CudaTransfer:
 
     def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Timing:
         """Slots into pages: the current stream's next work sees them. Returns at once."""
-        rows = self._checked(slots, block_ids)
+        self._check(slots, block_ids)
         if self.layout.block_in_one_run:
-            return self._load_directly(rows, np.asarray(block_ids))
-        block = self.layout.block_bytes
+            return self._load_directly(slots, block_ids)
+        block, stream = self.layout.block_bytes, self._in.cuda_stream
         with self._lock:
-            self._saves.wait(self._in, rows)
+            self._saves.wait(self._in, slots)
             timing = Timing(self._in)
             compute: torch.cuda.Stream | None = None
-            for at, end in self._pieces(len(rows)):
+            for at, end in self._pieces(len(slots)):
                 piece = self._rings["in"].next()
                 self._in.wait_event(piece.free)
-                for into, first, count in _runs(rows[at:end]):
+                for into, first, count in _runs(slots[at:end]):
                     target, source = piece.address + into * block, self._arena_address + first * block
-                    copy_to_device(target, source, count * block, self._in.cuda_stream)
-                piece.filled.record(self._in)
+                    copy_to_device(target, source, count * block, stream)
+                filled = _recorded(self._in)
                 if compute is None:  # what the first DMA does not need hides behind it
                     compute = self._current_stream()
                     timing.reach(compute)
-                compute.wait_event(piece.filled)
-                self._mover.scatter(block_ids[at:end], piece.buffer)
-                piece.free.record(compute)
-            timing.stop(compute)
-            self._loads.add(_recorded(self._in), rows)
+                compute.wait_event(filled)
+                self._mover.scatter(block_ids[at:end], piece.buffer, compute.cuda_stream)
+                piece.free = timing.end = _recorded(compute, timing=True)
+            self._loads.add(filled, slots)
         return timing
 
-    def _load_directly(self, rows: Rows, ids: Rows) -> Timing:
+    def _load_directly(self, slots: Sequence[int], block_ids: Sequence[int]) -> Timing:
         """No ring and no kernel where a block lies together on both sides. (Copies of single pages of 32 KiB are half
         as fast as the ring; and a save cannot be done so, as the pages may be overwritten at once.)"""
-        copies = copies_between(self.layout, ids, self._arena_address, rows)
+        copies = copies_between(self.layout, block_ids, self._arena_address, slots)
         with self._lock:
             compute = self._current_stream()
-            self._saves.wait(self._in, rows)
-            self._in.wait_event(_recorded(compute))  # who had the pages last may still be reading them
-            timing = Timing(self._in)
-            timing.reach(compute)
+            self._saves.wait(self._in, slots)
+            reached = _recorded(compute, timing=True)
+            self._in.wait_event(reached)  # who had the pages last may still be reading them
+            timing = Timing(self._in, reached)
             copy_batch(copies.pages, copies.arena, copies.sizes, self._in.cuda_stream)
-            done = _recorded(self._in)
-            compute.wait_event(done)
-            timing.stop(compute)
-            self._loads.add(done, rows)
+            timing.end = _recorded(self._in, timing=True)
+            compute.wait_event(timing.end)
+            self._loads.add(timing.end, slots)
         return timing
 
     def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> Timing:
         """Pages into slots: gathered behind the current stream's work, copied out on another. Returns at once;
         the pages may be overwritten by whatever the current stream does next."""
-        rows = self._checked(slots, block_ids)
-        block = self.layout.block_bytes
+        self._check(slots, block_ids)
+        block, stream = self.layout.block_bytes, self._out.cuda_stream
         with self._lock:
             compute = self._current_stream()
             timing = Timing(compute)
-            self._loads.wait(self._out, rows)
-            for at, end in self._pieces(len(rows)):
+            self._loads.wait(self._out, slots)
+            for at, end in self._pieces(len(slots)):
                 piece = self._rings["out"].next()
                 compute.wait_event(piece.free)
-                self._mover.gather(block_ids[at:end], piece.buffer)
-                piece.filled.record(compute)
-                self._out.wait_event(piece.filled)
-                for into, first, count in _runs(rows[at:end]):
+                self._mover.gather(block_ids[at:end], piece.buffer, compute.cuda_stream)
+                self._gathered.record(compute)
+                self._out.wait_event(self._gathered)
+                for into, first, count in _runs(slots[at:end]):
                     target, source = self._arena_address + first * block, piece.address + into * block
-                    copy_to_host(target, source, count * block, self._out.cuda_stream)
-                piece.free.record(self._out)
-            timing.stop(self._out)
-            self._saves.add(_recorded(self._out), rows)
+                    copy_to_host(target, source, count * block, stream)
+                piece.free = ended = timing.end = _recorded(self._out, timing=True)
+            self._saves.add(ended, slots)
         return timing
 
     def _current_stream(self) -> torch.cuda.Stream:
@@ -201,9 +196,8 @@ class CudaTransfer:
 
     def view(self, slots: Sequence[int]) -> torch.Tensor | None:
         """The memory of `slots`, once no copy uses them; None where they do not lie in one run."""
-        rows = np.asarray(slots)
-        self._settle(rows)
-        runs = _runs(rows)
+        self._settle(slots)
+        runs = _runs(slots)
         return self.arena[runs[0][1] : runs[0][1] + runs[0][2]] if len(runs) == 1 else None
 
     def slots(self, slots: Sequence[int]) -> torch.Tensor:
@@ -213,9 +207,8 @@ class CudaTransfer:
 
     def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None:
         """Write `buffer`, uint8 [blocks, layers, page_bytes], into slots, once no copy uses them."""
-        rows = np.asarray(slots)
-        self._settle(rows)
-        for into, first, count in _runs(rows):
+        self._settle(slots)
+        for into, first, count in _runs(slots):
             self.arena[first : first + count].numpy()[:] = buffer[into : into + count].numpy()
 
     def close(self) -> None:
@@ -228,23 +221,22 @@ class CudaTransfer:
 
     # ----
 
-    def _checked(self, slots: Sequence[int], block_ids: Sequence[int]) -> Rows:
+    def _check(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
         if not slots or len(block_ids) != len(slots):
             raise ConfigError(
                 f"a copy needs as many slots as blocks and at least one, got {len(slots)} and {len(block_ids)}"
             )
         check_block_ids(block_ids, self.layout.num_blocks)
-        return np.asarray(slots, np.int64)
 
     def _pieces(self, num_blocks: int) -> list[tuple[int, int]]:
         """[at, end) pieces of one ring buffer each."""
         size = self._rings["in"].num_blocks
         return [(at, min(at + size, num_blocks)) for at in range(0, num_blocks, size)]
 
-    def _settle(self, rows: Rows) -> None:
+    def _settle(self, slots: Sequence[int]) -> None:
         """Wait until no copy uses these slots."""
         with self._lock:
-            under_way = [trail.newest(rows) for trail in (self._loads, self._saves)]
+            under_way = [trail.newest(slots) for trail in (self._loads, self._saves)]
         for event in under_way:
             if event is not None:
                 event.synchronize()
@@ -255,25 +247,28 @@ class _Trail:
     its copies in order: who waits for the newest has waited for all."""
 
     def __init__(self, num_slots: int) -> None:
-        self._last = np.zeros(num_slots, np.int64)
+        self._last = [0] * num_slots  # numbers of copies; a list, as most copies are of a few slots
         self._events: deque[torch.cuda.Event] = deque()
-        self._ended = 0
+        self._ended = 0  # the number of the last copy before those of `_events`
 
-    def add(self, event: torch.cuda.Event, rows: Rows) -> None:
-        self._events.append(event)
-        self._last[rows] = self._ended + len(self._events)
-
-    def newest(self, rows: Rows) -> torch.cuda.Event | None:
-        """The end of the newest copy of these slots; None if all have ended."""
-        while self._events and self._events[0].query():
+    def add(self, event: torch.cuda.Event, slots: Sequence[int]) -> None:
+        """`event` is the end of a copy of these slots, and never recorded again."""
+        while len(self._events) >= TRAIL_LENGTH and self._events[0].query():
             self._events.popleft()
             self._ended += 1
-        last = int(self._last[rows].max()) - self._ended if self._events else 0
+        self._events.append(event)
+        number = self._ended + len(self._events)
+        for slot in slots:
+            self._last[slot] = number
+
+    def newest(self, slots: Sequence[int]) -> torch.cuda.Event | None:
+        """The end of the newest copy of these slots; None if all are known to have ended."""
+        last = max(map(self._last.__getitem__, slots)) - self._ended
         return self._events[last - 1] if last > 0 else None
 
-    def wait(self, stream: torch.cuda.Stream, rows: Rows) -> None:
+    def wait(self, stream: torch.cuda.Stream, slots: Sequence[int]) -> None:
         """Let `stream` wait for the copies of these slots."""
-        event = self.newest(rows)
+        event = self.newest(slots)
         if event is not None:
             stream.wait_event(event)
 
@@ -286,10 +281,9 @@ def _recorded(stream: torch.cuda.Stream, *, timing: bool = False) -> torch.cuda.
 
 @dataclass
 class _Buffer:
-    """A GPU buffer, and the events after which it is filled and free again."""
+    """A GPU buffer, and the event after which it is free again: a new one each time, as others hold on to the last."""
 
     buffer: torch.Tensor
-    filled: torch.cuda.Event
     free: torch.cuda.Event
 
     def __post_init__(self) -> None:
@@ -302,8 +296,7 @@ class _Ring:
     def __init__(self, layout: PageLayout, num_blocks: int, device: torch.device) -> None:
         self.num_blocks = num_blocks
         self._buffers = [
-            _Buffer(layout.buffer(num_blocks, device=device), torch.cuda.Event(), torch.cuda.Event())
-            for _ in range(RING_DEPTH)
+            _Buffer(layout.buffer(num_blocks, device=device), torch.cuda.Event()) for _ in range(RING_DEPTH)
         ]
         self._at = 0
 
@@ -316,8 +309,10 @@ class _Ring:
         return self._buffers[self._at]
 
 
-def _runs(rows: Rows) -> list[tuple[int, int, int]]:
-    """(position in `rows`, first slot, count) of each run of neighbouring slots: one DMA each."""
-    breaks = (rows[1:] - rows[:-1] != 1).nonzero()[0]
-    starts = [0, *(breaks + 1).tolist()] if breaks.size else [0]
-    return [(at, int(rows[at]), end - at) for at, end in zip(starts, [*starts[1:], rows.size], strict=True)]
+def _runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(position in `slots`, first slot, count) of each run of neighbouring slots: one DMA each."""
+    first, size = slots[0], len(slots)
+    if list(slots) == list(range(first, first + size)):  # as most are
+        return [(0, first, size)]
+    starts = [0, *(at for at in range(1, size) if slots[at] != slots[at - 1] + 1)]
+    return [(at, slots[at], end - at) for at, end in zip(starts, [*starts[1:], size], strict=True)]

@@ -1,0 +1,216 @@
+"""The order of copies: `CudaTransfer` on a make-believe GPU that runs its streams in any order their events allow."""
+
+import ctypes
+from collections import deque
+from contextlib import contextmanager, nullcontext
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvlab.paged import gather, scatter, staging
+from kvlab.paged.layout import aligned_bytes
+from tests.test_paged import BLOCKS, layout
+
+SLOTS = 9
+
+
+class Gpu:
+    """Streams are queues of closures and of marks to set or to wait for; `pick` chooses which stream goes on."""
+
+    def __init__(self, pick):
+        self.pick = pick
+        self.streams = []
+        self.compute = self.current = self.stream()
+
+    def stream(self, device=None):
+        self.streams.append(deque())
+
+        class Stream:
+            cuda_stream = len(self.streams) - 1
+
+            def wait_event(self, event):
+                event.wait(self)
+
+        return Stream()
+
+    @contextmanager
+    def switched(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def event(self, enable_timing=False):
+        gpu = self
+
+        class Event:
+            mark = None  # of the latest record
+
+            def record(self, stream):
+                self.mark = mark = SimpleNamespace(set=False)
+                gpu.give(stream.cuda_stream, lambda: setattr(mark, "set", True))
+
+            def wait(self, stream):
+                if self.mark is not None:
+                    gpu.streams[stream.cuda_stream].append(self.mark)
+
+            def query(self):
+                return self.mark is None or self.mark.set
+
+            def synchronize(self):
+                gpu.run(until=self.query)
+
+        return Event()
+
+    def give(self, handle, work):
+        self.streams[handle].append(work)
+
+    def step(self):
+        """One piece of work of some stream; False if none can go on."""
+        for queue in self.streams:
+            while queue and getattr(queue[0], "set", False):
+                queue.popleft()  # a wait that is over
+        ready = [queue for queue in self.streams if queue and callable(queue[0])]
+        if ready:
+            self.pick(ready).popleft()()
+        return bool(ready)
+
+    def run(self, until=lambda: False):
+        while not until() and self.step():
+            pass
+
+
+class Mover:
+    """The kernels as torch operations, queued on the stream that the transfer names."""
+
+    def __init__(self, gpu, pages):
+        self.gpu, self.pages = gpu, pages
+
+    def gather(self, block_ids, out, stream):
+        ids = list(block_ids)
+        self.gpu.give(stream, lambda: gather(self.pages, ids, out[: len(ids)]))
+
+    def scatter(self, block_ids, buffer, stream):
+        ids = list(block_ids)
+        self.gpu.give(stream, lambda: scatter(self.pages, ids, buffer[: len(ids)]))
+
+
+@contextmanager
+def transfer_on(gpu, pages, piece_blocks):
+    """A CudaTransfer whose ring buffers hold `piece_blocks` blocks."""
+
+    def copy(target, source, num_bytes, stream):
+        gpu.give(stream, lambda: ctypes.memmove(target, source, num_bytes))
+
+    def batch(targets, sources, sizes, stream):
+        for target, source, size in zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True):
+            copy(target, source, size, stream)
+
+    active = SimpleNamespace(get_current_stream=lambda device: gpu.current.cuda_stream)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", gpu.stream)
+        patch.setattr(torch.cuda, "Event", gpu.event)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: gpu.current)
+        patch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        patch.setattr(torch.cuda, "stream", gpu.switched)
+        patch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.run())
+        patch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostUnregister=lambda address: None))
+        patch.setattr(staging, "triton_driver", SimpleNamespace(active=active))
+        patch.setattr(staging, "pinned_arena", aligned_bytes)
+        patch.setattr(staging, "PageMover", lambda layout: Mover(gpu, layout))
+        patch.setattr(staging, "copy_to_device", copy)
+        patch.setattr(staging, "copy_to_host", copy)
+        patch.setattr(staging, "copy_batch", batch)
+        patch.setattr(staging, "TRAIL_LENGTH", 1)
+        size = 2 * staging.RING_DEPTH * piece_blocks * pages.block_bytes
+        transfer = staging.CudaTransfer(pages, SLOTS, staging_bytes=size)
+        try:
+            yield transfer
+        finally:
+            transfer.close()
+
+
+@pytest.mark.parametrize("order", ["LBHNC", "BLHNC"])
+def test_copies_end_as_if_each_had_run_alone(order):
+    """Loads, saves, and an engine that writes into the same few blocks between them."""
+    for seed in range(100):
+        _play(order, Random(seed))
+
+
+def _play(order, random):
+    _, pages = layout(order)
+    gpu = Gpu(random.choice)
+    with transfer_on(gpu, pages, piece_blocks=random.randint(1, 3)) as transfer:
+        transfer.arena.random_(0, 255)
+        want_pages, want_arena = gather(pages, range(BLOCKS), pages.buffer(BLOCKS)), transfer.arena.clone()
+        for turn in range(12):
+            count = random.randint(1, 7)
+            ids = random.sample(range(BLOCKS), count)
+            first = random.randrange(SLOTS - count + 1)
+            slots = random.choice([list(range(first, first + count)), random.sample(range(SLOTS), count)])
+            what = random.choice(["load", "load_and_wait", "save", "write"])
+            if what == "load":
+                transfer.load(slots, ids)
+                want_pages[ids] = want_arena[slots]
+            elif what == "load_and_wait":
+                transfer.load_and_wait(slots, ids, transfer.fence())
+                want_pages[ids] = want_arena[slots]
+                assert torch.equal(gather(pages, ids, pages.buffer(count)), want_pages[ids])
+            elif what == "save":
+                timing = transfer.save(ids, slots)
+                want_arena[slots] = want_pages[ids]
+            else:
+                fresh = torch.full((count, *want_pages.shape[1:]), turn, dtype=torch.uint8)
+                transfer._mover.scatter(ids, fresh, gpu.compute.cuda_stream)
+                want_pages[ids] = fresh
+            for _ in range(random.randrange(8)):
+                gpu.step()
+            if what == "save" and random.random() < 0.3:
+                timing.end.synchronize()
+                assert torch.equal(transfer.arena[slots], want_arena[slots])
+            if random.random() < 0.2:
+                assert torch.equal(transfer.slots(slots), want_arena[slots])
+        gpu.run()
+        assert not any(gpu.streams)
+        assert torch.equal(transfer.arena, want_arena)
+        assert torch.equal(gather(pages, range(BLOCKS), pages.buffer(BLOCKS)), want_pages)
+
+
+@pytest.mark.parametrize("order", ["LBHNC", "BLHNC"])
+def test_both_directions_on_two_streams_of_the_engine(order):
+    """Only the slots order these copies: nothing else lies between the engine's two streams."""
+    for seed in range(60):
+        random = Random(seed)
+        _, pages = layout(order)
+        gpu = Gpu(random.choice)
+        with transfer_on(gpu, pages, piece_blocks=2) as transfer:
+            second = gpu.stream()
+            transfer.arena.random_(0, 255)
+            loaded, want = transfer.arena[2:7].clone(), gather(pages, range(5), pages.buffer(5))
+            with gpu.switched(second):
+                transfer.load(range(2, 7), range(5, 10))
+            transfer.save(range(5), range(2, 7))
+            for block in range(3):  # others after it, so that it is not the trail's newest
+                transfer.save([block], [block // 2])
+            with gpu.switched(second):
+                transfer.load(range(2, 7), [10, 9, 8, 7, 6])
+            gpu.run()
+            assert torch.equal(transfer.arena[2:7], want)
+            assert torch.equal(gather(pages, [5], pages.buffer(1)), loaded[:1])
+            assert torch.equal(gather(pages, [10, 9, 8, 7, 6], pages.buffer(5)), want)
+
+
+@pytest.mark.parametrize(
+    ("slots", "runs"),
+    [
+        ([4], [(0, 4, 1)]),
+        (range(3, 6), [(0, 3, 3)]),
+        ([3, 4, 5], [(0, 3, 3)]),
+        ([5, 4, 3], [(0, 5, 1), (1, 4, 1), (2, 3, 1)]),
+        ([1, 2, 0, 7, 8], [(0, 1, 2), (2, 0, 1), (3, 7, 2)]),
+        ([0, 2, 1, 3], [(0, 0, 1), (1, 2, 1), (2, 1, 1), (3, 3, 1)]),
+    ],
+)
+def test_runs_of_neighbouring_slots(slots, runs):
+    assert staging._runs(slots) == runs
