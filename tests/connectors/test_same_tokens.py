@@ -59,6 +59,8 @@ def test_a_last_page_filled_in_part_serves_the_same_prompt_alone(fresh, expected
     before = counters["saved_tokens"]
     assert generate(fresh, [p])[0].hit == 299
     assert counters["saved_tokens"] == before, "nothing is saved twice"
+    generate(fresh, [prompt(33)])
+    assert counters["saved_tokens"] == before + 32, "a token that must be computed anyway is not worth a page"
 
 
 def test_whole_pages_only(expected):

@@ -33,12 +33,12 @@ class RequestState:
 
     def rest_hash(self, chunker: Chunker) -> bytes | None:
         """Names the prompt's last block where the prompt fills only a part of it, which serves the very same prompt
-        alone; None where there is no such block or it is not kept."""
+        alone; None where there is none, it is not kept, or it holds nothing but the token that must be computed."""
         if self._rest is None and self.keeps_rest:
             tokens, block = self.request.prompt_token_ids, chunker.block_tokens
             full = chunker.num_blocks(len(tokens))
             rest = tokens[full * block :]
-            if rest:
+            if len(rest) > 1:
                 parent = self.extend_hashes(chunker)[full - 1] if full else None
                 extras = [*self.extras.get(full, ()), ("rest", str(len(rest)))]  # no full block has this name
                 self._rest = block_hashes(rest, len(rest), parent=parent, extras={0: extras})[0]
