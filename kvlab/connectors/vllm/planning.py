@@ -1,22 +1,10 @@
 """Which stored objects would serve a prompt? What is worth loading, and where it goes, is decided elsewhere."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from kvlab.chunking import Chunker, Span
-from kvlab.connectors.vllm.requests import RequestState
+from kvlab.connectors.vllm.requests import Piece, RequestState
 from kvlab.connectors.vllm.slots import SlotIndex
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One object of a hit: blocks [span.first_block, span.end_block) of the prompt under `hash`, which end with its
-    token `end_token` (exclusive)."""
-
-    span: Span
-    hash: bytes
-    end_token: int
-    in_memory: bool
 
 
 class Planner:

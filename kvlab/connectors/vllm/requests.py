@@ -6,8 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvlab.chunking import Chunker
+from kvlab.chunking import Chunker, Span
 from kvlab.hashing import Extra, block_hashes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One object of a hit: blocks [span.first_block, span.end_block) of the prompt under `hash`, which end with its
+    token `end_token` (exclusive)."""
+
+    span: Span
+    hash: bytes
+    end_token: int
+    in_memory: bool
 
 
 @dataclass
@@ -21,7 +32,7 @@ class RequestState:
     num_saved_blocks: int = 0
     keeps_rest: bool = True  # whether a last block that the prompt fills in part is an object too
     rest_saved: bool = False
-    plan: list[Any] = field(default_factory=list)  # of planning.Piece
+    plan: list[Piece] = field(default_factory=list)
     plan_tokens: int = 0  # tokens of the prompt that the plan may serve
     lookup: Any = None  # future of what the lower tiers hold
     lookup_started_s: float = 0.0

@@ -14,8 +14,8 @@ from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.admission import LoadAdmission, SaveAdmission
 from kvlab.connectors.vllm.lookup import Lookup
 from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
-from kvlab.connectors.vllm.planning import Piece, Planner, end_block, end_token
-from kvlab.connectors.vllm.requests import RequestState, request_extras, wants_recompute
+from kvlab.connectors.vllm.planning import Planner, end_block, end_token
+from kvlab.connectors.vllm.requests import Piece, RequestState, request_extras, wants_recompute
 from kvlab.connectors.vllm.slots import SlotIndex
 from kvlab.hashing import Namespace
 from kvlab.stores import Store
