@@ -1,6 +1,7 @@
 """``kvlab bench``: serving benchmarks of backends side by side, and the tables of rows measured before."""
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,11 +35,12 @@ def main(argv: Sequence[str]) -> int:
             names[0] if names else None,
             names[1:],
             model=options.model,
-            dataset=options.dataset,
+            dataset=options.dataset.split(","),
             dataset_path=options.dataset_path,
-            num_prompts=options.num_prompts,
-            request_rate=options.request_rate,
+            num_prompts=_numbers(options.num_prompts, int, "--num-prompts"),
+            request_rate=_numbers(options.request_rate, float, "--request-rate"),
             runs=options.runs,
+            together=options.together,
             seed=options.seed,
             output_len=options.output_len,
             max_prompt_tokens=options.max_prompt_tokens,
@@ -46,6 +48,9 @@ def main(argv: Sequence[str]) -> int:
             redis_url=options.redis_url,
             settings=dict(_setting(text) for text in options.set),
             server_flags=[*_server_flags(options), *rest[1:]],
+            backend_flags={
+                name: shlex.split(text) for name, text in (_pair(t, "--flags-of") for t in options.flags_of)
+            },
             env=dict(_pair(text, "--env") for text in options.env),
             port=options.port,
             ignore_eos=options.ignore_eos,
@@ -70,11 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--backends", default="none,kvlab-memory", help=f"names or store URLs, with commas: {', '.join(peers.NAMES)}")
     add("--model", help="folder or hub id; default the small demo model")
-    add("--dataset", choices=KINDS, default="sharegpt")
+    add("--dataset", default="sharegpt", help=f"{', '.join(KINDS)}; several, with commas, are sent one after the other")
     add("--dataset-path", help="a ShareGPT JSON file, or a trace in Mooncake's format")
-    add("--num-prompts", type=int, default=1024)
-    add("--request-rate", type=float, default=16.0, help="requests per second")
+    add("--num-prompts", default="1024", help="one number, or one for each dataset with commas")
+    add("--request-rate", default="16", help="requests per second; one number, or one for each dataset with commas")
     add("--runs", type=int, default=2)
+    add("--together", action="store_true", help="start all servers first and let their runs take turns")
     add("--seed", type=int, default=0)
     add("--output-len", type=int, help="tokens to generate for each prompt; default the dataset's")
     add("--ignore-eos", action="store_true", help="generate to the full length")
@@ -89,9 +95,17 @@ def _parser() -> argparse.ArgumentParser:
         help="a setting of kvlab's connector; may be repeated",
     )
     add("--env", action="append", default=[], metavar="KEY=VALUE", help="a variable of every server; may be repeated")
+    add(
+        "--flags-of",
+        action="append",
+        default=[],
+        metavar="BACKEND=FLAGS",
+        help="flags for one backend's server, in quotes; may be repeated",
+    )
     add("--load-format", help="dummy: random weights of the model's shape")
     add("--max-model-len", type=int)
     add("--gpu-memory-utilization", type=float)
+    add("--kv-cache-memory-bytes", help="of each server's own pool")
     add("--enforce-eager", action="store_true", help="no compilation, no CUDA graphs")
     add("--port", type=int, help="default a free one")
     add("--warmups", type=int, default=2, help="random prompts before the first run")
@@ -104,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _server_flags(options: argparse.Namespace) -> list[str]:
     flags: list[str] = []
-    for name in ("load_format", "max_model_len", "gpu_memory_utilization"):
+    for name in ("load_format", "max_model_len", "gpu_memory_utilization", "kv_cache_memory_bytes"):
         value = getattr(options, name)
         if value is not None:
             flags += [f"--{name.replace('_', '-')}", str(value)]
@@ -121,6 +135,15 @@ def _setting(text: str) -> tuple[str, Any]:
         except ValueError:
             continue
     return name, value
+
+
+def _numbers(text: str, kind: type, flag: str) -> Any:
+    """One number, or several with commas between."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{flag} takes a number, or one for each dataset with commas; got {text!r}") from None
+    return found[0] if len(found) == 1 else found
 
 
 def _pair(text: str, flag: str) -> tuple[str, str]:

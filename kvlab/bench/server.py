@@ -26,7 +26,7 @@ _WRAPPERS = ("Engine core initialization failed", "Engine process failed", "Work
 
 
 class Server:
-    """Use as a context manager: it is healthy inside, and gone outside.
+    """Use as a context manager: it is healthy inside, and gone outside. Or `start` it, `wait` for it and `stop` it.
 
     `flags` are those of ``python -m vllm.entrypoints.openai.api_server`` beyond model, host and port.
     Raises StoreError with one line when it dies or does not come up in `timeout_s`; ConfigError for a port in use.
@@ -50,6 +50,7 @@ class Server:
         self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--uvicorn-log-level", "warning", *flags]
         self.env = environment(env)
         self._process: Child | None = None
+        self._deadline = 0.0
 
     @property
     def session(self) -> int:
@@ -59,23 +60,40 @@ class Server:
         return self._process.pid
 
     def __enter__(self) -> Self:
+        self.start()
+        self.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Returns at once."""
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", self.port))
             except OSError as error:
                 raise ConfigError(f"port {self.port} is in use; give another, or none for a free one") from error
+        with self.log.open("ab") as log:
+            self._process = Child(self.command, log, self.env)
+        self._deadline = time.monotonic() + self.timeout_s
+
+    def wait(self) -> None:
+        """Until it is healthy. Asked by /health alone: a prompt sent to find out would lie in the cache before the
+        first run. Whatever goes wrong, it is stopped."""
         try:
-            with self.log.open("ab") as log:
-                self._process = Child(self.command, log, self.env)
-            self._wait_until_healthy()
+            while time.monotonic() < self._deadline:
+                self.check()
+                try:
+                    self.get("/health", timeout_s=2.0)
+                    return
+                except OSError:
+                    time.sleep(0.25)
+            raise StoreError(f"the server was not healthy after {self.timeout_s:.0f} s; its log: {self.log}")
         except BaseException:
             self.stop()
             raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def stop(self) -> None:
         """End it and its children; safe to call again."""
@@ -103,18 +121,6 @@ class Server:
         except (OSError, urllib.error.URLError) as error:
             self.check()
             raise StoreError(f"the server did not answer a warm-up prompt: {error}") from error
-
-    def _wait_until_healthy(self) -> None:
-        """By /health alone. A prompt sent to find out would lie in the cache before the first run."""
-        deadline = time.monotonic() + self.timeout_s
-        while time.monotonic() < deadline:
-            self.check()
-            try:
-                self.get("/health", timeout_s=2.0)
-                return
-            except OSError:
-                time.sleep(0.25)
-        raise StoreError(f"the server was not healthy after {self.timeout_s:.0f} s; its log: {self.log}")
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

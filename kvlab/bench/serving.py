@@ -28,15 +28,23 @@ WARMUP_TOKENS = 300  # more than one chunk of 256, so that both a chunk and a ta
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """One dataset as it is sent; its rate is in requests per second."""
+
+    workload: Workload
+    request_rate: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What every backend of one comparison shares."""
 
     model: str
-    workload: Workload
-    request_rate: float
+    traffic: tuple[Traffic, ...]
     runs: int
     seed: int
     server_flags: tuple[str, ...]
+    backend_flags: Mapping[str, Sequence[str]]
     env: Mapping[str, str]
     port: int | None
     ignore_eos: bool
@@ -45,6 +53,10 @@ class Plan:
     folder: Path
     say: Callable[[str], None]
     client: client.Client
+    cache_bytes: int
+    redis_url: str | None
+    settings: Mapping[str, Any] | None
+    out: str | Path | None
 
 
 def run(
@@ -52,11 +64,12 @@ def run(
     peer: str | Sequence[str] | None = None,
     *,
     model: str | None = None,
-    dataset: str = "sharegpt",
+    dataset: str | Sequence[str] = "sharegpt",
     dataset_path: str | None = None,
-    num_prompts: int = 1024,
-    request_rate: float = 16.0,
+    num_prompts: int | Sequence[int] = 1024,
+    request_rate: float | Sequence[float] = 16.0,
     runs: int = 2,
+    together: bool = False,
     seed: int = 0,
     output_len: int | None = None,
     max_prompt_tokens: int = 8192,
@@ -64,6 +77,7 @@ def run(
     redis_url: str | None = None,
     settings: Mapping[str, Any] | None = None,
     server_flags: Sequence[str] = (),
+    backend_flags: Mapping[str, Sequence[str]] | None = None,
     env: Mapping[str, str] | None = None,
     port: int | None = None,
     ignore_eos: bool = False,
@@ -80,11 +94,16 @@ def run(
     backend : a store URL or several, fastest first, for kvlab over those tiers; or a name of `kvlab.bench.peers.NAMES`.
     peer : names of that list, measured after it. The server is started anew for each.
     model : folder or hub id; None is the small demo model.
-    dataset : ``sharegpt``, ``rounds``, ``documents`` or ``trace``; `dataset_path` is the user's own file.
+    dataset : ``sharegpt``, ``rounds``, ``documents`` or ``trace``; `dataset_path` is the user's own file. Several are
+        sent one after the other to the same server; then `num_prompts` and `request_rate` may be one for each.
     request_rate : requests per second, Poisson arrivals; a trace brings its own times.
     runs : how often the same prompts are sent to the same server. The first fills the cache, later ones use it.
+    together : start all servers first and let their runs take turns, so that a machine that grows slower or faster
+        does so for all alike. All must fit beside each other: give ``--kv-cache-memory-bytes``, as vLLM measures what
+        is free wrongly while others start; and the disk and Redis of one are not at rest while another starts.
     cache_size : bytes of each backend's tier; default 20GiB where there is an NVIDIA GPU, else 2GiB.
-    settings : of kvlab's connector, see `ConnectorConfig`. `server_flags` and `env` go to every server alike.
+    settings : of kvlab's connector, see `ConnectorConfig`. `server_flags` and `env` go to every server alike,
+        `backend_flags` by name to one: a larger pool for ``vllm-prefix``, whose cache lies in it.
     warmups : random prompts of 300 tokens, each sent twice before the first run; they share nothing with the dataset.
     folder : where disk tiers, logs and detailed results go, and stay. None: a temporary folder, removed at the end.
     out : a file of JSON lines; rows are appended as they come.
@@ -94,8 +113,15 @@ def run(
     names = [*([backend] if backend is not None else []), *([peer] if isinstance(peer, str) else peer or [])]
     if not names:
         raise ConfigError(f"give a backend: a store URL, or one of {', '.join(peers.NAMES)}")
-    if runs < 1 or request_rate <= 0:
+    datasets = [dataset] if isinstance(dataset, str) else list(dataset)
+    counts = _for_each(num_prompts, datasets, "num_prompts")
+    rates = _for_each(request_rate, datasets, "request_rate")
+    if runs < 1 or min(rates) <= 0:
         raise ConfigError(f"runs and request_rate must be positive, got {runs} and {request_rate}")
+    if together and port is not None:
+        raise ConfigError("servers that run together cannot share a port; give none for free ones")
+    if unknown := set(backend_flags or ()) - {name for name in names if isinstance(name, str)}:
+        raise ConfigError(f"backend_flags names {', '.join(sorted(unknown))}, which is not among the backends")
     tell = say or _say
     size = parse_bytes(cache_size if cache_size is not None else ("20GiB" if gpu_name() else "2GiB"))
     rows: list[Row] = []
@@ -110,26 +136,31 @@ def run(
             _backend(name, size, place / "tier", redis_url or "redis://127.0.0.1:1", settings)
         model = demo_model(model)
         measuring = stack.enter_context(client.Client(place / "client.log"))
-        tell(f"making the {dataset} workload")
-        workload = make_workload(
-            dataset,
-            place,
-            tokenizer=model,
-            path=dataset_path,
-            num_prompts=num_prompts,
-            seed=seed,
-            output_len=output_len,
-            max_prompt_tokens=max_prompt_tokens,
-        )
-        if workload.num_prompts < num_prompts:
-            tell(f"the dataset has {workload.num_prompts} prompts that fit, not {num_prompts}; none is sent twice")
+        traffic: list[Traffic] = []
+        for kind, count, rate in zip(datasets, counts, rates, strict=True):
+            tell(f"making the {kind} workload")
+            files = place / f"workload-{len(traffic)}"
+            files.mkdir(exist_ok=True)
+            workload = make_workload(
+                kind,
+                files,
+                tokenizer=model,
+                path=dataset_path,
+                num_prompts=count,
+                seed=seed,
+                output_len=output_len,
+                max_prompt_tokens=max_prompt_tokens,
+            )
+            if workload.num_prompts < count:
+                tell(f"{kind} has {workload.num_prompts} prompts that fit, not {count}; none is sent twice")
+            traffic.append(Traffic(workload, rate))
         plan = Plan(
             model,
-            workload,
-            request_rate,
+            tuple(traffic),
             runs,
             seed,
             tuple(server_flags),
+            dict(backend_flags or {}),
             dict(env or {}),
             port,
             ignore_eos,
@@ -138,10 +169,26 @@ def run(
             place,
             tell,
             measuring,
+            size,
+            redis_url,
+            settings,
+            out,
         )
-        for number, name in enumerate(names):
-            rows += _measure(plan, name, number, size, redis_url, settings, out)
+        numbered = list(enumerate(names))
+        for group in [numbered] if together else [[one] for one in numbered]:
+            rows += _measure(plan, group)
     return rows
+
+
+def _for_each(value: Any, datasets: Sequence[str], name: str) -> list[Any]:
+    """One value for each dataset, from one for all or a list of as many."""
+    if not isinstance(value, Sequence):
+        return [value] * len(datasets)
+    if len(value) != len(datasets):
+        raise ConfigError(
+            f"{name} must be one number or one for each of {len(datasets)} datasets, got {len(value)} numbers"
+        )
+    return list(value)
 
 
 def _backend(
@@ -152,62 +199,76 @@ def _backend(
     return peers.from_tiers([name] if isinstance(name, str) else list(name), settings=settings)
 
 
-def _measure(
-    plan: Plan,
-    name: str | Sequence[str],
-    number: int,
-    size: int,
-    redis_url: str | None,
-    settings: Mapping[str, Any] | None,
-    out: str | Path | None,
-) -> list[Row]:
-    """All runs of one backend, on a server of its own and an empty tier."""
+@dataclass(frozen=True)
+class _Running:
+    """A backend and its server."""
+
+    backend: peers.Backend
+    server: Server
+
+
+def _measure(plan: Plan, group: Sequence[tuple[int, Any]]) -> list[Row]:
+    """All runs of some backends, given with their numbers, whose servers run at the same time: they take turns."""
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
-        if name in peers.NEEDS_REDIS and redis_url is None:
-            redis_url = stack.enter_context(RedisServer(f"maxmemory {size}")).url
-        tier = plan.folder / f"tier-{number}"
-        chosen = _backend(name, size, tier, redis_url, settings)
-        if chosen.folder == tier:
-            tier.mkdir(parents=True, exist_ok=True)
-            stack.callback(shutil.rmtree, tier, ignore_errors=True)
-        log = plan.folder / f"server-{number}-{chosen.name.replace(' ', '-')}.log"
-        server = Server(
-            plan.model,
-            (*plan.server_flags, *chosen.flags),
-            port=plan.port,
-            env={**chosen.env, **plan.env},
-            log=log,
-            timeout_s=plan.start_timeout_s,
-        )
         began = time.monotonic()
-        plan.say(f"{chosen.name}: starting the server")
-        with server:
-            start_s = time.monotonic() - began
-            plan.say(f"{chosen.name}: healthy after {start_s:.0f} s")
-            _warm_up(server, plan.warmups)
+        running = [_start(stack, plan, name, number) for number, name in group]
+        start_s: list[float] = []
+        for one in running:
+            one.server.wait()
+            start_s.append(time.monotonic() - began)
+            plan.say(f"{one.backend.name}: healthy after {start_s[-1]:.0f} s")
+        for one in running:
+            _warm_up(one.server, plan.warmups)
+        for traffic in plan.traffic:
             for turn in range(1, plan.runs + 1):
-                row = _one_run(plan, server, chosen, turn)
-                row |= {"server_start_s": round(start_s, 1), "cache_bytes": size} | origin()
-                if out is not None:
-                    with open(out, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-                rows.append(row)
-                plan.say(
-                    f"{chosen.name}: run {turn}/{plan.runs}: TTFT mean {row['mean_ttft_ms']:.1f} ms,"
-                    f" p99 {row['p99_ttft_ms']:.1f} ms; TPOT mean {row['mean_tpot_ms']:.2f} ms;"
-                    f" {row['hit_tokens']} of {row['total_input_tokens']} tokens hit"
-                )
+                for one, seconds in zip(running, start_s, strict=True):
+                    row = _one_run(plan, traffic, one.server, one.backend, turn)
+                    row |= {"server_start_s": round(seconds, 1), "cache_bytes": plan.cache_bytes}
+                    row |= {"together": len(group)} | origin()
+                    if plan.out is not None:
+                        with open(plan.out, "a", encoding="utf-8") as file:
+                            file.write(json.dumps(row) + "\n")
+                    rows.append(row)
+                    plan.say(
+                        f"{one.backend.name}: {row['dataset']}, run {turn}/{plan.runs}: TTFT mean"
+                        f" {row['mean_ttft_ms']:.1f} ms, p99 {row['p99_ttft_ms']:.1f} ms; TPOT mean"
+                        f" {row['mean_tpot_ms']:.2f} ms; {row['hit_tokens']} of {row['total_input_tokens']} tokens hit"
+                    )
     return rows
 
 
-def _one_run(plan: Plan, server: Server, chosen: peers.Backend, turn: int) -> Row:
-    work = plan.workload
+def _start(stack: contextlib.ExitStack, plan: Plan, name: str | Sequence[str], number: int) -> _Running:
+    """Start a backend's server, on an empty tier; `stack` ends it and what it needs."""
+    redis_url = plan.redis_url
+    if name in peers.NEEDS_REDIS and redis_url is None:
+        redis_url = stack.enter_context(RedisServer(f"maxmemory {plan.cache_bytes}")).url
+    tier = plan.folder / f"tier-{number}"
+    chosen = _backend(name, plan.cache_bytes, tier, redis_url, plan.settings)
+    if chosen.folder == tier:
+        tier.mkdir(parents=True, exist_ok=True)
+        stack.callback(shutil.rmtree, tier, ignore_errors=True)
+    server = Server(
+        plan.model,
+        (*plan.server_flags, *(plan.backend_flags.get(name, ()) if isinstance(name, str) else ()), *chosen.flags),
+        port=plan.port,
+        env={**chosen.env, **plan.env},
+        log=plan.folder / f"server-{number}-{chosen.name.replace(' ', '-')}.log",
+        timeout_s=plan.start_timeout_s,
+    )
+    plan.say(f"{chosen.name}: starting the server")
+    stack.callback(server.stop)
+    server.start()
+    return _Running(chosen, server)
+
+
+def _one_run(plan: Plan, traffic: Traffic, server: Server, chosen: peers.Backend, turn: int) -> Row:
+    work = traffic.workload
     args = client.arguments(
         server,
         work.args,
         num_prompts=work.num_prompts,
-        request_rate=plan.request_rate,
+        request_rate=traffic.request_rate,
         seed=plan.seed,
         ignore_eos=plan.ignore_eos,
     )
@@ -234,7 +295,7 @@ def _one_run(plan: Plan, server: Server, chosen: peers.Backend, turn: int) -> Ro
         "dataset": work.name,
         "model": Path(plan.model).name,
         "num_prompts": work.num_prompts,
-        "request_rate": plan.request_rate if work.name != "trace" else "trace",
+        "request_rate": traffic.request_rate if work.name != "trace" else "trace",
         "seed": plan.seed,
         **{key: details[key] for key in kept if key in details},
         **{key: round(value, 6) for key, value in latency.summary(details).items()},

@@ -108,6 +108,9 @@ class CudaTransfer:
         self._check(slots, block_ids)
         if self.layout.block_in_one_run:
             return self._load_directly(slots, block_ids)
+        return self._load_through_ring(slots, block_ids)
+
+    def _load_through_ring(self, slots: Sequence[int], block_ids: Sequence[int]) -> Timing:
         block, stream = self.layout.block_bytes, self._in.cuda_stream
         with self._lock:
             self._saves.wait(self._in, slots)

@@ -144,6 +144,38 @@ def test_it_is_reported_and_drawn(measured):
     assert len(itl_over_time(rows[:2], title="t").data[0].x) > 3
 
 
+@pytest.mark.timeout(600)
+def test_servers_that_run_together_take_turns_on_every_dataset(demo_model_path, tmp_path):
+    rows = run(
+        "none",
+        "kvlab-memory",
+        model=demo_model_path,
+        dataset_path=str(small_file(tmp_path)),
+        dataset=["sharegpt", "rounds"],
+        num_prompts=[6, 4],
+        request_rate=[4, 2],
+        together=True,
+        output_len=4,
+        max_prompt_tokens=700,
+        cache_size="256MiB",
+        server_flags=[*SERVER, "--max-num-seqs", "2"],
+        backend_flags={"kvlab-memory": ["--max-num-seqs", "4"]},
+        warmups=0,
+        folder=tmp_path / "work",
+    )
+    turns = [(name, turn) for turn in (1, 2) for name in ("none", "kvlab-memory")]
+    assert [(row["dataset"], row["num_prompts"], row["backend"], row["run"]) for row in rows] == [
+        (dataset, count, *turn) for dataset, count in (("sharegpt", 6), ("rounds", 4)) for turn in turns
+    ]
+    assert all(row["completed"] == row["num_prompts"] and row["together"] == 2 for row in rows)
+    assert all(row["hit_tokens"] == 0 for row in rows if row["backend"] == "none")
+    assert all(row["hit_tokens"] > 0 for row in rows if row["backend"] == "kvlab-memory" and row["run"] == 2)
+    for row in rows:
+        last = len(row["server_args"]) - row["server_args"][::-1].index("--max-num-seqs")
+        assert row["server_args"][last] == ("2" if row["backend"] == "none" else "4")
+    assert report(rows).count("| none |") == 2
+
+
 def test_a_second_run_that_is_not_faster_is_shown_as_such():
     rng = np.random.default_rng(1)
     base = rng.uniform(50, 70, 200)
@@ -222,6 +254,12 @@ def test_a_missing_dataset_a_wrong_backend_and_a_port_in_use(demo_model_path, tm
         run("lmcache-gpu", model=demo_model_path)
     with pytest.raises(ConfigError, match="unknown connector setting"):
         run("kvlab-memory", model=demo_model_path, settings={"chunk": 1})
+    with pytest.raises(ConfigError, match="one for each of 1 datasets"):
+        run("none", model=demo_model_path, num_prompts=[1, 2])
+    with pytest.raises(ConfigError, match="not among the backends"):
+        run("none", model=demo_model_path, backend_flags={"vllm-prefix": []})
+    with pytest.raises(ConfigError, match="cannot share a port"):
+        run("none", "kvlab-memory", model=demo_model_path, together=True, port=8000)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
