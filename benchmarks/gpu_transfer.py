@@ -135,13 +135,7 @@ def check_all() -> None:
 def methods(transfer, peers, blocks, slots):
     """method -> (load, save), each without arguments."""
     ids, rows = np.array(blocks), np.array(slots)
-    ways = {"kvlab ring": transfer._load_through_ring}
-    if transfer.layout.block_in_one_run:
-        ways["kvlab direct"] = transfer._load_directly
-    found = {
-        name: (lambda load=load: load(slots, blocks), lambda: transfer.save(blocks, slots))
-        for name, load in ways.items()
-    }
+    found = {"kvlab": (lambda: transfer.load(slots, blocks), lambda: transfer.save(blocks, slots))}
     stream = torch.cuda.Stream()
     copies = copies_between(transfer.layout, ids, transfer.arena.data_ptr(), rows)
     found["batch"] = (

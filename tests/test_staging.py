@@ -103,10 +103,6 @@ def transfer_on(gpu, pages, piece_blocks):
     def copy(target, source, num_bytes, stream):
         gpu.give(stream, lambda: ctypes.memmove(target, source, num_bytes))
 
-    def batch(targets, sources, sizes, stream):
-        for target, source, size in zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True):
-            copy(target, source, size, stream)
-
     active = SimpleNamespace(get_current_stream=lambda device: gpu.current.cuda_stream)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", gpu.stream)
@@ -121,7 +117,6 @@ def transfer_on(gpu, pages, piece_blocks):
         patch.setattr(staging, "PageMover", lambda layout: Mover(gpu, layout))
         patch.setattr(staging, "copy_to_device", copy)
         patch.setattr(staging, "copy_to_host", copy)
-        patch.setattr(staging, "copy_batch", batch)
         patch.setattr(staging, "TRAIL_LENGTH", 1)
         size = 2 * staging.RING_DEPTH * piece_blocks * pages.block_bytes
         transfer = staging.CudaTransfer(pages, SLOTS, staging_bytes=size)

@@ -192,10 +192,6 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         """A cache owes nobody anything: a save that is lost is a later miss."""
         return False
 
-    @classmethod
-    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
-        return compat.wanted_layout()
-
     @_never_raise(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self.scheduler is not None

@@ -23,13 +23,6 @@ def layout_name(vllm_config: Any, kv_cache_config: Any) -> str:
     return str(utils.get_kv_cache_layout())
 
 
-def wanted_layout() -> str | None:
-    """Where layouts can be asked for by name, the one in which a block of all layers is one run of bytes."""
-    if not torch.cuda.is_available() or find_spec("vllm.v1.kv_cache_layout") is None:
-        return None
-    return "BLNHC"
-
-
 def single_group(kv_cache_config: Any) -> Any:
     """The only KV cache group, or ConfigError: several are not served."""
     groups = kv_cache_config.kv_cache_groups
