@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
             request_rate=_numbers(options.request_rate, float, "--request-rate"),
             runs=options.runs,
             together=options.together,
-            seed=options.seed,
+            seed=_numbers(options.seed, int, "--seed"),
             output_len=options.output_len,
             max_prompt_tokens=options.max_prompt_tokens,
             cache_size=options.cache_size,
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--request-rate", default="16", help="requests per second; one number, or one for each dataset with commas")
     add("--runs", type=int, default=2)
     add("--together", action="store_true", help="start all servers first and let their runs take turns")
-    add("--seed", type=int, default=0)
+    add("--seed", default="0", help="one number, or one for each dataset with commas")
     add("--output-len", type=int, help="tokens to generate for each prompt; default the dataset's")
     add("--ignore-eos", action="store_true", help="generate to the full length")
     add("--max-prompt-tokens", type=int, default=8192, help="longest prompt of rounds, documents and trace")

@@ -29,10 +29,11 @@ WARMUP_TOKENS = 300  # more than one chunk of 256, so that both a chunk and a ta
 
 @dataclass(frozen=True)
 class Traffic:
-    """One dataset as it is sent; its rate is in requests per second."""
+    """One dataset as it is sent; its rate is in requests per second, its seed also that of the arrivals."""
 
     workload: Workload
     request_rate: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ class Plan:
     model: str
     traffic: tuple[Traffic, ...]
     runs: int
-    seed: int
     server_flags: tuple[str, ...]
     backend_flags: Mapping[str, Sequence[str]]
     env: Mapping[str, str]
@@ -70,7 +70,7 @@ def run(
     request_rate: float | Sequence[float] = 16.0,
     runs: int = 2,
     together: bool = False,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     output_len: int | None = None,
     max_prompt_tokens: int = 8192,
     cache_size: str | int | None = None,
@@ -95,7 +95,8 @@ def run(
     peer : names of that list, measured after it. The server is started anew for each.
     model : folder or hub id; None is the small demo model.
     dataset : ``sharegpt``, ``rounds``, ``documents`` or ``trace``; `dataset_path` is the user's own file. Several are
-        sent one after the other to the same server; then `num_prompts` and `request_rate` may be one for each.
+        sent one after the other to the same server; then `num_prompts`, `request_rate` and `seed` may be one for each.
+        The same dataset with several seeds and one run each gives several first runs.
     request_rate : requests per second, Poisson arrivals; a trace brings its own times.
     runs : how often the same prompts are sent to the same server. The first fills the cache, later ones use it.
     together : start all servers first and let their runs take turns, so that a machine that grows slower or faster
@@ -116,6 +117,7 @@ def run(
     datasets = [dataset] if isinstance(dataset, str) else list(dataset)
     counts = _for_each(num_prompts, datasets, "num_prompts")
     rates = _for_each(request_rate, datasets, "request_rate")
+    seeds = _for_each(seed, datasets, "seed")
     if runs < 1 or min(rates) <= 0:
         raise ConfigError(f"runs and request_rate must be positive, got {runs} and {request_rate}")
     if together and port is not None:
@@ -137,7 +139,7 @@ def run(
         model = demo_model(model)
         measuring = stack.enter_context(client.Client(place / "client.log"))
         traffic: list[Traffic] = []
-        for kind, count, rate in zip(datasets, counts, rates, strict=True):
+        for kind, count, rate, chance in zip(datasets, counts, rates, seeds, strict=True):
             tell(f"making the {kind} workload")
             files = place / f"workload-{len(traffic)}"
             files.mkdir(exist_ok=True)
@@ -147,18 +149,17 @@ def run(
                 tokenizer=model,
                 path=dataset_path,
                 num_prompts=count,
-                seed=seed,
+                seed=chance,
                 output_len=output_len,
                 max_prompt_tokens=max_prompt_tokens,
             )
             if workload.num_prompts < count:
                 tell(f"{kind} has {workload.num_prompts} prompts that fit, not {count}; none is sent twice")
-            traffic.append(Traffic(workload, rate))
+            traffic.append(Traffic(workload, rate, chance))
         plan = Plan(
             model,
             tuple(traffic),
             runs,
-            seed,
             tuple(server_flags),
             dict(backend_flags or {}),
             dict(env or {}),
@@ -221,9 +222,11 @@ def _measure(plan: Plan, group: Sequence[tuple[int, Any]]) -> list[Row]:
         for one in running:
             _warm_up(one.server, plan.warmups)
         for traffic in plan.traffic:
+            first_texts: dict[str, list[str]] = {}
             for turn in range(1, plan.runs + 1):
                 for one, seconds in zip(running, start_s, strict=True):
-                    row = _one_run(plan, traffic, one.server, one.backend, turn)
+                    row, texts = _one_run(plan, traffic, one.server, one.backend, turn)
+                    row["same_texts"] = _share_equal(first_texts.setdefault(one.backend.name, texts), texts)
                     row |= {"server_start_s": round(seconds, 1), "cache_bytes": plan.cache_bytes}
                     row |= {"together": len(group)} | origin()
                     if plan.out is not None:
@@ -262,14 +265,14 @@ def _start(stack: contextlib.ExitStack, plan: Plan, name: str | Sequence[str], n
     return _Running(chosen, server)
 
 
-def _one_run(plan: Plan, traffic: Traffic, server: Server, chosen: peers.Backend, turn: int) -> Row:
+def _one_run(plan: Plan, traffic: Traffic, server: Server, chosen: peers.Backend, turn: int) -> tuple[Row, list[str]]:
     work = traffic.workload
     args = client.arguments(
         server,
         work.args,
         num_prompts=work.num_prompts,
         request_rate=traffic.request_rate,
-        seed=plan.seed,
+        seed=traffic.seed,
         ignore_eos=plan.ignore_eos,
     )
     result = plan.folder / f"result-{chosen.name.replace(' ', '-')}-{time.time_ns()}.json"
@@ -289,14 +292,14 @@ def _one_run(plan: Plan, traffic: Traffic, server: Server, chosen: peers.Backend
     ok = [not error for error in details["errors"]]
     kept = ["duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput"]
     kept += ["output_throughput", "total_token_throughput", "max_concurrent_requests"]
-    return {
+    row = {
         "backend": chosen.name,
         "run": turn,
         "dataset": work.name,
         "model": Path(plan.model).name,
         "num_prompts": work.num_prompts,
         "request_rate": traffic.request_rate if work.name != "trace" else "trace",
-        "seed": plan.seed,
+        "seed": traffic.seed,
         **{key: details[key] for key in kept if key in details},
         **{key: round(value, 6) for key, value in latency.summary(details).items()},
         "hit_tokens": counted.get("external_prefix_cache_hits", 0) + counted.get("prefix_cache_hits", 0),
@@ -320,6 +323,13 @@ def _one_run(plan: Plan, traffic: Traffic, server: Server, chosen: peers.Backend
         "prompt_hits": hits if any(hits) else [],
         "itl_over_time": latency.itl_over_time(details),
     }
+    return row, details["generated_texts"]
+
+
+def _share_equal(texts: Sequence[str], others: Sequence[str]) -> float:
+    """The share of answers that are those of another run. Less than 1 even without a cache where batches differ in
+    size, as then kernels round differently; a cache that falls far below ``none`` serves wrong KV."""
+    return round(sum(a == b for a, b in zip(texts, others, strict=True)) / max(len(texts), 1), 4)
 
 
 def _warm_up(server: Server, num_prompts: int) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from kvlab.bench.latency import reduction
@@ -71,16 +72,46 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
 
 
 def report(rows: Iterable[Row]) -> str:
-    """The first/second/reduction table as Markdown; one table for each dataset, model and request rate in `rows`."""
+    """The first/second/reduction table as Markdown; one table for each dataset, model, request rate and seed in `rows`,
+    and one of `first_runs` where there are no others."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["dataset"], row["model"], row["num_prompts"], row["request_rate"]), []).append(row)
+        groups.setdefault(_sent(row), []).append(row)
     parts = []
-    for (dataset, model, num_prompts, rate), group in groups.items():
+    for (dataset, model, num_prompts, rate, _), group in groups.items():
         pace = "a trace's own times" if rate == "trace" else f"{rate:g} requests/s"
         title = f"{model}, {dataset}, {num_prompts} prompts, {pace}; {group[0].get('gpu') or group[0].get('cpu', '')}"
-        parts.append(f"{title}\n\n" + _table(compare(group)))
+        if compared := compare(group):
+            parts.append(f"{title}\n\n" + _table(compared))
+    alone = [row for group in groups.values() if all(row["run"] == 1 for row in group) for row in group]
+    if alone:
+        parts.append("First runs\n\n" + first_runs(alone))
     return "\n\n".join(parts)
+
+
+def first_runs(rows: Iterable[Row]) -> str:
+    """What a cache costs where nothing can be hit, as a Markdown table: first runs over those of ``none`` on the same
+    prompts, for each backend the median and the range over all datasets and seeds in `rows`."""
+    plain: dict[tuple[Any, ...], Row] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
+    firsts = [row for row in rows if row["run"] == 1]
+    for row in firsts:
+        if row["backend"] == "none":
+            plain[_sent(row)] = row
+    for row in firsts:
+        over = _over(row, plain.get(_sent(row)))
+        if over is not None:
+            found.setdefault(row["backend"], []).append(over)
+    lines = ["| backend | runs | TTFT over none | TPOT over none |", "|---|---|---|---|"]
+    for name, overs in found.items():
+        cells = [f"{median(each):+.1%} ({min(each):+.1%} to {max(each):+.1%})" for each in zip(*overs, strict=True)]
+        lines.append(f"| {name} | {len(overs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _sent(row: Row) -> tuple[Any, ...]:
+    """What was sent: rows that agree in it may be compared."""
+    return row["dataset"], row["model"], row["num_prompts"], row["request_rate"], row.get("seed", 0)
 
 
 def _over(row: Row, plain: Row | None) -> tuple[float, float] | None:

@@ -1,7 +1,6 @@
 """One stretch of memory cut into regions, pinned for the GPU where there is one."""
 
 import logging
-import mmap
 import sys
 from bisect import insort
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from kvlab.hostmemory import populate, reserve
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Arena:
         self._holes: list[tuple[int, int]] = (
             [(0, self.max_bytes)] if self.max_bytes else []
         )  # (start, length), by start
-        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, max(self.max_bytes, PAGE)), np.uint8)
+        self._bytes = reserve(self.max_bytes)
         self._unpin: Callable[[], None] | None = _pin(self._bytes) if pinned else None
 
     @property
@@ -96,7 +97,8 @@ def _pin(memory: npt.NDArray[np.uint8]) -> Callable[[], None] | None:
     if not torch.cuda.is_available():
         log.warning("memory is not pinned: no CUDA device")
         return None
-    address = int(memory.__array_interface__["data"][0])
+    populate(memory)  # by several threads: to register what is not there yet takes several times as long
+    address = memory.ctypes.data
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     status = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
     if status:

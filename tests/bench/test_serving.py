@@ -74,6 +74,7 @@ def test_every_run_answers_every_prompt_with_the_same_settings(measured):
         assert "--no-oversample" in args
         assert "--no-enable-prefix-caching" in row["server_args"]
         assert row["counters"].get("prefix_cache_hits", 0) == 0  # vLLM's own cache served nothing
+        assert row["same_texts"] >= 0.9  # other batches may round otherwise
         assert row["commit"]
         assert "vllm" in row["versions"]
     assert len({tuple(row["input_lens"]) for row in rows}) == 1
@@ -168,6 +169,7 @@ def test_servers_that_run_together_take_turns_on_every_dataset(demo_model_path, 
         (dataset, count, *turn) for dataset, count in (("sharegpt", 6), ("rounds", 4)) for turn in turns
     ]
     assert all(row["completed"] == row["num_prompts"] and row["together"] == 2 for row in rows)
+    assert all(row["same_texts"] == 1 for row in rows)
     assert all(row["hit_tokens"] == 0 for row in rows if row["backend"] == "none")
     assert all(row["hit_tokens"] > 0 for row in rows if row["backend"] == "kvlab-memory" and row["run"] == 2)
     for row in rows:
@@ -201,8 +203,20 @@ def test_a_second_run_that_is_not_faster_is_shown_as_such():
         for turn, times in ((1, base), (2, base * factor + rng.normal(0, 1, 200)))
     ]
     assert [one.verdict for one in compare(rows)] == ["not faster", "slower", "faster"]
+    assert "First runs" not in report(rows)
     assert "| same |" in report(rows)
     assert "not faster" in report(rows)
+
+
+def test_first_runs_are_compared_with_none_on_the_same_prompts():
+    fields = {"dataset": "d", "model": "m", "num_prompts": 2, "request_rate": 1, "run": 1, "ttfts_ms": [1.0]}
+    rows = [
+        {"backend": name, "seed": seed, "mean_ttft_ms": base * ttft, "mean_tpot_ms": base * tpot, **fields}
+        for seed, base in ((0, 10.0), (1, 20.0), (2, 15.0))
+        for name, ttft, tpot in (("none", 1, 1), ("cache", 1 + seed / 100, 0.5))
+    ]
+    assert "| cache | 3 | +1.0% (+0.0% to +2.0%) | -50.0% (-50.0% to -50.0%) |" in report(rows)
+    assert report(rows).count("backend") == 1
 
 
 def test_prompts_are_those_that_vllm_samples(demo_model_path, tmp_path):

@@ -1,0 +1,49 @@
+"""Reserved memory: where it starts, what it holds, and that the system gives it when told."""
+
+import mmap
+
+import numpy as np
+import pytest
+
+from kvlab.errors import ConfigError
+from kvlab.hostmemory import HUGE_PAGE, populate, reserve
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, HUGE_PAGE - 1, (5 << 20) + 3])
+def test_it_is_zeroed_writable_aligned_and_of_the_size_asked_for(size):
+    memory = reserve(size)
+    assert memory.shape == (size,)
+    assert memory.ctypes.data % HUGE_PAGE == 0
+    assert not memory.any()
+    memory[:] = 7
+    assert (memory == 7).all()
+
+
+def test_it_takes_no_memory_before_it_is_used_or_populated():
+    size = 256 << 20
+    before = resident()
+    memory = reserve(size)
+    assert resident() - before < size // 10
+    populate(memory)
+    assert resident() - before > size * 9 // 10
+
+
+@pytest.mark.parametrize("threads", [None, 1, 3])
+def test_populating_changes_no_byte(threads):
+    memory = reserve((70 << 20) + 5)
+    memory[::4096] = np.arange(memory[::4096].size) % 251
+    want = memory.copy()
+    populate(memory, threads=threads)
+    populate(memory[3:-1], threads=threads)  # neither end at a page
+    populate(memory[:10], threads=threads)
+    assert np.array_equal(memory, want)
+
+
+def test_more_than_the_system_has_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"cannot reserve .* of host memory .*smaller size"):
+        reserve(1 << 60)
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * mmap.PAGESIZE
