@@ -18,7 +18,7 @@ from kvlab.bench.origin import filesystem, gpu_name, origin
 from kvlab.bench.processes import usage
 from kvlab.bench.redis_server import RedisServer
 from kvlab.bench.server import Server
-from kvlab.bench.workloads import Workload, make_workload
+from kvlab.bench.workloads import KINDS, Workload, make_workload
 from kvlab.errors import ConfigError
 from kvlab.stores import open_store
 from kvlab.units import parse_bytes
@@ -115,6 +115,8 @@ def run(
     if not names:
         raise ConfigError(f"give a backend: a store URL, or one of {', '.join(peers.NAMES)}")
     datasets = [dataset] if isinstance(dataset, str) else list(dataset)
+    if not datasets:
+        raise ConfigError(f"give a dataset: one of {', '.join(KINDS)}")
     counts = _for_each(num_prompts, datasets, "num_prompts")
     rates = _for_each(request_rate, datasets, "request_rate")
     seeds = _for_each(seed, datasets, "seed")
@@ -222,12 +224,12 @@ def _measure(plan: Plan, group: Sequence[tuple[int, Any]]) -> list[Row]:
         for one in running:
             _warm_up(one.server, plan.warmups)
         for traffic in plan.traffic:
-            first_texts: dict[str, list[str]] = {}
+            first_texts: dict[int, list[str]] = {}
             for turn in range(1, plan.runs + 1):
-                for one, seconds in zip(running, start_s, strict=True):
+                for at, one in enumerate(running):
                     row, texts = _one_run(plan, traffic, one.server, one.backend, turn)
-                    row["same_texts"] = _share_equal(first_texts.setdefault(one.backend.name, texts), texts)
-                    row |= {"server_start_s": round(seconds, 1), "cache_bytes": plan.cache_bytes}
+                    row["same_texts"] = _share_equal(first_texts.setdefault(at, texts), texts)
+                    row |= {"server_start_s": round(start_s[at], 1), "cache_bytes": plan.cache_bytes}
                     row |= {"together": len(group)} | origin()
                     if plan.out is not None:
                         with open(plan.out, "a", encoding="utf-8") as file:
@@ -245,7 +247,9 @@ def _start(stack: contextlib.ExitStack, plan: Plan, name: str | Sequence[str], n
     """Start a backend's server, on an empty tier; `stack` ends it and what it needs."""
     redis_url = plan.redis_url
     if name in peers.NEEDS_REDIS and redis_url is None:
-        redis_url = stack.enter_context(RedisServer(f"maxmemory {plan.cache_bytes}")).url
+        redis_url = stack.enter_context(
+            RedisServer(f"maxmemory {plan.cache_bytes}", "maxmemory-policy allkeys-lru")
+        ).url
     tier = plan.folder / f"tier-{number}"
     chosen = _backend(name, plan.cache_bytes, tier, redis_url, plan.settings)
     if chosen.folder == tier:
