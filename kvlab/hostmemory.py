@@ -40,16 +40,21 @@ def reserve(num_bytes: int) -> NDArray[np.uint8]:
 
 
 def populate(memory: NDArray[np.uint8], *, threads: int | None = None) -> None:
-    """Have the system give all whole pages of `memory` now; its content stays. By default with as many threads as
-    there are cores, at most 16. Where the system does not know the call, pages come as they are used."""
+    """Have the system give all whole pages of `memory` now; its content stays. By default with a thread for each core
+    this process may use, at most 16: they keep to its cores, and memory to those cores' side of the machine. Where the
+    system does not know the call, pages come as they are used."""
     first = -(-memory.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (memory.ctypes.data + memory.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
 
     def take(at: int) -> None:
         _advise(at, min(_PIECE, end - at), _MADV_POPULATE_WRITE)
 
-    with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, _MAX_THREADS)) as pool:
+    with ThreadPoolExecutor(threads or min(_num_cores(), _MAX_THREADS)) as pool:
         list(pool.map(take, range(first, end, _PIECE)))
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _advise(address: int, num_bytes: int, advice: int) -> None:

@@ -40,7 +40,7 @@ def test_populating_changes_no_byte(threads):
 
 
 def test_more_than_the_system_has_is_refused_in_one_line():
-    with pytest.raises(ConfigError, match=r"cannot reserve .* of host memory .*smaller size"):
+    with pytest.raises(ConfigError, match=r"cannot reserve .* of host memory: .*smaller size"):
         reserve(1 << 60)
 
 
