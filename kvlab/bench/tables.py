@@ -84,14 +84,14 @@ def report(rows: Iterable[Row]) -> str:
         if compared := compare(group):
             parts.append(f"{title}\n\n" + _table(compared))
     alone = [row for group in groups.values() if all(row["run"] == 1 for row in group) for row in group]
-    if alone:
-        parts.append("First runs\n\n" + first_runs(alone))
+    if table := first_runs(alone):
+        parts.append("First runs\n\n" + table)
     return "\n\n".join(parts)
 
 
 def first_runs(rows: Iterable[Row]) -> str:
     """What a cache costs where nothing can be hit, as a Markdown table: first runs over those of ``none`` on the same
-    prompts, for each backend the median and the range over all datasets and seeds in `rows`."""
+    prompts, for each backend the median and the range over all datasets and seeds in `rows`. Empty without ``none``."""
     plain: dict[tuple[Any, ...], Row] = {}
     found: dict[str, list[tuple[float, float]]] = {}
     firsts = [row for row in rows if row["run"] == 1]
@@ -102,6 +102,8 @@ def first_runs(rows: Iterable[Row]) -> str:
         over = _over(row, plain.get(_sent(row)))
         if over is not None:
             found.setdefault(row["backend"], []).append(over)
+    if not found:
+        return ""
     lines = ["| backend | runs | TTFT over none | TPOT over none |", "|---|---|---|---|"]
     for name, overs in found.items():
         cells = [f"{median(each):+.1%} ({min(each):+.1%} to {max(each):+.1%})" for each in zip(*overs, strict=True)]
