@@ -1,6 +1,7 @@
 """How close is each tier to its medium? Put and get of one large value beside the bare medium, pair by pair.
 
     python benchmarks/stores.py [--folder DIR] [--mib 14] [--repeats 25] [--only memory,disk,redis,lookup,eviction]
+    python benchmarks/stores.py --only fresh --out data/measured/fresh_memory.csv
 
 Each repeat times the bare medium and the tier one after the other; a row holds both medians in GB/s (10^9 bytes) and
 the median of the pairwise ratios, so that a noisy host disturbs both alike. Rows go to data/measured/stores.csv.
@@ -9,6 +10,7 @@ the median of the pairwise ratios, so that a noisy host disturbs both alike. Row
 import argparse
 import itertools
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -26,6 +28,7 @@ import numpy as np
 
 from kvlab.bench.provenance import provenance, write_rows
 from kvlab.bench.trace_files import find_traces
+from kvlab.hostmemory import populate, reserve
 from kvlab.stores import open_store
 from kvlab.stores.direct import aligned_buffer
 from kvlab.stores.eviction import POLICIES, get_policy
@@ -105,6 +108,27 @@ def memory_rows(size: int, repeats: int) -> list[dict]:
             compare("memory get (new buffer)", size, repeats, lambda: np.copyto(target, source), lambda: store.get("k"))
         )
     return rows
+
+
+def fresh_rows(size: int, repeats: int) -> list[dict]:
+    """Memory that nobody has used yet: a copy into a new array, and a put into an arena that is filled for the first
+    time; 1 GiB taken by writing to each page of a new array, and by `populate`."""
+    value = value_of(size)
+    source, page = np.concatenate([np.frombuffer(part, np.uint8) for part in value]), mmap.PAGESIZE
+    keys = (f"k{index}" for index in itertools.count())
+    kept: list[np.ndarray] = []
+
+    def touch() -> None:
+        kept.append(np.empty(1 << 30, np.uint8))
+        kept[-1][::page] = 1
+
+    def take() -> None:
+        kept.append(reserve(1 << 30))
+        populate(kept[-1])
+
+    with open_store(f"memory://?size={(repeats + 3) * size}&pinned=false") as store:
+        put = compare("put, untouched memory", size, repeats, source.copy, lambda: store.put(next(keys), value))
+    return [put, compare("populate 1 GiB", 1 << 30, min(repeats, 10), touch, take, kept.clear)]
 
 
 def disk_rows(size: int, repeats: int, folder: Path) -> list[dict]:
@@ -311,6 +335,7 @@ def main() -> None:
     try:
         for kind, measure in {
             "memory": lambda: memory_rows(size, repeats),
+            "fresh": lambda: fresh_rows(size, repeats),
             "disk": lambda: disk_rows(size, repeats, folder),
             "redis": lambda: redis_rows(size, repeats),
             "lookup": lambda: lookup_rows(repeats, folder),
