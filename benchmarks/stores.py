@@ -112,7 +112,7 @@ def memory_rows(size: int, repeats: int) -> list[dict]:
 
 def fresh_rows(repeats: int) -> list[dict]:
     """512 MiB that this process has not used yet, written to once: plain pages beside `reserve`, then beside `reserve`
-    and `populate`. (In a virtual machine whose host gives memory late, what was never used before is slow in any way.)"""
+    and `populate`. (Where a host gives a virtual machine its memory late, what was never used is slow in any way.)"""
     size = 512 << 20
     source = np.random.default_rng(0).integers(0, 256, 16 << 20, np.uint8)
 
