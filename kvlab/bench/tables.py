@@ -141,7 +141,7 @@ def _table(compared: Sequence[Comparison]) -> str:
 
 def serving_block(row: Row) -> str:
     """One run as ``vllm bench serve`` prints it, and what the cache did below."""
-    title = f" Serving Benchmark Result: {row['backend']}, run {row['run']} "
+    title = f" {row['backend']}, {row['dataset']}, run {row['run']}: Serving Benchmark Result "
     parts = [f"{title:=^60}"]
     counts = {
         "Successful requests": "completed",
