@@ -1,4 +1,4 @@
-"""Host memory in huge pages, taken from the system at once and by several threads where a cache cannot wait for it.
+"""Host memory in huge pages, taken from the system by several threads where a cache cannot wait, and pinned for a GPU.
 
 Memory that nobody has touched costs its first user several times the copy: the system has to find and clear each page.
 To pin 26 GiB of it took a GPU's connector 14 s. First writes run 3 times as fast in huge pages (benchmarks/stores.py
@@ -6,16 +6,21 @@ To pin 26 GiB of it took a GPU's connector 14 s. First writes run 3 times as fas
 """
 
 import ctypes
+import logging
 import mmap
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvlab.errors import ConfigError
 from kvlab.units import format_bytes
+
+log = logging.getLogger(__name__)
 
 HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23  # the second from Linux 5.14 on
@@ -49,8 +54,36 @@ def populate(memory: NDArray[np.uint8], *, threads: int | None = None) -> None:
     def take(at: int) -> None:
         _advise(at, min(_PIECE, end - at), _MADV_POPULATE_WRITE)
 
+    pieces = range(first, end, _PIECE)
+    if threads == 1:  # the caller's own, which may be a daemon: a pool's thread would hold up the interpreter's end
+        for at in pieces:
+            take(at)
+        return
     with ThreadPoolExecutor(threads or min(_num_cores(), _MAX_THREADS)) as pool:
-        list(pool.map(take, range(first, end, _PIECE)))
+        list(pool.map(take, pieces))
+
+
+def pin(memory: NDArray[np.uint8]) -> Callable[[], None] | None:
+    """Populate and page-lock exactly `memory` for CUDA (torch's own pinning rounds up to a power of two); how to undo
+    it, or None (logged) if CUDA refuses. Memory given back while still locked would make CUDA refuse what comes there
+    next."""
+    import torch
+
+    if not torch.cuda.is_available():
+        log.warning("memory is not pinned: no CUDA device")
+        return None
+    populate(memory)  # to register what is not there yet takes several times as long
+    address = memory.ctypes.data
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    status = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
+    if status:
+        log.warning("memory is not pinned: cudaHostRegister of %d bytes answered %d", memory.nbytes, status)
+        return None
+
+    def unpin() -> None:
+        runtime.cudaHostUnregister(address)
+
+    return unpin
 
 
 def _num_cores() -> int:

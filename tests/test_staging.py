@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvlab.hostmemory import reserve
 from kvlab.paged import gather, scatter, staging
 from tests.test_paged import BLOCKS, layout
 
@@ -111,9 +110,8 @@ def transfer_on(gpu, pages, piece_blocks):
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
         patch.setattr(torch.cuda, "stream", gpu.switched)
         patch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.run())
-        patch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostUnregister=lambda address: None))
         patch.setattr(staging, "triton_driver", SimpleNamespace(active=active))
-        patch.setattr(staging, "pinned_arena", lambda num_bytes: torch.from_numpy(reserve(num_bytes)))
+        patch.setattr(staging, "pin", lambda memory: None)
         patch.setattr(staging, "PageMover", lambda layout: Mover(gpu, layout))
         patch.setattr(staging, "copy_to_device", copy)
         patch.setattr(staging, "copy_to_host", copy)

@@ -60,8 +60,12 @@ class Server:
         return self._process.pid
 
     def __enter__(self) -> Self:
-        self.start()
-        self.wait()
+        try:
+            self.start()
+            self.wait()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,19 +85,15 @@ class Server:
 
     def wait(self) -> None:
         """Until it is healthy. Asked by /health alone: a prompt sent to find out would lie in the cache before the
-        first run. Whatever goes wrong, it is stopped."""
-        try:
-            while time.monotonic() < self._deadline:
-                self.check()
-                try:
-                    self.get("/health", timeout_s=2.0)
-                    return
-                except OSError:
-                    time.sleep(0.25)
-            raise StoreError(f"the server was not healthy after {self.timeout_s:.0f} s; its log: {self.log}")
-        except BaseException:
-            self.stop()
-            raise
+        first run."""
+        while time.monotonic() < self._deadline:
+            self.check()
+            try:
+                self.get("/health", timeout_s=2.0)
+                return
+            except OSError:
+                time.sleep(0.25)
+        raise StoreError(f"the server was not healthy after {self.timeout_s:.0f} s; its log: {self.log}")
 
     def stop(self) -> None:
         """End it and its children; safe to call again."""

@@ -18,7 +18,7 @@ from kvlab.bench.origin import filesystem, gpu_name, origin
 from kvlab.bench.processes import usage
 from kvlab.bench.redis_server import RedisServer
 from kvlab.bench.server import Server
-from kvlab.bench.workloads import KINDS, Workload, make_workload
+from kvlab.bench.workloads import KINDS, Workload, check_kind, make_workload
 from kvlab.errors import ConfigError
 from kvlab.stores import open_store
 from kvlab.units import parse_bytes
@@ -117,6 +117,8 @@ def run(
     datasets = [dataset] if isinstance(dataset, str) else list(dataset)
     if not datasets:
         raise ConfigError(f"give a dataset: one of {', '.join(KINDS)}")
+    for kind in datasets:
+        check_kind(kind)
     counts = _for_each(num_prompts, datasets, "num_prompts")
     rates = _for_each(request_rate, datasets, "request_rate")
     seeds = _for_each(seed, datasets, "seed")

@@ -51,8 +51,7 @@ def make_workload(
     max_prompt_tokens: int = 8192,
 ) -> Workload:
     """Write a workload's files into `folder`. `path` is the user's own ShareGPT file or trace. Raises ConfigError."""
-    if kind not in KINDS:
-        raise ConfigError(f"dataset must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_kind(kind)
     if num_prompts < 1:
         raise ConfigError(f"num_prompts must be at least 1, got {num_prompts}")
     if kind == "trace":
@@ -71,6 +70,12 @@ def make_workload(
     args = ["--dataset-name", "custom", "--dataset-path", str(out), "--skip-chat-template", "--disable-shuffle"]
     args += ["--custom-output-len", "-1"]  # the file's own lengths; the default of 256 overrides them
     return _count(kind, args, [encode(text) for text, _ in pairs])
+
+
+def check_kind(kind: str) -> None:
+    """Raises ConfigError for a dataset there is none of."""
+    if kind not in KINDS:
+        raise ConfigError(f"dataset must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
 def rounds(

@@ -1,5 +1,7 @@
 """Pages straight to and from an arena, without a buffer or a kernel between: many copies in one call of the driver.
 
+Nothing here is on the connector's way: the ring of `staging` is at no size behind it (benchmarks/gpu_transfer.py).
+
 Each copy is one run of bytes that lies together on both sides: a page of one layer where every layer has its own
 memory, a whole block where its layers lie side by side (BLHNC, BLNHC), and neighbouring blocks together.
 """

@@ -23,7 +23,7 @@ import torch
 from triton.runtime import driver as triton_driver
 
 from kvlab.errors import ConfigError
-from kvlab.hostmemory import populate, reserve
+from kvlab.hostmemory import pin, reserve
 from kvlab.paged.driver import copy_to_device, copy_to_host
 from kvlab.paged.kernels import PageMover
 from kvlab.paged.layout import PageLayout, check_block_ids
@@ -59,18 +59,6 @@ class Timing:
         return float(self.reached.elapsed_time(self.end)) / 1e3 if self.end is not None else 0.0
 
 
-def pinned_arena(num_bytes: int) -> torch.Tensor:
-    """Page-locked host memory, uint8 of exactly `num_bytes` (torch's own pinning rounds up to a power of two).
-
-    Falls back to pageable memory where the driver refuses, which the caller can tell by ``is_pinned()``.
-    """
-    memory = reserve(num_bytes)
-    populate(memory)  # by several threads: to register what is not there yet takes several times as long
-    arena = torch.from_numpy(memory)
-    torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), num_bytes, 0)
-    return arena
-
-
 class CudaTransfer:
     """Moves blocks between pages on a GPU and slots of a pinned arena. Safe for several threads.
 
@@ -87,7 +75,9 @@ class CudaTransfer:
             raise ConfigError(
                 f"GPU staging of {staging_bytes} bytes must hold {2 * RING_DEPTH} blocks of {block} bytes"
             )
-        self.arena = pinned_arena(num_slots * block).view(num_slots, layout.num_layers, layout.page_bytes)
+        memory = reserve(num_slots * block)
+        self._unpin = pin(memory)  # None: pageable memory, which works and is slower
+        self.arena = torch.from_numpy(memory).view(num_slots, layout.num_layers, layout.page_bytes)
         self._mover = PageMover(layout)
         self._arena_address = self.arena.data_ptr()
         self._in, self._out = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
@@ -199,12 +189,12 @@ class CudaTransfer:
             self.arena[first : first + count].numpy()[:] = buffer[into : into + count].numpy()
 
     def close(self) -> None:
-        """Wait for copies under way and unpin the arena: memory given back while still registered would make CUDA
-        refuse whatever is allocated there next."""
+        """Wait for copies under way and unpin the arena."""
         if not self._closed:
             self._closed = True
             torch.cuda.synchronize(self.device)
-            torch.cuda.cudart().cudaHostUnregister(self.arena.data_ptr())
+            if self._unpin is not None:
+                self._unpin()
 
     # ----
 

@@ -1,18 +1,14 @@
 """One stretch of memory cut into regions, pinned for the GPU where there is one."""
 
-import logging
 import sys
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvlab.hostmemory import populate, reserve
-
-log = logging.getLogger(__name__)
+from kvlab.hostmemory import pin, reserve
 
 PAGE = 4096  # regions start and end at pages: right for direct I/O and DMA
 
@@ -42,7 +38,7 @@ class Arena:
             [(0, self.max_bytes)] if self.max_bytes else []
         )  # (start, length), by start
         self._bytes = reserve(self.max_bytes)
-        self._unpin: Callable[[], None] | None = _pin(self._bytes) if pinned else None
+        self._unpin: Callable[[], None] | None = pin(self._bytes) if pinned else None
 
     @property
     def is_pinned(self) -> bool:
@@ -88,24 +84,3 @@ def cuda_is_in_use() -> bool:
     """Whether this process has torch loaded and a GPU at hand; asks without loading torch."""
     torch = sys.modules.get("torch")
     return torch is not None and bool(torch.cuda.is_available())
-
-
-def _pin(memory: npt.NDArray[np.uint8]) -> Callable[[], None] | None:
-    """Page-lock `memory` for CUDA; how to undo it, or None (logged) if CUDA refuses."""
-    import torch
-
-    if not torch.cuda.is_available():
-        log.warning("memory is not pinned: no CUDA device")
-        return None
-    populate(memory)  # by several threads: to register what is not there yet takes several times as long
-    address = memory.ctypes.data
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    status = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
-    if status:
-        log.warning("memory is not pinned: cudaHostRegister of %d bytes answered %d", memory.nbytes, status)
-        return None
-
-    def unpin() -> None:
-        runtime.cudaHostUnregister(address)
-
-    return unpin

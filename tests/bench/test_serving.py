@@ -269,6 +269,8 @@ def test_a_missing_dataset_a_wrong_backend_and_a_port_in_use(demo_model_path, tm
         run("lmcache-gpu", model=demo_model_path)
     with pytest.raises(ConfigError, match="unknown connector setting"):
         run("kvlab-memory", model=demo_model_path, settings={"chunk": 1})
+    with pytest.raises(ConfigError, match="dataset must be one of"):
+        run("none", model=demo_model_path, dataset=["sharegpt", "books"])
     with pytest.raises(ConfigError, match="one for each of 1 datasets"):
         run("none", model=demo_model_path, num_prompts=[1, 2])
     with pytest.raises(ConfigError, match="not among the backends"):
