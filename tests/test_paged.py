@@ -1,6 +1,7 @@
 """Gather and scatter against plain indexing, for every layout an engine may state."""
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlab.errors import ConfigError
-from kvlab.paged import gather, page_layout, scatter
+from kvlab.paged import gather, page_layout, scatter, slots
 from kvlab.paged.batch import copies_between
 from kvlab.paged.transfer import CPUTransfer
 
@@ -118,3 +119,32 @@ def test_bad_block_ids_and_buffers_are_refused():
         gather(pages, [11], pages.buffer(1))
     with pytest.raises(ConfigError, match="chunk buffer must be"):
         gather(pages, [1], pages.buffer(2))
+
+
+@pytest.mark.parametrize(
+    ("listed", "want"),
+    [
+        ([4], [(0, 4, 1)]),
+        (range(3, 6), [(0, 3, 3)]),
+        ([3, 4, 5], [(0, 3, 3)]),
+        ([5, 4, 3], [(0, 5, 1), (1, 4, 1), (2, 3, 1)]),
+        ([1, 2, 0, 7, 8], [(0, 1, 2), (2, 0, 1), (3, 7, 2)]),
+        ([0, 2, 1, 3], [(0, 0, 1), (1, 2, 1), (2, 1, 1), (3, 3, 1)]),
+    ],
+)
+def test_runs_of_neighbouring_slots(listed, want):
+    assert slots.runs(listed) == want
+
+
+def test_scattered_slots_are_copied_by_runs_into_memory_that_is_used_again():
+    arena = torch.arange(8 * 2 * 3, dtype=torch.uint8).reshape(8, 2, 3)
+    assert slots.gather(arena, [2, 3, 4]).data_ptr() == arena[2].data_ptr()
+    first = slots.gather(arena, [6, 7, 1, 4])
+    assert torch.equal(first, arena[[6, 7, 1, 4]])
+    second = slots.gather(arena, [5, 0])
+    assert torch.equal(second, arena[[5, 0]])
+    assert second.data_ptr() == first.data_ptr()
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(slots.gather, arena, [5, 0]).result().data_ptr() != second.data_ptr()
+    slots.fill(arena, [7, 2, 3], arena[:3].clone())
+    assert torch.equal(arena[[7, 2, 3]].flatten(), torch.arange(18, dtype=torch.uint8))

@@ -192,18 +192,3 @@ def test_both_directions_on_two_streams_of_the_engine(order):
             assert torch.equal(transfer.arena[2:7], want)
             assert torch.equal(gather(pages, [5], pages.buffer(1)), loaded[:1])
             assert torch.equal(gather(pages, [10, 9, 8, 7, 6], pages.buffer(5)), want)
-
-
-@pytest.mark.parametrize(
-    ("slots", "runs"),
-    [
-        ([4], [(0, 4, 1)]),
-        (range(3, 6), [(0, 3, 3)]),
-        ([3, 4, 5], [(0, 3, 3)]),
-        ([5, 4, 3], [(0, 5, 1), (1, 4, 1), (2, 3, 1)]),
-        ([1, 2, 0, 7, 8], [(0, 1, 2), (2, 0, 1), (3, 7, 2)]),
-        ([0, 2, 1, 3], [(0, 0, 1), (1, 2, 1), (2, 1, 1), (3, 3, 1)]),
-    ],
-)
-def test_runs_of_neighbouring_slots(slots, runs):
-    assert staging._runs(slots) == runs

@@ -27,6 +27,7 @@ from kvlab.hostmemory import pin, reserve
 from kvlab.paged.driver import copy_to_device, copy_to_host
 from kvlab.paged.kernels import PageMover
 from kvlab.paged.layout import PageLayout, check_block_ids
+from kvlab.paged.slots import fill, gather, runs, view
 
 DEFAULT_STAGING_BYTES = 128 << 20  # of GPU memory, all ring buffers together
 RING_DEPTH = 4
@@ -109,7 +110,7 @@ class CudaTransfer:
             for at, end in self._pieces(len(slots)):
                 piece = self._rings["in"].next()
                 self._in.wait_event(piece.free)
-                for into, first, count in _runs(slots[at:end]):
+                for into, first, count in runs(slots[at:end]):
                     target, source = piece.address + into * block, self._arena_address + first * block
                     copy_to_device(target, source, count * block, stream)
                 filled = _recorded(self._in)
@@ -137,7 +138,7 @@ class CudaTransfer:
                 self._mover.gather(block_ids[at:end], piece.buffer, compute.cuda_stream)
                 self._gathered.record(compute)
                 self._out.wait_event(self._gathered)
-                for into, first, count in _runs(slots[at:end]):
+                for into, first, count in runs(slots[at:end]):
                     target, source = self._arena_address + first * block, piece.address + into * block
                     copy_to_host(target, source, count * block, stream)
                 piece.free = ended = timing.end = _recorded(self._out, timing=True)
@@ -174,19 +175,17 @@ class CudaTransfer:
     def view(self, slots: Sequence[int]) -> torch.Tensor | None:
         """The memory of `slots`, once no copy uses them; None where they do not lie in one run."""
         self._settle(slots)
-        runs = _runs(slots)
-        return self.arena[runs[0][1] : runs[0][1] + runs[0][2]] if len(runs) == 1 else None
+        return view(self.arena, slots)
 
     def slots(self, slots: Sequence[int]) -> torch.Tensor:
-        """The content of `slots` once the copies into them have ended: a view where they lie in one run."""
-        view = self.view(slots)
-        return view if view is not None else self.arena[torch.tensor(slots)]
+        """The content of `slots` once the copies into them have ended, until this thread's next call."""
+        self._settle(slots)
+        return gather(self.arena, slots)
 
     def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None:
         """Write `buffer`, uint8 [blocks, layers, page_bytes], into slots, once no copy uses them."""
         self._settle(slots)
-        for into, first, count in _runs(slots):
-            self.arena[first : first + count].numpy()[:] = buffer[into : into + count].numpy()
+        fill(self.arena, slots, buffer)
 
     def close(self) -> None:
         """Wait for copies under way and unpin the arena."""
@@ -284,12 +283,3 @@ class _Ring:
     def next(self) -> _Buffer:
         self._at = (self._at + 1) % RING_DEPTH
         return self._buffers[self._at]
-
-
-def _runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(position in `slots`, first slot, count) of each run of neighbouring slots: one DMA each."""
-    first, size = slots[0], len(slots)
-    if list(slots) == list(range(first, first + size)):  # as most are
-        return [(0, first, size)]
-    starts = [0, *(at for at in range(1, size) if slots[at] != slots[at - 1] + 1)]
-    return [(at, slots[at], end - at) for at, end in zip(starts, [*starts[1:], size], strict=True)]

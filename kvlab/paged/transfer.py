@@ -4,11 +4,11 @@ import time
 from collections.abc import Sequence
 from threading import Thread
 
-import numpy as np
 import torch
 
 from kvlab.hostmemory import populate, reserve
 from kvlab.paged.layout import PageLayout, check_block_ids
+from kvlab.paged.slots import fill, gather, view
 
 
 class WallClock:
@@ -70,20 +70,15 @@ class CPUTransfer:
 
     def view(self, slots: Sequence[int]) -> torch.Tensor | None:
         """The memory of `slots`, uint8 [blocks, layers, page_bytes]; None where they do not lie in one run."""
-        first = slots[0]
-        if all(slot == first + i for i, slot in enumerate(slots)):
-            return self.arena[first : first + len(slots)]
-        return None
+        return view(self.arena, slots)
 
     def slots(self, slots: Sequence[int]) -> torch.Tensor:
-        """The content of `slots`, uint8 [blocks, layers, page_bytes]: a view where they lie in one run."""
-        view = self.view(slots)
-        return view if view is not None else torch.from_numpy(self._arena[np.asarray(slots)])
+        """The content of `slots`, uint8 [blocks, layers, page_bytes], until this thread's next call."""
+        return gather(self.arena, slots)
 
     def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None:
         """Write `buffer`, uint8 [blocks, layers, page_bytes], into slots."""
-        for slot, block in zip(slots, buffer.numpy(), strict=True):
-            self._arena[slot] = block
+        fill(self.arena, slots, buffer)
 
     def close(self) -> None:
         """Nothing: the arena is ordinary memory."""

@@ -38,11 +38,13 @@ class Lookup:
     ) -> dict[bytes, bool] | None:
         """Which of a request's objects are there; None while there is no answer; {} once it is late or failed. `rest`
         names a last block that the prompt fills in part."""
+        wait_s = 0.0
         if state.lookup is None:
             state.lookup = self._pool.submit(self._query, list(state.hashes), rest, in_memory)
             state.lookup_started_s = time.monotonic()
+            wait_s = INLINE_WAIT_S  # once: those that run would wait with it at every step
         try:
-            known: dict[bytes, bool] = state.lookup.result(timeout=INLINE_WAIT_S)
+            known: dict[bytes, bool] = state.lookup.result(timeout=wait_s)
         except TimeoutError:
             if not self.is_overdue(state):
                 return None

@@ -46,6 +46,7 @@ class Scheduler:
         self._unsaved: dict[str, RequestState] = {}  # those that may still have something to save
         self._loads: list[RequestLoad] = []
         self._lost_blocks: list[int] = []
+        self._waiting = False  # since the last step somebody was told to ask again
         self._in_flight: dict[str, list[bytes]] = {}  # async loads: request id -> hashes pinned for it
         self._unsettled: dict[bytes, int] = {}  # hashes being handed to lower tiers -> ranks still to answer
         self._arrived: dict[str, int] = {}  # ranks that finished an async load
@@ -75,10 +76,12 @@ class Scheduler:
         if self.lower is not None and end_block(plan) < usable // block:
             known = self._lookup.ask(state, state.rest_hash(self.chunker), self._planner.in_memory)
             if known is None:
+                self._waiting = True
                 return None, False
             plan = self._planner.plan(state, {key: held and key not in self._bad for key, held in known.items()})
         if any(not entry.ready for piece in plan if (entry := self.index.get(piece.hash))):
             if not self._lookup.is_overdue(state):
+                self._waiting = True
                 return None, False  # another request is fetching it right now
             plan = self._planner.ready_run(plan)
         end = min(end_token(plan), usable)
@@ -208,8 +211,9 @@ class Scheduler:
         loads, self._loads = self._loads, []
         lost, self._lost_blocks = self._lost_blocks, []
         metadata = StepMetadata(loads, [], lost, output.total_num_scheduled_tokens)
-        if self._in_flight and not loads and output.total_num_scheduled_tokens == 0:
-            time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the loading threads from running
+        if (self._in_flight or self._waiting) and not loads and output.total_num_scheduled_tokens == 0:
+            time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the threads it waits for from running
+        self._waiting = False
         try:
             self._collect_saves(output, metadata.saves)
         except Exception:  # a save is only a later miss; the loads above must reach the workers

@@ -14,6 +14,7 @@ from kvlab.connectors.vllm.admission import MIN_PREFILL_TOKENS
 from kvlab.connectors.vllm.metadata import LoadOp, LoadRow, RequestLoad, SaveOp, StepMetadata, WorkerReport
 from kvlab.engine import CacheEngine, retrieved_line
 from kvlab.paged import PageLayout
+from kvlab.paged.slots import room
 
 logger = logging.getLogger("vllm.kvlab")
 PAGE_AXES = ("blocks", "layers", "page_bytes")
@@ -32,6 +33,7 @@ class Transfer(Protocol):
     next work is ordered behind it all the same."""
 
     layout: PageLayout
+    arena: torch.Tensor
 
     def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> Clock | None: ...
     def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Clock | None: ...
@@ -206,7 +208,7 @@ class Worker:
         for slot in op.slots:
             self._owner[slot] = None
         place = self.transfer.view(op.slots)
-        out = place if place is not None else self.transfer.layout.buffer(len(op.slots))
+        out = place if place is not None else room(self.transfer.arena, len(op.slots))
         if self.engine.load_object(self.engine.namespace.key(op.hash), out) is None:
             self._mark_bad(op.hash)
             return False
