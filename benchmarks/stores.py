@@ -289,6 +289,27 @@ def lookup_rows(repeats: int, folder: Path) -> list[dict]:
     return rows
 
 
+def shared_rows(repeats: int, folder: Path) -> list[dict]:
+    """A folder of 1,200 values of 1 MiB, one store that writes and another that looks up, in turns: an engine's worker
+    and its scheduler."""
+    value, url = os.urandom(1 << 20), f"file://{folder}/shared?size=4GiB"
+    puts, lookups = [], []
+    with open_store(url) as writer, open_store(url) as reader:
+        for index in range(1200):
+            writer.put(f"before-{index}", value)
+        for index in range(2 * repeats):
+            puts.append(timed(lambda index=index: writer.put(f"new-{index}", value)))
+            keys = [f"new-{index}", *(f"other-{other}" for other in range(16))]
+            lookups.append(timed(lambda keys=keys: reader.contains_many(keys)))
+            assert reader.contains_many(keys) == [True] + [False] * 16
+    rows = []
+    for what, seconds in (("put of 1 MiB", puts), ("lookup of 17 keys", lookups)):
+        ms = statistics.median(seconds) * 1e3
+        rows.append({"what": f"{what}, disk beside another store", "repeats": len(seconds), "ms": ms})
+        print(f"{rows[-1]['what']:34} {ms:.3f} ms")
+    return rows
+
+
 def eviction_rows(repeats: int) -> list[dict]:
     """Accesses per second and hit rate of each policy over a trace of block ids, 10,000 blocks held."""
     with open(find_traces()["mooncake_conversation_trace"]) as file:
@@ -330,7 +351,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one by default")
     parser.add_argument("--mib", type=int, default=14)
     parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--only", default="memory,disk,redis,lookup,eviction")
+    parser.add_argument("--only", default="memory,disk,redis,lookup,shared,eviction")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "measured" / "stores.csv")
     arguments = parser.parse_args()
     size, repeats = arguments.mib << 20, arguments.repeats
@@ -343,6 +364,7 @@ def main() -> None:
             "disk": lambda: disk_rows(size, repeats, folder),
             "redis": lambda: redis_rows(size, repeats),
             "lookup": lambda: lookup_rows(repeats, folder),
+            "shared": lambda: shared_rows(repeats, folder),
             "eviction": lambda: eviction_rows(repeats),
         }.items():
             if kind in arguments.only.split(","):

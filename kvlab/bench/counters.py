@@ -8,6 +8,10 @@ from typing import Any
 _SAMPLE = re.compile(r"^(vllm:\w+?)(?:_total)?(?:\{(.*)\})? ([-+.\deEinfNa]+)$")
 _SOURCE = re.compile(r'source="([^"]*)"')
 _LINE = re.compile(r"Retrieved (\d+) of (\d+) tokens, ([\d.]+) MB, ([\d.]+) ms, [\d.]+ GB/s \(([^)]*)\)(?: for (\S+))?")
+_LMCACHE_LINE = re.compile(
+    r"\[req_id=(\S+)\] Retrieved (\d+) out of \d+ required tokens \(from (\d+) total tokens\)\."
+    r" size: ([\d.]+) gb, cost ([\d.]+) ms"
+)
 COUNTERS = (
     "vllm:external_prefix_cache_queries",
     "vllm:external_prefix_cache_hits",
@@ -50,10 +54,15 @@ def difference(before: Mapping[str, float], after: Mapping[str, float]) -> dict[
 
 
 def read_loads(log: str) -> list[Load]:
-    """The loads told of in a piece of the server's log, in order."""
-    return [
+    """The loads that kvlab or LMCache told of in a piece of the server's log, in order."""
+    loads = [
         Load(int(m[1]), int(m[2]), round(float(m[3]) * 1e6), float(m[4]), m[5], m[6] or "") for m in _LINE.finditer(log)
     ]
+    loads += [
+        Load(int(m[2]), int(m[3]), round(float(m[4]) * 2**30), float(m[5]), "lmcache", m[1])
+        for m in _LMCACHE_LINE.finditer(log)
+    ]
+    return loads
 
 
 def hits_by_prompt(loads: Iterable[Load], prompt_lens: Sequence[int], prefix: str) -> list[int]:

@@ -24,6 +24,11 @@ class Backend:
     folder: Path | None = None
     redis: str | None = None
 
+    @property
+    def tells_of_loads(self) -> bool:
+        """Whether its server logs each load, so that hits can be checked against them."""
+        return self.name.startswith(("kvlab", "lmcache"))
+
 
 NAMES = (
     "none",

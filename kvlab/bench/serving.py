@@ -310,6 +310,7 @@ def _one_run(plan: Plan, traffic: Traffic, server: Server, chosen: peers.Backend
         **{key: round(value, 6) for key, value in latency.summary(details).items()},
         "hit_tokens": counted.get("external_prefix_cache_hits", 0) + counted.get("prefix_cache_hits", 0),
         "hit_prompts": sum(hit > 0 for hit in hits),
+        "loaded_tokens": sum(load.hit_tokens for load in loads) if chosen.tells_of_loads else None,
         "reusable_share": round(work.reusable_share, 4),
         "duplicate_prompts": work.num_duplicates,
         "counters": counted,

@@ -28,7 +28,9 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What may be said: an interval that holds 0 is no difference."""
+        """What may be said: an interval that holds 0 is no difference, and a hit that was never loaded no hit."""
+        if not_loaded(self.last) > 0:
+            return "hits not loaded"
         if self.low > 0:
             return "faster"
         return "slower" if self.high < 0 else "not faster"
@@ -41,6 +43,14 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read rows from {str(path)!r}: {error}") from error
+
+
+def not_loaded(row: Row) -> float:
+    """The share (of 1) of a run's hit tokens that the connector promised the engine and did not load: unless it told
+    the engine so, they were answered from whatever lay in the pages. 0 where the server's log tells of no loads."""
+    loaded, hit = row.get("loaded_tokens"), row["hit_tokens"]
+    share = 0.0 if loaded is None or not hit else max(1 - loaded / hit, 0.0)
+    return share if share > 0.001 else 0.0
 
 
 def compare(rows: Iterable[Row]) -> list[Comparison]:
@@ -133,7 +143,11 @@ def _table(compared: Sequence[Comparison]) -> str:
         cells += [f"{one.low:+.1%} to {one.high:+.1%}", one.verdict]
         cells += [f"{row[f'p99_{metric}_ms']:.2f}" for metric in ("ttft",) for row in (first, last)]
         cells += [f"{row['mean_tpot_ms']:.2f}" for row in (first, last)]
-        cells += [f"{hit:.1%}", "" if one.gap_closed is None else f"{one.gap_closed:.0%}"]
+        missing = not_loaded(last)
+        cells += [
+            f"{hit:.1%}" + (f", {missing:.1%} of them not loaded" if missing else ""),
+            "" if one.gap_closed is None else f"{one.gap_closed:.0%}",
+        ]
         cells.append(", ".join(f"{over:+.1%}" for over in one.first_over_none or ()))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -166,6 +180,8 @@ def serving_block(row: Row) -> str:
             parts.append(_line(f"{statistic.capitalize()} {name.upper()} (ms)", row[f"{statistic}_{name}_ms"]))
     parts.append(f"{'KV cache':-^60}")
     parts += [_line("Hit tokens", row["hit_tokens"]), _line("Prompts with a hit", row["hit_prompts"])]
+    if not_loaded(row):
+        parts.append(_line("Hit tokens never loaded (%)", 100 * not_loaded(row)))
     for tier, told in row["tiers"].items():
         parts.append(_line(f"From {tier} (MB)", told["bytes"] / 1e6))
         parts.append(_line(f"From {tier} (GB/s)", told["gb_per_s"]))

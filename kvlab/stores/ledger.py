@@ -9,6 +9,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 JOURNAL_BYTES = 1 << 20  # beyond this it starts afresh
-_EPOCH_BYTES = 18  # "# ", 15 hex digits, newline
+_EPOCH_BYTES = 18
+_EPOCH = re.compile(rb"# [0-9a-f]{15}\n")  # the journal's first line
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
@@ -87,12 +89,10 @@ class Ledger:
         if self._fd < 0 or self._pid != os.getpid():
             return False
         state = os.fstat(self._fd)
-        if state.st_size == self._offset and state.st_nlink:
-            return True
         if not state.st_nlink or not self._offset <= state.st_size <= JOURNAL_BYTES:
             return False
-        text = os.pread(self._fd, state.st_size - self._offset, self._offset)
-        if os.pread(self._fd, _EPOCH_BYTES, 0) != self._epoch:  # after the text: it has not been started afresh before
+        text = os.pread(self._fd, state.st_size - self._offset, self._offset) if state.st_size > self._offset else b""
+        if os.pread(self._fd, _EPOCH_BYTES, 0) != self._epoch:  # after the text: it has not been begun anew before
             return False
         text = text[: text.rfind(b"\n") + 1]
         self._offset += len(text)
@@ -119,13 +119,8 @@ class Ledger:
         self._add(new, size)
 
     def recount(self) -> None:
-        """Take the folder's word over the book's."""
-        found = self._scan()
-        for path in [path for path in self.sizes if path not in found]:
-            self._remove(path, "vanished")
-        for path, size in found.items():
-            if self.sizes.get(path) != size:
-                self._add(path, size)
+        """Take the folder's word over the book's, and start the journal afresh."""
+        self._count()
         os.ftruncate(self._fd, 0)
         self._epoch = f"# {secrets.token_hex(8)[:15]}\n".encode()
         os.write(self._fd, self._epoch)
@@ -188,18 +183,31 @@ class Ledger:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def _catch_up(self, size: int) -> None:
-        """Read what others appended since."""
-        if not self._epoch or size > JOURNAL_BYTES or os.pread(self._fd, _EPOCH_BYTES, 0) != self._epoch:
+        """Read what others appended since. A journal that somebody else began is carried on and not begun anew: or each
+        would make the others count the folder at every call."""
+        epoch = os.pread(self._fd, _EPOCH_BYTES, 0)
+        if size > JOURNAL_BYTES or not _EPOCH.fullmatch(epoch):
             self.recount()
-            return
-        if size == self._offset:
-            return
-        text = os.pread(self._fd, size - self._offset, self._offset)
-        self._offset = size
-        try:
-            self._replay(text)
-        except ValueError:
+        elif epoch == self._epoch:
+            text = os.pread(self._fd, size - self._offset, self._offset) if size > self._offset else b""
+            self._offset = size
+            try:
+                self._replay(text)
+            except ValueError:
+                self.recount()
+        elif os.pread(self._fd, 1, size - 1) != b"\n":  # whoever wrote last died over it
             self.recount()
+        else:
+            self._count()
+            self._epoch, self._offset = epoch, size
+
+    def _count(self) -> None:
+        found = self._scan()
+        for path in [path for path in self.sizes if path not in found]:
+            self._remove(path, "vanished")
+        for path, size in found.items():
+            if self.sizes.get(path) != size:
+                self._add(path, size)
 
     def _replay(self, text: bytes) -> None:
         if text and not text.endswith(b"\n"):

@@ -103,6 +103,7 @@ def test_second_runs_hit_every_prompt_to_its_last_token_and_none_hits_nothing(me
     for row in measured[0]:
         if row["backend"] == "none":
             assert row["hit_tokens"] == row["hit_prompts"] == 0
+            assert row["loaded_tokens"] is None
             assert row["tiers"] == {}
         elif row["run"] == 1:  # the warm-up and the server's start cached none of the prompts
             assert row["hit_tokens"] <= row["reusable_share"] * row["total_input_tokens"]
@@ -114,7 +115,7 @@ def test_second_runs_hit_every_prompt_to_its_last_token_and_none_hits_nothing(me
             ]
             assert len(long) > NUM_PROMPTS // 2
             assert all(hit == size - 1 for size, hit in long)
-            assert sum(row["prompt_hits"]) == row["hit_tokens"]
+            assert sum(row["prompt_hits"]) == row["hit_tokens"] == row["loaded_tokens"]
             pages = sum(-(-hit // BLOCK) for hit in row["prompt_hits"])
             assert sum(tier["bytes"] for tier in row["tiers"].values()) == pytest.approx(
                 pages * BLOCK * TOKEN_BYTES, rel=0.02
@@ -206,6 +207,9 @@ def test_a_second_run_that_is_not_faster_is_shown_as_such():
     assert "First runs" not in report(rows)
     assert "| same |" in report(rows)
     assert "not faster" in report(rows)
+    claimed = [row | {"hit_tokens": 8, "loaded_tokens": 2 if row["backend"] == "better" else 8} for row in rows]
+    assert [one.verdict for one in compare(claimed)] == ["not faster", "slower", "hits not loaded"]
+    assert "| 80.0%, 75.0% of them not loaded |" in report(claimed)
 
 
 def test_first_runs_are_compared_with_none_on_the_same_prompts():

@@ -126,4 +126,13 @@ vllm:prompt_tokens_by_source_total{engine="0",model_name="m",source="local_compu
         (288, 300, "lower"),
     ]
     assert hits_by_prompt(loads, [0] * 9, "bench-") == [0] * 7 + [288, 0]
+    lmcache = (
+        "(EngineCore pid=9) [2026-11-25 03:24:11,262] LMCache INFO:\x1b[0m [req_id=cmpl-bench-3-0-a459] Retrieved 1280"
+        " out of 1280 required tokens (from 1281 total tokens). size: 0.0684 gb, cost 102.5570 ms, throughput: 0.6666"
+        " GB/s; \x1b[3m(cache_engine.py:958:lmcache.v1.cache_engine)\x1b[0m\n"
+    )
+    (told,) = read_loads(lmcache)
+    assert (told.hit_tokens, told.prompt_tokens, told.tier, told.ms) == (1280, 1281, "lmcache", 102.557)
+    assert told.num_bytes == pytest.approx(1280 * 57_344, rel=1e-3)
+    assert hits_by_prompt([told], [0] * 9, "bench-")[3] == 1280
     assert by_tier(loads)["memory"]["gb_per_s"] == pytest.approx(6.6e6 / 0.8e6, rel=0.01)

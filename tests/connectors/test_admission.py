@@ -48,10 +48,22 @@ def test_it_errs_towards_loading(rule):
 
 def test_a_slow_tier_is_tried_again(rule, now):
     rule.prefilled(1000, 1.0)
-    rule.loaded("lower", 10, 1.0)
+    rule.loaded("lower", 50, 1.0)
     assert not rule.is_worth({"lower": 100})
     now[0] = FORGET_S + 0.1
     assert rule.is_worth({"lower": 100})
+
+
+def test_a_small_load_says_nothing_of_a_large_one(rule):
+    rule.prefilled(1000, 1.0)
+    rule.loaded("lower", 10, 1.0)
+    assert not rule.is_worth({"lower": 40})
+    assert rule.is_worth({"lower": 41})
+    rule.loaded("lower", 41, 1.0)
+    assert not rule.is_worth({"lower": 41})
+    rule.loaded("lower", 5, 0.001)
+    assert rule.is_worth({"lower": 20})
+    assert not rule.is_worth({"lower": 41})
 
 
 def test_off_loads_always():
@@ -79,7 +91,7 @@ def test_a_tier_slower_than_computing(tmp_path, expected, admission, hits):
         counters = connector(llm).scheduler.counters
         assert [answer.hit for answer in answers] == hits
         assert all(answer.tokens == expected(p) for answer in answers)
-        assert counters["miss_not_worth_loading"] == hits.count(0)
+        assert counters["miss_not_worth_asking"] == hits.count(0)
         assert not connector(llm).hook_errors
 
 

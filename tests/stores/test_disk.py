@@ -18,6 +18,7 @@ from kvlab.errors import ConfigError, StoreError
 from kvlab.stores import open_store
 from kvlab.stores.direct import aligned_buffer
 from kvlab.stores.disk import DiskStore
+from kvlab.stores.folder import Folder
 from kvlab.stores.names import path_of
 from kvlab.testing import BudgetTests, StoreTests
 from kvlab.testing.machines import pattern
@@ -203,8 +204,38 @@ def test_a_lookup_sees_what_another_process_did(tmp_path):
         assert two.contains_many(["a", "b", "c"]) == [True, True, False]
         one.delete("a")
         assert two.contains_many(["a", "b", "c"]) == [False, True, False]
-        with one._folder.book.locked():  # another process is at work: the folder itself is asked
+        with one._folder.book.locked():  # another process is at work: nobody waits for it
             assert two.contains_many(["a", "b", "c"]) == [False, True, False]
+
+
+def test_stores_in_turns_count_the_folder_once_each(tmp_path, monkeypatch):
+    scans: list[Folder] = []
+    scan = Folder._scan
+    monkeypatch.setattr(Folder, "_scan", lambda folder: scans.append(folder) or scan(folder))
+    with DiskStore(tmp_path, 1 << 20) as one, DiskStore(tmp_path, 1 << 20) as two:
+        for index in range(20):
+            one.put(f"k{index}", bytes(100))
+            assert two.contains_many([f"k{index}", "other"]) == [True, False]
+            if index % 2:
+                two.delete(f"k{index}")
+                assert one.contains_many([f"k{index}"]) == [False]
+        assert one.used_bytes == two.used_bytes == 1000
+        assert scans == [one._folder, two._folder]
+
+
+def test_a_journal_that_is_cut_off_is_begun_anew(tmp_path):
+    with DiskStore(tmp_path, 1 << 20) as one, DiskStore(tmp_path, 1 << 20) as two:
+        one.put("a", bytes(100))
+        journal = tmp_path / ".kvlab" / "journal"
+        first = journal.read_bytes()[:18]
+        with journal.open("ab") as file:
+            file.write(b"+ 7")  # of a writer that died over it
+        with DiskStore(tmp_path, 1 << 20) as three:
+            assert three.contains_many(["a"]) == two.contains_many(["a"]) == [True]
+            assert one.put("b", bytes(50))
+            assert [store.used_bytes for store in (one, two, three)] == [150] * 3
+        assert journal.read_bytes()[:18] != first
+        assert journal.read_bytes().endswith(b"\n")
 
 
 def test_a_file_deleted_or_cut_behind_our_back_is_a_miss(store):

@@ -9,6 +9,7 @@ from kvlab.stores.sights import Sights
 
 MIN_PREFILL_TOKENS = 64  # a smaller step says little of the rate of a large one
 KEPT_RATES = 16
+COMPARABLE = 4
 FORGET_S = 30.0  # a tier that was too slow is tried again after this long
 
 
@@ -16,15 +17,16 @@ class LoadAdmission:
     """Compares tokens per second: a tier's loads, by how long they held up the engine, against its forward passes.
 
     It errs towards loading. A tier counts with the best rate of its latest loads, a recompute with the median of the
-    latest prefills (which attention makes too fast for long prompts); what nobody measured within half a minute is
-    loaded. Time in vLLM's queue is in neither.
+    latest prefills (which attention makes too fast for long prompts). What nobody measured within half a minute is
+    loaded, and so is what is over `COMPARABLE` times as long as all that was: a small load is mostly the way there and
+    back. Time in vLLM's queue is in neither.
     """
 
     def __init__(self, *, enabled: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self.enabled = enabled
         self._clock = clock
         self._prefills: deque[float] = deque(maxlen=KEPT_RATES)
-        self._loads: dict[str, deque[tuple[float, float]]] = {}  # tier -> (when, tokens/s)
+        self._loads: dict[str, deque[tuple[float, int, float]]] = {}  # tier -> (when, tokens, tokens/s)
 
     def prefilled(self, num_tokens: int, seconds: float) -> None:
         """A forward pass over `num_tokens` took `seconds`."""
@@ -34,13 +36,15 @@ class LoadAdmission:
     def loaded(self, tier: str, num_tokens: int, seconds: float) -> None:
         """A load of `num_tokens` from `tier` held up the request or the engine for `seconds`."""
         if num_tokens > 0 and seconds > 0:
-            self._loads.setdefault(tier, deque(maxlen=KEPT_RATES)).append((self._clock(), num_tokens / seconds))
+            self._loads.setdefault(tier, deque(maxlen=KEPT_RATES)).append(
+                (self._clock(), num_tokens, num_tokens / seconds)
+            )
 
     def is_worth(self, num_tokens: Mapping[str, int]) -> bool:
         """Whether loading these tokens, by tier, takes no longer than computing them."""
         if not self.enabled or not self._prefills:
             return True
-        rates = {tier: self.load_rate(tier) for tier, count in num_tokens.items() if count}
+        rates = {tier: self.load_rate(tier, count) for tier, count in num_tokens.items() if count}
         seconds = sum(num_tokens[tier] / rate for tier, rate in rates.items() if rate)
         return seconds <= sum(num_tokens.values()) / self.prefill_rate()
 
@@ -48,12 +52,13 @@ class LoadAdmission:
         """Tokens per second of the engine's forward passes; 0 if none was measured."""
         return median(self._prefills) if self._prefills else 0.0
 
-    def load_rate(self, tier: str) -> float:
-        """Tokens per second of a tier at its best lately; 0 if nothing was loaded from it lately."""
-        rates = self._loads.get(tier, deque())
-        while rates and self._clock() - rates[0][0] > FORGET_S:
-            rates.popleft()
-        return max((rate for _, rate in rates), default=0.0)
+    def load_rate(self, tier: str, num_tokens: int = 0) -> float:
+        """Tokens per second of a tier at its best lately, in loads that say something of one of `num_tokens`; 0 if
+        there was none."""
+        measured = self._loads.get(tier, deque())
+        while measured and self._clock() - measured[0][0] > FORGET_S:
+            measured.popleft()
+        return max((rate for _, size, rate in measured if size * COMPARABLE >= num_tokens), default=0.0)
 
 
 class SaveAdmission:

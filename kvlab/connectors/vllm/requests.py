@@ -37,6 +37,7 @@ class RequestState:
     lookup: Any = None  # future of what the lower tiers hold
     lookup_started_s: float = 0.0
     lower_tokens: int = 0  # tokens of the latest hit that lower tiers supply
+    not_asked: bool = False  # the lower tiers were not, as no load from them would have been worth it
     not_worth: bool = False  # a load that would have been slower than computing was not made
     counted: bool = False  # its miss, if any, is in the counters
     row: dict[str, Any] = field(default_factory=dict)

@@ -74,6 +74,9 @@ class Scheduler:
             return 0, False
         plan = self._planner.plan(state, {})
         if self.lower is not None and end_block(plan) < usable // block:
+            state.not_asked = not plan and not self.admission.is_worth({"lower": usable - num_computed_tokens})
+            if state.not_asked:  # the answer would cost a step
+                return 0, False
             known = self._lookup.ask(state, state.rest_hash(self.chunker), self._planner.in_memory)
             if known is None:
                 self._waiting = True
@@ -191,7 +194,9 @@ class Scheduler:
             return
         chunk_end = min(at - at % self.chunker.chunk_blocks + self.chunker.chunk_blocks, len(state.hashes))
         key = state.hashes[chunk_end - 1]
-        if state.not_worth:
+        if state.not_asked:
+            reason = "not_worth_asking"
+        elif state.not_worth:
             reason = "not_worth_loading"
         elif key in self._bad:
             reason = "broken"
