@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kvlab.errors import ConfigError
 from kvlab.paged import gather, scatter, staging
 from tests.test_paged import BLOCKS, layout
 
@@ -192,3 +193,43 @@ def test_both_directions_on_two_streams_of_the_engine(order):
             assert torch.equal(transfer.arena[2:7], want)
             assert torch.equal(gather(pages, [5], pages.buffer(1)), loaded[:1])
             assert torch.equal(gather(pages, [10, 9, 8, 7, 6], pages.buffer(5)), want)
+
+
+@pytest.mark.parametrize(
+    ("slots", "ids", "message"),
+    [
+        (range(5), [0, 1, 2, 3, BLOCKS], rf"block ids must be in \[0, {BLOCKS}\), got 0 to {BLOCKS}"),
+        (range(5), [0, 1, -1, 3, 4], r"got -1 to 4"),
+        (range(3), [0, 1], "as many slots as blocks and at least one, got 3 and 2"),
+        ([], [], "got 0 and 0"),
+    ],
+)
+def test_a_wrong_copy_is_refused_before_a_byte_of_pages_or_arena_changes(slots, ids, message):
+    _, pages = layout("LBHNC")
+    gpu = Gpu(Random(0).choice)
+    with transfer_on(gpu, pages, piece_blocks=2) as transfer:
+        transfer.arena.random_(0, 255)
+        before = gather(pages, range(BLOCKS), pages.buffer(BLOCKS)), transfer.arena.clone()
+        for refused in (lambda: transfer.load(slots, ids), lambda: transfer.save(ids, slots)):
+            with pytest.raises(ConfigError, match=message):
+                refused()
+        gpu.run()
+        assert torch.equal(gather(pages, range(BLOCKS), pages.buffer(BLOCKS)), before[0])
+        assert torch.equal(transfer.arena, before[1])
+        transfer.load(range(5), range(5))  # and goes on
+        gpu.run()
+        assert torch.equal(gather(pages, range(5), pages.buffer(5)), before[1][:5])
+
+
+def test_an_arena_is_unpinned_once():
+    _, pages = layout("LBHNC")
+    undone = []
+    with transfer_on(Gpu(Random(0).choice), pages, piece_blocks=1) as transfer:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(staging, "pin", lambda memory: lambda: undone.append(memory.nbytes))
+            other = staging.CudaTransfer(pages, 3, staging_bytes=2 * staging.RING_DEPTH * pages.block_bytes)
+        other.close()
+        other.close()
+        del other
+        assert undone == [3 * pages.block_bytes]
+        assert transfer.arena.shape[0] == SLOTS

@@ -15,8 +15,9 @@ Where a block's layers lie together (BLHNC, BLNHC), one driver call with a copy 
 """
 
 import threading
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ class CudaTransfer:
                 f"GPU staging of {staging_bytes} bytes must hold {2 * RING_DEPTH} blocks of {block} bytes"
             )
         memory = reserve(num_slots * block)
-        self._unpin = pin(memory)  # None: pageable memory, which works and is slower
+        unpin = pin(memory)  # None: pageable memory, which works and is slower
         self.arena = torch.from_numpy(memory).view(num_slots, layout.num_layers, layout.page_bytes)
         self._mover = PageMover(layout)
         self._arena_address = self.arena.data_ptr()
@@ -85,14 +86,12 @@ class CudaTransfer:
         self._seen_streams: dict[int, torch.cuda.Stream] = {}
         self._side = torch.cuda.Stream(self.device)
         self._rings = {name: _Ring(layout, piece_blocks, self.device) for name in ("in", "out")}
-        self._gathered = torch.cuda.Event()  # recorded and waited for in one breath: a wait keeps the record it found
+        # Recorded for each piece and waited for in one breath: a wait keeps the record it found.
+        self._arrived, self._gathered = torch.cuda.Event(), torch.cuda.Event()
         self._loads, self._saves = _Trail(num_slots), _Trail(num_slots)
         self._lock = threading.RLock()
-        self._closed = False
-
-    def __del__(self) -> None:
-        if hasattr(self, "_closed"):
-            self.close()
+        # At the latest when the interpreter ends, while CUDA is still there.
+        self._release = weakref.finalize(self, _release, self.device, unpin)
 
     @property
     def staging_bytes(self) -> int:
@@ -101,47 +100,49 @@ class CudaTransfer:
 
     def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Timing:
         """Slots into pages: the current stream's next work sees them. Returns at once."""
-        self._check(slots, block_ids)
+        _check_lengths(slots, block_ids)
         block, stream = self.layout.block_bytes, self._in.cuda_stream
         with self._lock:
-            self._saves.wait(self._in, slots)
             timing = Timing(self._in)
             compute: torch.cuda.Stream | None = None
-            for at, end in self._pieces(len(slots)):
-                piece = self._rings["in"].next()
+            for piece, ids, places in self._pieces("in", block_ids, slots):
+                self._saves.wait(self._in, places)
                 self._in.wait_event(piece.free)
-                for into, first, count in runs(slots[at:end]):
+                for into, first, count in runs(places):
                     target, source = piece.address + into * block, self._arena_address + first * block
                     copy_to_device(target, source, count * block, stream)
-                filled = _recorded(self._in)
+                self._arrived.record(self._in)
                 if compute is None:  # what the first DMA does not need hides behind it
                     compute = self._current_stream()
                     timing.reach(compute)
-                compute.wait_event(filled)
-                self._mover.scatter(block_ids[at:end], piece.buffer, compute.cuda_stream)
-                piece.free = timing.end = _recorded(compute, timing=True)
-            self._loads.add(filled, slots)
+                    check_block_ids(block_ids, self.layout.num_blocks)  # no page is touched before
+                compute.wait_event(self._arrived)
+                self._mover.scatter(ids, piece.buffer, compute.cuda_stream)
+                piece.free.record(compute)
+            timing.stop(compute)
+            self._loads.add(_recorded(self._in), slots)
         return timing
 
     def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> Timing:
         """Pages into slots: gathered behind the current stream's work, copied out on another. Returns at once;
         the pages may be overwritten by whatever the current stream does next."""
-        self._check(slots, block_ids)
+        _check_lengths(slots, block_ids)
+        check_block_ids(block_ids, self.layout.num_blocks)
         block, stream = self.layout.block_bytes, self._out.cuda_stream
         with self._lock:
             compute = self._current_stream()
             timing = Timing(compute)
-            self._loads.wait(self._out, slots)
-            for at, end in self._pieces(len(slots)):
-                piece = self._rings["out"].next()
+            for piece, ids, places in self._pieces("out", block_ids, slots):
                 compute.wait_event(piece.free)
-                self._mover.gather(block_ids[at:end], piece.buffer, compute.cuda_stream)
+                self._mover.gather(ids, piece.buffer, compute.cuda_stream)
                 self._gathered.record(compute)
+                self._loads.wait(self._out, places)
                 self._out.wait_event(self._gathered)
-                for into, first, count in runs(slots[at:end]):
+                for into, first, count in runs(places):
                     target, source = self._arena_address + first * block, piece.address + into * block
                     copy_to_host(target, source, count * block, stream)
-                piece.free = ended = timing.end = _recorded(self._out, timing=True)
+                piece.free.record(self._out)
+            ended = timing.end = _recorded(self._out, timing=True)
             self._saves.add(ended, slots)
         return timing
 
@@ -189,25 +190,18 @@ class CudaTransfer:
 
     def close(self) -> None:
         """Wait for copies under way and unpin the arena."""
-        if not self._closed:
-            self._closed = True
-            torch.cuda.synchronize(self.device)
-            if self._unpin is not None:
-                self._unpin()
+        self._release()
 
     # ----
 
-    def _check(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
-        if not slots or len(block_ids) != len(slots):
-            raise ConfigError(
-                f"a copy needs as many slots as blocks and at least one, got {len(slots)} and {len(block_ids)}"
-            )
-        check_block_ids(block_ids, self.layout.num_blocks)
-
-    def _pieces(self, num_blocks: int) -> list[tuple[int, int]]:
-        """[at, end) pieces of one ring buffer each."""
-        size = self._rings["in"].num_blocks
-        return [(at, min(at + size, num_blocks)) for at in range(0, num_blocks, size)]
+    def _pieces(
+        self, name: str, block_ids: Sequence[int], slots: Sequence[int]
+    ) -> Iterator[tuple["_Buffer", Sequence[int], Sequence[int]]]:
+        """What goes through one ring buffer at a time: the buffer, block ids, slots."""
+        ring = self._rings[name]
+        for at in range(0, len(slots), ring.num_blocks):
+            end = at + ring.num_blocks
+            yield ring.next(), block_ids[at:end], slots[at:end]
 
     def _settle(self, slots: Sequence[int]) -> None:
         """Wait until no copy uses these slots."""
@@ -255,9 +249,22 @@ def _recorded(stream: torch.cuda.Stream, *, timing: bool = False) -> torch.cuda.
     return event
 
 
+def _check_lengths(slots: Sequence[int], block_ids: Sequence[int]) -> None:
+    if not slots or len(block_ids) != len(slots):
+        raise ConfigError(
+            f"a copy needs as many slots as blocks and at least one, got {len(slots)} and {len(block_ids)}"
+        )
+
+
+def _release(device: torch.device, unpin: Callable[[], None] | None) -> None:
+    torch.cuda.synchronize(device)
+    if unpin is not None:
+        unpin()
+
+
 @dataclass
 class _Buffer:
-    """A GPU buffer, and the event after which it is free again: a new one each time, as others hold on to the last."""
+    """A GPU buffer, and the event after which it is free again."""
 
     buffer: torch.Tensor
     free: torch.cuda.Event
