@@ -2,9 +2,11 @@
 
 Direct I/O (O_DIRECT) wants memory address, file offset and length to be multiples of a block. Memory that is
 aligned (``aligned_buffer``, pinned arenas) is handed to the kernel as it is; anything else goes through one
-aligned scratch buffer per thread. A file's length never shows the padding: it is cut to size at the end.
+aligned scratch buffer per thread. The last, broken block of a file is written through the page cache: as a whole block
+it would make the file longer than what is counted for it, until it is cut, or for ever if the writer dies before.
 """
 
+import fcntl
 import os
 import threading
 from collections.abc import Sequence
@@ -79,12 +81,11 @@ def write_file(fd: int, pieces: Sequence[memoryview], *, direct: bool) -> int:
             if filled == scratch.nbytes:
                 at = _pwrite_all(fd, [scratch], at)
                 filled = 0
-    if filled:
-        padded = -(-filled // BLOCK) * BLOCK
-        scratch[filled:padded] = bytes(padded - filled)
-        _pwrite_all(fd, [scratch[:padded]], at)
-        if padded != filled:
-            os.ftruncate(fd, total)
+    whole = filled // BLOCK * BLOCK
+    at = _pwrite_all(fd, [scratch[:whole]], at)
+    if filled > whole:
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+        _pwrite_all(fd, [scratch[whole:filled]], at)
     return total
 
 

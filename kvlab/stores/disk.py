@@ -222,6 +222,7 @@ class DiskStore(Store):
         try:
             fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
             try:
+                probe.unlink()  # before it has a size: nobody counts it
                 write_file(fd, [memoryview(bytes(BLOCK))], direct=True)
             finally:
                 os.close(fd)

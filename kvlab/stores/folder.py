@@ -75,18 +75,20 @@ class Folder:
             if not self._make_room(size, replacing=path):
                 return None
             flags |= os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self.book.add(temp, size)  # before it is there: who dies in between has counted too much, not too little
+            fd = -1
             try:
-                fd = os.open(self.root / temp, flags, 0o600)
-            except FileNotFoundError:  # somebody removed our folder
-                (self.root / WRITING).mkdir(mode=0o700, parents=True, exist_ok=True)
-                fd = os.open(self.root / temp, flags, 0o600)
-            try:
+                try:
+                    fd = os.open(self.root / temp, flags, 0o600)
+                except FileNotFoundError:  # somebody removed our folder
+                    (self.root / WRITING).mkdir(mode=0o700, parents=True, exist_ok=True)
+                    fd = os.open(self.root / temp, flags, 0o600)
                 self._flock(fd, fcntl.LOCK_EX)  # as long as it is locked, its writer lives
                 os.ftruncate(fd, size)  # whoever counts the folder sees its full size
-                self.book.add(temp, size)
             except BaseException:
-                os.close(fd)
-                os.unlink(self.root / temp)
+                if fd >= 0:
+                    os.close(fd)
+                self.unlink(temp, "failed")
                 raise
         return temp, fd
 

@@ -42,6 +42,46 @@ for line in sys.stdin:
 """
 
 
+# Each line on standard input is a number n: fork a child that does a bit of everything and dies at its n-th call to
+# the system, right after it. Answers whether it came so far.
+CALLS = """
+import os, sys
+from kvlab.container import Part, pack
+from kvlab.stores.disk import DiskStore
+
+def work(root, last):
+    calls = 0
+
+    def counted(function):
+        def called(*args, **kwargs):
+            nonlocal calls
+            done = function(*args, **kwargs)
+            calls += 1
+            if calls == last:
+                os._exit(9)
+            return done
+        return called
+
+    for name in ("open", "write", "pwritev", "ftruncate", "rename", "unlink", "close", "utime"):
+        setattr(os, name, counted(getattr(os, name)))
+    with DiskStore(root, int(sys.argv[2])) as store:
+        for step in range(9):
+            key = f"k{step % 4}"
+            data = bytes([step]) * (300_000 + 1_000 * step)
+            store.put(key, pack(key, {"kv": Part("U8", (len(data),), memoryview(data))}))
+        store.get("k0")
+        store.set_aside("k0", "test")
+        store.delete("k1")
+    os._exit(0)
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        work(sys.argv[1], int(line))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
 @pytest.fixture
 def nurseries(tmp_path):
     """Two processes that each bring up one writer at a time on the same folder."""
@@ -90,6 +130,28 @@ def test_two_hundred_kills(tmp_path, nurseries):
     with DiskStore(root, BUDGET) as store:
         assert store.used_bytes == bytes_in(root)
         assert list((root / ".kvlab" / "writing").iterdir()) == []
+
+
+def test_a_death_at_any_call_never_leaves_more_than_the_book_counts(tmp_path):
+    root = tmp_path / "kv"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    nursery = subprocess.Popen([sys.executable, "-c", CALLS, str(root), str(BUDGET)], **pipes)
+    try:
+        with DiskStore(root, BUDGET) as witness:
+            for call in range(1, 1000):
+                print(call, file=nursery.stdin)
+                ended = int(nursery.stdout.readline())
+                assert ended in (0, 9)
+                assert bytes_in(root) <= BUDGET
+                assert witness.used_bytes >= bytes_in(root), f"after call {call}"
+                assert witness.put("witness", b"here")
+                if ended == 0:
+                    break
+            assert call > 80, "it did nothing"
+            check(root)
+    finally:
+        nursery.stdin.close()
+        nursery.wait(10)
 
 
 def check(root):
