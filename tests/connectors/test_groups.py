@@ -21,8 +21,8 @@ def gemma(folder, layer_types) -> dict:
 
     config = Gemma3TextConfig(
         vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=len(layer_types),
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, sliding_window=WINDOW, layer_types=layer_types, initializer_range=0.2,
-        max_position_embeddings=1024, query_pre_attn_scalar=64, tie_word_embeddings=False, final_logit_softcapping=None,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, sliding_window=WINDOW, layer_types=layer_types,
+        initializer_range=0.2, max_position_embeddings=1024, query_pre_attn_scalar=64, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
     Gemma3ForCausalLM(config).save_pretrained(folder)
