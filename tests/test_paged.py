@@ -107,6 +107,15 @@ def test_a_scattered_page_is_refused_by_name_and_by_strides(order):
         page_layout(kv, num_blocks=BLOCKS, page_bytes=size, name="LBHNC")
 
 
+def test_layers_of_two_groups_over_the_same_memory_are_one():
+    kv, alone = layout("LBHNC")
+    kv |= {f"other.{name}": cache for name, cache in kv.items()}
+    size = HEADS * TOKENS * CONTENT * 2
+    both = page_layout(kv, num_blocks=BLOCKS, page_bytes=dict.fromkeys(kv, size), name="LBHNC")
+    assert both.layer_names == alone.layer_names
+    assert (both.addresses, both.block_bytes) == (alone.addresses, alone.block_bytes)
+
+
 def test_a_page_size_other_than_stated_is_refused():
     kv = caches("LBHNC")
     with pytest.raises(ConfigError, match="one run of 999 bytes"):

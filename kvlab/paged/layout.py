@@ -25,7 +25,8 @@ class PageLayout:
     """Pages of all layers as byte views.
 
     `pages[l]` is uint8 [num_blocks, page_bytes] with strides (block_stride, 1) over the engine's own memory.
-    `layer_names` gives the layers in the order of a chunk buffer.
+    `layer_names` gives the layers in the order of a chunk buffer; of layers that share their memory, as those of
+    different KV cache groups may, the first.
     """
 
     layer_names: tuple[str, ...]
@@ -113,7 +114,7 @@ def page_layout(
         raise ConfigError(
             f"all layers must have pages of one size, got {sorted(sizes)} bytes; this model is not served yet"
         )
-    views: list[torch.Tensor] = []
+    views: dict[tuple[int, int], tuple[str, torch.Tensor]] = {}  # groups of layers may lie over each other
     for layer, cache in kv_caches.items():
         where = (
             f"layer {layer}: shape {tuple(cache.shape)}, strides {cache.stride()}, dtype {cache.dtype}, "
@@ -130,8 +131,10 @@ def page_layout(
                 f"a page must be one run of {page_bytes[layer]} bytes, found {page} at stride {stride}; {where}"
             )
         raw = torch.empty(0, dtype=torch.uint8, device=cache.device)
-        views.append(raw.set_(cache.untyped_storage(), cache.storage_offset() * item, (num_blocks, page), (stride, 1)))
-    return PageLayout(tuple(kv_caches), tuple(views), name)
+        view = raw.set_(cache.untyped_storage(), cache.storage_offset() * item, (num_blocks, page), (stride, 1))
+        views.setdefault((view.data_ptr(), stride), (layer, view))
+    names, pages = zip(*views.values(), strict=True)
+    return PageLayout(names, pages, name)
 
 
 def _is_one_run(page: torch.Tensor) -> bool:

@@ -1,12 +1,14 @@
 """Connector settings are checked before an engine starts."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import kvlab
 from kvlab.errors import ConfigError
-from tests.connectors.engine import SETTINGS, engine
+from tests.connectors.engine import SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -53,15 +55,32 @@ def test_an_unknown_key_stops_the_start(monkeypatch):
         LLM(demo_model(), **SETTINGS, kv_transfer_config=KVTransferConfig(**config))
 
 
-def test_a_model_with_several_groups_is_refused_at_start(tmp_path):
-    from transformers import Gemma3TextConfig
+def group(kind, block_size=16, **more):
+    from vllm.v1 import kv_cache_interface as kinds
 
-    config = Gemma3TextConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32, sliding_window=64, vocab_size=256, max_position_embeddings=512,
-        architectures=["Gemma3ForCausalLM"],
-    )  # fmt: skip
-    config.save_pretrained(tmp_path)
-    settings = {"model": str(tmp_path), "load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 256}
-    with pytest.raises(Exception, match=r"has \d KV cache groups \(Sliding"), engine(["memory://"], settings):
-        pass
+    spec = getattr(kinds, kind)(block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.float32, **more)
+    return kinds.KVCacheGroupSpec([f"layer.{kind}.{block_size}"], spec)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([("ChunkedLocalAttentionSpec", {"attention_chunk_size": 64})], "the whole prefix or a sliding window"),
+        ([("FullAttentionSpec", {}), ("CrossAttentionSpec", {})], r"has 2 KV cache groups \(FullAttentionSpec, Cross"),
+        ([("FullAttentionSpec", {}), ("SlidingWindowSpec", {"sliding_window": 9, "block_size": 32})], r"\[16, 32\]"),
+        ([], "has 0 KV cache groups"),
+    ],
+)
+def test_kinds_of_kv_that_nobody_can_name_are_refused(groups, message):
+    from kvlab.connectors.vllm.compat import served_groups
+
+    config = SimpleNamespace(kv_cache_groups=[group(kind, **more) for kind, more in groups])
+    with pytest.raises(ConfigError, match=message):
+        served_groups(config)
+
+
+def test_windows_are_those_the_engine_states():
+    from kvlab.connectors.vllm.compat import served_groups
+
+    groups = [group("SlidingWindowSpec", sliding_window=80), group("FullAttentionSpec", sliding_window=80)]
+    assert served_groups(SimpleNamespace(kv_cache_groups=groups)).windows == (80, None)

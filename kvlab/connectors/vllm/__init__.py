@@ -73,12 +73,12 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self.config = ConnectorConfig.from_extra(self._kv_transfer_config.kv_connector_extra_config)
         # A tier that fails must cost a recompute; vLLM's default fails the request. Read by the scheduler after this.
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
-        group = compat.single_group(kv_cache_config)
-        compat.refuse_unserved(vllm_config, group)
-        block_tokens = group.kv_cache_spec.block_size
-        self.chunker = Chunker(chunk_tokens=self.config.chunk_tokens, block_tokens=block_tokens)
-        self._pages = compat.page_bytes(group)
-        slot_bytes = sum(self._pages.values())
+        self.groups = compat.served_groups(kv_cache_config)
+        compat.refuse_unserved(vllm_config, kv_cache_config.kv_cache_groups)
+        self.chunker = Chunker(chunk_tokens=self.config.chunk_tokens, block_tokens=self.groups.block_tokens)
+        pages = [compat.page_bytes(group) for group in kv_cache_config.kv_cache_groups]
+        self._pages = {layer: size for group in pages for layer, size in group.items()}
+        slot_bytes = max(sum(group.values()) for group in pages)  # a page of the pool serves any group
         self.num_slots = self.config.arena_bytes // slot_bytes
         if self.num_slots < 1:
             raise ConfigError(
@@ -103,7 +103,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             namespaces = [rank_namespace(self.namespace, rank) for rank in range(ranks)]
             index = SlotIndex(self.num_slots, policy=self.config.policy)
             lower = open_stores(self.config.lower_tiers) if self.config.lower_tiers else None
-            self.scheduler = Scheduler(self.config, self.chunker, index, lower, namespaces)
+            self.scheduler = Scheduler(self.config, self.chunker, self.groups, index, lower, namespaces)
             self._increments = Increments(self.scheduler.counters)
 
     def _hook_failed(self, name: str) -> None:
@@ -117,6 +117,8 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         name = compat.layout_name(self._vllm_config, self._kv_cache_config)
         layout = page_layout(kv_caches, num_blocks=self._kv_cache_config.num_blocks, page_bytes=self._pages, name=name)
+        if layout.block_bytes * self.num_slots > self.config.arena_bytes:
+            raise ConfigError(f"the engine's pages hold {layout.block_bytes} bytes, more than its groups' specs say")
         engine = None
         if self.config.lower_tiers:
             namespace = rank_namespace(self.namespace, self._vllm_config.parallel_config.rank)
@@ -150,10 +152,16 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker.save(self._connector_metadata)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return None, (self.worker.take_finished() or None) if self.worker is not None else None
+        return None, (self.worker.take_finished()[0] or None) if self.worker is not None else None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Asked in place of `get_finished` by versions that have it. Several groups' failures are told by request."""
+        finished, failed = self.worker.take_finished() if self.worker is not None else (set(), set())
+        return compat.transfer_results(finished, failed if self.groups.are_several else set())
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self.worker.take_lost_blocks() if self.worker is not None else set()
+        lost = self.worker.take_lost_blocks() if self.worker is not None else set()
+        return set() if self.groups.are_several else lost
 
     def build_connector_worker_meta(self) -> WorkerReport | None:
         return self.worker.take_report() if self.worker is not None else None
@@ -201,15 +209,15 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self.scheduler is not None
-        block_ids = blocks.get_block_ids()[0]
+        block_ids = blocks.get_block_ids()
         try:
             self.scheduler.allocated(request, block_ids, num_external_tokens)
         except Exception:
             self._hook_failed("update_state_after_alloc")
             if num_external_tokens:  # promised: the engine takes these pages for filled unless told otherwise
                 computed, is_async = self._promise
-                first, block = computed // self.chunker.block_tokens, self.chunker.block_tokens
-                lost = block_ids[first : -(-(computed + num_external_tokens) // block)]
+                end, block = computed + num_external_tokens, self.chunker.block_tokens
+                lost = self.groups.needed(block_ids, range(computed // block, -(-end // block)), end)
                 self.scheduler.lose(request.request_id, lost, is_async=is_async)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:

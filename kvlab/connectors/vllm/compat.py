@@ -3,11 +3,15 @@
 Written against 0.26 (CUDA) and 0.32 (CPU).
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from kvlab.connectors.vllm.groups import Groups
 from kvlab.errors import ConfigError
 
 
@@ -23,28 +27,41 @@ def layout_name(vllm_config: Any, kv_cache_config: Any) -> str:
     return str(utils.get_kv_cache_layout())
 
 
-def single_group(kv_cache_config: Any) -> Any:
-    """The only KV cache group, or ConfigError: several are not served."""
+def served_groups(kv_cache_config: Any) -> Groups:
+    """What the engine's KV cache groups need, or ConfigError where that is not known, or a failed load could not be
+    made good: this takes a connector interface that hears of failures by request."""
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups) or "none"
+    kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups) or "none"
+    what = f"this model has {len(groups)} KV cache groups ({kinds})"
+    instead = "Run it without the connector, or with --disable-hybrid-kv-cache-manager where the model allows it"
+    if len(groups) != 1 and not (groups and hasattr(KVConnectorBase_V1, "get_transfer_results")):
+        raise ConfigError(f"{what}; with this version of vLLM kvlab serves models with one. {instead}")
+    specs = [_specs(group) for group in groups]
+    if not all(isinstance(spec, FullAttentionSpec | SlidingWindowSpec) for each in specs for spec in each):
+        raise ConfigError(f"{what}; kvlab serves layers that see the whole prefix or a sliding window. {instead}")
+    windows = [
+        {spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None for spec in each} for each in specs
+    ]
+    sizes = {group.kv_cache_spec.block_size for group in groups}
+    if len(sizes) != 1 or any(len(of_group) != 1 for of_group in windows):
         raise ConfigError(
-            f"this model has {len(groups)} KV cache groups ({kinds}); kvlab serves models with one. "
-            "Run it without the connector, or with --disable-hybrid-kv-cache-manager where the model allows it"
+            f"{what}, blocks of {sorted(sizes)} tokens; kvlab needs one size and one window each. {instead}"
         )
-    return groups[0]
+    return Groups(tuple(of_group.pop() for of_group in windows), sizes.pop())
+
+
+def _specs(group: Any) -> list[Any]:
+    """A group's specs: one, or one for each of its layers where they differ in size."""
+    return list(getattr(group.kv_cache_spec, "kv_cache_specs", {}).values()) or [group.kv_cache_spec]
 
 
 def page_bytes(group: Any) -> dict[str, int]:
     """Layer name -> bytes of one block's page, as the engine states them."""
-    spec = group.kv_cache_spec
-    per_layer = getattr(spec, "kv_cache_specs", None)  # layers of one kind that differ in size
-    if per_layer:
-        return {layer: per_layer[layer].page_size_bytes for layer in group.layer_names}
-    return {layer: spec.page_size_bytes for layer in group.layer_names}
+    specs = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+    return {layer: specs.get(layer, group.kv_cache_spec).page_size_bytes for layer in group.layer_names}
 
 
-def refuse_unserved(vllm_config: Any, group: Any) -> None:
+def refuse_unserved(vllm_config: Any, groups: Sequence[Any]) -> None:
     """ConfigError for setups whose KV would be named or copied wrongly."""
     parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
@@ -61,14 +78,11 @@ def refuse_unserved(vllm_config: Any, group: Any) -> None:
             "speculative decoding with a draft model's own KV (eagle, mtp) is not served: "
             "that KV depends on later tokens than its key says; turn one of the two off"
         )
-    if "Mamba" in type(group.kv_cache_spec).__name__ or getattr(group, "is_eagle_group", False):
-        raise ConfigError(
-            f"KV cache of kind {type(group.kv_cache_spec).__name__} is a running state, not per-token KV; "
-            "run this model without the connector"
-        )
+    if any(getattr(group, "is_eagle_group", False) for group in groups):
+        raise ConfigError("a draft model's KV depends on later tokens than its key says; run without the connector")
 
 
-def packing(vllm_config: Any, group: Any) -> str:
+def packing(vllm_config: Any) -> str:
     """What decides the order of bytes inside a page besides the layout's name.
 
     On a CPU the attention kernel packs pages for the instruction set at hand, so two hosts' pages may differ.
@@ -88,3 +102,10 @@ def hit_sources() -> Any | None:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
     return CacheHitSource
+
+
+def transfer_results(finished: set[str], failed: set[str]) -> Any:
+    """Requests whose async loads ended, and those of them that must be recomputed, in vLLM's words."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+    return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)

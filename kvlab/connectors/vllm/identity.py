@@ -50,7 +50,8 @@ def model_folder(model: str, revision: str | None) -> Path | None:
 def engine_namespace(vllm_config: Any, kv_cache_config: Any, *, extra: str, serde: str) -> Namespace:
     """Everything but the tokens (and the rank) that makes this engine's KV differ from another's."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    group = compat.single_group(kv_cache_config)
+    served = compat.served_groups(kv_cache_config)
+    groups = kv_cache_config.kv_cache_groups
     config = model.hf_config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
@@ -60,7 +61,7 @@ def engine_namespace(vllm_config: Any, kv_cache_config: Any, *, extra: str, serd
         weights = f"dummy:{model.seed}"
     else:
         weights = weights_fingerprint(folder) if folder else f"{model.model}@{model.revision}"
-    pages = compat.page_bytes(group)
+    pages = {layer: size for group in groups for layer, size in compat.page_bytes(group).items()}
     fields: dict[str, str | int | None] = {
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "weights": weights,
@@ -69,14 +70,17 @@ def engine_namespace(vllm_config: Any, kv_cache_config: Any, *, extra: str, serd
         "kv_dtype": str(cache.cache_dtype),
         "kv_scales": str(getattr(cache, "calculate_kv_scales", None)),
         "layout": compat.layout_name(vllm_config, kv_cache_config),
-        "packing": compat.packing(vllm_config, group),
+        "packing": compat.packing(vllm_config),
         "pages": hashlib.sha256(json.dumps(sorted(pages.items())).encode()).hexdigest()[:16],
-        "block_tokens": group.kv_cache_spec.block_size,
+        "block_tokens": served.block_tokens,
         "tensor_parallel": parallel.tensor_parallel_size,
         "engine": "vllm " + ".".join(vllm.__version__.split("+")[0].split(".")[:2]),
         "serde": serde,
         "extra": extra,
     }
+    if served.are_several or served.have_windows:  # which decide what an object holds
+        layers = [[window, list(group.layer_names)] for window, group in zip(served.windows, groups, strict=True)]
+        fields["groups"] = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]
     return Namespace(Path(model.model).name, fields)
 
 

@@ -8,27 +8,29 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 @dataclass
 class LoadOp:
-    """Copy blocks of one object into pages: blocks [first, first + len(block_ids)) of it go to `block_ids`.
+    """Copy blocks of one object into pages: the slots `picked` into the pages `block_ids`.
 
     `slots` are the whole object's; with `fetch`, a worker fills them from the lower tiers first.
     """
 
     hash: bytes
     slots: tuple[int, ...]
-    first: int
+    picked: tuple[int, ...]
     block_ids: tuple[int, ...]
     fetch: bool = False
 
 
 @dataclass
 class RequestLoad:
-    """All loads of one request in one step. `is_async`: between steps, reported when done."""
+    """All loads of one request in one step. `is_async`: between steps, reported when done. `lost_blocks` are pages that
+    were promised and cannot be filled: the engine must recompute them."""
 
     request_id: str
     ops: list[LoadOp]
     num_tokens: int  # tokens to load
     prompt_tokens: int
     is_async: bool
+    lost_blocks: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -44,12 +46,10 @@ class SaveOp:
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """One step's copies. `lost_blocks` were promised and cannot be filled: the engine must recompute them.
-    `num_tokens` are those the step computes."""
+    """One step's copies. `num_tokens` are those the step computes."""
 
     loads: list[RequestLoad] = field(default_factory=list)
     saves: list[SaveOp] = field(default_factory=list)
-    lost_blocks: list[int] = field(default_factory=list)
     num_tokens: int = 0
 
 

@@ -28,7 +28,7 @@ class RequestState:
     request: Any
     extras: Mapping[int, Sequence[Extra]]
     hashes: list[bytes] = field(default_factory=list)
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: list[list[int]] = field(default_factory=list)  # of each KV cache group
     num_saved_blocks: int = 0
     keeps_rest: bool = True  # whether a last block that the prompt fills in part is an object too
     rest_saved: bool = False

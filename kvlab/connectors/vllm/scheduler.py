@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from kvlab.chunking import Chunker
+from kvlab.chunking import Chunker, Span
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.admission import LoadAdmission, SaveAdmission
+from kvlab.connectors.vllm.groups import Groups
 from kvlab.connectors.vllm.lookup import Lookup
 from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.planning import Planner, end_block, end_token
@@ -31,12 +32,14 @@ class Scheduler:
         self,
         config: ConnectorConfig,
         chunker: Chunker,
+        groups: Groups,
         index: SlotIndex,
         lower: Store | None,
         namespaces: Sequence[Namespace],
     ) -> None:
         self.config = config
         self.chunker = chunker
+        self.groups = groups
         self.index = index
         self.lower = lower
         self.namespaces = namespaces
@@ -45,7 +48,6 @@ class Scheduler:
         self._states: dict[str, RequestState] = {}
         self._unsaved: dict[str, RequestState] = {}  # those that may still have something to save
         self._loads: list[RequestLoad] = []
-        self._lost_blocks: list[int] = []
         self._waiting = False  # since the last step somebody was told to ask again
         self._in_flight: dict[str, list[bytes]] = {}  # async loads: request id -> hashes pinned for it
         self._unsettled: dict[bytes, int] = {}  # hashes being handed to lower tiers -> ranks still to answer
@@ -87,19 +89,33 @@ class Scheduler:
                 self._waiting = True
                 return None, False  # another request is fetching it right now
             plan = self._planner.ready_run(plan)
-        end = min(end_token(plan), usable)
-        fetched = sum(piece.span.num_blocks for piece in plan if not piece.in_memory)
+        plan, end = self._served(plan, usable)
+        fetched = sum(self._num_slots(piece) for piece in plan if not piece.in_memory)
         state.not_worth = not self._is_worth(plan, end, num_computed_tokens)
         if fetched and (state.not_worth or not self._has_room(plan, fetched)):
-            plan = self._planner.ready_run(plan)
-            end = min(end_token(plan), usable)
+            plan, end = self._served(self._planner.ready_run(plan), usable)
         if state.not_worth and not self._is_worth(plan, end, num_computed_tokens):
             return 0, False
         tokens = end - num_computed_tokens
         if tokens < max(self.config.min_hit_tokens, 1):
             return 0, False
         state.plan, state.plan_tokens = plan, end
-        return tokens, any(not piece.in_memory for piece in plan)
+        return tokens, self._is_async(plan)
+
+    def _served(self, plan: list[Piece], usable: int) -> tuple[list[Piece], int]:
+        """What of a plan serves the first `usable` tokens or fewer, and how many. Where layers see a window, an object
+        serves hits that end with it or later, or leave out its last token."""
+        if plan and self.groups.have_windows and usable < plan[-1].end_token - 1:
+            plan = plan[:-1]
+        return plan, min(end_token(plan), usable)
+
+    def _is_async(self, plan: list[Piece]) -> bool:
+        """Whether a load runs between steps: if it may fail, and where the engine has several groups, as it can be told
+        of failures of such loads alone there."""
+        return self.groups.are_several or any(not piece.in_memory for piece in plan)
+
+    def _num_slots(self, piece: Piece) -> int:
+        return self.groups.num_slots(piece.span, piece.end_token)
 
     def _is_worth(self, plan: list[Piece], end: int, num_computed_tokens: int) -> bool:
         """Whether loading what the engine lacks of the first `end` tokens is faster than computing it."""
@@ -116,8 +132,8 @@ class Scheduler:
 
     # ---- take it
 
-    def allocated(self, request: Any, block_ids: Sequence[int], num_external_tokens: int) -> None:
-        """Pages are there for the tokens that `match` promised (0: none): note which objects fill them."""
+    def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], num_external_tokens: int) -> None:
+        """Each group has pages for the tokens that `match` promised (0: none): note which objects fill them."""
         state = self._states.get(request.request_id)
         if state is None:
             return
@@ -128,10 +144,7 @@ class Scheduler:
             self._count_miss(state, plan)
         if num_external_tokens == 0:
             return
-        block = self.chunker.block_tokens
-        first, usable = (end - num_external_tokens) // block, -(-end // block)
-        used = [piece for piece in plan if piece.span.end_block > first and piece.span.first_block < usable]
-        self._lost_blocks += self._place(state, plan, used, first, usable, block_ids, num_external_tokens)
+        self._place(state, plan, end, block_ids, num_external_tokens)
         # Some tier holds these already. (The rest of a prompt is an object beside the block that it may grow into.)
         state.num_saved_blocks = max(state.num_saved_blocks, min(end_block(plan), len(state.hashes)))
         self.index.touch(piece.hash for piece in reversed(plan))
@@ -139,18 +152,13 @@ class Scheduler:
         self.counters["hit_tokens"] += num_external_tokens
 
     def _place(
-        self,
-        state: RequestState,
-        plan: list[Piece],
-        used: list[Piece],
-        first: int,
-        usable: int,
-        block_ids: Sequence[int],
-        num_tokens: int,
-    ) -> list[int]:
-        """Queue the copies that fill blocks [first, usable); block ids that could not be served."""
-        request, block = state.request, self.chunker.block_tokens
-        is_async = any(not piece.in_memory for piece in plan)
+        self, state: RequestState, plan: list[Piece], end: int, block_ids: Sequence[Sequence[int]], num_tokens: int
+    ) -> None:
+        """Queue the copies that fill the pages of the last `num_tokens` of the request's first `end` tokens."""
+        request, block, groups = state.request, self.chunker.block_tokens, self.groups
+        first, usable = (end - num_tokens) // block, -(-end // block)
+        used = [piece for piece in plan if piece.span.end_block > first and piece.span.first_block < usable]
+        is_async = self._is_async(plan)
         load = RequestLoad(request.request_id, [], num_tokens, request.num_tokens, is_async)
         pinned: list[bytes] = []
         if is_async:  # sync copies run before anything can be evicted; async ones may not
@@ -166,26 +174,23 @@ class Scheduler:
             entry = self.index.get(piece.hash)
             fetch = entry is None
             if entry is None:
-                entry = self.index.reserve(piece.hash, piece.span.num_blocks, ready=False)
+                entry = self.index.reserve(piece.hash, self._num_slots(piece), ready=False)
                 if entry is None:
                     break
                 self.index.pin(piece.hash)
                 pinned.append(piece.hash)
-            end = min(piece.span.end_block, usable)
+            stop = min(piece.span.end_block, usable)
             if fetch:
-                state.lower_tokens += min(end * block, piece.end_token) - at * block
-            skip = at - piece.span.first_block
-            pages = tuple(block_ids[at:end])
-            load.ops.append(LoadOp(piece.hash, entry.slots, skip, pages, fetch))
-            at = end
-        return list(block_ids[at:usable])
+                state.lower_tokens += min(stop * block, piece.end_token) - at * block
+            picked, pages = groups.pick(piece.span, piece.end_token, entry.slots, block_ids, range(at, stop), end)
+            load.ops.append(LoadOp(piece.hash, entry.slots, picked, pages, fetch))
+            at = stop
+        load.lost_blocks = groups.needed(block_ids, range(at, usable), end)
 
     def lose(self, request_id: str, block_ids: Sequence[int], *, is_async: bool) -> None:
         """A promise cannot be kept: these pages must be recomputed, and an async wait must end."""
         self._loads = [load for load in self._loads if load.request_id != request_id]
-        self._lost_blocks += block_ids
-        if is_async:
-            self._loads.append(RequestLoad(request_id, [], 0, 0, True))
+        self._loads.append(RequestLoad(request_id, [], 0, 0, is_async, list(block_ids)))
 
     def _count_miss(self, state: RequestState, plan: Sequence[Piece]) -> None:
         """Count why the first block that no tier holds is not there."""
@@ -214,8 +219,7 @@ class Scheduler:
     def build(self, output: Any) -> StepMetadata:
         """This step's loads and saves."""
         loads, self._loads = self._loads, []
-        lost, self._lost_blocks = self._lost_blocks, []
-        metadata = StepMetadata(loads, [], lost, output.total_num_scheduled_tokens)
+        metadata = StepMetadata(loads, [], output.total_num_scheduled_tokens)
         if (self._in_flight or self._waiting) and not loads and output.total_num_scheduled_tokens == 0:
             time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the threads it waits for from running
         self._waiting = False
@@ -234,7 +238,7 @@ class Scheduler:
         for new in output.scheduled_new_reqs:
             if (state := self._unsaved.get(new.req_id)) is not None:
                 computed[new.req_id] = new.num_computed_tokens
-                state.block_ids = list(new.block_ids[0])
+                state.block_ids = [list(table) for table in new.block_ids]
         cached = output.scheduled_cached_reqs
         for req_id, blocks, num_computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
@@ -243,26 +247,28 @@ class Scheduler:
                 continue
             computed[req_id] = num_computed
             if req_id in cached.resumed_req_ids:
-                state.block_ids = []
-            if blocks:
-                state.block_ids += blocks[0]
+                state.block_ids = [[] for _ in self.groups.windows]
+            for table, more in zip(state.block_ids, blocks or (), strict=False):
+                table += more
         if not self.enabled:
             return
         for req_id, before in computed.items():
             state = self._unsaved[req_id]
             num_computed = before + output.num_scheduled_tokens[req_id]
-            self._save_request(state, num_computed, saves)
+            self._save_request(state, before, num_computed, saves)
             if num_computed >= state.request.num_prompt_tokens and not self.config.save_generated:
                 del self._unsaved[req_id]
 
-    def _save_request(self, state: RequestState, num_computed: int, saves: list[SaveOp]) -> None:
-        """Save the objects whose last block is computed by the end of this step."""
+    def _save_request(self, state: RequestState, before: int, num_computed: int, saves: list[SaveOp]) -> None:
+        """Save the objects whose last block is computed by the end of this step, which began with `before` tokens."""
         request, block = state.request, self.chunker.block_tokens
+        num_pages = len(state.block_ids[0]) if state.block_ids else 0
         if num_computed >= request.num_prompt_tokens and not state.rest_saved:
             state.rest_saved = True
             rest, at = state.rest_hash(self.chunker), request.num_prompt_tokens // block
-            if rest is not None and at < len(state.block_ids):
-                self._save_object(rest, state.block_ids[at : at + 1], request.num_prompt_tokens, saves)
+            if rest is not None and at < num_pages:
+                piece = Piece(Span(at, at + 1), rest, request.num_prompt_tokens, in_memory=False)
+                self._save_object(piece, state, before, saves)
                 self.index.touch([rest])
         # The engine may still take back generated tokens; it never takes back the prompt's.
         limit = request.num_tokens - 1 if self.config.save_generated else request.num_prompt_tokens
@@ -271,20 +277,22 @@ class Scheduler:
             return
         hashes = state.extend_hashes(self.chunker)
         prompt_end = request.num_prompt_tokens // block
-        for span in self.chunker.spans(min(end, len(hashes), len(state.block_ids)) * block):
+        for span in self.chunker.spans(min(end, len(hashes), num_pages) * block):
             full = span.num_blocks == self.chunker.chunk_blocks
             if span.end_block <= state.num_saved_blocks or not (full or span.end_block == prompt_end):
                 continue
             state.num_saved_blocks = span.end_block
-            pages = state.block_ids[span.first_block : span.end_block]
-            self._save_object(hashes[span.end_block - 1], pages, span.end_block * block, saves)
+            piece = Piece(span, hashes[span.end_block - 1], span.end_block * block, in_memory=False)
+            self._save_object(piece, state, before, saves)
         self.index.touch(hashes[s.end_block - 1] for s in reversed(self.chunker.spans(end * block)))
 
-    def _save_object(self, key: bytes, block_ids: Sequence[int], end: int, saves: list[SaveOp]) -> None:
-        """Save these pages, which end with token `end` of the request, unless their object is there already."""
+    def _save_object(self, piece: Piece, state: RequestState, before: int, saves: list[SaveOp]) -> None:
+        """Save an object of this request from its pages, unless it is there already."""
+        key = piece.hash
         if self.index.get(key) is not None or not self._saves.is_due(key):
             return
-        entry = self.index.reserve(key, len(block_ids))
+        pages = self.groups.pages(piece.span, piece.end_token, state.block_ids, before)
+        entry = self.index.reserve(key, len(pages)) if pages else None
         if entry is None:
             self.counters["saves_dropped"] += 1
             return
@@ -292,9 +300,8 @@ class Scheduler:
         if write:
             self.index.pin(key)
             self._unsettled[key] = len(self.namespaces)
-        saves.append(SaveOp(key, entry.slots, tuple(block_ids), end, write))
-        block = self.chunker.block_tokens
-        self.counters["saved_tokens"] += len(block_ids) * block - -end % block
+        saves.append(SaveOp(key, entry.slots, pages, piece.end_token, write))
+        self.counters["saved_tokens"] += piece.end_token - piece.span.first_block * self.chunker.block_tokens
 
     def absorb(self, report: WorkerReport) -> None:
         """Learn what the workers finished."""

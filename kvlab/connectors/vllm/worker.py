@@ -61,6 +61,7 @@ class Worker:
         self._report = WorkerReport()
         self._lost_blocks: set[int] = set()
         self._finished: set[str] = set()
+        self._lost_requests: set[str] = set()
         self._under_way: list[tuple[LoadRow, int, Clock]] = []  # loads whose copies have not ended
         self._forward: tuple[int, Clock] | None = None  # tokens of this step's forward pass
         self._forwards: list[tuple[int, Clock]] = []  # forward passes that may not have ended
@@ -76,8 +77,6 @@ class Worker:
         self._forward = (metadata.num_tokens, self.transfer.clock()) if timed else None
 
     def load(self, metadata: StepMetadata) -> None:
-        with self._lock:
-            self._lost_blocks.update(metadata.lost_blocks)
         for load in metadata.loads:
             if load.is_async:
                 # The pages may be those of a request that has just ended and whose last step is still under way.
@@ -110,11 +109,12 @@ class Worker:
             if op.write:
                 self._writes.submit(self._write, op)
 
-    def take_finished(self) -> set[str]:
-        """Requests whose async loads ended, well or badly."""
+    def take_finished(self) -> tuple[set[str], set[str]]:
+        """Requests whose async loads ended, and those of them that lost pages."""
         with self._lock:
             finished, self._finished = self._finished, set()
-        return finished
+            failed, self._lost_requests = self._lost_requests, set()
+        return finished, failed
 
     def take_lost_blocks(self) -> set[int]:
         """Pages that could not be filled as promised."""
@@ -167,7 +167,7 @@ class Worker:
             for op in load.ops:
                 if not self._present(op):
                     break  # what follows a hole is useless too: KV without its prefix
-                slots += op.slots[op.first : op.first + len(op.block_ids)]
+                slots += op.picked
                 pages += op.block_ids
                 tiers["lower" if op.fetch else "memory"] = None
             if slots and load.is_async:
@@ -181,21 +181,24 @@ class Worker:
         tokens = load.num_tokens * len(pages) // max(len(wanted), 1)
         seconds = time.perf_counter() - start
         row = LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", seconds)
+        lost = load.lost_blocks + wanted[len(pages) :]
         with self._lock:
-            self._lost_blocks.update(wanted[len(pages) :])
+            self._lost_blocks.update(lost)
             if load.is_async:
                 self._report.loaded[load.request_id] += 1
                 self._finished.add(load.request_id)
+                if lost:
+                    self._lost_requests.add(load.request_id)
             if clock is not None:
                 self._under_way.append((row, load.prompt_tokens, clock))
-        if clock is None:
+        if clock is None and wanted:
             self._tell(row, load.prompt_tokens)
 
     def _present(self, op: LoadOp) -> bool:
         """Whether the slots this load reads hold its object, fetched from the lower tiers if need be."""
         if op.fetch and not self._fetch(op):
             return False
-        if any(self._owner[slot] != op.hash for slot in op.slots[op.first : op.first + len(op.block_ids)]):
+        if any(self._owner[slot] != op.hash for slot in op.picked):
             self.counters["slot_mismatch"] += 1
             self._mark_bad(op.hash)
             return False
