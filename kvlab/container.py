@@ -25,6 +25,7 @@ ITEM_BYTES = {
     "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8,
 }  # fmt: skip
+HASHED_AT_ONCE = 1 << 16
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{32})"')
 _NO_CHECKSUM = b"0" * 32
 
@@ -69,11 +70,9 @@ def pack(key: str, parts: Mapping[str, Part], metadata: Mapping[str, str] | None
     data = [
         part.data.cast("B") if part.data.format != "B" or part.data.ndim != 1 else part.data for part in parts.values()
     ]
-    digest = xxhash.xxh3_128(head)
-    for piece in data:
-        digest.update(piece)
+    digest = _digest(head, *data)
     at = head.index(b'"checksum":"' + _NO_CHECKSUM) + len(b'"checksum":"')
-    return [head[:at] + digest.hexdigest().encode() + head[at + 32 :], *data]
+    return [head[:at] + digest.encode() + head[at + 32 :], *data]
 
 
 def packed_bytes(buffers: Sequence[Buffer]) -> int:
@@ -120,11 +119,21 @@ def unpack(value: Buffer, key: str) -> Container:
     found = _CHECKSUM.search(head)
     if found is None or found[1].decode() != metadata.get("checksum"):
         raise FormatError(f"object {key!r} carries no checksum")
-    digest = xxhash.xxh3_128(head[: found.start(1)] + _NO_CHECKSUM + head[found.end(1) :])
-    digest.update(view[8 + header_bytes :])
-    if digest.hexdigest() != metadata["checksum"]:
+    head = head[: found.start(1)] + _NO_CHECKSUM + head[found.end(1) :]
+    if _digest(head, view[8 + header_bytes :]) != metadata["checksum"]:
         raise FormatError(f"object {key!r} does not match its checksum", reason="checksum")
     return Container(parts, metadata)
+
+
+def _digest(*pieces: Buffer) -> str:
+    """XXH3-128 of `pieces` in a row. In bites so small that xxhash keeps the interpreter: to get it back from a busy
+    engine takes up to 5 ms, hashing 14 MiB 0.7."""
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
+        view = memoryview(piece)
+        for at in range(0, view.nbytes, HASHED_AT_ONCE):
+            digest.update(view[at : at + HASHED_AT_ONCE])
+    return digest.hexdigest()
 
 
 def _parts(header: dict[str, Any], data: memoryview) -> tuple[dict[str, Part], int]:

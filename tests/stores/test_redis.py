@@ -1,5 +1,6 @@
 """The Redis tier against a real server: the suite, its limits, and each way a server lets one down."""
 
+import contextlib
 import socket
 import ssl
 import threading
@@ -286,6 +287,33 @@ def test_a_paused_server_costs_the_deadline_not_more(tmp_path):
         sleeper.join()
         wait_for(lambda: works(store), "the store to come back", 5)
         assert bytes(store.get("k")) == b"v"
+
+
+@pytest.mark.parametrize("where", ["reading", "writing"])
+def test_a_server_that_trickles_costs_the_deadline_not_more(where):
+    """It answers with a byte at a time, or takes next to nothing of a large value: each call to the socket would end in
+    time, all of them would not."""
+    listener = socket.create_server(("127.0.0.1", free_port()))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+
+    def serve():
+        client, _ = listener.accept()
+        with client, contextlib.suppress(OSError):
+            while b"ET\r\n" not in (asked := client.recv(4096)):  # before GET or SET comes redis-py's own greeting
+                client.sendall(b"+OK\r\n" * asked.count(b"*"))
+            client.sendall(b"$1000000\r\n" if where == "reading" else b"")
+            while True:
+                client.sendall(b"x") if where == "reading" else client.recv(1)
+                time.sleep(0.02)
+
+    threading.Thread(target=serve, daemon=True).start()
+    with open_store(f"redis://127.0.0.1:{listener.getsockname()[1]}?timeout_ms=300&limit=64MiB") as store:
+        start = time.monotonic()
+        with pytest.raises(NodeDownError) as caught:
+            store.get("k") if where == "reading" else store.put("k", bytes(32 << 20))
+        assert 0.25 < time.monotonic() - start < 0.8
+        assert caught.value.reason == "timeout"
+    listener.close()
 
 
 def test_a_value_of_another_kind_is_a_miss_and_can_be_replaced(store, server):

@@ -5,7 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from kvlab.paged.slots import room
 
 logger = logging.getLogger("vllm.kvlab")
 PAGE_AXES = ("blocks", "layers", "page_bytes")
+FETCH_THREADS = 4  # objects of a load come side by side: alone, disk, network and checks wait for each other
 
 
 class Clock(Protocol):
@@ -67,6 +68,7 @@ class Worker:
         self._forwards: list[tuple[int, Clock]] = []  # forward passes that may not have ended
         self._lock = threading.Lock()
         self._loads = ThreadPoolExecutor(2, thread_name_prefix="kvlab-load")
+        self._fetches = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="kvlab-fetch")
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="kvlab-write")
 
     # ---- each step
@@ -149,6 +151,7 @@ class Worker:
     def close(self) -> None:
         """Finish the writes that are queued; drop loads."""
         self._loads.shutdown(wait=True, cancel_futures=True)
+        self._fetches.shutdown(wait=True)
         self._writes.shutdown(wait=True)
         self.transfer.close()
         if self.engine is not None:
@@ -164,6 +167,7 @@ class Worker:
         wanted = [block for op in load.ops for block in op.block_ids]
         clock: Clock | None = None
         try:
+            self._fetch_all([op for op in load.ops if op.fetch])
             for op in load.ops:
                 if not self._present(op):
                     break  # what follows a hole is useless too: KV without its prefix
@@ -195,31 +199,39 @@ class Worker:
             self._tell(row, load.prompt_tokens)
 
     def _present(self, op: LoadOp) -> bool:
-        """Whether the slots this load reads hold its object, fetched from the lower tiers if need be."""
-        if op.fetch and not self._fetch(op):
-            return False
+        """Whether the slots this load reads hold its object."""
         if any(self._owner[slot] != op.hash for slot in op.picked):
-            self.counters["slot_mismatch"] += 1
+            self.counters["slot_mismatch"] += not op.fetch
             self._mark_bad(op.hash)
             return False
         return True
 
-    def _fetch(self, op: LoadOp) -> bool:
-        """Fill an object's slots from the lower tiers: in place where they lie in one run."""
-        if self.engine is None:
-            return False
+    def _fetch_all(self, ops: Sequence[LoadOp]) -> None:
+        """Fill objects' slots from the lower tiers. When it returns nobody writes to them any more."""
+        if len(ops) == 1:
+            self._fetch(ops[0])
+        else:
+            wait([self._fetches.submit(self._fetch, op) for op in ops])
+
+    def _fetch(self, op: LoadOp) -> None:
+        """Fill one object's slots: in place where they lie in one run. Where that fails nobody owns them."""
         for slot in op.slots:
             self._owner[slot] = None
-        place = self.transfer.view(op.slots)
-        out = place if place is not None else room(self.transfer.arena, len(op.slots))
-        if self.engine.load_object(self.engine.namespace.key(op.hash), out) is None:
-            self._mark_bad(op.hash)
-            return False
-        if place is None:
-            self.transfer.fill(op.slots, out)
+        try:
+            if self.engine is None:
+                return
+            place = self.transfer.view(op.slots)
+            out = place if place is not None else room(self.transfer.arena, len(op.slots))
+            if self.engine.load_object(self.engine.namespace.key(op.hash), out) is None:
+                self._mark_bad(op.hash)
+                return
+            if place is None:
+                self.transfer.fill(op.slots, out)
+        except Exception:
+            self._failed("fetch", op.hash, settled=False)
+            return
         for slot in op.slots:
             self._owner[slot] = op.hash
-        return True
 
     def _write(self, op: SaveOp) -> None:
         """Hand an object on to the lower tiers. Its slots are pinned until this is reported."""

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# The rows of data/measured/ that take a GPU, made again:
+#
+#   MODEL=FOLDER OUT=FOLDER bash benchmarks/gpu_rows.sh PART ...
+#
+#   check     bytes, order of copies, clocks and pinning of kvlab/paged; seconds
+#   transfer  copies beside vLLM's and LMCache's                           2 minutes
+#   ttft      one request at a time, one backend after the other           8
+#   graphs    the connector's tests with CUDA graphs (the small model)     4
+#   steps     hooks in and out within one engine                           6
+#   first     what first runs cost: seven seeds, `none` twice              8
+#   memory    five backends in host memory side by side, three workloads  20
+#   tiers     six backends on disk and in Redis, likewise                 25
+#
+# The model's weights may be random (LOAD_FORMAT=dummy, the default). Servers of one part share the GPU: reckon with the
+# weights, POOL and 3 GB for each; on a smaller card name fewer: BACKENDS=none,kvlab-disk,lmcache-disk. Parts may run at
+# the same time on GPUs of their own (CUDA_VISIBLE_DEVICES). All of a part is one comparison; parts are none.
+set -u
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} load_format=${LOAD_FORMAT:-dummy}
+: "${MODEL:?a folder or hub id}" "${OUT:?a folder for rows and logs}"
+mkdir -p "$OUT"
+
+# LMCache loads nothing where a step replays one full CUDA graph (docs/benchmarks.md), so none does here.
+graphs=${COMPILATION:-'{"cudagraph_mode": "PIECEWISE"}'}
+
+bench() { # name of the part, then flags of `kvlab bench`
+  "$python" -m kvlab bench --together --model "$MODEL" --load-format "$load_format" --out "$OUT/serving_$1.jsonl" \
+    --gpu-memory-utilization 0.1 --kv-cache-memory-bytes "${POOL:-4G}" --max-model-len "${MAX_MODEL_LEN:-8192}" \
+    --folder "$OUT/$1" "${@:2}" -- --compilation-config "$graphs"
+}
+workloads=(--dataset sharegpt,rounds,documents --num-prompts "${NUM_PROMPTS:-1024,256,48}" --request-rate "${RATES:-16,12,3}")
+
+part() {
+  case $1 in
+    check) "$python" benchmarks/gpu_transfer.py --check-only ;;
+    transfer) "$python" benchmarks/gpu_transfer.py --peers --layouts NHD --rows "$OUT/gpu_transfer.csv" ;;
+    ttft)
+      for backend in ${TTFT_BACKENDS:-none vllm-prefix kvlab lmcache vllm-offload}; do
+        timeout 120 "$python" benchmarks/gpu_ttft.py "$MODEL" --load-format "$load_format" --backend "$backend" \
+          --rows "$OUT/gpu_ttft.csv" || echo "$backend: ended with $?"
+      done ;;
+    graphs)
+      KVLAB_TEST_GRAPHS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 "$python" -m pytest -q -p no:cacheprovider \
+        tests/connectors/test_pressure.py tests/connectors/test_same_tokens.py ;;
+    steps) "$python" benchmarks/gpu_steps.py "$MODEL" --load-format "$load_format" --rows "$OUT/gpu_steps.csv" ;;
+    first)
+      bench first --backends "${BACKENDS:-none,kvlab-memory,none}" --dataset "$(list sharegpt)" --seed 0,1,2,3,4,5,6 \
+        --num-prompts "${NUM_PROMPTS:-500}" --request-rate "${RATES:-16}" --runs 1 --cache-size "${CACHE:-26GiB}" ;;
+    memory)
+      bench memory --backends "${BACKENDS:-none,vllm-prefix,kvlab-memory,lmcache-cpu,vllm-offload}" "${workloads[@]}" \
+        --flags-of "vllm-prefix=--kv-cache-memory-bytes ${PREFIX_POOL:-24G}" --cache-size "${CACHE:-26GiB}" ;;
+    tiers)
+      bench tiers --backends "${BACKENDS:-none,kvlab-disk,lmcache-disk,kvlab-redis,lmcache-redis,kvlab-tiered}" \
+        "${workloads[@]}" --cache-size "${CACHE:-18GiB}" ;;
+    *) echo "unknown part: $1" >&2; return 2 ;;
+  esac
+}
+list() { printf "$1,%.0s" 0 1 2 3 4 5 | sed "s/\$/$1/"; }
+
+worst=0
+for name in "$@"; do
+  part "$name" > "$OUT/$name.log" 2>&1
+  status=$?
+  echo "$name: ended with $status"
+  grep -vE '^\s*$' "$OUT/$name.log" | tail -n 12
+  [ $status -eq 0 ] || worst=$status
+done
+exit "$worst"
