@@ -75,26 +75,21 @@ def pack(key: str, parts: Mapping[str, Part], metadata: Mapping[str, str] | None
     return [head[:at] + digest.encode() + head[at + 32 :], *data]
 
 
-def packed_bytes(buffers: Sequence[Buffer]) -> int:
+def packed_bytes(value: Buffer | Sequence[Buffer]) -> int:
     """Length of a packed object on a medium."""
-    return sum(memoryview(buffer).nbytes for buffer in buffers)
+    pieces = [value] if isinstance(value, bytes | bytearray | memoryview) else value
+    return sum(memoryview(piece).nbytes for piece in pieces)
 
 
-def unpack(value: Buffer, key: str) -> Container:
+def unpack(value: Buffer | Sequence[memoryview], key: str) -> Container:
     """Open an object, or raise FormatError with a one-word reason; no byte is used before all checks passed.
 
     Checked: lengths, header, format version, `key` (so that another object's content under this name is seen),
-    checksum over every byte. Parts are views into `value`.
+    checksum over every byte. Parts are views into `value`; where that is two buffers, into the second if this begins
+    behind the header, else into a copy of both.
     """
-    view = memoryview(value).cast("B")
-    if view.nbytes < 8:
-        raise FormatError(f"object {key!r} holds {view.nbytes} bytes, less than a header", reason="truncated")
-    header_bytes = int.from_bytes(view[:8], "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise FormatError(f"object {key!r} claims a header of {header_bytes} bytes")
-    if 8 + header_bytes > view.nbytes:
-        raise FormatError(f"object {key!r} ends inside its header", reason="truncated")
-    head = bytes(view[: 8 + header_bytes])
+    head, data = _head_and_data(value, key)
+    num_bytes = len(head) + data.nbytes
     try:
         header = json.loads(head[8:])
         metadata = header.pop("__metadata__")
@@ -103,16 +98,15 @@ def unpack(value: Buffer, key: str) -> Container:
                 f"object {key!r} has format version {metadata['kvlab']!r}, this kvlab reads {VERSION!r}",
                 reason="version",
             )
-        parts, end = _parts(header, view[8 + header_bytes :])
+        parts, end = _parts(header, data)
     except FormatError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"object {key!r} has a broken header: {error!r}"[:300]) from error
-    if 8 + header_bytes + end != view.nbytes:
-        short = 8 + header_bytes + end > view.nbytes
+    if len(head) + end != num_bytes:
         raise FormatError(
-            f"object {key!r} must hold {8 + header_bytes + end} bytes, got {view.nbytes}",
-            reason="truncated" if short else "corrupt",
+            f"object {key!r} must hold {len(head) + end} bytes, got {num_bytes}",
+            reason="truncated" if len(head) + end > num_bytes else "corrupt",
         )
     if metadata.get("key") != key:
         raise FormatError(f"object under {key!r} says it is {metadata.get('key')!r}"[:300], reason="wrong_key")
@@ -120,9 +114,27 @@ def unpack(value: Buffer, key: str) -> Container:
     if found is None or found[1].decode() != metadata.get("checksum"):
         raise FormatError(f"object {key!r} carries no checksum")
     head = head[: found.start(1)] + _NO_CHECKSUM + head[found.end(1) :]
-    if _digest(head, view[8 + header_bytes :]) != metadata["checksum"]:
+    if _digest(head, data) != metadata["checksum"]:
         raise FormatError(f"object {key!r} does not match its checksum", reason="checksum")
     return Container(parts, metadata)
+
+
+def _head_and_data(value: Buffer | Sequence[memoryview], key: str) -> tuple[bytes, memoryview]:
+    """The header with its length in front, and what follows it."""
+    if not isinstance(value, bytes | bytearray | memoryview):
+        first, *rest = value
+        if len(rest) == 1 and first.nbytes >= 8 and 8 + int.from_bytes(first[:8], "little") == first.nbytes:
+            return bytes(first), rest[0]
+        value = b"".join(value)
+    view = memoryview(value).cast("B")
+    if view.nbytes < 8:
+        raise FormatError(f"object {key!r} holds {view.nbytes} bytes, less than a header", reason="truncated")
+    header_bytes = int.from_bytes(view[:8], "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise FormatError(f"object {key!r} claims a header of {header_bytes} bytes")
+    if 8 + header_bytes > view.nbytes:
+        raise FormatError(f"object {key!r} ends inside its header", reason="truncated")
+    return bytes(view[: 8 + header_bytes]), view[8 + header_bytes :]
 
 
 def _digest(*pieces: Buffer) -> str:

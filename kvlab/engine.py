@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import torch
 
 from kvlab.chunking import Chunker, Span
-from kvlab.container import Container, pack, packed_bytes, unpack
+from kvlab.container import ALIGNMENT, pack, packed_bytes, unpack
 from kvlab.errors import ConfigError, FormatError, StoreError
 from kvlab.geometry import AXES
 from kvlab.hashing import Extra, Namespace, block_hashes
 from kvlab.serde import Encoded, Serde, get_serde
 from kvlab.serde.wire import from_parts, to_parts
 from kvlab.stores import Store, open_store
-from kvlab.stores.base import Buffer, ValueTooLongError
+from kvlab.stores.base import Buffer, ValueTooLongError, cut
 from kvlab.stores.direct import aligned_buffer
 
 logger = logging.getLogger("kvlab")
@@ -174,10 +174,11 @@ class CacheEngine:
         return True
 
     def load_object(self, key: str, out: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The KV under `key`, into `out` if given; None on any miss. Every byte is checked before it is used."""
+        """The KV under `key`, into `out` if given; None on any miss, and then `out` may hold anything. Every byte is
+        checked before it is given out."""
         start = time.perf_counter()
         try:
-            value = self.store_.get(key) if out is None else self._read(key, out.nbytes)
+            value = self.store_.get(key) if out is None else self._read(key, out)
         except StoreError as error:
             self._missed(f"tier_{error.reason}", key, error)
             return None
@@ -185,7 +186,7 @@ class CacheEngine:
             self._missed(self.store_.why_missing(key), key, None)
             return None
         try:
-            kv = self._decode(unpack(value, key), out)
+            kv = self._decode(value, key, out)
         except (FormatError, ConfigError) as error:
             reason = error.reason if isinstance(error, FormatError) else "serde"
             self._missed(reason, key, error)
@@ -193,7 +194,7 @@ class CacheEngine:
             return None
         with self._lock:
             self.stats_.hits += 1
-            self.stats_.loaded_bytes += memoryview(value).nbytes
+            self.stats_.loaded_bytes += packed_bytes(value)
             self.stats_.load_s += time.perf_counter() - start
         return kv
 
@@ -218,26 +219,31 @@ class CacheEngine:
 
     # ----
 
-    def _read(self, key: str, num_bytes: int) -> Buffer | None:
-        """The object of KV of so many bytes, in memory that this thread's next read uses again: filling fresh memory
-        takes as long as reading a disk."""
-        size = num_bytes + num_bytes // 64 + HEADROOM_BYTES
+    def _read(self, key: str, out: torch.Tensor) -> Buffer | list[memoryview] | None:
+        """The object of KV for `out`: bytes as they are go to where they belong, behind a header of the usual length;
+        others to memory that this thread's next read uses again, as filling fresh memory takes as long as a disk."""
+        in_place = self.serde.name == "naive" and out.device.type == "cpu" and out.is_contiguous()
+        size = ALIGNMENT if in_place else out.nbytes + out.nbytes // 64 + HEADROOM_BYTES
         room = getattr(self._rooms, "room", None)
         if room is None or room.nbytes < size:
             room = self._rooms.room = aligned_buffer(size)
+        pieces = [room[:ALIGNMENT], out.reshape(-1).view(torch.uint8).numpy().data] if in_place else [room]
         try:
-            length = self.store_.get_into(key, room)
+            length = self.store_.get_pieces(key, pieces)
         except ValueTooLongError:
             return self.store_.get(key)
-        return None if length is None else room[:length]
+        return None if length is None else cut(pieces, length)
 
-    def _decode(self, container: Container, out: torch.Tensor | None) -> torch.Tensor:
+    def _decode(self, value: Buffer | Sequence[memoryview], key: str, out: torch.Tensor | None) -> torch.Tensor:
+        container = unpack(value, key)
         if container.metadata.get("namespace") != self.namespace.canonical:
             raise FormatError("object belongs to another namespace than its key says", reason="wrong_namespace")
         encoded: Encoded = from_parts(container.parts, container.metadata)
         serde = self._serdes.get(encoded.serde)
         if serde is None:
             serde = self._serdes[encoded.serde] = get_serde(encoded.serde)
+        if serde.name != "naive" and not isinstance(value, bytes | bytearray | memoryview) and len(value) > 1:
+            return self._decode(b"".join(value), key, out)  # its parts lie where the KV is to go
         return serde.decode(encoded, out)
 
     def _contains(self, keys: Sequence[str]) -> list[bool]:

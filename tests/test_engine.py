@@ -140,3 +140,35 @@ def test_an_object_larger_than_its_place_is_a_miss_and_the_place_stays_usable(en
     assert engine.load_object("large", out) is None
     assert engine.stats()["miss_shape"] == 1
     assert torch.equal(engine.load_object("small", out), small)
+
+
+@pytest.mark.parametrize("url", ["memory://?size=8MiB", "file://{}?size=8MiB"])
+def test_bytes_are_read_to_where_they_belong_and_others_are_decoded(url, tmp_path):
+    with open_store(url.format(tmp_path)) as store:
+        engine = CacheEngine(store, namespace=Namespace("m"), chunker=CHUNKER)
+        coded = CacheEngine(store, namespace=Namespace("m"), chunker=CHUNKER, serde="lossless")
+        long = CacheEngine(store, namespace=Namespace("m", {"extra": "x" * 9000}), chunker=CHUNKER)
+        value = kv(64)
+        for name, writer in (("naive", engine), ("lossless", coded), ("long", long)):
+            assert writer.save_object(name, value, AXES, num_tokens=64)
+            out = torch.zeros_like(value)
+            back = (long if name == "long" else engine).load_object(name, out)
+            assert back is not None
+            assert back.data_ptr() == out.data_ptr()
+            assert torch.equal(out, value)
+        assert engine.load_object("long", torch.zeros_like(value)) is None
+        assert engine.stats_.misses == {"wrong_namespace": 1}
+
+
+@pytest.mark.parametrize("at", [0, 9, 700, 4095, 4096, 5000, -1])
+def test_damage_is_seen_where_bytes_are_read_to_where_they_belong(engine, at):
+    value = kv(64)
+    engine.save_object("k", value, AXES, num_tokens=64)
+    stored = bytearray(engine.store_.get("k"))
+    stored[at] ^= 1
+    engine.store_.put("k", stored)
+    assert engine.load_object("k", torch.zeros_like(value)) is None
+    assert sum(engine.stats_.misses.values()) == 1
+    engine.save_object("k", value, AXES, num_tokens=64)
+    engine.store_.put("k", bytes(engine.store_.get("k"))[: at % 6000])
+    assert engine.load_object("k", torch.zeros_like(value)) is None

@@ -40,6 +40,15 @@ def buffers(value: Value) -> list[memoryview]:
     return [memoryview(piece).cast("B") for piece in pieces]
 
 
+def cut(pieces: Sequence[memoryview], size: int) -> list[memoryview]:
+    """The first `size` bytes of buffers that follow each other, as flat byte views."""
+    found: list[memoryview] = []
+    for piece in pieces:
+        found.append(piece.cast("B")[:size])
+        size -= found[-1].nbytes
+    return found
+
+
 class Store(ABC):
     """Bytes by key, within `max_bytes`, counting what the medium already holds.
 
@@ -68,6 +77,20 @@ class Store(ABC):
     def get_into(self, key: str, out: memoryview) -> int | None:
         """Read the value into `out`; its length, or None if absent. A value longer than `out` raises
         ValueTooLongError (a StoreError) and leaves `out` undefined."""
+
+    def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
+        """`get_into` over several buffers, which the value fills one after the other. Here it is read whole and copied;
+        stores that can do without the copy have their own."""
+        value = self.get(key)
+        if value is None:
+            return None
+        view, at = memoryview(value).cast("B"), 0
+        if view.nbytes > sum(piece.nbytes for piece in out):
+            raise ValueTooLongError(f"value of {key!r} holds {view.nbytes} bytes, the buffers less")
+        for into in cut(out, view.nbytes):
+            into[:] = view[at : at + into.nbytes]
+            at += into.nbytes
+        return at
 
     @abstractmethod
     def size_of(self, key: str) -> int | None:

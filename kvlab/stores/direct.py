@@ -89,11 +89,31 @@ def write_file(fd: int, pieces: Sequence[memoryview], *, direct: bool) -> int:
     return total
 
 
-def read_file(fd: int, out: memoryview, size: int, *, direct: bool) -> int:
-    """Read the file's first `size` bytes into `out`; fewer only if the file is shorter than that.
+def read_file(fd: int, out: Sequence[memoryview], size: int, *, direct: bool) -> int:
+    """Read the file's first `size` bytes into the buffers `out`, one after the other; fewer only if the file is shorter
+    than that.
 
-    An aligned `out` with room for whole blocks is filled by the disk itself.
+    Aligned buffers with room for whole blocks are filled by the disk itself, all of them in one call.
     """
+    if len(out) == 1:
+        return _read_one(fd, out[0], size, direct=direct)
+    if size <= _MOST and (
+        not direct or all(address(piece) % BLOCK == 0 and piece.nbytes and piece.nbytes % BLOCK == 0 for piece in out)
+    ):
+        got = os.preadv(fd, out, 0)
+        if got >= size:
+            return size
+    whole = aligned_buffer(size)
+    got = _read_one(fd, whole, size, direct=direct)
+    at = 0
+    for piece in out:
+        into = piece[: got - at]
+        into[:] = whole[at : at + into.nbytes]
+        at += into.nbytes
+    return got
+
+
+def _read_one(fd: int, out: memoryview, size: int, *, direct: bool) -> int:
     scratch = _scratch()
     aligned = not direct or address(out) % BLOCK == 0
     at = 0

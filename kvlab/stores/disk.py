@@ -7,7 +7,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -89,11 +89,25 @@ class DiskStore(Store):
         return stored
 
     def get(self, key: str) -> Buffer | None:
-        return self._read(key, None)
+        value: list[memoryview] = []
+
+        def room(size: int) -> list[memoryview]:
+            value.append(aligned_buffer(size))
+            return value
+
+        size = self._read(key, room)
+        return None if size is None else value[0][:size]
 
     def get_into(self, key: str, out: memoryview) -> int | None:
-        found = self._read(key, out.cast("B"))
-        return None if found is None else found.nbytes
+        return self.get_pieces(key, [out])
+
+    def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
+        def room(size: int) -> list[memoryview]:
+            if size > (most := sum(piece.nbytes for piece in out)):
+                raise ValueTooLongError(f"value of {key!r} holds {size} bytes, the buffer only {most}")
+            return [piece.cast("B") for piece in out]
+
+        return self._read(key, room)
 
     def size_of(self, key: str) -> int | None:
         with self._medium("look"):
@@ -148,7 +162,7 @@ class DiskStore(Store):
     def close(self) -> None:
         self._folder.book.close()
 
-    def _read(self, key: str, out: memoryview | None) -> memoryview | None:
+    def _read(self, key: str, room: Callable[[int], list[memoryview]]) -> int | None:
         start = time.perf_counter()
         path = path_of(key)
         with self._medium("read"):
@@ -160,10 +174,7 @@ class DiskStore(Store):
                 return None
             fd, size, direct = opened
             try:
-                if out is not None and size > out.nbytes:
-                    raise ValueTooLongError(f"value of {key!r} holds {size} bytes, the buffer only {out.nbytes}")
-                into = aligned_buffer(size) if out is None else out
-                got = read_file(fd, into, size, direct=direct)
+                got = read_file(fd, room(size), size, direct=direct)
                 with suppress(OSError):  # a folder of somebody else, or one that cannot be written any more
                     os.utime(fd)  # so that the next process knows what was used last
             finally:
@@ -173,7 +184,7 @@ class DiskStore(Store):
             return None
         self._folder.touched.append(path)
         self._count(hits=1, get_bytes=size, get_s=time.perf_counter() - start)
-        return into[:size]
+        return size
 
     def _open(self, path: str) -> tuple[int, int, bool] | None:
         """Descriptor, size, and whether it bypasses the page cache; None unless a plain file of fitting size."""

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 from kvlab.errors import StoreError
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers
+from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers, cut
 from kvlab.stores.redis_node import Node, NodeDownError
 from kvlab.stores.redis_topology import Topology, make_topology
 from kvlab.stores.redis_url import RedisPlace
@@ -113,18 +113,20 @@ class RedisStore(Store):
         return True
 
     def get(self, key: str) -> Buffer | None:
-        return self._read(key, None)
+        got = self._read(key, lambda size: [memoryview(bytearray(size))])
+        return None if got is None else got[0]
 
     def get_into(self, key: str, out: memoryview) -> int | None:
-        view = out.cast("B")
+        return self.get_pieces(key, [out])
 
-        def room(size: int) -> memoryview:
-            if size > view.nbytes:
-                raise ValueTooLongError(f"value of {key!r} holds {size} bytes, the buffer only {view.nbytes}")
-            return view
+    def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
+        def room(size: int) -> list[memoryview]:
+            if size > (most := sum(piece.nbytes for piece in out)):
+                raise ValueTooLongError(f"value of {key!r} holds {size} bytes, the buffer only {most}")
+            return cut(out, size)
 
         got = self._read(key, room)
-        return None if got is None else got.nbytes
+        return None if got is None else sum(piece.nbytes for piece in got)
 
     def size_of(self, key: str) -> int | None:
         name = name_of(key)
@@ -214,11 +216,13 @@ class RedisStore(Store):
                 return default
             raise
 
-    def _read(self, key: str, room: Room | None) -> memoryview | None:
+    def _read(self, key: str, room: Room) -> Sequence[memoryview] | None:
         start = time.perf_counter()
         command = ["GET", name_of(key)]
         try:
-            value: memoryview | None = self._asked(key, lambda deadline: one(command, deadline, room), default=None)
+            value: Sequence[memoryview] | None = self._asked(
+                key, lambda deadline: one(command, deadline, room), default=None
+            )
         except ReplyError as error:
             if error.reason != "wrongtype":  # somebody else's list or hash: not ours, so not here
                 raise
@@ -228,7 +232,7 @@ class RedisStore(Store):
                 self.stats_.misses += 1
             else:
                 self.stats_.hits += 1
-                self.stats_.get_bytes += value.nbytes
+                self.stats_.get_bytes += sum(piece.nbytes for piece in value)
                 self.stats_.get_s += time.perf_counter() - start
         return value
 

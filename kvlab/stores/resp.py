@@ -21,7 +21,7 @@ from redis.connection import AbstractConnection
 from kvlab.errors import StoreError
 
 Reply: TypeAlias = Any  # int, bytes, None, a list of those, or a ReplyError among them
-Room: TypeAlias = Callable[[int], memoryview | None]
+Room: TypeAlias = Callable[[int], Sequence[memoryview]]
 
 CHUNK = 1 << 16
 MAX_BULK = 1 << 40  # a reply that claims more is broken; nothing is allocated for it
@@ -54,8 +54,8 @@ class Wire:
         self.used = False  # whether it has answered before: a dead peer is only found out by the next call
 
     def call(self, args: Sequence[Any], deadline: float, room: Room | None = None) -> Reply:
-        """Send one command and read its reply; an error reply is raised. `room(size)` gives the buffer for the reply's
-        bulk string (None: allocate)."""
+        """Send one command and read its reply; an error reply is raised. `room(size)` gives buffers for the reply's
+        bulk string, which fill one after the other; without it one is made."""
         reply = self.calls([args], deadline, room)[0]
         if isinstance(reply, ReplyError):
             raise reply
@@ -139,18 +139,18 @@ class Wire:
             return None if number < 0 else [self._reply(deadline, room) for _ in range(number)]
         raise StoreError(f"the server answered {line[:40]!r}, which is no Redis protocol", reason="protocol")
 
-    def _bulk(self, size: int, deadline: float, room: Room | None) -> memoryview:
-        out = room(size) if room is not None else None
-        into = memoryview(bytearray(size)) if out is None else out
-        at = min(size, self._end - self._start)
-        into[:at] = self._view[self._start : self._start + at]
-        self._start += at
-        while at < size:
-            at += self._receive(into[at:size], deadline, whole=True)
+    def _bulk(self, size: int, deadline: float, room: Room | None) -> Sequence[memoryview] | memoryview:
+        into = [memoryview(bytearray(size))] if room is None else room(size)
+        for piece in into:
+            at = min(piece.nbytes, self._end - self._start)
+            piece[:at] = self._view[self._start : self._start + at]
+            self._start += at
+            while at < piece.nbytes:
+                at += self._receive(piece[at:], deadline, whole=True)
         while self._end - self._start < 2:
             self._fill(deadline)
         self._start += 2
-        return into[:size]
+        return into[0] if room is None else into
 
     def _line(self, deadline: float) -> bytes:
         while (at := self._buffer.find(b"\r\n", self._start, self._end)) < 0:

@@ -8,7 +8,7 @@ from typing import Literal
 from kvlab.errors import ConfigError
 from kvlab.stores.background import BackgroundWriter
 from kvlab.stores.backoff import FIRST_WAIT_S, LONGEST_WAIT_S
-from kvlab.stores.base import Buffer, Store, StoreStats, Value
+from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, cut
 from kvlab.stores.sights import Sights
 from kvlab.stores.tier import Tier
 
@@ -103,6 +103,15 @@ class TieredStore(Store):
         self._missed()
         return None
 
+    def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
+        for level, tier in enumerate(self.tiers):
+            size = tier.call(tier.store.get_pieces, key, out, default=None)
+            if size is not None:
+                self._found(key, level, cut(out, size))
+                return size
+        self._missed()
+        return None
+
     def size_of(self, key: str) -> int | None:
         for tier in self.tiers:
             size = tier.call(tier.store.size_of, key, default=None)
@@ -184,10 +193,10 @@ class TieredStore(Store):
         for tier in self.tiers:
             tier.store.close()
 
-    def _found(self, key: str, level: int, value: Buffer) -> None:
+    def _found(self, key: str, level: int, value: Value) -> None:
         with self._lock:
             self.stats_.hits += 1
-            self.stats_.get_bytes += memoryview(value).nbytes
+            self.stats_.get_bytes += sum(piece.nbytes for piece in buffers(value))
             self._came_from[key] = self.tiers[level]
             if len(self._came_from) > KEPT_SOURCES:
                 self._came_from.popitem(last=False)

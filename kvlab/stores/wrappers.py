@@ -46,6 +46,11 @@ class WrapperStore(Store):
         self._around("get_into", size or 0)
         return size
 
+    def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
+        size = self.inner.get_pieces(key, out)
+        self._around("get_pieces", size or 0)
+        return size
+
     def size_of(self, key: str) -> int | None:
         self._around("size_of", 0)
         return self.inner.size_of(key)
@@ -175,6 +180,12 @@ class FaultStore(WrapperStore):
         size = super().get_into(key, out)
         if size and self._happens("corrupt", self.corrupt):
             self._flip_a_bit(out.cast("B")[:size])
+        return size
+
+    def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
+        size = super().get_pieces(key, out)
+        if size and self._happens("corrupt", self.corrupt):
+            self._flip_a_bit(max(out, key=len).cast("B")[:size])
         return size
 
     def _around(self, method: str, num_bytes: int) -> None:

@@ -14,6 +14,7 @@ from typing import ClassVar
 import pytest
 
 from kvlab.stores.base import Buffer, Store, ValueTooLongError
+from kvlab.stores.direct import aligned_buffer
 from kvlab.testing.machines import ODD_KEYS, StoreMachine, drive, pattern, run_threads
 
 MAX_BYTES = 1 << 20
@@ -87,6 +88,19 @@ class StoreTests(ABC):
         with pytest.raises(ValueTooLongError):
             store.get_into("k", memoryview(bytearray(4999)))
         assert store.get_into("k", memoryview(bytearray(5000))) == 5000
+        with pytest.raises(ValueTooLongError):
+            store.get_pieces("k", [memoryview(bytearray(2000)), memoryview(bytearray(2999))])
+
+    @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 20_000, 65_536])
+    def test_a_value_fills_buffers_one_after_the_other(self, store: Store, size: int) -> None:
+        store.put("k", pattern(size))
+        for lengths in ((4096, 65_536), (4096, 16_384, 65_536), (1, 0, 70_000), (66_000, 10)):
+            room = aligned_buffer(sum(lengths))
+            room[:] = b"\xee" * room.nbytes
+            edges = [0, *itertools.accumulate(lengths)]
+            assert store.get_pieces("k", [room[a:b] for a, b in itertools.pairwise(edges)]) == size
+            assert bytes(room[:size]) == pattern(size)
+        assert store.get_pieces("absent", [room]) is None
 
     def test_put_does_not_keep_the_callers_buffer(self, store: Store) -> None:
         buffer = bytearray(b"before")

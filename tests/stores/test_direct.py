@@ -48,11 +48,23 @@ def test_read_bytes(open_file, size, offset, extra):
     fd, path, direct_io = open_file
     path.write_bytes(pattern(size))
     out = in_memory(b"\xee" * (size + extra), offset)
-    assert read_file(fd, out, size, direct=direct_io) == size
+    assert read_file(fd, [out], size, direct=direct_io) == size
     assert bytes(out[:size]) == pattern(size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("offset", [0, 64])
+@pytest.mark.parametrize("lengths", [(BLOCK, 8 * BLOCK), (2 * BLOCK, BLOCK, 8 * BLOCK), (10, BLOCK), (BLOCK,)])
+def test_read_into_several_buffers(open_file, size, offset, lengths):
+    fd, path, direct_io = open_file
+    path.write_bytes(pattern(size))
+    out = [in_memory(b"\xee" * length, offset) for length in lengths]
+    size = min(size, sum(lengths))
+    assert read_file(fd, out, size, direct=direct_io) == size
+    assert b"".join(out)[:size] == pattern(size)
 
 
 def test_a_shorter_file_gives_less(open_file):
     fd, path, direct_io = open_file
     path.write_bytes(pattern(BLOCK + 5))
-    assert read_file(fd, aligned_buffer(4 * BLOCK), 3 * BLOCK, direct=direct_io) == BLOCK + 5
+    assert read_file(fd, [aligned_buffer(4 * BLOCK)], 3 * BLOCK, direct=direct_io) == BLOCK + 5
