@@ -34,8 +34,8 @@ from kvlab.stores.direct import aligned_buffer
 
 LAYERS, PAGE, BLOCK, CHUNK = 28, 32768, 16, 256
 BLOCKS = CHUNK // BLOCK
-CHUNKS = (1, 2, 18)
-THREADS = (1, 2, 4, 8)
+CHUNKS = (1, 18)
+THREADS = (1, 4)
 
 
 class Arena(CPUTransfer):
