@@ -24,7 +24,7 @@ class Comparison:
     low: float
     high: float
     gap_closed: float | None
-    first_over_none: tuple[float, float] | None
+    first_over_none: tuple[float, float | None] | None
 
     @property
     def verdict(self) -> str:
@@ -58,7 +58,7 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
 
     `gap_closed` says how much of the distance between ``none`` and ``vllm-prefix`` (mean TTFT of their last runs) the
     backend's last run closes; None where those two were not both measured. `first_over_none` is what the first run
-    costs: its mean TTFT and mean TPOT over those of the first run of ``none``, less 1.
+    costs: mean TTFT and mean TPOT over those of the first run of ``none``, less 1; no TPOT for answers of one token.
     """
     runs: dict[str, list[Row]] = {}
     for row in rows:
@@ -103,7 +103,7 @@ def first_runs(rows: Iterable[Row]) -> str:
     """What a cache costs where nothing can be hit, as a Markdown table: first runs over those of ``none`` on the same
     prompts, for each backend the median and the range over all datasets and seeds in `rows`. Empty without ``none``."""
     plain: dict[tuple[Any, ...], Row] = {}
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[tuple[float, float | None]]] = {}
     firsts = [row for row in rows if row["run"] == 1]
     for row in firsts:
         if row["backend"] == "none":
@@ -116,7 +116,8 @@ def first_runs(rows: Iterable[Row]) -> str:
         return ""
     lines = ["| backend | runs | TTFT over none | TPOT over none |", "|---|---|---|---|"]
     for name, overs in found.items():
-        cells = [f"{median(each):+.1%} ({min(each):+.1%} to {max(each):+.1%})" for each in zip(*overs, strict=True)]
+        columns = [[over for over in each if over is not None] for each in zip(*overs, strict=True)]
+        cells = [f"{median(c):+.1%} ({min(c):+.1%} to {max(c):+.1%})" if c else "" for c in columns]
         lines.append(f"| {name} | {len(overs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -126,10 +127,12 @@ def _sent(row: Row) -> tuple[Any, ...]:
     return row["dataset"], row["model"], row["num_prompts"], row["request_rate"], row.get("seed", 0)
 
 
-def _over(row: Row, plain: Row | None) -> tuple[float, float] | None:
+def _over(row: Row, plain: Row | None) -> tuple[float, float | None] | None:
+    """TTFT and TPOT over those of `plain`; no TPOT where all answers are of one token."""
     if plain is None or row is plain:
         return None
-    return row["mean_ttft_ms"] / plain["mean_ttft_ms"] - 1, row["mean_tpot_ms"] / plain["mean_tpot_ms"] - 1
+    tpot = row["mean_tpot_ms"] / plain["mean_tpot_ms"] - 1 if plain["mean_tpot_ms"] else None
+    return row["mean_ttft_ms"] / plain["mean_ttft_ms"] - 1, tpot
 
 
 def _table(compared: Sequence[Comparison]) -> str:
@@ -148,7 +151,7 @@ def _table(compared: Sequence[Comparison]) -> str:
             f"{hit:.1%}" + (f", {missing:.1%} of them not loaded" if missing else ""),
             "" if one.gap_closed is None else f"{one.gap_closed:.0%}",
         ]
-        cells.append(", ".join(f"{over:+.1%}" for over in one.first_over_none or ()))
+        cells.append(", ".join(f"{over:+.1%}" for over in one.first_over_none or () if over is not None))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

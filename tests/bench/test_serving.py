@@ -222,6 +222,8 @@ def test_first_runs_are_compared_with_none_on_the_same_prompts():
     assert "| cache | 3 | +1.0% (+0.0% to +2.0%) | -50.0% (-50.0% to -50.0%) |" in report(rows)
     assert report(rows).count("backend") == 1
     assert report([row for row in rows if row["backend"] == "cache"]) == ""
+    one_token = [row | {"mean_tpot_ms": 0.0} for row in rows]
+    assert "| cache | 3 | +1.0% (+0.0% to +2.0%) |  |" in report(one_token)
 
 
 def test_prompts_are_those_that_vllm_samples(demo_model_path, tmp_path):
