@@ -68,6 +68,8 @@ def group(kind, block_size=16, **more):
         ([("ChunkedLocalAttentionSpec", {"attention_chunk_size": 64})], "the whole prefix or a sliding window"),
         ([("FullAttentionSpec", {}), ("CrossAttentionSpec", {})], r"has 2 KV cache groups \(FullAttentionSpec, Cross"),
         ([("FullAttentionSpec", {}), ("SlidingWindowSpec", {"sliding_window": 9, "block_size": 32})], r"\[16, 32\]"),
+        ([("FullAttentionSpec", {"non_causal": True})], "the whole prefix or a sliding window"),
+        ([("RSWASpec", {"rswa_window": 64})], "the whole prefix or a sliding window"),
         ([], "has 0 KV cache groups"),
     ],
 )

@@ -37,7 +37,7 @@ def served_groups(kv_cache_config: Any) -> Groups:
     if len(groups) != 1 and not (groups and hasattr(KVConnectorBase_V1, "get_transfer_results")):
         raise ConfigError(f"{what}; with this version of vLLM kvlab serves models with one. {instead}")
     specs = [_specs(group) for group in groups]
-    if not all(isinstance(spec, FullAttentionSpec | SlidingWindowSpec) for each in specs for spec in each):
+    if not all(_follows_from_what_is_before(spec) for each in specs for spec in each):
         raise ConfigError(f"{what}; kvlab serves layers that see the whole prefix or a sliding window. {instead}")
     windows = [
         {spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None for spec in each} for each in specs
@@ -53,6 +53,12 @@ def served_groups(kv_cache_config: Any) -> Groups:
 def _specs(group: Any) -> list[Any]:
     """A group's specs: one, or one for each of its layers where they differ in size."""
     return list(getattr(group.kv_cache_spec, "kv_cache_specs", {}).values()) or [group.kv_cache_spec]
+
+
+def _follows_from_what_is_before(spec: Any) -> bool:
+    """Whether a token's KV is told by it and those before it, and stays until the request or a window leaves it."""
+    odd = getattr(spec, "non_causal", False) or hasattr(spec, "rswa_window") or "Hidden" in type(spec).__name__
+    return isinstance(spec, FullAttentionSpec | SlidingWindowSpec) and not odd
 
 
 def page_bytes(group: Any) -> dict[str, int]:
