@@ -7,7 +7,7 @@ prompt is still being computed. What an object holds must follow from its place 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from kvlab.chunking import Span
 
@@ -15,8 +15,7 @@ Tables: TypeAlias = Sequence[Sequence[int]]  # the page of each block of a reque
 NO_PAGE = 0  # stands in a table for a page that was given back (NULL_BLOCK_ID in vllm/v1/core/block_pool.py)
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Blocks [first_block, end_block) of one group, in an object's slots from `offset` on."""
 
     group: int
