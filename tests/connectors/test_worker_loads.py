@@ -1,0 +1,113 @@
+"""A worker's loads from lower tiers: objects side by side, holes, and errors in the middle."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from kvlab.chunking import Chunker
+from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, StepMetadata
+from kvlab.connectors.vllm.worker import PAGE_AXES, Worker
+from kvlab.engine import CacheEngine
+from kvlab.hashing import Namespace
+from kvlab.paged import page_layout
+from kvlab.paged.transfer import CPUTransfer
+from kvlab.stores import open_store
+from kvlab.stores.wrappers import WrapperStore
+
+LAYERS, PAGE, BLOCKS, OBJECTS = 3, 4096, 2, 6
+
+
+class Meeting(WrapperStore):
+    """A read goes on only when another one has begun too."""
+
+    barrier = threading.Barrier(2)
+
+    def get_pieces(self, key, out):
+        self.barrier.wait(timeout=20)
+        return super().get_pieces(key, out)
+
+
+@pytest.fixture
+def worker(tmp_path):
+    num_blocks = BLOCKS * OBJECTS
+    caches = {f"layer.{i}": torch.zeros(num_blocks, PAGE, dtype=torch.uint8) for i in range(LAYERS)}
+    layout = page_layout(caches, num_blocks=num_blocks, page_bytes=dict.fromkeys(caches, PAGE), name="NHD")
+    engine = CacheEngine(open_store(f"file://{tmp_path}?size=16MiB"), namespace=Namespace("m"), chunker=Chunker(32, 16))
+    for number in range(OBJECTS):
+        assert engine.save_object(engine.namespace.key(name(number)), content(number), PAGE_AXES, num_tokens=32)
+    worker = Worker(CPUTransfer(layout, num_blocks), num_blocks, engine)
+    yield worker
+    worker.close()
+
+
+def name(number):
+    return bytes([number]) * 32
+
+
+def content(number):
+    return torch.full((BLOCKS, LAYERS, PAGE), number + 1, dtype=torch.uint8)
+
+
+def load(worker, order=range(OBJECTS * BLOCKS)):
+    """One request's load of all objects, into the pages in order; slots in `order`. What was lost."""
+    slots = list(order)
+    ops = []
+    for number in range(OBJECTS):
+        mine = tuple(slots[number * BLOCKS : (number + 1) * BLOCKS])
+        pages = tuple(range(number * BLOCKS, (number + 1) * BLOCKS))
+        ops.append(LoadOp(name(number), mine, mine, pages, fetch=True))
+    worker.load(StepMetadata([RequestLoad("r", ops, 192, 192, is_async=True)]))
+    deadline = time.monotonic() + 30
+    while not (ended := worker.take_finished())[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    lost = worker.take_lost_blocks()
+    assert ended == ({"r"}, {"r"} if lost else set())
+    return lost
+
+
+def filled(worker):
+    """Of each object, whether its pages hold it; they hold nothing else than it or zeros."""
+    found = []
+    for number in range(OBJECTS):
+        pages = [layer[number * BLOCKS : (number + 1) * BLOCKS] for layer in worker.transfer.layout.pages]
+        values = {int(value) for layer in pages for value in layer.unique()}
+        assert values in ({0}, {number + 1})
+        found.append(values != {0})
+    return found
+
+
+@pytest.mark.parametrize("order", [range(OBJECTS * BLOCKS), [11, 0, 10, 1, 9, 2, 8, 3, 7, 4, 6, 5]])
+def test_objects_come_side_by_side(worker, order):
+    worker.engine.store_ = Meeting(worker.engine.store_)
+    assert load(worker, order) == set()
+    assert filled(worker) == [True] * OBJECTS
+
+
+def test_what_follows_a_hole_is_lost_and_stays_for_the_next(worker):
+    store, key = worker.engine.store_, worker.engine.namespace.key(name(2))
+    store.delete(key)
+    assert load(worker) == set(range(2 * BLOCKS, OBJECTS * BLOCKS))
+    assert filled(worker) == [True, True] + [False] * 4
+    report = worker.take_report()
+    assert report.bad == {name(2)}
+    assert (report.loaded["r"], report.rows[0].num_tokens) == (1, 64)
+    owners = [worker._owner[number * BLOCKS] for number in range(OBJECTS)]
+    assert owners == [name(number) if number != 2 else None for number in range(OBJECTS)]
+
+
+def test_an_error_in_a_read_is_a_hole(worker, monkeypatch):
+    original = worker.engine.load_object
+
+    def broken(key, out=None):
+        if key == worker.engine.namespace.key(name(4)):
+            raise RuntimeError("planted")
+        return original(key, out)
+
+    monkeypatch.setattr(worker.engine, "load_object", broken)
+    assert load(worker) == set(range(4 * BLOCKS, OBJECTS * BLOCKS))
+    assert filled(worker) == [True] * 4 + [False] * 2
+    assert worker.counters["fetch_errors"] == 1
+    assert worker.take_report().bad == {name(4)}
