@@ -3,14 +3,17 @@
 #
 #   MODEL=FOLDER OUT=FOLDER bash benchmarks/gpu_rows.sh PART ...
 #
-#   check     bytes, order of copies, clocks and pinning of kvlab/paged; seconds
-#   transfer  copies beside vLLM's and LMCache's                           2 minutes
-#   ttft      one request at a time, one backend after the other           8
-#   graphs    the connector's tests with CUDA graphs (the small model)     4
-#   steps     hooks in and out within one engine                           6
-#   first     what first runs cost: seven seeds, `none` twice              8
-#   memory    five backends in host memory side by side, three workloads  20
-#   tiers     six backends on disk and in Redis, likewise                 25
+#   check     bytes, order of copies, clocks and pinning of kvlab/paged
+#   transfer  copies beside vLLM's and LMCache's
+#   ttft      one request at a time, one backend after the other
+#   pressure  500 requests with evictions, CUDA graphs on (the small model, or KVLAB_MODEL)
+#   tokens    the same tokens with the cache and without, CUDA graphs on (likewise)
+#   steps     hooks in and out within one engine
+#   first     what first runs cost: seven seeds, `none` twice; 11 minutes of requests
+#   memory    five backends in host memory side by side, three workloads, two runs; 17 minutes
+#   tiers     six backends on disk and in Redis, likewise; 20 minutes
+#
+# (Minutes are prompts over rate; starting servers comes on top.)
 #
 # The model's weights may be random (LOAD_FORMAT=dummy, the default). Servers of one part share the GPU: reckon with the
 # weights, POOL and 3 GB for each; on a smaller card name fewer: BACKENDS=none,kvlab-disk,lmcache-disk. Parts may run at
@@ -31,6 +34,10 @@ bench() { # name of the part, then flags of `kvlab bench`
 }
 workloads=(--dataset sharegpt,rounds,documents --num-prompts "${NUM_PROMPTS:-1024,256,48}" --request-rate "${RATES:-16,12,3}")
 
+with_graphs() {
+  KVLAB_TEST_GRAPHS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 "$python" -m pytest -q -p no:cacheprovider --timeout 900 "$1"
+}
+
 part() {
   case $1 in
     check) "$python" benchmarks/gpu_transfer.py --check-only ;;
@@ -40,9 +47,8 @@ part() {
         timeout 120 "$python" benchmarks/gpu_ttft.py "$MODEL" --load-format "$load_format" --backend "$backend" \
           --rows "$OUT/gpu_ttft.csv" || echo "$backend: ended with $?"
       done ;;
-    graphs)
-      KVLAB_TEST_GRAPHS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 "$python" -m pytest -q -p no:cacheprovider \
-        tests/connectors/test_pressure.py tests/connectors/test_same_tokens.py ;;
+    pressure) with_graphs tests/connectors/test_pressure.py ;;
+    tokens) with_graphs tests/connectors/test_same_tokens.py ;;
     steps) "$python" benchmarks/gpu_steps.py "$MODEL" --load-format "$load_format" --rows "$OUT/gpu_steps.csv" ;;
     first)
       bench first --backends "${BACKENDS:-none,kvlab-memory,none}" --dataset "$(list sharegpt)" --seed 0,1,2,3,4,5,6 \
