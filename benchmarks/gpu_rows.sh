@@ -19,10 +19,11 @@
 # weights, POOL and 3 GB for each; on a smaller card name fewer: BACKENDS=none,kvlab-disk,lmcache-disk. Parts may run at
 # the same time on GPUs of their own (CUDA_VISIBLE_DEVICES). All of a part is one comparison; parts are none.
 set -u
-cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} load_format=${LOAD_FORMAT:-dummy}
 : "${MODEL:?a folder or hub id}" "${OUT:?a folder for rows and logs}"
-mkdir -p "$OUT"
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
+if [ -d "$MODEL" ]; then MODEL=$(cd "$MODEL" && pwd); fi
+cd "$(dirname "$0")/.."
 
 # LMCache loads nothing where a step replays one full CUDA graph (docs/benchmarks.md), so none does here.
 graphs=${COMPILATION:-'{"cudagraph_mode": "PIECEWISE"}'}
@@ -54,8 +55,9 @@ part() {
       bench first --backends "${BACKENDS:-none,kvlab-memory,none}" --dataset "$(list sharegpt)" --seed 0,1,2,3,4,5,6 \
         --num-prompts "${NUM_PROMPTS:-500}" --request-rate "${RATES:-16}" --runs 1 --cache-size "${CACHE:-26GiB}" ;;
     memory)
-      bench memory --backends "${BACKENDS:-none,vllm-prefix,kvlab-memory,lmcache-cpu,vllm-offload}" "${workloads[@]}" \
-        --flags-of "vllm-prefix=--kv-cache-memory-bytes ${PREFIX_POOL:-24G}" --cache-size "${CACHE:-26GiB}" ;;
+      names=${BACKENDS:-none,vllm-prefix,kvlab-memory,lmcache-cpu,vllm-offload} larger=()
+      [[ $names != *vllm-prefix* ]] || larger=(--flags-of "vllm-prefix=--kv-cache-memory-bytes ${PREFIX_POOL:-24G}")
+      bench memory --backends "$names" "${workloads[@]}" "${larger[@]}" --cache-size "${CACHE:-26GiB}" ;;
     tiers)
       bench tiers --backends "${BACKENDS:-none,kvlab-disk,lmcache-disk,kvlab-redis,lmcache-redis,kvlab-tiered}" \
         "${workloads[@]}" --cache-size "${CACHE:-18GiB}" ;;

@@ -40,6 +40,12 @@ def buffers(value: Value) -> list[memoryview]:
     return [memoryview(piece).cast("B") for piece in pieces]
 
 
+def check_fits(key: str, size: int, pieces: Sequence[memoryview]) -> None:
+    """Raise ValueTooLongError unless a value of `size` bytes fits these buffers."""
+    if size > (most := sum(piece.nbytes for piece in pieces)):
+        raise ValueTooLongError(f"value of {key!r} holds {size} bytes, the buffer only {most}")
+
+
 def cut(pieces: Sequence[memoryview], size: int) -> list[memoryview]:
     """The first `size` bytes of buffers that follow each other, as flat byte views."""
     found: list[memoryview] = []
@@ -79,14 +85,15 @@ class Store(ABC):
         ValueTooLongError (a StoreError) and leaves `out` undefined."""
 
     def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
-        """`get_into` over several buffers, which the value fills one after the other. Here it is read whole and copied;
-        stores that can do without the copy have their own."""
+        """`get_into` over several buffers, which the value fills one after the other. Here several mean that it is read
+        whole and copied; stores that can do without the copy have their own."""
+        if len(out) == 1:
+            return self.get_into(key, out[0])
         value = self.get(key)
         if value is None:
             return None
         view, at = memoryview(value).cast("B"), 0
-        if view.nbytes > sum(piece.nbytes for piece in out):
-            raise ValueTooLongError(f"value of {key!r} holds {view.nbytes} bytes, the buffers less")
+        check_fits(key, view.nbytes, out)
         for into in cut(out, view.nbytes):
             into[:] = view[at : at + into.nbytes]
             at += into.nbytes

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from kvlab.errors import ConfigError, StoreError
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers
+from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_fits
 from kvlab.stores.direct import BLOCK, aligned_buffer, read_file, write_file
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.folder import ABSENT, WRITING, Folder
@@ -103,8 +103,7 @@ class DiskStore(Store):
 
     def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
         def room(size: int) -> list[memoryview]:
-            if size > (most := sum(piece.nbytes for piece in out)):
-                raise ValueTooLongError(f"value of {key!r} holds {size} bytes, the buffer only {most}")
+            check_fits(key, size, out)
             return [piece.cast("B") for piece in out]
 
         return self._read(key, room)

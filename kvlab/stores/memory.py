@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlab.stores.arena import PAGE, Arena, Region, cuda_is_in_use
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers
+from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_fits
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.url import StoreURL
 
@@ -163,8 +163,8 @@ class MemoryStore(Store):
             if held is None:
                 return None
             size = held.nbytes
-            if out is not None and size > out.nbytes:
-                raise ValueTooLongError(f"value of {key!r} holds {size} bytes, the buffer only {out.nbytes}")
+            if out is not None:
+                check_fits(key, size, [out])
             into: npt.NDArray[np.uint8] = (
                 np.empty(size, np.uint8) if out is None else np.frombuffer(out[:size], np.uint8)
             )

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 from kvlab.errors import StoreError
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers, cut
+from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers, check_fits, cut
 from kvlab.stores.redis_node import Node, NodeDownError
 from kvlab.stores.redis_topology import Topology, make_topology
 from kvlab.stores.redis_url import RedisPlace
@@ -121,8 +121,7 @@ class RedisStore(Store):
 
     def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
         def room(size: int) -> list[memoryview]:
-            if size > (most := sum(piece.nbytes for piece in out)):
-                raise ValueTooLongError(f"value of {key!r} holds {size} bytes, the buffer only {most}")
+            check_fits(key, size, out)
             return cut(out, size)
 
         got = self._read(key, room)

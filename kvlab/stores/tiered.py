@@ -95,13 +95,7 @@ class TieredStore(Store):
         return None
 
     def get_into(self, key: str, out: memoryview) -> int | None:
-        for level, tier in enumerate(self.tiers):
-            size = tier.call(tier.store.get_into, key, out, default=None)
-            if size is not None:
-                self._found(key, level, out.cast("B")[:size])
-                return size
-        self._missed()
-        return None
+        return self.get_pieces(key, [out])
 
     def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
         for level, tier in enumerate(self.tiers):

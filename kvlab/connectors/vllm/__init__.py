@@ -118,7 +118,10 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         name = compat.layout_name(self._vllm_config, self._kv_cache_config)
         layout = page_layout(kv_caches, num_blocks=self._kv_cache_config.num_blocks, page_bytes=self._pages, name=name)
         if layout.block_bytes * self.num_slots > self.config.arena_bytes:
-            raise ConfigError(f"the engine's pages hold {layout.block_bytes} bytes, more than its groups' specs say")
+            raise ConfigError(
+                f"a block holds {layout.block_bytes} bytes in the engine's memory, more than its specs say; "
+                "run this model without the connector"
+            )
         engine = None
         if self.config.lower_tiers:
             namespace = rank_namespace(self.namespace, self._vllm_config.parallel_config.rank)
