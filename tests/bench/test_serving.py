@@ -31,6 +31,7 @@ TOKEN_BYTES = (
 )
 BACKENDS = ["none", "kvlab-memory", "kvlab-disk", "kvlab-redis"]
 MARK = "KVLAB_TEST_MARK"
+PATIENT = {"admission": False, "lookup_timeout_ms": 60_000}  # no misses because the machine is busy
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,7 @@ def measured(demo_model_path, tmp_path_factory):
         output_len=6,
         cache_size="512MiB",
         server_flags=SERVER,
+        settings=PATIENT,
         warmups=1,
         folder=folder,
         out=folder / "rows.jsonl",

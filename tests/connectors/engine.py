@@ -26,6 +26,10 @@ SETTINGS = {
 }
 
 
+# On a busy machine a load may really be slower than a recompute, and a tier's answer late: misses, rightly.
+PATIENT = {"admission": False, "lookup_timeout_ms": 60_000}
+
+
 @dataclass
 class Answer:
     """Greedy tokens of one request and kvlab's row about it."""
@@ -49,8 +53,7 @@ def engine(tiers: Sequence[str] | None, settings: dict[str, Any] | None = None, 
     arguments = {**SETTINGS, **(settings or {})}
     model = arguments.pop("model", None) or demo_model()
     if tiers is not None:
-        # No admission unless asked for: on a busy machine a load may really be slower than a recompute.
-        chosen = {"report": True, "chunk_tokens": 64, "admission": False, **connector}
+        chosen = {"report": True, "chunk_tokens": 64, **PATIENT, **connector}
         arguments["kv_transfer_config"] = KVTransferConfig(**kvlab.vllm_config(tiers, **chosen))
     llm = LLM(model, **arguments)
     try:

@@ -86,6 +86,25 @@ def test_damage_is_a_miss(disk, expected, damage):
     assert sum(stats.misses.values()) >= 1 or connector(llm).scheduler.counters["miss_never_stored"] >= 1
 
 
+def test_what_the_tier_holds_is_not_copied_to_it_again(disk, expected, monkeypatch):
+    llm = shared(f"file://{disk}?size=1GiB")
+    scheduler, p = connector(llm).scheduler, prompt(300, ending=1)
+    generate(llm, [p])
+    drain(llm)
+    before = scheduler.counters["saved_tokens"]
+    assert generate(llm, [p])[0].hit == 299
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "_is_worth", lambda *_: False)
+        answer = generate(llm, [p])[0]
+        assert (answer.hit, answer.tokens, answer.row["miss"]) == (0, expected(p), "not_worth_loading")
+    assert scheduler.counters["saved_tokens"] == before
+    cut_short(max(objects(disk), key=lambda path: path.stat().st_mtime_ns), [])
+    for hit in (288, 299):  # the last page was lost: it is computed, saved again and found
+        assert generate(llm, [p])[0].hit == hit
+        drain(llm)
+    assert scheduler.counters["saved_tokens"] == before + 300 - 288
+
+
 def test_an_unwritable_folder_costs_misses_never_a_request(disk, expected, monkeypatch):
     llm = shared(f"file://{disk}?size=1GiB")
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ with engine(["{url}"]) as llm:
     answer = generate(llm, [prompt(300)])[0]
     print(answer.hit, *answer.tokens)
 """
+
+
+def url_of(server: RedisServer) -> str:
+    """The server as a tier that may take its time, as a busy machine does."""
+    return f"redis://127.0.0.1:{server.port}?timeout_ms=60000"
 
 
 def another_process(url: str) -> tuple[int, list[int]]:
@@ -38,7 +44,7 @@ def redis():
 
 def test_two_processes_share_one_redis_and_one_folder(redis, tmp_path, expected):
     folder = f"file://{tmp_path}?size=1GiB"
-    for url in (f"redis://127.0.0.1:{redis.port}", folder):
+    for url in (url_of(redis), folder):
         assert another_process(url) == (0, expected(prompt(300)))
         with engine([url]) as llm:
             answer = generate(llm, [prompt(300)])[0]
@@ -50,7 +56,7 @@ def test_two_processes_share_one_redis_and_one_folder(redis, tmp_path, expected)
 
 
 def test_a_redis_that_dies_and_returns_costs_misses_only(redis, expected):
-    url = f"redis://127.0.0.1:{redis.port}"
+    url = url_of(redis)
     p = prompt(300)
     with engine([url]) as llm:
         generate(llm, [p])
@@ -60,7 +66,8 @@ def test_a_redis_that_dies_and_returns_costs_misses_only(redis, expected):
         for q in (p, prompt(480), p):
             assert generate(llm, [q])[0].tokens == expected(q)
         redis.start()
-        for _ in range(20):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
             answer = generate(llm, [p])[0]
             assert answer.tokens == expected(p)
             drain(llm)

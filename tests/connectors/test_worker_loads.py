@@ -57,8 +57,8 @@ def load(worker, order=range(OBJECTS * BLOCKS)):
     for number in range(OBJECTS):
         mine = tuple(slots[number * BLOCKS : (number + 1) * BLOCKS])
         pages = tuple(range(number * BLOCKS, (number + 1) * BLOCKS))
-        ops.append(LoadOp(name(number), mine, mine, pages, fetch=True))
-    worker.load(StepMetadata([RequestLoad("r", ops, 192, 192, is_async=True)]))
+        ops.append(LoadOp(name(number), mine, mine, pages, 32, fetch=True))
+    worker.load(StepMetadata([RequestLoad("r", ops, 192, is_async=True)]))
     deadline = time.monotonic() + 30
     while not (ended := worker.take_finished())[0]:
         assert time.monotonic() < deadline

@@ -8,15 +8,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 @dataclass
 class LoadOp:
-    """Copy blocks of one object into pages: the slots `picked` into the pages `block_ids`.
-
-    `slots` are the whole object's; with `fetch`, a worker fills them from the lower tiers first.
+    """Copy blocks of one object, which serve `num_tokens` of the request, into pages: the slots `picked` into the pages
+    `block_ids`. `slots` are the whole object's; with `fetch`, a worker fills them from the lower tiers first.
     """
 
     hash: bytes
     slots: tuple[int, ...]
     picked: tuple[int, ...]
     block_ids: tuple[int, ...]
+    num_tokens: int
     fetch: bool = False
 
 
@@ -27,7 +27,6 @@ class RequestLoad:
 
     request_id: str
     ops: list[LoadOp]
-    num_tokens: int  # tokens to load
     prompt_tokens: int
     is_async: bool
     lost_blocks: list[int] = field(default_factory=list)

@@ -83,7 +83,8 @@ class Scheduler:
             if known is None:
                 self._waiting = True
                 return None, False
-            plan = self._planner.plan(state, {key: held and key not in self._bad for key, held in known.items()})
+            state.held_below = {key for key, held in known.items() if held}
+            plan = self._planner.plan(state, {key: key not in self._bad for key in state.held_below})
         if any(not entry.ready for piece in plan if (entry := self.index.get(piece.hash))):
             if not self._lookup.is_overdue(state):
                 self._waiting = True
@@ -159,7 +160,7 @@ class Scheduler:
         first, usable = (end - num_tokens) // block, -(-end // block)
         used = [piece for piece in plan if piece.span.end_block > first and piece.span.first_block < usable]
         is_async = self._is_async(plan)
-        load = RequestLoad(request.request_id, [], num_tokens, request.num_tokens, is_async)
+        load = RequestLoad(request.request_id, [], request.num_tokens, is_async)
         pinned: list[bytes] = []
         if is_async:  # sync copies run before anything can be evicted; async ones may not
             self._in_flight[request.request_id] = pinned
@@ -180,17 +181,17 @@ class Scheduler:
                 self.index.pin(piece.hash)
                 pinned.append(piece.hash)
             stop = min(piece.span.end_block, usable)
-            if fetch:
-                state.lower_tokens += min(stop * block, piece.end_token) - at * block
+            served = min(stop * block, piece.end_token, end) - at * block
+            state.lower_tokens += served if fetch else 0
             picked, pages = groups.pick(piece.span, piece.end_token, entry.slots, block_ids, range(at, stop), end)
-            load.ops.append(LoadOp(piece.hash, entry.slots, picked, pages, fetch))
+            load.ops.append(LoadOp(piece.hash, entry.slots, picked, pages, served, fetch))
             at = stop
         load.lost_blocks = groups.needed(block_ids, range(at, usable), end)
 
     def lose(self, request_id: str, block_ids: Sequence[int], *, is_async: bool) -> None:
         """A promise cannot be kept: these pages must be recomputed, and an async wait must end."""
         self._loads = [load for load in self._loads if load.request_id != request_id]
-        self._loads.append(RequestLoad(request_id, [], 0, 0, is_async, list(block_ids)))
+        self._loads.append(RequestLoad(request_id, [], 0, is_async, list(block_ids)))
 
     def _count_miss(self, state: RequestState, plan: Sequence[Piece]) -> None:
         """Count why the first block that no tier holds is not there."""
@@ -289,7 +290,7 @@ class Scheduler:
     def _save_object(self, piece: Piece, state: RequestState, before: int, saves: list[SaveOp]) -> None:
         """Save an object of this request from its pages, unless it is there already."""
         key = piece.hash
-        if self.index.get(key) is not None or not self._saves.is_due(key):
+        if self.index.get(key) is not None or self._needs_no_copy(key, state) or not self._saves.is_due(key):
             return
         pages = self.groups.pages(piece.span, piece.end_token, state.block_ids, before)
         entry = self.index.reserve(key, len(pages)) if pages else None
@@ -302,6 +303,10 @@ class Scheduler:
             self._unsettled[key] = len(self.namespaces)
         saves.append(SaveOp(key, entry.slots, pages, piece.end_token, write))
         self.counters["saved_tokens"] += piece.end_token - piece.span.first_block * self.chunker.block_tokens
+
+    def _needs_no_copy(self, key: bytes, state: RequestState) -> bool:
+        """Whether the lower tiers hold this object and host memory would not keep it."""
+        return not self.config.keeps_memory and key in state.held_below and key not in self._bad
 
     def absorb(self, report: WorkerReport) -> None:
         """Learn what the workers finished."""

@@ -164,6 +164,7 @@ class Worker:
         slots: list[int] = []
         pages: list[int] = []
         tiers: dict[str, None] = {}
+        tokens = 0
         wanted = [block for op in load.ops for block in op.block_ids]
         clock: Clock | None = None
         try:
@@ -173,16 +174,16 @@ class Worker:
                     break  # what follows a hole is useless too: KV without its prefix
                 slots += op.picked
                 pages += op.block_ids
+                tokens += op.num_tokens
                 tiers["lower" if op.fetch else "memory"] = None
             if slots and load.is_async:
                 self.transfer.load_and_wait(slots, pages, after)
             elif slots:
                 clock = self.transfer.load(slots, pages)
         except Exception:
-            pages = []
+            pages, tokens = [], 0
             self._failed("load", load.ops[0].hash, settled=False)
         num_bytes = len(pages) * self.transfer.layout.block_bytes
-        tokens = load.num_tokens * len(pages) // max(len(wanted), 1)
         seconds = time.perf_counter() - start
         row = LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", seconds)
         lost = load.lost_blocks + wanted[len(pages) :]
