@@ -45,11 +45,13 @@ class SaveOp:
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """One step's copies. `num_tokens` are those the step computes."""
+    """One step's copies. `num_tokens` are those the step computes; `faults` those the scheduler had heard of when it
+    planned the step."""
 
     loads: list[RequestLoad] = field(default_factory=list)
     saves: list[SaveOp] = field(default_factory=list)
     num_tokens: int = 0
+    faults: int = 0
 
 
 @dataclass
@@ -67,16 +69,18 @@ class LoadRow:
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
-    """What ranks finished since the last step. Counters count ranks, so that the scheduler knows when all did."""
+    """What ranks finished since the last step. Counters count ranks, so that the scheduler knows when all did.
+    `faults`: loads within steps that have lost pages, since the start; 0 where there was none since the last report."""
 
     loaded: Counter[str] = field(default_factory=Counter)  # request ids
     settled: Counter[bytes] = field(default_factory=Counter)  # hashes whose hand-over to lower tiers ended
     bad: set[bytes] = field(default_factory=set)  # hashes that must not be served again
     rows: list[LoadRow] = field(default_factory=list)
     prefills: list[tuple[int, float]] = field(default_factory=list)  # tokens and seconds of forward passes
+    faults: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.loaded or self.settled or self.bad or self.rows or self.prefills)
+        return bool(self.loaded or self.settled or self.bad or self.rows or self.prefills or self.faults)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         if isinstance(other, WorkerReport):
@@ -85,4 +89,5 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.bad |= other.bad
             self.rows += other.rows
             self.prefills += other.prefills
+            self.faults = max(self.faults, other.faults)
         return self

@@ -54,6 +54,7 @@ class Scheduler:
         self._arrived: dict[str, int] = {}  # ranks that finished an async load
         self._bad: dict[bytes, None] = {}  # hashes a lower tier answered with broken or absent data
         self.admission = LoadAdmission(enabled=config.admission)
+        self._faults = 0  # loads within steps that lost pages, as far as heard
         self._saves = SaveAdmission(config.after_sights)
         self._planner = Planner(index, chunker, keeps_memory=config.keeps_memory)
         self._lookup = Lookup(lower, chunker, namespaces, config.lookup_timeout_ms / 1e3, self.counters)
@@ -111,9 +112,11 @@ class Scheduler:
         return plan, min(end_token(plan), usable)
 
     def _is_async(self, plan: list[Piece]) -> bool:
-        """Whether a load runs between steps: if it may fail, and where the engine has several groups, as it can be told
-        of failures of such loads alone there."""
-        return self.groups.are_several or any(not piece.in_memory for piece in plan)
+        """Whether a load runs between steps: if it may fail; where the engine has several groups, as it can be told of
+        failures of such loads alone there; and where there are several ranks, as those that lose nothing would save
+        what the step computes on another's lost pages."""
+        alone = len(self.namespaces) == 1 and not self.groups.are_several
+        return not alone or any(not piece.in_memory for piece in plan)
 
     def _num_slots(self, piece: Piece) -> int:
         return self.groups.num_slots(piece.span, piece.end_token)
@@ -220,7 +223,7 @@ class Scheduler:
     def build(self, output: Any) -> StepMetadata:
         """This step's loads and saves."""
         loads, self._loads = self._loads, []
-        metadata = StepMetadata(loads, [], output.total_num_scheduled_tokens)
+        metadata = StepMetadata(loads, [], output.total_num_scheduled_tokens, self._faults)
         if (self._in_flight or self._waiting) and not loads and output.total_num_scheduled_tokens == 0:
             time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the threads it waits for from running
         self._waiting = False
@@ -311,6 +314,7 @@ class Scheduler:
     def absorb(self, report: WorkerReport) -> None:
         """Learn what the workers finished."""
         ranks = len(self.namespaces)
+        self._faults = max(self._faults, report.faults)
         for key in report.bad:
             self._bad[key] = None
             self.counters["bad_objects"] += 1

@@ -63,6 +63,7 @@ class Worker:
         self._lost_blocks: set[int] = set()
         self._finished: set[str] = set()
         self._lost_requests: set[str] = set()
+        self._faults = 0  # loads within steps that lost pages
         self._under_way: list[tuple[LoadRow, int, Clock]] = []  # loads whose copies have not ended
         self._forward: tuple[int, Clock] | None = None  # tokens of this step's forward pass
         self._forwards: list[tuple[int, Clock]] = []  # forward passes that may not have ended
@@ -96,6 +97,12 @@ class Worker:
         ops, metadata.saves = metadata.saves, []
         if not ops:
             return
+        if metadata.faults < self._faults:
+            # These steps compute on pages that could not be filled; the engine will take them back.
+            for op in ops:
+                self._unsaved(op)
+            self.counters["saves_after_faults"] += len(ops)
+            return
         slots = [slot for op in ops for slot in op.slots]
         try:
             for slot in slots:
@@ -103,7 +110,8 @@ class Worker:
             self.transfer.save([block for op in ops for block in op.block_ids], slots)
         except Exception:
             for op in ops:
-                self._failed("save", op.hash, settled=op.write)
+                self._failed("save", op.hash)
+                self._unsaved(op)
             return
         for op in ops:
             for slot in op.slots:
@@ -182,7 +190,7 @@ class Worker:
                 clock = self.transfer.load(slots, pages)
         except Exception:
             pages, tokens = [], 0
-            self._failed("load", load.ops[0].hash, settled=False)
+            self._failed("load", load.ops[0].hash)
         num_bytes = len(pages) * self.transfer.layout.block_bytes
         seconds = time.perf_counter() - start
         row = LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", seconds)
@@ -194,6 +202,9 @@ class Worker:
                 self._finished.add(load.request_id)
                 if lost:
                     self._lost_requests.add(load.request_id)
+            elif lost:
+                self._faults += 1
+                self._report.faults = self._faults
             if clock is not None:
                 self._under_way.append((row, load.prompt_tokens, clock))
         if clock is None and wanted:
@@ -229,7 +240,7 @@ class Worker:
             if place is None:
                 self.transfer.fill(op.slots, out)
         except Exception:
-            self._failed("fetch", op.hash, settled=False)
+            self._failed("fetch", op.hash)
             return
         for slot in op.slots:
             self._owner[slot] = op.hash
@@ -241,7 +252,7 @@ class Worker:
                 key = self.engine.namespace.key(op.hash)
                 self.engine.save_object(key, self.transfer.slots(op.slots), PAGE_AXES, num_tokens=op.num_tokens)
         except Exception:
-            self._failed("write", op.hash, settled=False)
+            self._failed("write", op.hash)
         with self._lock:
             self._report.settled[op.hash] += 1
 
@@ -249,12 +260,16 @@ class Worker:
         with self._lock:
             self._report.bad.add(key)
 
-    def _failed(self, what: str, key: bytes, *, settled: bool) -> None:
+    def _unsaved(self, op: SaveOp) -> None:
+        """An object whose slots were not filled."""
+        with self._lock:
+            self._report.bad.add(op.hash)
+            if op.write:
+                self._report.settled[op.hash] += 1
+
+    def _failed(self, what: str, key: bytes) -> None:
         """An error of ours costs a miss, never the engine: count it, tell it with its trace the first time."""
         self.counters[f"{what}_errors"] += 1
         if self.counters[f"{what}_errors"] == 1:
             logger.exception("kvlab: %s of object %s failed", what, key.hex())
-        with self._lock:
-            self._report.bad.add(key)
-            if settled:
-                self._report.settled[key] += 1
+        self._mark_bad(key)

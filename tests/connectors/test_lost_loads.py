@@ -1,0 +1,76 @@
+"""Loads within a step that fail: the engine recomputes, and what it computed over the holes is kept nowhere."""
+
+import pytest
+
+from tests.connectors.engine import connector, engine, generate, prompt, shared, worker
+from tests.connectors.test_disk_tier import drain
+
+FIRST, OTHER = prompt(300), prompt(300, ending=0)  # the first four of five objects are the same
+
+
+def another_owner(llm, monkeypatch):
+    """The second chunk's slots hold something else."""
+    owner = worker(llm)._owner
+    second = list(dict.fromkeys(key for key in owner if key is not None))[1]
+    for slot, key in enumerate(owner):
+        if key == second:
+            owner[slot] = b"another"
+
+
+def no_copy(llm, monkeypatch):
+    """The copy itself fails once."""
+    transfer = worker(llm).transfer
+    original, calls = transfer.load, []
+
+    def load(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("no copy today")
+        return original(*args)
+
+    monkeypatch.setattr(transfer, "load", load)
+
+
+def no_plan(llm, monkeypatch):
+    """The scheduler side fails once after it has promised a load."""
+    scheduler = connector(llm).scheduler
+    original, calls = scheduler.allocated, []
+
+    def allocated(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("no plan today")
+        return original(*args)
+
+    monkeypatch.setattr(scheduler, "allocated", allocated)
+
+
+@pytest.mark.parametrize("fault", [another_owner, no_copy, no_plan])
+@pytest.mark.parametrize("lower", [False, True], ids=["memory", "with-disk"])
+def test_a_failed_load_poisons_nothing(lower, fault, tmp_path, expected, monkeypatch):
+    tiers = ["memory://?size=256MiB"] + ([f"file://{tmp_path}?size=1GiB"] if lower else [])
+    with engine(tiers) as llm:
+        ours = connector(llm)
+        generate(llm, [FIRST])
+        drain(llm)
+        fault(llm, monkeypatch)
+        asked = [generate(llm, [p])[0] for p in (OTHER, OTHER, OTHER, FIRST)]
+        assert [answer.tokens for answer in asked] == [expected(p) for p in (OTHER, OTHER, OTHER, FIRST)]
+        assert worker(llm).counters["saves_after_faults"] > 0, "the fault came to pass"
+        assert asked[2].hit == 299, "the cache goes on"
+        drain(llm)
+        if lower:
+            ours.reset_cache()
+            again = [generate(llm, [p])[0] for p in (OTHER, FIRST)]
+            assert [(answer.hit, answer.tokens) for answer in again] == [(299, expected(p)) for p in (OTHER, FIRST)]
+
+
+def test_other_requests_of_the_step_are_not_touched(expected, monkeypatch):
+    llm = shared("memory://?size=512MiB")
+    connector(llm).reset_cache()
+    prompts = [OTHER, prompt(480, ending=0), prompt(200, ending=3)]
+    generate(llm, [FIRST])
+    no_copy(llm, monkeypatch)
+    for _ in range(3):
+        assert [answer.tokens for answer in generate(llm, prompts)] == [expected(p) for p in prompts]
+    assert worker(llm).counters["saves_after_faults"] > 0
