@@ -183,9 +183,11 @@ def test_an_error_in_a_copy_costs_only_the_hit(settings, expected, monkeypatch, 
             assert ask(llm, p)[0].tokens == expected(p)
         for _ in range(2):
             assert ask(llm, p)[0].tokens == expected(p)
-        for name in ("match", "allocated", "absorb", "_collect_saves", "_place"):
+        scheduler = connector(llm).scheduler
+        hooks = [(scheduler, name) for name in ("match", "allocated", "absorb", "_place")]
+        for owner, name in [*hooks, (scheduler.saves, "collect")]:
             with monkeypatch.context() as patch:
-                patch.setattr(connector(llm).scheduler, name, broken)
+                patch.setattr(owner, name, broken)
                 assert ask(llm, p)[0].tokens == expected(p), name
 
 

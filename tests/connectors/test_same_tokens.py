@@ -96,10 +96,11 @@ def test_an_error_in_any_hook_costs_only_the_hit(fresh, expected, monkeypatch):
     def broken(*_args, **_kwargs):
         raise RuntimeError("planted")
 
-    for name in ("match", "allocated", "absorb", "finished", "_collect_saves", "_place"):
+    hooks = [(scheduler, name) for name in ("match", "allocated", "absorb", "finished", "_place")]
+    for owner, name in [*hooks, (scheduler.saves, "collect")]:
         generate(fresh, [p])
         with monkeypatch.context() as patch:
-            patch.setattr(scheduler, name, broken)
+            patch.setattr(owner, name, broken)
             assert generate(fresh, [p])[0].tokens == expected(p), name
     scheduler._states.clear()
     assert generate(fresh, [p])[0].tokens == expected(p)

@@ -70,7 +70,7 @@ class LoadRow:
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
     """What ranks finished since the last step. Counters count ranks, so that the scheduler knows when all did.
-    `faults`: loads within steps that have lost pages, since the start; 0 where there was none since the last report."""
+    `faults`: loads within steps that have lost pages, since the start, told until the scheduler's plans show it."""
 
     loaded: Counter[str] = field(default_factory=Counter)  # request ids
     settled: Counter[bytes] = field(default_factory=Counter)  # hashes whose hand-over to lower tiers ended

@@ -9,14 +9,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from kvlab.chunking import Chunker, Span
+from kvlab.chunking import Chunker
 from kvlab.connectors.config import ConnectorConfig
-from kvlab.connectors.vllm.admission import LoadAdmission, SaveAdmission
+from kvlab.connectors.vllm.admission import LoadAdmission
 from kvlab.connectors.vllm.groups import Groups
 from kvlab.connectors.vllm.lookup import Lookup
-from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.planning import Planner, end_block, end_token
 from kvlab.connectors.vllm.requests import Piece, RequestState, request_extras, wants_recompute
+from kvlab.connectors.vllm.saves import SavePlanner
 from kvlab.connectors.vllm.slots import SlotIndex
 from kvlab.hashing import Namespace
 from kvlab.stores import Store
@@ -46,16 +47,23 @@ class Scheduler:
         self.enabled = config.enabled
         self.counters: Counter[str] = Counter()
         self._states: dict[str, RequestState] = {}
-        self._unsaved: dict[str, RequestState] = {}  # those that may still have something to save
         self._loads: list[RequestLoad] = []
         self._waiting = False  # since the last step somebody was told to ask again
         self._in_flight: dict[str, list[bytes]] = {}  # async loads: request id -> hashes pinned for it
-        self._unsettled: dict[bytes, int] = {}  # hashes being handed to lower tiers -> ranks still to answer
         self._arrived: dict[str, int] = {}  # ranks that finished an async load
         self._bad: dict[bytes, None] = {}  # hashes a lower tier answered with broken or absent data
         self.admission = LoadAdmission(enabled=config.admission)
         self._faults = 0  # loads within steps that lost pages, as far as heard
-        self._saves = SaveAdmission(config.after_sights)
+        self.saves = SavePlanner(
+            config,
+            chunker,
+            groups,
+            index,
+            has_lower=lower is not None,
+            ranks=len(namespaces),
+            bad=self._bad,
+            counters=self.counters,
+        )
         self._planner = Planner(index, chunker, keeps_memory=config.keeps_memory)
         self._lookup = Lookup(lower, chunker, namespaces, config.lookup_timeout_ms / 1e3, self.counters)
 
@@ -228,88 +236,11 @@ class Scheduler:
             time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the threads it waits for from running
         self._waiting = False
         try:
-            self._collect_saves(output, metadata.saves)
+            self.saves.collect(output, metadata.saves, enabled=self.enabled)
         except Exception:  # a save is only a later miss; the loads above must reach the workers
             self.counters["errors"] += 1
             logger.exception("kvlab: could not plan this step's saves")
         return metadata
-
-    def _collect_saves(self, output: Any, saves: list[SaveOp]) -> None:
-        """Only requests with something left to save are looked at: most of those that decode have nothing."""
-        if not self._unsaved:
-            return
-        computed: dict[str, int] = {}
-        for new in output.scheduled_new_reqs:
-            if (state := self._unsaved.get(new.req_id)) is not None:
-                computed[new.req_id] = new.num_computed_tokens
-                state.block_ids = [list(table) for table in new.block_ids]
-        cached = output.scheduled_cached_reqs
-        for req_id, blocks, num_computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            if (state := self._unsaved.get(req_id)) is None:
-                continue
-            computed[req_id] = num_computed
-            if req_id in cached.resumed_req_ids:
-                state.block_ids = [[] for _ in self.groups.windows]
-            for table, more in zip(state.block_ids, blocks or (), strict=False):
-                table += more
-        if not self.enabled:
-            return
-        for req_id, before in computed.items():
-            state = self._unsaved[req_id]
-            num_computed = before + output.num_scheduled_tokens[req_id]
-            self._save_request(state, before, num_computed, saves)
-            if num_computed >= state.request.num_prompt_tokens and not self.config.save_generated:
-                del self._unsaved[req_id]
-
-    def _save_request(self, state: RequestState, before: int, num_computed: int, saves: list[SaveOp]) -> None:
-        """Save the objects whose last block is computed by the end of this step, which began with `before` tokens."""
-        request, block = state.request, self.chunker.block_tokens
-        num_pages = len(state.block_ids[0]) if state.block_ids else 0
-        if num_computed >= request.num_prompt_tokens and not state.rest_saved:
-            state.rest_saved = True
-            rest, at = state.rest_hash(self.chunker), request.num_prompt_tokens // block
-            if rest is not None and at < num_pages:
-                piece = Piece(Span(at, at + 1), rest, request.num_prompt_tokens, in_memory=False)
-                self._save_object(piece, state, before, saves)
-                self.index.touch([rest])
-        # The engine may still take back generated tokens; it never takes back the prompt's.
-        limit = request.num_tokens - 1 if self.config.save_generated else request.num_prompt_tokens
-        end = min(num_computed, limit) // block
-        if end <= state.num_saved_blocks:
-            return
-        hashes = state.extend_hashes(self.chunker)
-        prompt_end = request.num_prompt_tokens // block
-        for span in self.chunker.spans(min(end, len(hashes), num_pages) * block):
-            full = span.num_blocks == self.chunker.chunk_blocks
-            if span.end_block <= state.num_saved_blocks or not (full or span.end_block == prompt_end):
-                continue
-            state.num_saved_blocks = span.end_block
-            piece = Piece(span, hashes[span.end_block - 1], span.end_block * block, in_memory=False)
-            self._save_object(piece, state, before, saves)
-        self.index.touch(hashes[s.end_block - 1] for s in reversed(self.chunker.spans(end * block)))
-
-    def _save_object(self, piece: Piece, state: RequestState, before: int, saves: list[SaveOp]) -> None:
-        """Save an object of this request from its pages, unless it is there already."""
-        key = piece.hash
-        if self.index.get(key) is not None or self._needs_no_copy(key, state) or not self._saves.is_due(key):
-            return
-        pages = self.groups.pages(piece.span, piece.end_token, state.block_ids, before)
-        entry = self.index.reserve(key, len(pages)) if pages else None
-        if entry is None:
-            self.counters["saves_dropped"] += 1
-            return
-        write = self.lower is not None
-        if write:
-            self.index.pin(key)
-            self._unsettled[key] = len(self.namespaces)
-        saves.append(SaveOp(key, entry.slots, pages, piece.end_token, write))
-        self.counters["saved_tokens"] += piece.end_token - piece.span.first_block * self.chunker.block_tokens
-
-    def _needs_no_copy(self, key: bytes, state: RequestState) -> bool:
-        """Whether the lower tiers hold this object and host memory would not keep it."""
-        return not self.config.keeps_memory and key in state.held_below and key not in self._bad
 
     def absorb(self, report: WorkerReport) -> None:
         """Learn what the workers finished."""
@@ -329,13 +260,9 @@ class Scheduler:
                 del self._arrived[req_id]
                 self._release(self._in_flight.pop(req_id, ()))
         for key, count in report.settled.items():
-            left = self._unsettled.get(key, count) - count
-            if left > 0:
-                self._unsettled[key] = left
-                continue
-            self._unsettled.pop(key, None)
-            self._bad.pop(key, None)  # the lower tiers hold a fresh copy
-            self._release([key])
+            if self.saves.settle(key, count):
+                self._bad.pop(key, None)  # the lower tiers hold a fresh copy
+                self._release([key])
         for row in report.rows:
             state = self._states.get(row.request_id)
             if state is not None:
@@ -368,7 +295,7 @@ class Scheduler:
     def finished(self, request: Any) -> dict[str, Any] | None:
         """The request is done. Its row, where reports are wanted."""
         state = self._states.pop(request.request_id, None)
-        self._unsaved.pop(request.request_id, None)
+        self.saves.forget(request.request_id)
         if state is None or not self.config.report:
             return None
         return {"kvlab": {"prompt_tokens": request.num_prompt_tokens, "hit_tokens": 0, "tier": "none", **state.row}}
@@ -396,5 +323,5 @@ class Scheduler:
                 return None
             state = RequestState(request, extras, keeps_rest=self.config.whole_prompts)
             self._states[request.request_id] = state
-            self._unsaved[request.request_id] = state
+            self.saves.follow(request.request_id, state)
         return state

@@ -95,13 +95,14 @@ class Worker:
             self._forwards.append(self._forward)
             self._forward = None
         ops, metadata.saves = metadata.saves, []
-        if not ops:
-            return
         if metadata.faults < self._faults:
-            # These steps compute on pages that could not be filled; the engine will take them back.
+            # Such steps compute on pages that could not be filled; the engine takes them back once it has heard.
+            self._report.faults = self._faults
             for op in ops:
                 self._unsaved(op)
             self.counters["saves_after_faults"] += len(ops)
+            return
+        if not ops:
             return
         slots = [slot for op in ops for slot in op.slots]
         try:
@@ -204,7 +205,6 @@ class Worker:
                     self._lost_requests.add(load.request_id)
             elif lost:
                 self._faults += 1
-                self._report.faults = self._faults
             if clock is not None:
                 self._under_way.append((row, load.prompt_tokens, clock))
         if clock is None and wanted:
