@@ -93,6 +93,22 @@ def check_slots(transfer, blocks, others, slots) -> None:
     assert torch.equal(transfer.slots(slots), before.flip(0))
 
 
+def check_writes(transfer, blocks, slots) -> None:
+    """A save behind a busy engine, larger than the ring: the engine goes on beside it, and what it then writes to the
+    same pages the save does not see."""
+    before = pages_of(transfer, blocks)
+    torch.cuda._sleep(10_000_000)
+    engine = transfer.clock()
+    save = transfer.save(blocks, slots)
+    engine.stop()
+    transfer.before_writes(blocks[-1:])
+    for pages in transfer.layout.pages:
+        pages[torch.tensor(blocks, device="cuda")] = 0x66
+    torch.cuda.synchronize()
+    assert torch.equal(transfer.slots(slots), before)
+    assert engine.seconds() < save.seconds() / 4, (engine.seconds(), save.seconds())
+
+
 def check_clock(transfer) -> None:
     """A clock knows no time before the work has ended, and then about the right one."""
     clock = transfer.clock()
@@ -125,6 +141,7 @@ def check_all() -> None:
             check(transfer, torch.randperm(BLOCKS)[:count].tolist(), torch.randperm(800)[:count].tolist())
         check_order(transfer, list(range(300)), list(range(300)), list(range(300, 600)))
         check_slots(transfer, list(range(300)), list(range(300, 600)), list(range(300)))
+        check_writes(transfer, list(range(800)), list(range(800)))
         check_clock(transfer)
         transfer.close()
         print("bytes, order and clocks are right:", name, flush=True)

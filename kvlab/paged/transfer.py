@@ -58,6 +58,9 @@ class CPUTransfer:
             for block_id, slot in zip(block_ids, slots, strict=True):
                 pages[block_id] = self._arena[slot, layer]
 
+    def before_writes(self, block_ids: Sequence[int]) -> None:
+        """Nothing: no save is under way when a call returns."""
+
     def fence(self) -> None:
         """Nothing is under way when a call returns."""
 

@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from tests.connectors.engine import connector, core, engine, generate, prompt, worker
 from tests.connectors.test_disk_tier import drain
@@ -52,6 +53,63 @@ def test_saves_are_over_before_pages_are_freed(tmp_path, expected, lower):
             assert [answer.tokens for answer in generate(llm, prompts)] == [expected(p) for p in prompts]
         assert len(freed) > 100
         assert connector(llm).scheduler.counters["hit_requests"] >= 8
+        assert not connector(llm).hook_errors
+
+
+class LateSaves:
+    """Saves run at the last moment that they may: before their pages are written to, or their slots used."""
+
+    def __init__(self, transfer, monkeypatch):
+        self.layout, self.save = transfer.layout, transfer.save
+        self.waiting, self.at_last, self.too_late = [], 0, 0
+        monkeypatch.setattr(transfer, "save", self.later)
+        monkeypatch.setattr(transfer, "before_writes", self.before_writes)
+        for name in ("view", "slots", "fill"):
+            monkeypatch.setattr(transfer, name, self.first(getattr(transfer, name)))
+        monkeypatch.setattr(transfer, "load", self.first(transfer.load, loads=True))
+
+    def before_writes(self, block_ids):
+        self.at_last += self.run(pages=block_ids)
+
+    def later(self, block_ids, slots):
+        self.run(slots=slots)
+        self.waiting.append((list(block_ids), list(slots), self.bytes_of(block_ids)))
+
+    def bytes_of(self, block_ids):
+        return torch.stack([pages[list(block_ids)] for pages in self.layout.pages])
+
+    def first(self, method, *, loads=False):
+        def call(slots, *rest):
+            self.run(slots=slots, pages=rest[0] if loads else ())
+            return method(slots, *rest)
+
+        return call
+
+    def run(self, *, slots=(), pages=()):
+        """How many ran. Those before one that can wait no longer run as well: a stream keeps their order."""
+        urgent = [at for at, (b, s, _) in enumerate(self.waiting) if set(b) & set(pages) or set(s) & set(slots)]
+        due = self.waiting[: max(urgent, default=-1) + 1]
+        for block_ids, own, before in due:
+            self.too_late += not torch.equal(self.bytes_of(block_ids), before)  # an error here would be caught
+            self.save(block_ids, own)
+        del self.waiting[: len(due)]
+        return len(due)
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_saves_hear_of_writes_to_their_pages_first(expected, prefix_caching, monkeypatch):
+    """Saves read pages after the step, on a GPU perhaps after the request has ended: whoever gets a page must be named
+    before it is written to. Whole pages only, as requests go on writing to their last one."""
+    prompts = [prompt(200, ending=e) for e in range(8)] + [prompt(480), prompt(90), prompt(480, ending=0)]
+    few_pages = {"kv_cache_memory_bytes": 24 * 32 * 46080, "max_model_len": 512}
+    settings = {**few_pages, "enable_prefix_caching": prefix_caching}
+    # No hit on the first pass: a load would run the saves before it.
+    with engine(["memory://?size=256MiB"], settings, whole_prompts=False, min_hit_tokens=190) as llm:
+        late = LateSaves(worker(llm).transfer, monkeypatch)
+        assert ask_twice(llm, prompts) == [[expected(p) for p in prompts]] * 2
+        assert late.too_late == 0
+        assert late.at_last > 0
+        assert connector(llm).scheduler.counters["hit_requests"] > 0
         assert not connector(llm).hook_errors
 
 

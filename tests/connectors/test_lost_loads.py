@@ -65,6 +65,21 @@ def test_a_failed_load_poisons_nothing(lower, fault, tmp_path, expected, monkeyp
             assert [(answer.hit, answer.tokens) for answer in again] == [(299, expected(p)) for p in (OTHER, FIRST)]
 
 
+def test_a_promise_that_cannot_be_kept_is_not_made_again(tmp_path, expected, monkeypatch):
+    """Loads between steps: the engine asks again after each that failed."""
+
+    def broken(*_args):
+        raise RuntimeError("no plan ever")
+
+    with engine([f"file://{tmp_path}?size=1GiB"]) as llm:
+        generate(llm, [FIRST])
+        drain(llm)
+        monkeypatch.setattr(connector(llm).scheduler, "_place", broken)
+        answer = generate(llm, [FIRST])[0]
+        assert (answer.hit, answer.tokens) == (0, expected(FIRST))
+        assert connector(llm).hook_errors == {"update_state_after_alloc": 1}
+
+
 def test_other_requests_of_the_step_are_not_touched(expected, monkeypatch):
     llm = shared("memory://?size=512MiB")
     connector(llm).reset_cache()

@@ -127,7 +127,9 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             namespace = rank_namespace(self.namespace, self._vllm_config.parallel_config.rank)
             lower = open_stores(self.config.lower_tiers)
             engine = CacheEngine(lower, namespace=namespace, chunker=self.chunker, serde=self.config.serde)
-        self.worker = Worker(_transfer(layout, self.num_slots, self.config.gpu_staging), self.num_slots, engine)
+        transfer = _transfer(layout, self.num_slots, self.config.gpu_staging)
+        early = self.groups.are_several or compat.zeroes_pages(self._kv_cache_config)
+        self.worker = Worker(transfer, self.num_slots, engine, writes_early=early)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)

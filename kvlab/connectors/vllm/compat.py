@@ -101,6 +101,11 @@ def packing(vllm_config: Any) -> str:
     return f"{backend}/{capability}/amx={amx}"
 
 
+def zeroes_pages(kv_cache_config: Any) -> bool:
+    """Whether the engine clears new pages, which it does before the connector hears of the step."""
+    return bool(getattr(kv_cache_config, "needs_kv_cache_zeroing", False))
+
+
 def hit_sources() -> Any | None:
     """vLLM's enumeration of cache hit sources, where it has one."""
     if find_spec("vllm.v1.metrics.cache_hit_source") is None:

@@ -45,12 +45,13 @@ class SaveOp:
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """One step's copies. `num_tokens` are those the step computes; `faults` those the scheduler had heard of when it
-    planned the step."""
+    """One step's copies. `num_tokens` are those the step computes; `new_blocks` the pages that requests have been given
+    for it; `faults` those the scheduler had heard of when it planned the step."""
 
     loads: list[RequestLoad] = field(default_factory=list)
     saves: list[SaveOp] = field(default_factory=list)
     num_tokens: int = 0
+    new_blocks: list[int] = field(default_factory=list)
     faults: int = 0
 
 

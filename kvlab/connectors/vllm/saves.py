@@ -13,6 +13,17 @@ from kvlab.connectors.vllm.requests import Piece, RequestState
 from kvlab.connectors.vllm.slots import SlotIndex
 
 
+def given_blocks(output: Any, block_tokens: int) -> list[int]:
+    """The pages that requests have been given for a step: those it may write to that others may have had before."""
+    tables: list[list[int]] = []
+    for new in output.scheduled_new_reqs:
+        tables += [table[new.num_computed_tokens // block_tokens :] for table in new.block_ids]
+    cached = output.scheduled_cached_reqs
+    for more in cached.new_block_ids:
+        tables += more or ()
+    return [block for table in tables for block in table]
+
+
 class SavePlanner:
     """Follows each request's pages until its prompt is computed. Where there are lower tiers, `ranks` hand each object
     on to them; `bad` are those that were found broken there."""

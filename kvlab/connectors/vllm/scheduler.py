@@ -17,7 +17,7 @@ from kvlab.connectors.vllm.lookup import Lookup
 from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.planning import Planner, end_block, end_token
 from kvlab.connectors.vllm.requests import Piece, RequestState, request_extras, wants_recompute
-from kvlab.connectors.vllm.saves import SavePlanner
+from kvlab.connectors.vllm.saves import SavePlanner, given_blocks
 from kvlab.connectors.vllm.slots import SlotIndex
 from kvlab.hashing import Namespace
 from kvlab.stores import Store
@@ -74,7 +74,7 @@ class Scheduler:
         if not self.enabled or wants_recompute(request):
             return 0, False
         state = self._state(request)
-        if state is None:
+        if state is None or state.given_up:
             return 0, False
         state.extend_hashes(self.chunker)
         block = self.chunker.block_tokens
@@ -198,9 +198,13 @@ class Scheduler:
             load.ops.append(LoadOp(piece.hash, entry.slots, picked, pages, served, fetch))
             at = stop
         load.lost_blocks = groups.needed(block_ids, range(at, usable), end)
+        state.given_up = bool(load.lost_blocks)
 
     def lose(self, request_id: str, block_ids: Sequence[int], *, is_async: bool) -> None:
-        """A promise cannot be kept: these pages must be recomputed, and an async wait must end."""
+        """A promise cannot be kept: these pages must be recomputed, and an async wait must end. The engine will ask
+        again, and a second promise might end like the first."""
+        if (state := self._states.get(request_id)) is not None:
+            state.given_up = True
         self._loads = [load for load in self._loads if load.request_id != request_id]
         self._loads.append(RequestLoad(request_id, [], 0, is_async, list(block_ids)))
 
@@ -231,7 +235,8 @@ class Scheduler:
     def build(self, output: Any) -> StepMetadata:
         """This step's loads and saves."""
         loads, self._loads = self._loads, []
-        metadata = StepMetadata(loads, [], output.total_num_scheduled_tokens, self._faults)
+        new_blocks = given_blocks(output, self.chunker.block_tokens)
+        metadata = StepMetadata(loads, [], output.total_num_scheduled_tokens, new_blocks, self._faults)
         if (self._in_flight or self._waiting) and not loads and output.total_num_scheduled_tokens == 0:
             time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the threads it waits for from running
         self._waiting = False

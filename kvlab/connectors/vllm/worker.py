@@ -37,6 +37,7 @@ class Transfer(Protocol):
     arena: torch.Tensor
 
     def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> Clock | None: ...
+    def before_writes(self, block_ids: Sequence[int]) -> None: ...
     def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Clock | None: ...
     def fence(self) -> Any: ...
     def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int], after: Any) -> None: ...
@@ -48,15 +49,19 @@ class Transfer(Protocol):
 
 
 class Worker:
-    """Executes a step's copies. `engine` holds the lower tiers, or is None.
+    """Executes a step's copies. `engine` holds the lower tiers, or is None; `writes_early`: a step may write to new
+    pages before it begins here.
 
     Each slot remembers whose bytes it holds. A load whose slot belongs to another object is not carried out but
     reported, and the engine recomputes: whatever goes wrong elsewhere, no request sees another's KV.
     """
 
-    def __init__(self, transfer: Transfer, num_slots: int, engine: CacheEngine | None) -> None:
+    def __init__(
+        self, transfer: Transfer, num_slots: int, engine: CacheEngine | None, *, writes_early: bool = False
+    ) -> None:
         self.transfer = transfer
         self.engine = engine
+        self._writes_early = writes_early
         self.counters: Counter[str] = Counter()
         self._owner: list[bytes | None] = [None] * num_slots
         self._report = WorkerReport()
@@ -76,6 +81,7 @@ class Worker:
 
     def begin(self, metadata: StepMetadata) -> None:
         """The step's forward pass comes next (some versions of vLLM start loads only after it)."""
+        self.transfer.before_writes(metadata.new_blocks)
         timed = metadata.num_tokens >= MIN_PREFILL_TOKENS
         self._forward = (metadata.num_tokens, self.transfer.clock()) if timed else None
 
@@ -105,10 +111,13 @@ class Worker:
         if not ops:
             return
         slots = [slot for op in ops for slot in op.slots]
+        blocks = [block for op in ops for block in op.block_ids]
         try:
             for slot in slots:
                 self._owner[slot] = None
-            self.transfer.save([block for op in ops for block in op.block_ids], slots)
+            self.transfer.save(blocks, slots)
+            if self._writes_early:
+                self.transfer.before_writes(blocks)
         except Exception:
             for op in ops:
                 self._failed("save", op.hash)
