@@ -15,6 +15,7 @@ import pytest
 
 from kvlab.bench import report, run, serving_block
 from kvlab.bench.latency import summary
+from kvlab.bench.redis_server import RedisServer
 from kvlab.bench.server import Server
 from kvlab.bench.sharegpt import encoder, read_conversations, sample, sharegpt_file
 from kvlab.bench.tables import compare, read_rows
@@ -43,21 +44,23 @@ def measured(demo_model_path, tmp_path_factory):
     firsts = [(entry, entry["conversations"][0]["value"]) for entry in conversations if entry["conversations"]]
     short = [entry for entry, text in firsts if 300 < len(text) < 1800]
     part.write_text(json.dumps(short))
-    rows = run(
-        BACKENDS[0],
-        BACKENDS[1:],
-        model=demo_model_path,
-        dataset_path=str(part),
-        num_prompts=NUM_PROMPTS,
-        request_rate=2.5,
-        output_len=6,
-        cache_size="512MiB",
-        server_flags=SERVER,
-        settings=PATIENT,
-        warmups=1,
-        folder=folder,
-        out=folder / "rows.jsonl",
-    )
+    with RedisServer() as redis:
+        rows = run(
+            BACKENDS[0],
+            BACKENDS[1:],
+            model=demo_model_path,
+            dataset_path=str(part),
+            num_prompts=NUM_PROMPTS,
+            request_rate=2.5,
+            output_len=6,
+            cache_size="512MiB",
+            redis_url=f"{redis.url}?timeout_ms=60000",
+            server_flags=SERVER,
+            settings=PATIENT,
+            warmups=1,
+            folder=folder,
+            out=folder / "rows.jsonl",
+        )
     return rows, folder
 
 
