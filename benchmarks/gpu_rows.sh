@@ -42,7 +42,8 @@ with_graphs() {
 part() {
   case $1 in
     check) "$python" benchmarks/gpu_transfer.py --check-only ;;
-    transfer) "$python" benchmarks/gpu_transfer.py --peers --layouts NHD --rows "$OUT/gpu_transfer.csv" ;;
+    transfer)
+      "$python" benchmarks/gpu_transfer.py --peers --layouts NHD --rows "$OUT/gpu_transfer.csv" --staging "${STAGING:-128MiB}" ;;
     ttft)
       for backend in ${TTFT_BACKENDS:-none vllm-prefix kvlab lmcache vllm-offload}; do
         timeout 120 "$python" benchmarks/gpu_ttft.py "$MODEL" --load-format "$load_format" --backend "$backend" \

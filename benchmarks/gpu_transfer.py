@@ -23,8 +23,9 @@ from kvlab.bench.provenance import append_rows
 from kvlab.paged import gather, page_layout
 from kvlab.paged.batch import copies_between
 from kvlab.paged.driver import copy_batch
-from kvlab.paged.staging import CudaTransfer
+from kvlab.paged.staging import DEFAULT_STAGING_BYTES, CudaTransfer
 from kvlab.stores import open_store
+from kvlab.units import parse_bytes
 
 LAYERS, BLOCKS, PAGE, TOKENS, HEADS = 28, 2400, 32768, 16, 4
 SIZES = (1, 4, 14, 28, 64, 128, 256, 512, 1024)  # MiB
@@ -165,10 +166,10 @@ def methods(transfer, peers, blocks, slots):
     return found
 
 
-def measure(name, peers, repeats):
+def measure(name, peers, repeats, staging_bytes):
     pages = layout(name)
     most = SIZES[-1] * (1 << 20) // pages.block_bytes
-    transfer = CudaTransfer(pages, most * 2)
+    transfer = CudaTransfer(pages, most * 2, staging_bytes=staging_bytes)
     host, device = transfer.arena.view(-1), torch.empty(most * pages.block_bytes, dtype=torch.uint8, device="cuda")
     second = torch.cuda.Stream()
     for mib in SIZES:
@@ -221,6 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=Path, default=Path("data/measured/gpu_transfer.csv"))
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--staging", default=str(DEFAULT_STAGING_BYTES), help="GPU memory for the buffers between")
     parser.add_argument("--layouts", nargs="*", default=["NHD", "BLNHC"])
     parser.add_argument(
         "--peers", action="store_true", help="also vLLM's and LMCache's copies, which must be installed"
@@ -233,7 +235,7 @@ def main() -> None:
     rows = []
     try:
         for name in options.layouts:
-            for row in measure(name, options.peers and name == "NHD", options.repeats):
+            for row in measure(name, options.peers and name == "NHD", options.repeats, parse_bytes(options.staging)):
                 rows.append(row)
                 print(*(f"{k}={v}" for k, v in row.items()), flush=True)
     finally:
