@@ -81,6 +81,38 @@ def test_kinds_of_kv_that_nobody_can_name_are_refused(groups, message):
         served_groups(config)
 
 
+def setup(*, scales=False, eagle=False, **parallel):
+    """What of vLLM's configuration decides whether it is served."""
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**{"pipeline_parallel_size": 1, **parallel}),
+        cache_config=SimpleNamespace(calculate_kv_scales=scales),
+        speculative_config=SimpleNamespace(use_eagle=lambda: eagle) if eagle else None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size must be 1 with KVLabConnector, got 2"),
+        ({"decode_context_parallel_size": 4}, "decode_context_parallel_size must be 1 with KVLabConnector, got 4"),
+        ({"scales": True}, "give memory:// as the only tier"),
+        ({"eagle": True}, "turn one of the two off"),
+    ],
+)
+def test_setups_that_name_or_copy_kv_wrongly_are_refused(chosen, message):
+    from kvlab.connectors.vllm.compat import refuse_unserved
+
+    refuse_unserved(setup(), [], outlives=True)
+    with pytest.raises(ConfigError, match=message):
+        refuse_unserved(setup(**chosen), [], outlives=True)
+
+
+def test_scales_measured_in_the_process_are_no_matter_to_its_own_memory():
+    from kvlab.connectors.vllm.compat import refuse_unserved
+
+    refuse_unserved(setup(scales=True), [], outlives=False)
+
+
 def test_windows_are_those_the_engine_states():
     from kvlab.connectors.vllm.compat import served_groups
 

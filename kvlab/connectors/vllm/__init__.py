@@ -74,7 +74,8 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         # A tier that fails must cost a recompute; vLLM's default fails the request. Read by the scheduler after this.
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
         self.groups = compat.served_groups(kv_cache_config)
-        compat.refuse_unserved(vllm_config, kv_cache_config.kv_cache_groups)
+        outlives = bool(self.config.lower_tiers)
+        compat.refuse_unserved(vllm_config, kv_cache_config.kv_cache_groups, outlives=outlives)
         self.chunker = Chunker(chunk_tokens=self.config.chunk_tokens, block_tokens=self.groups.block_tokens)
         pages = [compat.page_bytes(group) for group in kv_cache_config.kv_cache_groups]
         self._pages = {layer: size for group in pages for layer, size in group.items()}

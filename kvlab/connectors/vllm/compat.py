@@ -67,8 +67,8 @@ def page_bytes(group: Any) -> dict[str, int]:
     return {layer: specs.get(layer, group.kv_cache_spec).page_size_bytes for layer in group.layer_names}
 
 
-def refuse_unserved(vllm_config: Any, groups: Sequence[Any]) -> None:
-    """ConfigError for setups whose KV would be named or copied wrongly."""
+def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool) -> None:
+    """ConfigError for setups whose KV would be named or copied wrongly; `outlives`: stored KV outlives the process."""
     parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
         raise ConfigError(
@@ -78,6 +78,11 @@ def refuse_unserved(vllm_config: Any, groups: Sequence[Any]) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(f"{name} must be 1 with KVLabConnector, got {getattr(parallel, name)}")
+    if outlives and getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise ConfigError(
+            "calculate_kv_scales measures the KV cache's scales anew in each process, which would read another's KV "
+            "wrongly; turn it off, or give memory:// as the only tier"
+        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.use_eagle():
         raise ConfigError(
