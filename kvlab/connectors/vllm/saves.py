@@ -18,9 +18,8 @@ def given_blocks(output: Any, block_tokens: int) -> list[int]:
     tables: list[list[int]] = []
     for new in output.scheduled_new_reqs:
         tables += [table[new.num_computed_tokens // block_tokens :] for table in new.block_ids]
-    cached = output.scheduled_cached_reqs
-    for more in cached.new_block_ids:
-        tables += more or ()
+    for more in filter(None, output.scheduled_cached_reqs.new_block_ids):  # most that decode were given none
+        tables += more
     return [block for table in tables for block in table]
 
 
