@@ -17,32 +17,25 @@ def another_owner(llm, monkeypatch):
             owner[slot] = b"another"
 
 
-def no_copy(llm, monkeypatch):
-    """The copy itself fails once."""
-    transfer = worker(llm).transfer
-    original, calls = transfer.load, []
+def fail_once(target, name, monkeypatch):
+    original, calls = getattr(target, name), []
 
-    def load(*args):
+    def failing(*args):
         calls.append(args)
         if len(calls) == 1:
-            raise RuntimeError("no copy today")
+            raise RuntimeError("planted")
         return original(*args)
 
-    monkeypatch.setattr(transfer, "load", load)
+    monkeypatch.setattr(target, name, failing)
+
+
+def no_copy(llm, monkeypatch):
+    fail_once(worker(llm).transfer, "load", monkeypatch)
 
 
 def no_plan(llm, monkeypatch):
-    """The scheduler side fails once after it has promised a load."""
-    scheduler = connector(llm).scheduler
-    original, calls = scheduler.allocated, []
-
-    def allocated(*args):
-        calls.append(args)
-        if len(calls) == 1:
-            raise RuntimeError("no plan today")
-        return original(*args)
-
-    monkeypatch.setattr(scheduler, "allocated", allocated)
+    """The scheduler side fails after it has promised a load."""
+    fail_once(connector(llm).scheduler, "allocated", monkeypatch)
 
 
 @pytest.mark.parametrize("fault", [another_owner, no_copy, no_plan])
@@ -69,7 +62,7 @@ def test_a_promise_that_cannot_be_kept_is_not_made_again(tmp_path, expected, mon
     """Loads between steps: the engine asks again after each that failed."""
 
     def broken(*_args):
-        raise RuntimeError("no plan ever")
+        raise RuntimeError("planted")
 
     with engine([f"file://{tmp_path}?size=1GiB"]) as llm:
         generate(llm, [FIRST])
