@@ -46,8 +46,8 @@ part() {
       "$python" benchmarks/gpu_transfer.py --peers --layouts NHD --rows "$OUT/gpu_transfer.csv" --staging "${STAGING:-128MiB}" ;;
     ttft)
       for backend in ${TTFT_BACKENDS:-none vllm-prefix kvlab lmcache vllm-offload}; do
-        timeout 120 "$python" benchmarks/gpu_ttft.py "$MODEL" --load-format "$load_format" --backend "$backend" \
-          --rows "$OUT/gpu_ttft.csv" || echo "$backend: ended with $?"
+        timeout "${TTFT_SECONDS:-120}" "$python" benchmarks/gpu_ttft.py "$MODEL" --load-format "$load_format" \
+          --backend "$backend" --graphs "${GRAPHS:-none}" --rows "$OUT/gpu_ttft.csv" || echo "$backend: ended with $?"
       done ;;
     pressure) with_graphs tests/connectors/test_pressure.py ;;
     tokens) with_graphs tests/connectors/test_same_tokens.py ;;

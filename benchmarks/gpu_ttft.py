@@ -4,6 +4,8 @@
 
 One request at a time, one new token, random token ids, weights may be random (`--load-format dummy`): only shapes
 matter here. One backend per process; run them one after the other on the same machine. Medians with the spread.
+`same_tokens` is the share of hits that answer what the prompt was answered when it was computed: near 1 where KV was
+loaded, as rounding flips few; a backend that claims hits and loads nothing stands near 0.
 """
 
 import argparse
@@ -38,7 +40,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, required=True)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--load-format", default="dummy")
-    parser.add_argument("--graphs", action="store_true", help="CUDA graphs and compilation on")
+    parser.add_argument("--graphs", choices=["none", "piecewise", "full"], default="none", help="CUDA graphs")
     parser.add_argument("--rows", type=Path, default=Path("data/measured/gpu_ttft.csv"))
     options = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -54,7 +56,8 @@ def main() -> None:
     llm = LLM(
         options.model,
         load_format=options.load_format,
-        enforce_eager=not options.graphs,
+        enforce_eager=options.graphs == "none",
+        compilation_config={"cudagraph_mode": "PIECEWISE"} if options.graphs == "piecewise" else None,
         max_model_len=16384,
         gpu_memory_utilization=0.8,
         enable_prefix_caching=keep_prefix,
@@ -64,26 +67,28 @@ def main() -> None:
     sampling = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     rng = random.Random(0)
 
-    def ask(ids: list[int]) -> float:
+    def ask(ids: list[int]) -> tuple[float, int]:
+        """Milliseconds, and the token."""
         if backend == "vllm-offload":
             llm.reset_prefix_cache()
         start = time.perf_counter()
-        llm.generate({"prompt_token_ids": ids}, sampling, use_tqdm=False)
-        return (time.perf_counter() - start) * 1e3
+        answer = llm.generate({"prompt_token_ids": ids}, sampling, use_tqdm=False)
+        return (time.perf_counter() - start) * 1e3, answer[0].outputs[0].token_ids[0]
 
     rows = []
     for length in LENGTHS:
         prompts = [[rng.randrange(1000, 100000) for _ in range(length)] for _ in range(4)]
-        for ids in prompts:
-            ask(ids)
+        computed = [ask(ids)[1] for ids in prompts]
         time.sleep(1.0)
         for _ in range(3):
             ask(prompts[-1])
-        times = [ask(prompts[i % 4]) for i in range(options.repeats)]
+        asked = [ask(prompts[i % 4]) for i in range(options.repeats)]
+        times = [milliseconds for milliseconds, _ in asked]
+        same = [token == computed[i % 4] for i, (_, token) in enumerate(asked)]
         row = {
             "backend": backend, "tokens": length, "ttft_ms_median": round(statistics.median(times), 2),
             "ttft_ms_min": round(min(times), 2), "ttft_ms_max": round(max(times), 2), "repeats": options.repeats,
-            "graphs": options.graphs,
+            "graphs": options.graphs, "same_tokens": round(statistics.mean(same), 3),
         }  # fmt: skip
         rows.append(row)
         print(*(f"{k}={v}" for k, v in row.items()), flush=True)
