@@ -332,7 +332,9 @@ def test_an_interrupt_leaves_nothing_running(number, demo_model_path, tmp_path):
     command += ["--dataset-path", str(small_file(tmp_path)), "--folder", str(tmp_path / "work"), "--", *SERVER]
     env = {**os.environ, MARK: str(tmp_path), "KVLAB_MODEL": demo_model_path}
     with open(tmp_path / "err", "wb") as err:
-        bench = subprocess.Popen(command, env=env, stdout=err, stderr=err, start_new_session=True)
+        bench = subprocess.Popen(
+            command, env=env, stdout=err, stderr=err, start_new_session=True, preexec_fn=heed_interrupts
+        )
         deadline = time.monotonic() + 120
         while not any(b"api_server" in command_of(pid) for pid in marked(str(tmp_path))):
             assert bench.poll() is None, (tmp_path / "err").read_text()
@@ -346,6 +348,11 @@ def test_an_interrupt_leaves_nothing_running(number, demo_model_path, tmp_path):
     assert marked(str(tmp_path)) == []
     if number != signal.SIGKILL:
         assert "interrupted" in (tmp_path / "err").read_text()
+
+
+def heed_interrupts() -> None:
+    """Processes that a shell starts in the background ignore interrupts, and so do those that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def small_file(folder: Path) -> Path:
