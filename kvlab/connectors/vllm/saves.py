@@ -57,6 +57,13 @@ class SavePlanner:
     def forget(self, request_id: str) -> None:
         self._states.pop(request_id, None)
 
+    def lose(self, key: bytes) -> None:
+        """No tier holds this object after all: who was to load it computes it, and saves it."""
+        for state in self._states.values():
+            if key in state.hashes:
+                at = state.hashes.index(key)
+                state.num_saved_blocks = min(state.num_saved_blocks, at - at % self._chunker.chunk_blocks)
+
     def settle(self, key: bytes, ranks: int) -> bool:
         """So many more ranks have handed `key` on; whether all have."""
         left = self.unsettled.get(key, ranks) - ranks

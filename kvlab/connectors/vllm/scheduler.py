@@ -254,6 +254,7 @@ class Scheduler:
         for key in report.bad:
             self._bad[key] = None
             self.counters["bad_objects"] += 1
+            self.saves.lose(key)
             entry = self.index.get(key)
             if entry is not None and entry.ready:
                 self.index.drop(key)  # one still being filled goes when the last rank has let go of its slots
