@@ -4,8 +4,8 @@
 
 One request at a time, one new token, random token ids, weights may be random (`--load-format dummy`): only shapes
 matter here. One backend per process; run them one after the other on the same machine. Medians with the spread.
-`same_tokens` is the share of hits that answer what the prompt was answered when it was computed: near 1 where KV was
-loaded, as rounding flips few; a backend that claims hits and loads nothing stands near 0.
+`same_tokens` is the share of hits that answer what the prompt was answered when it was computed: 1 but for rounding
+where KV was loaded, and by chance only where a backend claims hits and loads nothing.
 """
 
 import argparse

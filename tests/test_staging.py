@@ -174,7 +174,7 @@ def _play(order, random):
 
 @pytest.mark.parametrize("tells", [True, False])
 def test_a_save_reads_its_pages_before_they_are_written_to_if_it_is_told(tells):
-    """And holds up nobody else: other pages are written to before it has read anything."""
+    """And holds up nobody else: other pages are written to before it has ended."""
     spoilt = 0
     for seed in range(40):
         _, pages = layout("LBHNC")

@@ -22,6 +22,7 @@ from kvlab.bench.tables import compare, read_rows
 from kvlab.bench.workloads import make_workload
 from kvlab.errors import ConfigError, KVLabError
 from kvlab.plotting.serving import itl_over_time, reduction_bars, ttft_cdf
+from tests.connectors.engine import PATIENT
 
 BLOCK = 32
 NUM_PROMPTS = 24
@@ -32,7 +33,6 @@ TOKEN_BYTES = (
 )
 BACKENDS = ["none", "kvlab-memory", "kvlab-disk", "kvlab-redis"]
 MARK = "KVLAB_TEST_MARK"
-PATIENT = {"admission": False, "lookup_timeout_ms": 60_000}  # no misses because the machine is busy
 
 
 @pytest.fixture(scope="module")

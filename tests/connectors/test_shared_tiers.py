@@ -22,7 +22,7 @@ with engine(["{url}"]) as llm:
 
 def url_of(server: RedisServer) -> str:
     """The server as a tier that may take its time, as a busy machine does."""
-    return f"redis://127.0.0.1:{server.port}?timeout_ms=60000"
+    return f"{server.url}?timeout_ms=60000"
 
 
 def another_process(url: str) -> tuple[int, list[int]]:

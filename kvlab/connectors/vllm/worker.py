@@ -262,8 +262,11 @@ class Worker:
                 self.engine.save_object(key, self.transfer.slots(op.slots), PAGE_AXES, num_tokens=op.num_tokens)
         except Exception:
             self._failed("write", op.hash)
+        self._settle(op.hash)
+
+    def _settle(self, key: bytes) -> None:
         with self._lock:
-            self._report.settled[op.hash] += 1
+            self._report.settled[key] += 1
 
     def _mark_bad(self, key: bytes) -> None:
         with self._lock:
@@ -271,10 +274,9 @@ class Worker:
 
     def _unsaved(self, op: SaveOp) -> None:
         """An object whose slots were not filled."""
-        with self._lock:
-            self._report.bad.add(op.hash)
-            if op.write:
-                self._report.settled[op.hash] += 1
+        self._mark_bad(op.hash)
+        if op.write:
+            self._settle(op.hash)
 
     def _failed(self, what: str, key: bytes) -> None:
         """An error of ours costs a miss, never the engine: count it, tell it with its trace the first time."""
