@@ -5,11 +5,12 @@
 #
 #   check     bytes, order of copies, clocks and pinning of kvlab/paged
 #   transfer  copies beside vLLM's and LMCache's
+#   profile   where the time of kvlab's copies goes
 #   ttft      one request at a time, one backend after the other
 #   pressure  500 requests with evictions, CUDA graphs on (the small model, or KVLAB_MODEL)
 #   tokens    the same tokens with the cache and without, CUDA graphs on (likewise)
 #   steps     hooks in and out within one engine
-#   first     what first runs cost: seven seeds, `none` twice; 11 minutes of requests
+#   first     what first runs cost: SEEDS (7) of them, `none` twice; 1.6 minutes of requests for each
 #   memory    five backends in host memory side by side, three workloads, two runs; 17 minutes
 #   tiers     six backends on disk and in Redis, likewise; 20 minutes
 #
@@ -28,10 +29,10 @@ cd "$(dirname "$0")/.."
 # LMCache loads nothing where a step replays one full CUDA graph (docs/benchmarks.md), so none does here.
 graphs=${COMPILATION:-'{"cudagraph_mode": "PIECEWISE"}'}
 
-bench() { # name of the part, then flags of `kvlab bench`
+bench() { # name of the part, then flags of `kvlab bench`. Random weights would end an answer anywhere.
   "$python" -m kvlab bench --together --model "$MODEL" --load-format "$load_format" --out "$OUT/serving_$1.jsonl" \
     --gpu-memory-utilization 0.1 --kv-cache-memory-bytes "${POOL:-4G}" --max-model-len "${MAX_MODEL_LEN:-8192}" \
-    --folder "$OUT/$1" "${@:2}" -- --compilation-config "$graphs"
+    --folder "$OUT/$1" --ignore-eos "${@:2}" -- --compilation-config "$graphs"
 }
 workloads=(--dataset sharegpt,rounds,documents --num-prompts "${NUM_PROMPTS:-1024,256,48}" --request-rate "${RATES:-16,12,3}")
 
@@ -44,6 +45,7 @@ part() {
     check) "$python" benchmarks/gpu_transfer.py --check-only ;;
     transfer)
       "$python" benchmarks/gpu_transfer.py --peers --layouts NHD --rows "$OUT/gpu_transfer.csv" --staging "${STAGING:-128MiB}" ;;
+    profile) "$python" benchmarks/gpu_transfer_profile.py --rows "$OUT/gpu_transfer_profile.csv" --staging "${STAGING:-128MiB}" ;;
     ttft)
       for backend in ${TTFT_BACKENDS:-none vllm-prefix kvlab lmcache vllm-offload}; do
         timeout "${TTFT_SECONDS:-120}" "$python" benchmarks/gpu_ttft.py "$MODEL" --load-format "$load_format" \
@@ -53,7 +55,8 @@ part() {
     tokens) with_graphs tests/connectors/test_same_tokens.py ;;
     steps) "$python" benchmarks/gpu_steps.py "$MODEL" --load-format "$load_format" --rows "$OUT/gpu_steps.csv" ;;
     first)
-      bench first --backends "${BACKENDS:-none,kvlab-memory,none}" --dataset "$(list sharegpt)" --seed 0,1,2,3,4,5,6 \
+      seeds=$(seq -s, 0 $((${SEEDS:-7} - 1)))
+      bench first --backends "${BACKENDS:-none,kvlab-memory,none}" --dataset "$(sed -E 's/[0-9]+/sharegpt/g' <<< "$seeds")" --seed "$seeds" \
         --num-prompts "${NUM_PROMPTS:-500}" --request-rate "${RATES:-16}" --runs 1 --cache-size "${CACHE:-26GiB}" ;;
     memory)
       names=${BACKENDS:-none,vllm-prefix,kvlab-memory,lmcache-cpu,vllm-offload} larger=()
@@ -65,8 +68,6 @@ part() {
     *) echo "unknown part: $1" >&2; return 2 ;;
   esac
 }
-list() { printf "$1,%.0s" 0 1 2 3 4 5 | sed "s/\$/$1/"; }
-
 worst=0
 for name in "$@"; do
   part "$name" > "$OUT/$name.log" 2>&1

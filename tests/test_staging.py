@@ -117,12 +117,20 @@ def transfer_on(gpu, pages, piece_blocks):
         patch.setattr(staging, "copy_to_device", copy)
         patch.setattr(staging, "copy_to_host", copy)
         patch.setattr(staging, "TRAIL_LENGTH", 1)
+        patch.setattr(staging, "EXPOSED_BYTES", pages.block_bytes)
         size = 2 * staging.RING_DEPTH * piece_blocks * pages.block_bytes
         transfer = staging.CudaTransfer(pages, SLOTS, staging_bytes=size)
         try:
             yield transfer
         finally:
             transfer.close()
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "sizes"), [(1, [1]), (8, [8]), (9, [5, 4]), (22, [18, 4]), (23, [18, 1, 4]), (40, [18, 18, 4])]
+)
+def test_the_piece_whose_kernel_nothing_hides_is_small(num_blocks, sizes):
+    assert staging.piece_sizes(num_blocks, most=18, exposed=4) == sizes
 
 
 @pytest.mark.parametrize("order", ["LBHNC", "BLHNC"])

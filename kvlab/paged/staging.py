@@ -9,9 +9,8 @@ A save gathers on a stream of its own. On the engine's it would hold the engine 
 what the ring does not hold: 7 ms, as reckoned, for 8,192 tokens of Qwen2.5-7B. The pages must then stay as they are
 until they are gathered, so whoever is about to write to pages names them first (`before_writes`).
 
-A piece is a ring buffer, 16 MiB by default: its DMA takes 0.3 ms, in which the next piece's calls hide, and the one
-kernel that hides behind no DMA, the last of a load or the first of a save, takes 10 us. Half the size, twice the
-size, two to four buffers, or two streams in turn made no difference on an H100 beyond the noise.
+A piece is a ring buffer, 16 MiB by default: its DMA takes 0.3 ms, in which the next piece's calls hide. One kernel
+hides behind no DMA, the last of a load or the first of a save; the piece that it moves is a small one.
 
 Where a block's layers lie together (BLHNC, BLNHC), one driver call with a copy per block needs no ring and no kernel
 (`batch`). It was tried for loads and was at no size ahead: 0.52 of a memcpy against 0.67 at 1 MiB and 0.93 against
@@ -30,12 +29,13 @@ from triton.runtime import driver as triton_driver
 from kvlab.errors import ConfigError
 from kvlab.hostmemory import pin, reserve
 from kvlab.paged.driver import copy_to_device, copy_to_host
-from kvlab.paged.kernels import PageMover
+from kvlab.paged.kernels import BLOCKS_PER_LAUNCH, PageMover
 from kvlab.paged.layout import PageLayout, check_block_ids
 from kvlab.paged.slots import fill, gather, runs, view
 
 DEFAULT_STAGING_BYTES = 128 << 20  # of GPU memory, all ring buffers together
 RING_DEPTH = 4
+EXPOSED_BYTES = 4 << 20  # about: of the piece whose kernel hides behind no DMA; its own DMA hides the next one's calls
 TRAIL_LENGTH = 32  # copies that are remembered without asking whether they have ended
 
 
@@ -82,6 +82,9 @@ class CudaTransfer:
             raise ConfigError(
                 f"GPU staging of {staging_bytes} bytes must hold {2 * RING_DEPTH} blocks of {block} bytes"
             )
+        if piece_blocks > BLOCKS_PER_LAUNCH:
+            piece_blocks -= piece_blocks % BLOCKS_PER_LAUNCH  # no launch for a few blocks
+        self._exposed_blocks = max(min(EXPOSED_BYTES // block, piece_blocks), 1)
         memory = reserve(num_slots * block)
         unpin = pin(memory)  # None: pageable memory, which works and is slower
         self.arena = torch.from_numpy(memory).view(num_slots, layout.num_layers, layout.page_bytes)
@@ -212,10 +215,11 @@ class CudaTransfer:
         self, name: str, block_ids: Sequence[int], slots: Sequence[int]
     ) -> Iterator[tuple["_Buffer", Sequence[int], Sequence[int]]]:
         """What goes through one ring buffer at a time: the buffer, block ids, slots."""
-        ring = self._rings[name]
-        for at in range(0, len(slots), ring.num_blocks):
-            end = at + ring.num_blocks
-            yield ring.next(), block_ids[at:end], slots[at:end]
+        ring, at = self._rings[name], 0
+        sizes = piece_sizes(len(slots), ring.num_blocks, self._exposed_blocks)
+        for size in reversed(sizes) if name == "out" else sizes:
+            yield ring.next(), block_ids[at : at + size], slots[at : at + size]
+            at += size
 
     def _settle(self, slots: Sequence[int]) -> None:
         """Wait until no copy uses these slots."""
@@ -224,6 +228,14 @@ class CudaTransfer:
         for event in under_way:
             if event is not None:
                 event.synchronize()
+
+
+def piece_sizes(num_blocks: int, most: int, exposed: int) -> list[int]:
+    """Blocks of each piece of a load, which ends with `exposed` blocks where they are less than half; a save's are
+    the same in reverse."""
+    last = exposed if num_blocks > 2 * exposed else 0
+    whole, rest = divmod(num_blocks - last, most)
+    return [size for size in (*[most] * whole, rest, last) if size]
 
 
 class _Trail:
