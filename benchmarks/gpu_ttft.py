@@ -10,9 +10,12 @@ where KV was loaded, and by chance only where a backend claims hits and loads no
 
 import argparse
 import os
+import random
 import statistics
 import time
 from pathlib import Path
+
+from kvlab.bench.provenance import append_rows
 
 LENGTHS = (776, 2048, 8192, 15000)
 BACKENDS = ("none", "vllm-prefix", "kvlab", "lmcache", "vllm-offload")
@@ -34,36 +37,43 @@ def transfer_config(backend: str):
     return None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--backend", choices=BACKENDS, required=True)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--load-format", default="dummy")
-    parser.add_argument("--graphs", choices=["none", "piecewise", "full"], default="none", help="CUDA graphs")
-    parser.add_argument("--rows", type=Path, default=Path("data/measured/gpu_ttft.csv"))
-    options = parser.parse_args()
+def start(model: str, backend: str, load_format: str, graphs: str):
+    """An engine in this process."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    import random
+    from vllm import LLM
 
-    from vllm import LLM, SamplingParams
-
-    from kvlab.bench.provenance import append_rows
-
-    backend = options.backend
-    # vLLM's offloading works behind its prefix cache; the cache is emptied before each repeat instead.
-    keep_prefix = backend in ("vllm-prefix", "vllm-offload")
-    llm = LLM(
-        options.model,
-        load_format=options.load_format,
-        enforce_eager=options.graphs == "none",
-        compilation_config={"cudagraph_mode": "PIECEWISE"} if options.graphs == "piecewise" else None,
+    return LLM(
+        model,
+        load_format=load_format,
+        enforce_eager=graphs == "none",
+        compilation_config={"cudagraph_mode": "PIECEWISE"} if graphs == "piecewise" else None,
         max_model_len=16384,
         gpu_memory_utilization=0.8,
-        enable_prefix_caching=keep_prefix,
+        # vLLM's offloading works behind its prefix cache; that one is emptied before each repeat instead.
+        enable_prefix_caching=backend in ("vllm-prefix", "vllm-offload"),
         skip_tokenizer_init=True,
         kv_transfer_config=transfer_config(backend),
     )
+
+
+def arguments(rows: str, repeats: int) -> argparse.Namespace:
+    """The command line of this benchmark and of gpu_ttft_profile.py."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--backend", choices=BACKENDS, required=True)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--load-format", default="dummy")
+    parser.add_argument("--graphs", choices=["none", "piecewise", "full"], default="none", help="CUDA graphs")
+    parser.add_argument("--rows", type=Path, default=Path("data/measured") / rows)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments("gpu_ttft.csv", 20)
+    backend = options.backend
+    llm = start(options.model, backend, options.load_format, options.graphs)
+    from vllm import SamplingParams
+
     sampling = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     rng = random.Random(0)
 
@@ -77,7 +87,7 @@ def main() -> None:
 
     rows = []
     for length in LENGTHS:
-        prompts = [[rng.randrange(1000, 100000) for _ in range(length)] for _ in range(4)]
+        prompts = [[rng.randrange(1000, 40000) for _ in range(length)] for _ in range(4)]
         computed = [ask(ids)[1] for ids in prompts]
         time.sleep(1.0)
         for _ in range(3):

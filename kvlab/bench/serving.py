@@ -96,7 +96,7 @@ def run(
     model : folder or hub id; None is the small demo model.
     dataset : ``sharegpt``, ``rounds``, ``documents`` or ``trace``; `dataset_path` is the user's own file. Several are
         sent one after the other to the same server; then `num_prompts`, `request_rate` and `seed` may be one for each.
-        The same dataset with several seeds and one run each gives several first runs.
+        ``sharegpt`` with several seeds and one run each gives several first runs: no prompt of one is in another.
     request_rate : requests per second, Poisson arrivals; a trace brings its own times.
     runs : how often the same prompts are sent to the same server. The first fills the cache, later ones use it.
     together : start all servers first and let their runs take turns, so that a machine that grows slower or faster
@@ -143,6 +143,7 @@ def run(
         model = demo_model(model)
         measuring = stack.enter_context(client.Client(place / "client.log"))
         traffic: list[Traffic] = []
+        sent: set[str] = set()
         for kind, count, rate, chance in zip(datasets, counts, rates, seeds, strict=True):
             tell(f"making the {kind} workload")
             files = place / f"workload-{len(traffic)}"
@@ -156,6 +157,7 @@ def run(
                 seed=chance,
                 output_len=output_len,
                 max_prompt_tokens=max_prompt_tokens,
+                sent=sent,
             )
             if workload.num_prompts < count:
                 tell(f"{kind} has {workload.num_prompts} prompts that fit, not {count}; none is sent twice")

@@ -49,8 +49,10 @@ def make_workload(
     seed: int = 0,
     output_len: int | None = None,
     max_prompt_tokens: int = 8192,
+    sent: set[str] | None = None,
 ) -> Workload:
-    """Write a workload's files into `folder`. `path` is the user's own ShareGPT file or trace. Raises ConfigError."""
+    """Write a workload's files into `folder`. `path` is the user's own ShareGPT file or trace. `sent` are first turns
+    that ``sharegpt`` shall not send again; its own are added. Raises ConfigError."""
     check_kind(kind)
     if num_prompts < 1:
         raise ConfigError(f"num_prompts must be at least 1, got {num_prompts}")
@@ -59,7 +61,7 @@ def make_workload(
     source = sharegpt_file(path)
     encode = encoder(tokenizer)
     if kind == "sharegpt":
-        return _sharegpt(folder, source, encode, num_prompts, seed, output_len)
+        return _sharegpt(folder, source, encode, num_prompts, seed, output_len, set() if sent is None else sent)
     conversations = read_conversations(source)
     random.Random(seed).shuffle(conversations)
     make = rounds if kind == "rounds" else documents
@@ -148,11 +150,15 @@ def documents(
 
 
 def _sharegpt(
-    folder: Path, source: Path, encode: Encode, num_prompts: int, seed: int, output_len: int | None
+    folder: Path, source: Path, encode: Encode, num_prompts: int, seed: int, output_len: int | None, sent: set[str]
 ) -> Workload:
     """vLLM samples the file itself. It gets those conversations that it would look at, already in its order: the same
     requests come out, and the client need not read a hundred megabytes before each run."""
-    conversations = read_conversations(source)
+    conversations = [
+        entry
+        for entry in read_conversations(source)
+        if not any(turn["value"] in sent for turn in entry["conversations"][:1])
+    ]
     samples = sample(conversations, encode, num_prompts, seed=seed, output_len=output_len)
     looked_at = shuffled(conversations, seed)[: samples[-1].position + 1 if samples else None]
     out = folder / "sharegpt.json"
@@ -160,6 +166,7 @@ def _sharegpt(
     args = ["--dataset-name", "sharegpt", "--dataset-path", str(out), "--disable-shuffle", "--seed", str(seed)]
     if output_len is not None:
         args += ["--sharegpt-output-len", str(output_len)]
+    sent.update(one.prompt for one in samples)
     return _count("sharegpt", args, [one.token_ids for one in samples])
 
 

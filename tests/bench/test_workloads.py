@@ -86,6 +86,21 @@ def test_equal_prompts_are_counted(demo_model_path, tmp_path):
     assert made.reusable_tokens == 2 * (size // 16 * 16) > 0
 
 
+def test_no_prompt_of_one_first_run_is_in_another(demo_model_path, part, tmp_path):
+    sent, prompts = set(), []
+    for seed in range(3):
+        made = make_workload(
+            "sharegpt", tmp_path, tokenizer=demo_model_path, path=part, num_prompts=60, seed=seed, sent=sent
+        )
+        assert made.num_prompts == 60
+        with open(made.args[made.args.index("--dataset-path") + 1]) as file:
+            looked_at = {entry["conversations"][0]["value"] for entry in json.load(file)}
+        prompts.append(looked_at & sent)
+    assert not prompts[0] & prompts[1]
+    assert not (prompts[0] | prompts[1]) & prompts[2]
+    assert len(sent) == sum(map(len, prompts)) <= 180
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_backends_differ_in_their_cache_alone(name, tmp_path):
     chosen = backend(name, cache_bytes=2 << 30, folder=tmp_path, redis_url="redis://127.0.0.1:6379")

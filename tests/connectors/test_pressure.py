@@ -47,15 +47,17 @@ def test_evictions_under_load_change_no_token():
     asked = prompts()
     with engine(None) as llm:
         want = computed(llm, asked)
+        # A GPU takes other kernels for other batches, so that a near-tie may fall the other way: it does so without a
+        # cache too, where the order differs. On a CPU it never does. Wrong KV is no tie.
+        again = generate(llm, asked[::-1], max_tokens=8)[::-1]
+    noise = [gap(*pair) for pair in zip(want, (answer.tokens for answer in again), strict=True)]
     touched = sum(len({tuple(p[:64]) for p in asked}) * 64 for _ in range(4)) + 40 * len(asked)
     budget = touched * 46080 // 10
     with engine([f"memory://?size={budget}"]) as llm:
         got = generate(llm, asked, max_tokens=8)
         scheduler = connector(llm).scheduler
         gaps = [gap(*pair) for pair in zip(want, (answer.tokens for answer in got), strict=True)]
-        # A GPU takes other kernels for other batch sizes, so that a tie may fall the other way; wrong KV is no tie.
-        assert max(gaps) < 1e-3
-        assert sum(each > 0 for each in gaps) <= (NUM_REQUESTS // 100 if torch.cuda.is_available() else 0)
+        assert max(gaps) <= 4 * max(noise), (sorted(gaps)[-5:], sorted(noise)[-5:])
         assert scheduler.index.num_evictions > 0
         assert scheduler.counters["hit_requests"] > 0
         assert not connector(llm).hook_errors
