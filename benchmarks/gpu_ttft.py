@@ -85,6 +85,12 @@ def main() -> None:
         answer = llm.generate({"prompt_token_ids": ids}, sampling, use_tqdm=False)
         return (time.perf_counter() - start) * 1e3, answer[0].outputs[0].token_ids[0]
 
+    def loaded() -> tuple[float, float]:
+        """Bytes and seconds of kvlab's loads so far, as far as their ends have been seen."""
+        connector = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "connector", None)
+        counters = connector.scheduler.counters if backend == "kvlab" else {}
+        return counters.get("loaded_bytes", 0), counters.get("load_seconds", 0.0)
+
     rows = []
     for length in LENGTHS:
         prompts = [[rng.randrange(1000, 40000) for _ in range(length)] for _ in range(4)]
@@ -92,13 +98,16 @@ def main() -> None:
         time.sleep(1.0)
         for _ in range(3):
             ask(prompts[-1])
+        before = loaded()
         asked = [ask(prompts[i % 4]) for i in range(options.repeats)]
         times = [milliseconds for milliseconds, _ in asked]
         same = [token == computed[i % 4] for i, (_, token) in enumerate(asked)]
+        num_bytes, seconds = (after - had for after, had in zip(loaded(), before, strict=True))
         row = {
             "backend": backend, "tokens": length, "ttft_ms_median": round(statistics.median(times), 2),
             "ttft_ms_min": round(min(times), 2), "ttft_ms_max": round(max(times), 2), "repeats": options.repeats,
             "graphs": options.graphs, "same_tokens": round(statistics.mean(same), 3),
+            "load_gb_per_s": round(num_bytes / seconds / 1e9, 2) if seconds else "",
         }  # fmt: skip
         rows.append(row)
         print(*(f"{k}={v}" for k, v in row.items()), flush=True)
