@@ -1,11 +1,13 @@
 """What does the connector cost requests that hit nothing, and what do hits bring, under load? One engine, taking turns.
 
-    python benchmarks/gpu_steps.py MODEL [--rounds 10] [--compilation-config JSON] [--rows data/measured/gpu_steps.csv]
+    python benchmarks/gpu_steps.py MODEL [--rounds 40] [--compilation-config JSON] [--rows data/measured/gpu_steps.csv]
 
 Machines drift by more than the cost that is looked for, so nothing is compared across processes: the same engine runs
 the same workload with its connector's hooks taken out (*off*), with prompts nobody has seen (*first*: each is saved),
-and with these again (*second*: each is loaded), round after round. A request is added every few steps, so that
-prompts are computed beside others that decode. Medians of the rounds' means, and of the ratios to *off* within a round.
+and with these again (*second*: each is loaded), round after round, every other round with *off* last. A request is
+added every few steps, so that prompts are computed beside others that decode, and by steps, not by the clock: the turns
+of a round hold the same batches. Medians of the rounds' means, and of the ratios to *off* within a round with their 95%
+interval (bootstrap over rounds).
 """
 
 import argparse
@@ -16,7 +18,7 @@ import statistics
 import time
 from pathlib import Path
 
-EVERY = 6  # steps between two requests: at 7 ms a step about 24 a second
+EVERY = 8  # steps between two requests: at 7 ms a step about 17 a second
 OUTPUT_LEN = 90
 LENGTHS = (20, 60, 120, 250, 400, 800)  # about the spread of ShareGPT's prompts
 
@@ -61,11 +63,18 @@ class Driver:
         }  # fmt: skip
 
 
+def interval(ratios):
+    """95% interval of their median."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(1000))
+    return medians[25], medians[974]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--requests", type=int, default=100, help="in each turn")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--requests", type=int, default=25, help="in each turn")
     parser.add_argument("--load-format", default="dummy")
     parser.add_argument("--compilation-config", type=json.loads, default=None, help="vLLM's, as JSON")
     parser.add_argument("--max-model-len", type=int, default=16384)
@@ -107,21 +116,18 @@ def main() -> None:
     turns = {"off": [], "first": [], "second": []}
     for at in range(options.rounds):
         fresh = prompts(options.requests, 1 + at)
-        off(True)
-        turns["off"].append(driver.run(fresh))
-        off(False)
-        turns["first"].append(driver.run(fresh))
-        hits = scheduler.counters["hit_tokens"]
-        turns["second"].append(driver.run(fresh))
-        hits = scheduler.counters["hit_tokens"] - hits
-        print(at, hits, *(f"{name} {done[-1]['ttft_ms']:.1f} {done[-1]['gap_ms']:.2f}" for name, done in turns.items()))
+        for name in ("off", "first", "second") if at % 2 == 0 else ("first", "second", "off"):
+            off(name == "off")
+            turns[name].append(driver.run(fresh))
+        print(at, *(f"{name} {done[-1]['ttft_ms']:.1f} {done[-1]['gap_ms']:.2f}" for name, done in turns.items()))
     rows = []
     for name, done in turns.items():
-        row = {"turn": name, "rounds": options.rounds, "requests": options.requests}
+        row = {"turn": name, "rounds": options.rounds, "requests": options.requests, "every": EVERY}
         for what in done[0]:
             row[what] = round(statistics.median(one[what] for one in done), 3)
             ratios = [one[what] / base[what] for one, base in zip(done, turns["off"], strict=True)]
             row[f"{what}_over_off"] = round(statistics.median(ratios), 4)
+            row[f"{what}_low"], row[f"{what}_high"] = (round(bound, 4) for bound in interval(ratios))
         rows.append(row)
         print(*(f"{k}={v}" for k, v in row.items()), flush=True)
     print(dict(scheduler.counters), worker.hook_errors)
