@@ -4,6 +4,7 @@
 #   MODEL=FOLDER OUT=FOLDER bash benchmarks/gpu_rows.sh PART ...
 #
 #   check     bytes, order of copies, clocks and pinning of kvlab/paged
+#   kernels   the kernels' tests, then again under compute-sanitizer
 #   transfer  copies beside vLLM's and LMCache's
 #   profile   where the time of kvlab's copies goes
 #   ttft      one request at a time, one backend after the other
@@ -43,6 +44,9 @@ with_graphs() {
 part() {
   case $1 in
     check) "$python" benchmarks/gpu_transfer.py --check-only ;;
+    kernels)
+      tests=("$python" -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_paged.py)
+      "${tests[@]}" && compute-sanitizer --target-processes all --error-exitcode 9 "${tests[@]}" ;;
     transfer)
       "$python" benchmarks/gpu_transfer.py --peers --layouts NHD --rows "$OUT/gpu_transfer.csv" --staging "${STAGING:-128MiB}" ;;
     profile) "$python" benchmarks/gpu_transfer_profile.py --rows "$OUT/gpu_transfer_profile.csv" --staging "${STAGING:-128MiB}" ;;

@@ -12,6 +12,7 @@ host memory; medians of `--repeats`.
 import argparse
 import statistics
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -218,11 +219,30 @@ def measure(name, peers, repeats, staging_bytes):
     transfer.close()
 
 
-def main() -> None:
+def arguments(rows: str) -> argparse.ArgumentParser:
+    """What this benchmark's command line and that of gpu_transfer_profile.py share."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=Path, default=Path("data/measured/gpu_transfer.csv"))
+    parser.add_argument("--rows", type=Path, default=Path("data/measured") / rows)
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--staging", default=str(DEFAULT_STAGING_BYTES), help="GPU memory for the buffers between")
+    parser.add_argument(
+        "--staging", type=parse_bytes, default=DEFAULT_STAGING_BYTES, help="GPU memory for the buffers between"
+    )
+    return parser
+
+
+def report(path: Path, rows: Iterable[dict]) -> None:
+    """Print rows as they come and keep them, also where the rest fails."""
+    done = []
+    try:
+        for row in rows:
+            done.append(row)
+            print(*(f"{k}={v}" for k, v in row.items()), flush=True)
+    finally:
+        append_rows(path, done)
+
+
+def main() -> None:
+    parser = arguments("gpu_transfer.csv")
     parser.add_argument("--layouts", nargs="*", default=["NHD", "BLNHC"])
     parser.add_argument(
         "--peers", action="store_true", help="also vLLM's and LMCache's copies, which must be installed"
@@ -232,14 +252,8 @@ def main() -> None:
     check_all()
     if options.check_only:
         return
-    rows = []
-    try:
-        for name in options.layouts:
-            for row in measure(name, options.peers and name == "NHD", options.repeats, parse_bytes(options.staging)):
-                rows.append(row)
-                print(*(f"{k}={v}" for k, v in row.items()), flush=True)
-    finally:
-        append_rows(options.rows, rows)
+    for name in options.layouts:
+        report(options.rows, measure(name, options.peers and name == "NHD", options.repeats, options.staging))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ until the GPU has ended, `memcpy` one pinned copy of the same bytes. From torch'
 to the last kernel's. A save's head holds its first gather, a load's tail its last scatter.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -16,12 +15,10 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_transfer import BLOCKS, layout, timed
+from gpu_transfer import BLOCKS, arguments, layout, report, timed
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from kvlab.bench.provenance import append_rows
-from kvlab.paged.staging import DEFAULT_STAGING_BYTES, CudaTransfer
-from kvlab.units import parse_bytes
+from kvlab.paged.staging import CudaTransfer
 
 SIZES = (14, 64, 128, 512)  # MiB
 CALL = "kvlab call"
@@ -111,18 +108,8 @@ def measure(repeats: int, staging_bytes: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=Path, default=Path("data/measured/gpu_transfer_profile.csv"))
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--staging", default=str(DEFAULT_STAGING_BYTES), help="GPU memory for the buffers between")
-    options = parser.parse_args()
-    rows = []
-    try:
-        for row in measure(options.repeats, parse_bytes(options.staging)):
-            rows.append(row)
-            print(*(f"{k}={v}" for k, v in row.items()), flush=True)
-    finally:
-        append_rows(options.rows, rows)
+    options = arguments("gpu_transfer_profile.csv").parse_args()
+    report(options.rows, measure(options.repeats, options.staging))
 
 
 if __name__ == "__main__":
