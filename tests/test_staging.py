@@ -117,7 +117,7 @@ def transfer_on(gpu, pages, piece_blocks):
         patch.setattr(staging, "copy_to_device", copy)
         patch.setattr(staging, "copy_to_host", copy)
         patch.setattr(staging, "TRAIL_LENGTH", 1)
-        patch.setattr(staging, "EXPOSED_BYTES", pages.block_bytes)
+        patch.setattr(staging, "LAST_BYTES", pages.block_bytes)
         size = 2 * staging.RING_DEPTH * piece_blocks * pages.block_bytes
         transfer = staging.CudaTransfer(pages, SLOTS, staging_bytes=size)
         try:
@@ -129,8 +129,13 @@ def transfer_on(gpu, pages, piece_blocks):
 @pytest.mark.parametrize(
     ("num_blocks", "sizes"), [(1, [1]), (8, [8]), (9, [5, 4]), (22, [18, 4]), (23, [18, 1, 4]), (40, [18, 18, 4])]
 )
-def test_the_piece_whose_kernel_nothing_hides_is_small(num_blocks, sizes):
-    assert staging.piece_sizes(num_blocks, most=18, exposed=4) == sizes
+def test_a_load_ends_with_a_small_piece(num_blocks, sizes):
+    assert staging.piece_sizes(num_blocks, most=18, last=4) == sizes
+
+
+def test_other_pieces_are_as_large_as_the_ring_allows():
+    assert staging.piece_sizes(36, most=18, last=0) == [18, 18]
+    assert staging.piece_sizes(40, most=18, last=0) == [18, 18, 4]
 
 
 @pytest.mark.parametrize("order", ["LBHNC", "BLHNC"])

@@ -9,8 +9,8 @@ A save gathers on a stream of its own. On the engine's it would hold the engine 
 what the ring does not hold: 7 ms, as reckoned, for 8,192 tokens of Qwen2.5-7B. The pages must then stay as they are
 until they are gathered, so whoever is about to write to pages names them first (`before_writes`).
 
-A piece is a ring buffer, 16 MiB by default: its DMA takes 0.3 ms, in which the next piece's calls hide. One kernel
-hides behind no DMA, the last of a load or the first of a save; the piece that it moves is a small one.
+A piece is a ring buffer, 16 MiB by default: its DMA takes 0.3 ms, in which the next piece's calls hide. The last kernel
+of a load hides behind no DMA; the piece that it moves is a small one. A save's first piece as small made no difference.
 
 Where a block's layers lie together (BLHNC, BLNHC), one driver call with a copy per block needs no ring and no kernel
 (`batch`). It was tried for loads and was at no size ahead: 0.52 of a memcpy against 0.67 at 1 MiB and 0.93 against
@@ -35,7 +35,7 @@ from kvlab.paged.slots import fill, gather, runs, view
 
 DEFAULT_STAGING_BYTES = 128 << 20  # of GPU memory, all ring buffers together
 RING_DEPTH = 4
-EXPOSED_BYTES = 4 << 20  # about: of the piece whose kernel hides behind no DMA; its own DMA hides the next one's calls
+LAST_BYTES = 4 << 20  # about: of a load's last piece
 TRAIL_LENGTH = 32  # copies that are remembered without asking whether they have ended
 
 
@@ -84,7 +84,7 @@ class CudaTransfer:
             )
         if piece_blocks > BLOCKS_PER_LAUNCH:
             piece_blocks -= piece_blocks % BLOCKS_PER_LAUNCH  # no launch for a few blocks
-        self._exposed_blocks = max(min(EXPOSED_BYTES // block, piece_blocks), 1)
+        self._last_blocks = max(min(LAST_BYTES // block, piece_blocks), 1)
         memory = reserve(num_slots * block)
         unpin = pin(memory)  # None: pageable memory, which works and is slower
         self.arena = torch.from_numpy(memory).view(num_slots, layout.num_layers, layout.page_bytes)
@@ -216,8 +216,7 @@ class CudaTransfer:
     ) -> Iterator[tuple["_Buffer", Sequence[int], Sequence[int]]]:
         """What goes through one ring buffer at a time: the buffer, block ids, slots."""
         ring, at = self._rings[name], 0
-        sizes = piece_sizes(len(slots), ring.num_blocks, self._exposed_blocks)
-        for size in reversed(sizes) if name == "out" else sizes:
+        for size in piece_sizes(len(slots), ring.num_blocks, self._last_blocks if name == "in" else 0):
             yield ring.next(), block_ids[at : at + size], slots[at : at + size]
             at += size
 
@@ -230,10 +229,9 @@ class CudaTransfer:
                 event.synchronize()
 
 
-def piece_sizes(num_blocks: int, most: int, exposed: int) -> list[int]:
-    """Blocks of each piece of a load, which ends with `exposed` blocks where they are less than half; a save's are
-    the same in reverse."""
-    last = exposed if num_blocks > 2 * exposed else 0
+def piece_sizes(num_blocks: int, most: int, last: int) -> list[int]:
+    """Blocks of each piece; the last holds `last` where these are less than half of all."""
+    last = last if num_blocks > 2 * last else 0
     whole, rest = divmod(num_blocks - last, most)
     return [size for size in (*[most] * whole, rest, last) if size]
 
