@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
+
 import kvlab
 from kvlab.bench.demo_model import demo_model
 
@@ -51,6 +53,9 @@ def engine(tiers: Sequence[str] | None, settings: dict[str, Any] | None = None, 
     from vllm.distributed import cleanup_dist_env_and_memory
 
     close_shared()
+    gc.collect()  # the last engine: its user has let go of it only now, and vLLM must see no memory come free at start
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     arguments = {**SETTINGS, **(settings or {})}
     model = arguments.pop("model", None) or demo_model()
     if tiers is not None:
