@@ -72,6 +72,7 @@ part() {
     *) echo "unknown part: $1" >&2; return 2 ;;
   esac
 }
+
 worst=0
 for name in "$@"; do
   part "$name" > "$OUT/$name.log" 2>&1

@@ -57,7 +57,9 @@ def test_evictions_under_load_change_no_token():
         got = generate(llm, asked, max_tokens=8)
         scheduler = connector(llm).scheduler
         gaps = [gap(*pair) for pair in zip(want, (answer.tokens for answer in got), strict=True)]
+        assert max(noise) < 0.05
         assert max(gaps) <= 4 * max(noise), (sorted(gaps)[-5:], sorted(noise)[-5:])
+        assert sum(each > 0 for each in gaps) <= sum(each > 0 for each in noise) + NUM_REQUESTS // 100
         assert scheduler.index.num_evictions > 0
         assert scheduler.counters["hit_requests"] > 0
         assert not connector(llm).hook_errors
