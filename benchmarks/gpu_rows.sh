@@ -10,7 +10,7 @@
 #   ttft      one request at a time, one backend after the other
 #   pressure  500 requests with evictions, CUDA graphs on (the small model, or KVLAB_MODEL)
 #   tokens    the same tokens with the cache and without, CUDA graphs on (likewise)
-#   steps     hooks in and out within one engine: what a save and a hit cost, to within a percent
+#   steps     hooks in and out within one engine: what a save and a hit cost, with intervals
 #   first     what first runs cost: SEEDS (7) of them, `none` twice; 1.6 minutes of requests for each
 #   memory    five backends in host memory side by side, three workloads, two runs; 17 minutes
 #   tiers     six backends on disk and in Redis, likewise; 20 minutes

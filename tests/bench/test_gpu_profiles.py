@@ -1,6 +1,5 @@
 """What the GPU benchmarks read from a profiler's trace; the traces here are made up."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,6 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.fixture(autouse=True)
 def _benchmarks_on_the_path(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in ("gpu_transfer", "gpu_transfer_peers", "gpu_transfer_profile", "gpu_ttft", "gpu_ttft_profile"):
-        sys.modules.pop(name, None)
 
 
 def span(name, cat, start, end, **args):
