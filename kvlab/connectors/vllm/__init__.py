@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
 from kvlab.chunking import Chunker
@@ -228,7 +229,18 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         assert self.scheduler is not None
-        return self.scheduler.build(scheduler_output)
+        metadata = self.scheduler.build(scheduler_output)
+        self._load_early(metadata)
+        return metadata
+
+    @_never_raise(lambda: None)
+    def _load_early(self, metadata: StepMetadata) -> None:
+        """One rank's worker lives in this process: the first bytes move while the engine prepares the step's inputs."""
+        if metadata.loads and has_kv_transfer_group():
+            worker = getattr(get_kv_transfer_group(), "worker", None)
+            if isinstance(worker, Worker) and not worker.writes_early:
+                worker.begin(metadata)
+                worker.load(metadata)
 
     @_never_raise(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:

@@ -61,7 +61,7 @@ class Worker:
     ) -> None:
         self.transfer = transfer
         self.engine = engine
-        self._writes_early = writes_early
+        self.writes_early = writes_early
         self.counters: Counter[str] = Counter()
         self._owner: list[bytes | None] = [None] * num_slots
         self._report = WorkerReport()
@@ -116,7 +116,7 @@ class Worker:
             for slot in slots:
                 self._owner[slot] = None
             self.transfer.save(blocks, slots)
-            if self._writes_early:
+            if self.writes_early:
                 self.transfer.before_writes(blocks)
         except Exception:
             for op in ops:
