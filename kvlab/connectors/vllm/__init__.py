@@ -20,7 +20,7 @@ from kvlab.chunking import Chunker
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm import compat
 from kvlab.connectors.vllm.identity import engine_namespace, rank_namespace
-from kvlab.connectors.vllm.metadata import StepMetadata, WorkerReport
+from kvlab.connectors.vllm.metadata import RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.metrics import Increments, KVLabPromMetrics, KVLabStats
 from kvlab.connectors.vllm.scheduler import Scheduler
 from kvlab.connectors.vllm.slots import SlotIndex
@@ -78,6 +78,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         outlives = bool(self.config.lower_tiers)
         compat.refuse_unserved(vllm_config, kv_cache_config.kv_cache_groups, outlives=outlives)
         self.chunker = Chunker(chunk_tokens=self.config.chunk_tokens, block_tokens=self.groups.block_tokens)
+        self._writes_early = self.groups.are_several or compat.zeroes_pages(kv_cache_config)
         pages = [compat.page_bytes(group) for group in kv_cache_config.kv_cache_groups]
         self._pages = {layer: size for group in pages for layer, size in group.items()}
         slot_bytes = max(sum(group.values()) for group in pages)  # a page of the pool serves any group
@@ -105,7 +106,9 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             namespaces = [rank_namespace(self.namespace, rank) for rank in range(ranks)]
             index = SlotIndex(self.num_slots, policy=self.config.policy)
             lower = open_stores(self.config.lower_tiers) if self.config.lower_tiers else None
-            self.scheduler = Scheduler(self.config, self.chunker, self.groups, index, lower, namespaces)
+            at_once = ranks == 1 and has_kv_transfer_group() and not self._writes_early
+            load_now = self._load_now if at_once else None
+            self.scheduler = Scheduler(self.config, self.chunker, self.groups, index, lower, namespaces, load_now)
             self._increments = Increments(self.scheduler.counters)
 
     def _hook_failed(self, name: str) -> None:
@@ -130,8 +133,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             lower = open_stores(self.config.lower_tiers)
             engine = CacheEngine(lower, namespace=namespace, chunker=self.chunker, serde=self.config.serde)
         transfer = _transfer(layout, self.num_slots, self.config.gpu_staging)
-        early = self.groups.are_several or compat.zeroes_pages(self._kv_cache_config)
-        self.worker = Worker(transfer, self.num_slots, engine, writes_early=early)
+        self.worker = Worker(transfer, self.num_slots, engine, writes_early=self._writes_early)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -217,6 +219,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self.scheduler is not None
         block_ids = blocks.get_block_ids()
+        self.scheduler.given(request)
         try:
             self.scheduler.allocated(request, block_ids, num_external_tokens)
         except Exception:
@@ -229,18 +232,18 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         assert self.scheduler is not None
-        metadata = self.scheduler.build(scheduler_output)
-        self._load_early(metadata)
-        return metadata
+        return self.scheduler.build(scheduler_output)
 
-    @_never_raise(lambda: None)
-    def _load_early(self, metadata: StepMetadata) -> None:
-        """One rank's worker lives in this process: the first bytes move while the engine prepares the step's inputs."""
-        if metadata.loads and has_kv_transfer_group():
-            worker = getattr(get_kv_transfer_group(), "worker", None)
-            if isinstance(worker, Worker) and not worker.writes_early:
-                worker.begin(metadata)
-                worker.load(metadata)
+    def _load_now(self, loads: list[RequestLoad]) -> set[int]:
+        """Called by the scheduler side: the worker side lives in this process where there is one rank."""
+        try:
+            worker: Worker = get_kv_transfer_group().worker
+            return worker.load_now(loads)
+        except Exception:
+            self._hook_failed("load_now")
+            return {page for load in loads for op in load.ops for page in op.block_ids} | {
+                page for load in loads for page in load.lost_blocks
+            }
 
     @_never_raise(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:

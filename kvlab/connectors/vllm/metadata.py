@@ -22,8 +22,8 @@ class LoadOp:
 
 @dataclass
 class RequestLoad:
-    """All loads of one request in one step. `is_async`: between steps, reported when done. `lost_blocks` are pages that
-    were promised and cannot be filled: the engine must recompute them."""
+    """All loads of one request. `is_async`: between steps, reported when done; else while the step is planned.
+    `lost_blocks` are pages that were promised and cannot be filled: the engine must compute them."""
 
     request_id: str
     ops: list[LoadOp]
@@ -45,14 +45,13 @@ class SaveOp:
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """One step's copies. `num_tokens` are those the step computes; `new_blocks` the pages that requests have been given
-    for it; `faults` those the scheduler had heard of when it planned the step."""
+    """One step's copies but for loads within it. `num_tokens` are those the step computes; `new_blocks` the pages that
+    requests have been given for it."""
 
     loads: list[RequestLoad] = field(default_factory=list)
     saves: list[SaveOp] = field(default_factory=list)
     num_tokens: int = 0
     new_blocks: list[int] = field(default_factory=list)
-    faults: int = 0
 
 
 @dataclass
@@ -70,18 +69,16 @@ class LoadRow:
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
-    """What ranks finished since the last step. Counters count ranks, so that the scheduler knows when all did.
-    `faults`: loads within steps that have lost pages, since the start, told until the scheduler's plans show it."""
+    """What ranks finished since the last step. Counters count ranks, so that the scheduler knows when all did."""
 
     loaded: Counter[str] = field(default_factory=Counter)  # request ids
     settled: Counter[bytes] = field(default_factory=Counter)  # hashes whose hand-over to lower tiers ended
     bad: set[bytes] = field(default_factory=set)  # hashes that must not be served again
     rows: list[LoadRow] = field(default_factory=list)
     prefills: list[tuple[int, float]] = field(default_factory=list)  # tokens and seconds of forward passes
-    faults: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.loaded or self.settled or self.bad or self.rows or self.prefills or self.faults)
+        return bool(self.loaded or self.settled or self.bad or self.rows or self.prefills)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         if isinstance(other, WorkerReport):
@@ -90,5 +87,4 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.bad |= other.bad
             self.rows += other.rows
             self.prefills += other.prefills
-            self.faults = max(self.faults, other.faults)
         return self

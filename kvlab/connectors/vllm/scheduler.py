@@ -6,7 +6,7 @@ Nothing here touches a byte of KV and nothing waits longer than `lookup_timeout_
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvlab.chunking import Chunker
@@ -16,6 +16,7 @@ from kvlab.connectors.vllm.groups import Groups
 from kvlab.connectors.vllm.lookup import Lookup
 from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.planning import Planner, end_block, end_token
+from kvlab.connectors.vllm.promises import Promises
 from kvlab.connectors.vllm.requests import Piece, RequestState, request_extras, wants_recompute
 from kvlab.connectors.vllm.saves import SavePlanner, given_blocks
 from kvlab.connectors.vllm.slots import SlotIndex
@@ -27,7 +28,8 @@ IDLE_WAIT_S = 0.0005
 
 
 class Scheduler:
-    """One per engine. `lower` may be None; `namespaces` holds one namespace per worker rank."""
+    """One per engine. `lower` may be None; `namespaces` holds one namespace per worker rank. `load_now` carries out
+    loads at once and answers the pages it could not fill; None: all loads run between steps."""
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class Scheduler:
         index: SlotIndex,
         lower: Store | None,
         namespaces: Sequence[Namespace],
+        load_now: Callable[[list[RequestLoad]], set[int]] | None,
     ) -> None:
         self.config = config
         self.chunker = chunker
@@ -45,6 +48,7 @@ class Scheduler:
         self.lower = lower
         self.namespaces = namespaces
         self.enabled = config.enabled
+        self._load_now = load_now
         self.counters: Counter[str] = Counter()
         self._states: dict[str, RequestState] = {}
         self._loads: list[RequestLoad] = []
@@ -53,7 +57,7 @@ class Scheduler:
         self._arrived: dict[str, int] = {}  # ranks that finished an async load
         self._bad: dict[bytes, None] = {}  # hashes a lower tier answered with broken or absent data
         self.admission = LoadAdmission(enabled=config.admission)
-        self._faults = 0  # loads within steps that lost pages, as far as heard
+        self._promises = Promises(chunker.block_tokens, self.counters)
         self.saves = SavePlanner(
             config,
             chunker,
@@ -110,7 +114,7 @@ class Scheduler:
         if tokens < max(self.config.min_hit_tokens, 1):
             return 0, False
         state.plan, state.plan_tokens = plan, end
-        return tokens, self._is_async(plan)
+        return tokens, self._is_async(plan, request)
 
     def _served(self, plan: list[Piece], usable: int) -> tuple[list[Piece], int]:
         """What of a plan serves the first `usable` tokens or fewer, and how many. Where layers see a window, an object
@@ -119,12 +123,11 @@ class Scheduler:
             plan = plan[:-1]
         return plan, min(end_token(plan), usable)
 
-    def _is_async(self, plan: list[Piece]) -> bool:
-        """Whether a load runs between steps: if it may fail; where the engine has several groups, as it can be told of
-        failures of such loads alone there; and where there are several ranks, as those that lose nothing would save
-        what the step computes on another's lost pages."""
-        alone = len(self.namespaces) == 1 and not self.groups.are_several
-        return not alone or any(not piece.in_memory for piece in plan)
+    def _is_async(self, plan: list[Piece], request: Any) -> bool:
+        """Whether a load runs between steps: if it takes a lower tier; where none can run at once; and for requests
+        with images or the like, as a step cannot compute other tokens than those whose encoder outputs it was given."""
+        within = self._load_now is not None and not getattr(request, "mm_features", None)
+        return not within or any(not piece.in_memory for piece in plan)
 
     def _num_slots(self, piece: Piece) -> int:
         return self.groups.num_slots(piece.span, piece.end_token)
@@ -143,6 +146,10 @@ class Scheduler:
         return self.index.can_reserve(fetched + held)
 
     # ---- take it
+
+    def given(self, request: Any) -> None:
+        """The engine has given `request` pages, with or without a hit."""
+        self._promises.given(request)
 
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], num_external_tokens: int) -> None:
         """Each group has pages for the tokens that `match` promised (0: none): note which objects fill them."""
@@ -170,7 +177,7 @@ class Scheduler:
         request, block, groups = state.request, self.chunker.block_tokens, self.groups
         first, usable = (end - num_tokens) // block, -(-end // block)
         used = [piece for piece in plan if piece.span.end_block > first and piece.span.first_block < usable]
-        is_async = self._is_async(plan)
+        is_async = self._is_async(plan, request)
         load = RequestLoad(request.request_id, [], request.num_tokens, is_async)
         pinned: list[bytes] = []
         if is_async:  # sync copies run before anything can be evicted; async ones may not
@@ -201,7 +208,7 @@ class Scheduler:
         state.given_up = bool(load.lost_blocks)
 
     def lose(self, request_id: str, block_ids: Sequence[int], *, is_async: bool) -> None:
-        """A promise cannot be kept: these pages must be recomputed, and an async wait must end. The engine will ask
+        """A promise cannot be kept: these pages must be computed, and an async wait must end. The engine will ask
         again, and a second promise might end like the first."""
         if (state := self._states.get(request_id)) is not None:
             state.given_up = True
@@ -233,10 +240,15 @@ class Scheduler:
     # ---- each step
 
     def build(self, output: Any) -> StepMetadata:
-        """This step's loads and saves."""
+        """This step's loads between steps, and its saves. Loads within it begin here, before the engine prepares its
+        inputs, and what they could not fill is taken out of the plan in `output`."""
         loads, self._loads = self._loads, []
+        within = [load for load in loads if not load.is_async]
+        lost = self._load_now(within) if within and self._load_now is not None else set()
+        self._promises.settle(output, lost)
         new_blocks = given_blocks(output, self.chunker.block_tokens)
-        metadata = StepMetadata(loads, [], output.total_num_scheduled_tokens, new_blocks, self._faults)
+        between = [load for load in loads if load.is_async]
+        metadata = StepMetadata(between, [], output.total_num_scheduled_tokens, new_blocks)
         if (self._in_flight or self._waiting) and not loads and output.total_num_scheduled_tokens == 0:
             time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the threads it waits for from running
         self._waiting = False
@@ -250,7 +262,6 @@ class Scheduler:
     def absorb(self, report: WorkerReport) -> None:
         """Learn what the workers finished."""
         ranks = len(self.namespaces)
-        self._faults = max(self._faults, report.faults)
         for key in report.bad:
             self._bad[key] = None
             self.counters["bad_objects"] += 1

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
@@ -53,7 +53,7 @@ class Worker:
     pages before it begins here.
 
     Each slot remembers whose bytes it holds. A load whose slot belongs to another object is not carried out but
-    reported, and the engine recomputes: whatever goes wrong elsewhere, no request sees another's KV.
+    told, and the engine computes: whatever goes wrong elsewhere, no request sees another's KV.
     """
 
     def __init__(
@@ -61,14 +61,13 @@ class Worker:
     ) -> None:
         self.transfer = transfer
         self.engine = engine
-        self.writes_early = writes_early
+        self._writes_early = writes_early
         self.counters: Counter[str] = Counter()
         self._owner: list[bytes | None] = [None] * num_slots
         self._report = WorkerReport()
         self._lost_blocks: set[int] = set()
         self._finished: set[str] = set()
         self._lost_requests: set[str] = set()
-        self._faults = 0  # loads within steps that lost pages
         self._under_way: list[tuple[LoadRow, int, Clock]] = []  # loads whose copies have not ended
         self._forward: tuple[int, Clock] | None = None  # tokens of this step's forward pass
         self._forwards: list[tuple[int, Clock]] = []  # forward passes that may not have ended
@@ -85,13 +84,15 @@ class Worker:
         timed = metadata.num_tokens >= MIN_PREFILL_TOKENS
         self._forward = (metadata.num_tokens, self.transfer.clock()) if timed else None
 
+    def load_now(self, loads: Iterable[RequestLoad]) -> set[int]:
+        """Loads that the engine's next work sees, before `begin`. The pages that they could not fill."""
+        return {page for load in loads for page in self._load(load)}
+
     def load(self, metadata: StepMetadata) -> None:
+        """Begin loads between steps."""
         for load in metadata.loads:
-            if load.is_async:
-                # The pages may be those of a request that has just ended and whose last step is still under way.
-                self._loads.submit(self._load, load, self.transfer.fence())
-            else:
-                self._load(load)
+            # The pages may be those of a request that has just ended and whose last step is still under way.
+            self._loads.submit(self._load, load, self.transfer.fence())
         metadata.loads = []
 
     def save(self, metadata: StepMetadata) -> None:
@@ -101,13 +102,6 @@ class Worker:
             self._forwards.append(self._forward)
             self._forward = None
         ops, metadata.saves = metadata.saves, []
-        if metadata.faults < self._faults:
-            # Such steps compute on pages that could not be filled; the engine takes them back once it has heard.
-            self._report.faults = self._faults
-            for op in ops:
-                self._unsaved(op)
-            self.counters["saves_after_faults"] += len(ops)
-            return
         if not ops:
             return
         slots = [slot for op in ops for slot in op.slots]
@@ -116,7 +110,7 @@ class Worker:
             for slot in slots:
                 self._owner[slot] = None
             self.transfer.save(blocks, slots)
-            if self.writes_early:
+            if self._writes_early:
                 self.transfer.before_writes(blocks)
         except Exception:
             for op in ops:
@@ -137,7 +131,7 @@ class Worker:
         return finished, failed
 
     def take_lost_blocks(self) -> set[int]:
-        """Pages that could not be filled as promised."""
+        """Pages that loads between steps could not fill."""
         with self._lock:
             lost, self._lost_blocks = self._lost_blocks, set()
         return lost
@@ -177,7 +171,7 @@ class Worker:
 
     # ----
 
-    def _load(self, load: RequestLoad, after: Any = None) -> None:
+    def _load(self, load: RequestLoad, after: Any = None) -> list[int]:
         start = time.perf_counter()
         slots: list[int] = []
         pages: list[int] = []
@@ -206,18 +200,17 @@ class Worker:
         row = LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", seconds)
         lost = load.lost_blocks + wanted[len(pages) :]
         with self._lock:
-            self._lost_blocks.update(lost)
             if load.is_async:
+                self._lost_blocks.update(lost)
                 self._report.loaded[load.request_id] += 1
                 self._finished.add(load.request_id)
                 if lost:
                     self._lost_requests.add(load.request_id)
-            elif lost:
-                self._faults += 1
             if clock is not None:
                 self._under_way.append((row, load.prompt_tokens, clock))
         if clock is None and wanted:
             self._tell(row, load.prompt_tokens)
+        return lost
 
     def _present(self, op: LoadOp) -> bool:
         """Whether the slots this load reads hold its object."""
