@@ -83,3 +83,21 @@ def test_other_requests_of_the_step_are_not_touched(expected, monkeypatch):
     for _ in range(3):
         assert [answer.tokens for answer in generate(llm, prompts)] == [expected(p) for p in prompts]
     assert connector(llm).scheduler.counters["taken_back_requests"] == taken_back + 1
+
+
+@pytest.mark.parametrize("budget", [64, 1024], ids=["in-chunks", "in-one-step"])
+def test_nobody_finds_a_hole_in_the_prefix_cache(expected, monkeypatch, budget):
+    """The engine's own cache holds pages from when they are promised: who shares them in the same step, or before they
+    are computed, must not read them."""
+    prompts = [FIRST, OTHER, prompt(300, ending=1), prompt(308), prompt(480)]
+    settings = {"enable_prefix_caching": True, "max_num_batched_tokens": budget, "enable_chunked_prefill": True}
+    with engine(["memory://?size=256MiB"], settings) as llm:
+        generate(llm, [FIRST])
+        assert llm.reset_prefix_cache()
+        no_copy(llm, monkeypatch)
+        counters = connector(llm).scheduler.counters
+        assert [answer.tokens for answer in generate(llm, prompts)] == [expected(p) for p in prompts]
+        assert counters["taken_back_requests"] > 1, "others shared the pages"
+        before = counters["taken_back_requests"]
+        assert [answer.tokens for answer in generate(llm, prompts)] == [expected(p) for p in prompts]
+        assert counters["taken_back_requests"] == before, "they are computed by now"

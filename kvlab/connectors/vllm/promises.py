@@ -71,7 +71,7 @@ class Promises:
             self._lower(each, request, first * block, output)
             for at in range(first, len(used)):
                 if used[at] in self._holes:
-                    self._holes[used[at]] = (request, (at + 1) * block)
+                    self._holes[used[at]] = (request, min((at + 1) * block, each.num_computed))
 
     def _lower(self, each: _Scheduled, request: Any, num_computed: int, output: Any) -> None:
         each.lower(num_computed)
