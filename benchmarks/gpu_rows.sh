@@ -7,7 +7,7 @@
 #   kernels   the kernels' tests, then again under compute-sanitizer
 #   transfer  copies beside vLLM's and LMCache's
 #   profile   where the time of kvlab's copies goes
-#   ttft      one request at a time, one backend after the other
+#   ttft      one request at a time, backends in turns
 #   pressure  500 requests with evictions, CUDA graphs on (the small model, or KVLAB_MODEL)
 #   tokens    the same tokens with the cache and without, CUDA graphs on (likewise)
 #   steps     hooks in and out within one engine: what a save and a hit cost, with intervals
@@ -51,10 +51,8 @@ part() {
       "$python" benchmarks/gpu_transfer.py --peers --layouts NHD --rows "$OUT/gpu_transfer.csv" --staging "${STAGING:-128MiB}" ;;
     profile) "$python" benchmarks/gpu_transfer_profile.py --rows "$OUT/gpu_transfer_profile.csv" --staging "${STAGING:-128MiB}" ;;
     ttft)
-      for backend in ${TTFT_BACKENDS:-none vllm-prefix kvlab lmcache vllm-offload}; do
-        timeout "${TTFT_SECONDS:-120}" "$python" benchmarks/gpu_ttft.py "$MODEL" --load-format "$load_format" \
-          --backend "$backend" --graphs "${GRAPHS:-none}" --rows "$OUT/gpu_ttft.csv" || echo "$backend: ended with $?"
-      done ;;
+      "$python" benchmarks/gpu_ttft.py "$MODEL" --load-format "$load_format" --graphs "${GRAPHS:-none}" \
+        --backends "${BACKENDS:-none,vllm-prefix,kvlab,lmcache,vllm-offload}" --rows "$OUT/gpu_ttft.csv" ;;
     pressure) with_graphs tests/connectors/test_pressure.py ;;
     tokens) with_graphs tests/connectors/test_same_tokens.py ;;
     steps) "$python" benchmarks/gpu_steps.py "$MODEL" --load-format "$load_format" --rows "$OUT/gpu_steps.csv" ;;

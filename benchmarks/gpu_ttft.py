@@ -1,24 +1,32 @@
 """TTFT of a hit by prompt length: recompute, vLLM's own prefix cache (the floor), kvlab, and peers.
 
-    python benchmarks/gpu_ttft.py MODEL --backend kvlab [--rows data/measured/gpu_ttft.csv]
+    python benchmarks/gpu_ttft.py MODEL [--backends kvlab,lmcache] [--graphs piecewise] [--rows FILE]
 
 One request at a time, one new token, random token ids, weights may be random (`--load-format dummy`): only shapes
-matter here. One backend per process; run them one after the other on the same machine. Medians with the spread.
-`same_tokens` is the share of hits that answer what the prompt was answered when it was computed: 1 but for rounding
-where KV was loaded, and by chance only where a backend claims hits and loads nothing.
+matter here. An engine of each backend in a process of its own, all on one GPU: they are asked in turns, as a machine's
+times drift by more than backends differ. Reckon with the weights, `--pool` and some 3 GB of its memory for each.
+Medians with the spread. `same_tokens` is the share of hits that answer what the prompt was answered when it was
+computed: 1 but for rounding where KV was loaded, and by chance only where a backend claims hits and loads nothing.
+`load_gb_per_s` is how fast kvlab's copies ran, to their end.
 """
 
 import argparse
+import json
 import os
 import random
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 from kvlab.bench.provenance import append_rows
+from kvlab.units import parse_bytes
 
-LENGTHS = (776, 2048, 8192, 15000)
 BACKENDS = ("none", "vllm-prefix", "kvlab", "lmcache", "vllm-offload")
+LENGTHS = (776, 2048, 8192, 15000)
+PROMPTS = 4  # of each length
+HOST_GIB = 8  # of each cache
 
 
 def transfer_config(backend: str):
@@ -26,29 +34,31 @@ def transfer_config(backend: str):
 
     import kvlab
 
-    if backend.startswith("kvlab"):
-        return KVTransferConfig(**kvlab.vllm_config(["memory://?size=16GiB"], report=True))
+    if backend == "kvlab":
+        return KVTransferConfig(**kvlab.vllm_config([f"memory://?size={HOST_GIB}GiB"], report=True))
     if backend == "lmcache":
-        os.environ |= {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": "16", "LMCACHE_CHUNK_SIZE": "256"}
+        size = {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": str(HOST_GIB), "LMCACHE_CHUNK_SIZE": "256"}
+        os.environ |= size
         return KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role="kv_both")
     if backend == "vllm-offload":
-        extra = {"cpu_bytes_to_use": 16 << 30}
+        extra = {"cpu_bytes_to_use": HOST_GIB << 30}
         return KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=extra)
     return None
 
 
-def start(model: str, backend: str, load_format: str, graphs: str):
+def start(options: argparse.Namespace, backend: str):
     """An engine in this process."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
     return LLM(
-        model,
-        load_format=load_format,
-        enforce_eager=graphs == "none",
-        compilation_config={"cudagraph_mode": "PIECEWISE"} if graphs == "piecewise" else None,
-        max_model_len=16384,
-        gpu_memory_utilization=0.8,
+        options.model,
+        load_format=options.load_format,
+        enforce_eager=options.graphs == "none",
+        compilation_config={"cudagraph_mode": "PIECEWISE"} if options.graphs == "piecewise" else None,
+        max_model_len=max(options.lengths) + 64,
+        gpu_memory_utilization=0.1,  # must be free at the start; `pool` says what is used
+        kv_cache_memory_bytes=parse_bytes(options.pool),
         # vLLM's offloading works behind its prefix cache; that one is emptied before each repeat instead.
         enable_prefix_caching=backend in ("vllm-prefix", "vllm-offload"),
         skip_tokenizer_init=True,
@@ -56,65 +66,127 @@ def start(model: str, backend: str, load_format: str, graphs: str):
     )
 
 
-def arguments(rows: str, repeats: int) -> argparse.Namespace:
+def arguments(rows: str, repeats: int, backends: str) -> argparse.Namespace:
     """The command line of this benchmark and of gpu_ttft_profile.py."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("--backend", choices=BACKENDS, required=True)
+    parser.add_argument("--backends", type=lambda names: names.split(","), default=backends.split(","))
+    parser.add_argument("--lengths", type=lambda ns: [int(n) for n in ns.split(",")], default=list(LENGTHS))
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--load-format", default="dummy")
     parser.add_argument("--graphs", choices=["none", "piecewise", "full"], default="none", help="CUDA graphs")
+    parser.add_argument("--pool", default="5GiB", help="KV cache on the GPU; holds four prompts of the greatest length")
     parser.add_argument("--rows", type=Path, default=Path("data/measured") / rows)
-    return parser.parse_args()
+    parser.add_argument("--serve", choices=BACKENDS, help=argparse.SUPPRESS)  # one backend, asked over pipes
+    options = parser.parse_args()
+    unknown = set(options.backends) - set(BACKENDS)
+    if unknown:
+        parser.error(f"unknown backends {sorted(unknown)}; known: {', '.join(BACKENDS)}")
+    return options
 
 
-def main() -> None:
-    options = arguments("gpu_ttft.csv", 20)
-    backend = options.backend
-    llm = start(options.model, backend, options.load_format, options.graphs)
+def prompt(length: int, number: int) -> list[int]:
+    rng = random.Random(f"{length} {number}")
+    return [rng.randrange(1000, 40000) for _ in range(length)]
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Answer lines `length number` with milliseconds, the token, and the bytes and seconds of kvlab's loads so far."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the engine prints must not get between the answers
+    llm = start(options, options.serve)
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-    rng = random.Random(0)
-
-    def ask(ids: list[int]) -> tuple[float, int]:
-        """Milliseconds, and the token."""
-        if backend == "vllm-offload":
+    connector = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "connector", None)
+    counters = connector.scheduler.counters if options.serve == "kvlab" else {}
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        ids = prompt(*map(int, line.split()))
+        if options.serve == "vllm-offload":
             llm.reset_prefix_cache()
-        start = time.perf_counter()
+        begin = time.perf_counter()
         answer = llm.generate({"prompt_token_ids": ids}, sampling, use_tqdm=False)
-        return (time.perf_counter() - start) * 1e3, answer[0].outputs[0].token_ids[0]
+        seconds = time.perf_counter() - begin
+        loaded = counters.get("loaded_bytes", 0), counters.get("load_seconds", 0.0)
+        print(json.dumps([seconds * 1e3, answer[0].outputs[0].token_ids[0], *loaded]), file=answers, flush=True)
+    if options.serve == "kvlab":
+        print(dict(counters), connector.hook_errors, flush=True)
 
-    def loaded() -> tuple[float, float]:
-        """Bytes and seconds of kvlab's loads so far, as far as their ends have been seen."""
-        connector = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "connector", None)
-        counters = connector.scheduler.counters if backend == "kvlab" else {}
-        return counters.get("loaded_bytes", 0), counters.get("load_seconds", 0.0)
 
+class Backend:
+    """One engine in a process of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        command = [sys.executable, __file__, *sys.argv[1:], "--serve", name]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def answer(self) -> str:
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: ended with {self._process.wait()}; what it said stands above")
+        return line
+
+    def ask(self, length: int, number: int) -> list:
+        print(length, number, file=self._process.stdin, flush=True)
+        return json.loads(self.answer())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:  # LMCache's threads outlive its engine by minutes
+            self._process.kill()
+
+
+def measure(backends: list[Backend], length: int, repeats: int, graphs: str) -> list[dict]:
+    computed = {each.name: [each.ask(length, at)[1] for at in range(PROMPTS)] for each in backends}
+    time.sleep(1.0)
+    for each in backends:
+        last = [each.ask(length, at) for at in range(PROMPTS)][-1]
+        computed[each.name].append(last[2:])  # loads seen so far
+    asked: dict[str, list[list]] = {each.name: [] for each in backends}
+    for turn in range(repeats):
+        first = turn % len(backends)
+        for each in backends[first:] + backends[:first]:
+            asked[each.name].append(each.ask(length, turn % PROMPTS))
     rows = []
-    for length in LENGTHS:
-        prompts = [[rng.randrange(1000, 40000) for _ in range(length)] for _ in range(4)]
-        computed = [ask(ids)[1] for ids in prompts]
-        time.sleep(1.0)
-        for _ in range(3):
-            ask(prompts[-1])
-        before = loaded()
-        asked = [ask(prompts[i % 4]) for i in range(options.repeats)]
-        times = [milliseconds for milliseconds, _ in asked]
-        same = [token == computed[i % 4] for i, (_, token) in enumerate(asked)]
-        num_bytes, seconds = (after - had for after, had in zip(loaded(), before, strict=True))
+    for name, answers in asked.items():
+        *tokens, before = computed[name]
+        times = [milliseconds for milliseconds, *_ in answers]
+        num_bytes, seconds = (now - then for now, then in zip(answers[-1][2:], before, strict=True))
         row = {
-            "backend": backend, "tokens": length, "ttft_ms_median": round(statistics.median(times), 2),
-            "ttft_ms_min": round(min(times), 2), "ttft_ms_max": round(max(times), 2), "repeats": options.repeats,
-            "graphs": options.graphs, "same_tokens": round(statistics.mean(same), 3),
+            "backend": name, "tokens": length, "ttft_ms_median": round(statistics.median(times), 2),
+            "ttft_ms_min": round(min(times), 2), "ttft_ms_max": round(max(times), 2), "repeats": repeats,
+            "graphs": graphs, "together": len(backends),
+            "same_tokens": round(statistics.mean(a[1] == tokens[i % PROMPTS] for i, a in enumerate(answers)), 3),
             "load_gb_per_s": round(num_bytes / seconds / 1e9, 2) if seconds else "",
         }  # fmt: skip
         rows.append(row)
         print(*(f"{k}={v}" for k, v in row.items()), flush=True)
-    append_rows(options.rows, rows)
-    if backend.startswith("kvlab"):
-        connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
-        print(dict(connector.scheduler.counters), connector.hook_errors, flush=True)
+    return rows
+
+
+def main() -> None:
+    options = arguments("gpu_ttft.csv", 40, ",".join(BACKENDS))
+    if options.serve:
+        serve(options)
+        return
+    backends = [Backend(name) for name in options.backends]
+    try:
+        for each in backends:
+            each.answer()
+            print(f"{each.name} is ready", flush=True)
+        import torch  # for the GPU's name in the rows
+
+        for length in options.lengths:
+            rows = measure(backends, length, options.repeats, options.graphs)
+            append_rows(options.rows, rows)
+        del torch
+    finally:
+        for each in backends:
+            each.close()
 
 
 if __name__ == "__main__":

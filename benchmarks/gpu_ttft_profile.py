@@ -1,6 +1,6 @@
 """Where does the time of a hit go? A request's life in milliseconds, on the host and on the GPU.
 
-    python benchmarks/gpu_ttft_profile.py MODEL --backend kvlab [--rows data/measured/gpu_ttft_profile.csv]
+    python benchmarks/gpu_ttft_profile.py MODEL --backends kvlab [--rows data/measured/gpu_ttft_profile.csv]
 
 Requests as in gpu_ttft.py, under torch's profiler, which slows the host down: read the shares, not the sums. Rows:
 each hook of the connector (when it began, counted from the request's beginning, and how long all its calls took), the
@@ -9,13 +9,12 @@ copies to the GPU of more than 64 KiB (first begins, last ends, sum), and the la
 
 import functools
 import json
-import random
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-from gpu_ttft import LENGTHS, arguments, start
+from gpu_ttft import arguments, prompt, start
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from kvlab.bench.provenance import append_rows
@@ -70,8 +69,9 @@ def life(trace: list[dict]) -> dict[str, tuple[float, float, float]]:
 
 
 def main() -> None:
-    options = arguments("gpu_ttft_profile.csv", 10)
-    llm = start(options.model, options.backend, options.load_format, options.graphs)
+    options = arguments("gpu_ttft_profile.csv", 10, "kvlab")
+    (backend,) = options.backends  # a profile at a time
+    llm = start(options, backend)
     from vllm import SamplingParams
     from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
@@ -79,17 +79,16 @@ def main() -> None:
         watch(get_kv_transfer_group())
         watch(llm.llm_engine.engine_core.engine_core.scheduler.connector)
     sampling = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-    rng = random.Random(0)
 
     def ask(ids: list[int]) -> None:
-        if options.backend == "vllm-offload":
+        if backend == "vllm-offload":
             llm.reset_prefix_cache()
         with record_function(REQUEST):
             llm.generate({"prompt_token_ids": ids}, sampling, use_tqdm=False)
 
     rows = []
-    for length in LENGTHS:
-        ids = [rng.randrange(1000, 40000) for _ in range(length)]
+    for length in options.lengths:
+        ids = prompt(length, 0)
         for _ in range(4):
             ask(ids)
             time.sleep(0.5)
@@ -106,7 +105,7 @@ def main() -> None:
                 round(statistics.median(column), 3) for column in zip(*(each[what] for each in lives), strict=True)
             )
             row = {
-                "backend": options.backend, "tokens": length, "graphs": options.graphs, "what": what,
+                "backend": backend, "tokens": length, "graphs": options.graphs, "what": what,
                 "began_ms": began, "ended_ms": ended, "spent_ms": spent, "repeats": options.repeats,
             }  # fmt: skip
             rows.append(row)
