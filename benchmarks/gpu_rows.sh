@@ -10,6 +10,7 @@
 #   ttft      one request at a time, backends in turns
 #   pressure  500 requests with evictions, CUDA graphs on (the small model, or KVLAB_MODEL)
 #   tokens    the same tokens with the cache and without, CUDA graphs on (likewise)
+#   faults    the same where loads fail, requests are aborted and freed pages are overwritten at once (likewise)
 #   steps     hooks in and out within one engine: what a save and a hit cost, with intervals
 #   first     what first runs cost: SEEDS (7) of them, `none` twice; 1.6 minutes of requests for each
 #   memory    five backends in host memory side by side, three workloads, two runs; 17 minutes
@@ -38,7 +39,7 @@ bench() { # name of the part, then flags of `kvlab bench`. Random weights would 
 workloads=(--dataset sharegpt,rounds,documents --num-prompts "${NUM_PROMPTS:-1024,256,48}" --request-rate "${RATES:-16,12,3}")
 
 with_graphs() {
-  KVLAB_TEST_GRAPHS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 "$python" -m pytest -q -p no:cacheprovider --timeout 900 "$1"
+  KVLAB_TEST_GRAPHS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 "$python" -m pytest -q -p no:cacheprovider --timeout 900 "$@"
 }
 
 part() {
@@ -52,9 +53,10 @@ part() {
     profile) "$python" benchmarks/gpu_transfer_profile.py --rows "$OUT/gpu_transfer_profile.csv" --staging "${STAGING:-128MiB}" ;;
     ttft)
       "$python" benchmarks/gpu_ttft.py "$MODEL" --load-format "$load_format" --graphs "${GRAPHS:-none}" \
-        --backends "${BACKENDS:-none,vllm-prefix,kvlab,lmcache,vllm-offload}" --rows "$OUT/gpu_ttft.csv" ;;
+        --backends "${TTFT_BACKENDS:-none,vllm-prefix,kvlab,lmcache,vllm-offload}" --rows "$OUT/gpu_ttft.csv" ;;
     pressure) with_graphs tests/connectors/test_pressure.py ;;
     tokens) with_graphs tests/connectors/test_same_tokens.py ;;
+    faults) with_graphs tests/connectors/test_{lost_loads,freed_blocks,aborts}.py ;;
     steps) "$python" benchmarks/gpu_steps.py "$MODEL" --load-format "$load_format" --rows "$OUT/gpu_steps.csv" ;;
     first)
       seeds=$(seq -s, 0 $((${SEEDS:-7} - 1)))
