@@ -141,11 +141,9 @@ class Backend:
 
 
 def measure(backends: list[Backend], length: int, repeats: int, graphs: str) -> list[dict]:
-    computed = {each.name: [each.ask(length, at)[1] for at in range(PROMPTS)] for each in backends}
+    tokens = {each.name: [each.ask(length, at)[1] for at in range(PROMPTS)] for each in backends}
     time.sleep(1.0)
-    for each in backends:
-        last = [each.ask(length, at) for at in range(PROMPTS)][-1]
-        computed[each.name].append(last[2:])  # loads seen so far
+    loaded = {each.name: [each.ask(length, at)[2:] for at in range(PROMPTS)][-1] for each in backends}
     asked: dict[str, list[list]] = {each.name: [] for each in backends}
     for turn in range(repeats):
         first = turn % len(backends)
@@ -153,14 +151,13 @@ def measure(backends: list[Backend], length: int, repeats: int, graphs: str) -> 
             asked[each.name].append(each.ask(length, turn % PROMPTS))
     rows = []
     for name, answers in asked.items():
-        *tokens, before = computed[name]
         times = [milliseconds for milliseconds, *_ in answers]
-        num_bytes, seconds = (now - then for now, then in zip(answers[-1][2:], before, strict=True))
+        num_bytes, seconds = (now - then for now, then in zip(answers[-1][2:], loaded[name], strict=True))
         row = {
             "backend": name, "tokens": length, "ttft_ms_median": round(statistics.median(times), 2),
             "ttft_ms_min": round(min(times), 2), "ttft_ms_max": round(max(times), 2), "repeats": repeats,
             "graphs": graphs, "together": len(backends),
-            "same_tokens": round(statistics.mean(a[1] == tokens[i % PROMPTS] for i, a in enumerate(answers)), 3),
+            "same_tokens": round(statistics.mean(a[1] == tokens[name][i % PROMPTS] for i, a in enumerate(answers)), 3),
             "load_gb_per_s": round(num_bytes / seconds / 1e9, 2) if seconds else "",
         }  # fmt: skip
         rows.append(row)
@@ -178,12 +175,11 @@ def main() -> None:
         for each in backends:
             each.answer()
             print(f"{each.name} is ready", flush=True)
-        import torch  # for the GPU's name in the rows
+        import torch  # noqa: F401  # for the GPU's name in the rows
 
         for length in options.lengths:
             rows = measure(backends, length, options.repeats, options.graphs)
             append_rows(options.rows, rows)
-        del torch
     finally:
         for each in backends:
             each.close()
