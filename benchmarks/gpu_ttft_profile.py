@@ -70,7 +70,9 @@ def life(trace: list[dict]) -> dict[str, tuple[float, float, float]]:
 
 def main() -> None:
     options = arguments("gpu_ttft_profile.csv", 10, "kvlab")
-    (backend,) = options.backends  # a profile at a time
+    if len(options.backends) != 1:
+        raise SystemExit(f"--backends must name one backend to profile, got {','.join(options.backends)}")
+    backend = options.backends[0]
     llm = start(options, backend)
     from vllm import SamplingParams
     from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
