@@ -66,8 +66,8 @@ class Engine:
 def test_a_request_is_lowered_to_its_first_lost_page(kind):
     engine, asked = Engine(), request("a", 70)
     output = engine.plan({12, 13, 14}, **{kind: [(asked, [10, 11, 12, 13, 14, 15], 5)]})
-    plan = output.scheduled_new_reqs[0].num_computed_tokens if kind == "new" else None
-    assert (plan if kind == "new" else output.scheduled_cached_reqs.num_computed_tokens[0]) == 32
+    new, cached = output.scheduled_new_reqs, output.scheduled_cached_reqs
+    assert (new[0].num_computed_tokens if kind == "new" else cached.num_computed_tokens[0]) == 32
     assert asked.num_computed_tokens == 32 + 5
     assert engine.counters == {"taken_back_requests": 1, "taken_back_tokens": 38}
 

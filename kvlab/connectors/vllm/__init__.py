@@ -5,7 +5,8 @@ Use::
     KVTransferConfig(**kvlab.vllm_config(["memory://?size=1GiB", "file:///path?size=10GiB"]))
 
 The class below only joins vLLM's hooks to `Scheduler` (decides) and `Worker` (copies). An error in a hook costs a
-miss and is counted; it never reaches the engine. What cannot be served is refused at start instead.
+miss and is counted; it never reaches the engine, but where a step would read pages known to be empty (`Promises`).
+What cannot be served is refused at start instead.
 """
 
 import functools
@@ -107,8 +108,9 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             index = SlotIndex(self.num_slots, policy=self.config.policy)
             lower = open_stores(self.config.lower_tiers) if self.config.lower_tiers else None
             at_once = ranks == 1 and has_kv_transfer_group() and not self._writes_early
-            load_now = self._load_now if at_once else None
-            self.scheduler = Scheduler(self.config, self.chunker, self.groups, index, lower, namespaces, load_now)
+            self.scheduler = Scheduler(
+                self.config, self.chunker, self.groups, index, lower, namespaces, self._load_now, at_once=at_once
+            )
             self._increments = Increments(self.scheduler.counters)
 
     def _hook_failed(self, name: str) -> None:

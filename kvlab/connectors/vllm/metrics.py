@@ -17,7 +17,7 @@ DOCUMENTATION = {
     "lookup_late": "Requests that went without the lower tiers because these answered too late.",
     "lookup_failed": "Lookups in the lower tiers that failed.",
     "errors": "Errors of kvlab's own that cost a save.",
-    "taken_back_requests": "Requests whose pages a load within a step could not fill, computed by that step instead.",
+    "taken_back_requests": "Requests whose pages a load within a step could not fill; they are computed instead.",
 }
 
 

@@ -84,7 +84,7 @@ class Promises:
 
 
 def _scheduled(output: Any) -> Iterator[_Scheduled]:
-    """In the order of scheduling: nobody finds pages in the prefix cache that a later one was promised."""
+    """The requests that begin, or begin again, with a step."""
     for new in output.scheduled_new_reqs:
 
         def lower_new(num_computed: int, new: Any = new) -> None:

@@ -29,7 +29,7 @@ IDLE_WAIT_S = 0.0005
 
 class Scheduler:
     """One per engine. `lower` may be None; `namespaces` holds one namespace per worker rank. `load_now` carries out
-    loads at once and answers the pages it could not fill; None: all loads run between steps."""
+    loads at once and answers the pages it could not fill; without `at_once` all loads run between steps."""
 
     def __init__(
         self,
@@ -39,7 +39,9 @@ class Scheduler:
         index: SlotIndex,
         lower: Store | None,
         namespaces: Sequence[Namespace],
-        load_now: Callable[[list[RequestLoad]], set[int]] | None,
+        load_now: Callable[[list[RequestLoad]], set[int]],
+        *,
+        at_once: bool,
     ) -> None:
         self.config = config
         self.chunker = chunker
@@ -49,6 +51,7 @@ class Scheduler:
         self.namespaces = namespaces
         self.enabled = config.enabled
         self._load_now = load_now
+        self._at_once = at_once
         self.counters: Counter[str] = Counter()
         self._states: dict[str, RequestState] = {}
         self._loads: list[RequestLoad] = []
@@ -126,7 +129,7 @@ class Scheduler:
     def _is_async(self, plan: list[Piece], request: Any) -> bool:
         """Whether a load runs between steps: if it takes a lower tier; where none can run at once; and for requests
         with images or the like, as a step cannot compute other tokens than those whose encoder outputs it was given."""
-        within = self._load_now is not None and not getattr(request, "mm_features", None)
+        within = self._at_once and not getattr(request, "mm_features", None)
         return not within or any(not piece.in_memory for piece in plan)
 
     def _num_slots(self, piece: Piece) -> int:
@@ -244,7 +247,7 @@ class Scheduler:
         inputs, and what they could not fill is taken out of the plan in `output`."""
         loads, self._loads = self._loads, []
         within = [load for load in loads if not load.is_async]
-        lost = self._load_now(within) if within and self._load_now is not None else set()
+        lost = self._load_now(within) if within else set()
         self._promises.settle(output, lost)
         new_blocks = given_blocks(output, self.chunker.block_tokens)
         between = [load for load in loads if load.is_async]
