@@ -7,7 +7,8 @@ the same workload with its connector's hooks taken out (*off*), with prompts nob
 and with these again (*second*: each is loaded), round after round, every other round with *off* last. A request is
 added every few steps, so that prompts are computed beside others that decode, and by steps, not by the clock: the turns
 of a round hold the same batches. Medians of the rounds' means, and of the ratios to *off* within a round with their 95%
-interval (bootstrap over rounds).
+interval (bootstrap over rounds). `step_cpu_ms` is the processor time that the engine's thread took for a step: where
+gaps grow and it does not, the thread was kept waiting.
 """
 
 import argparse
@@ -35,8 +36,9 @@ class Driver:
         self._num_requests = 0
 
     def run(self, waiting):
-        """Means of TTFT and of the gaps between tokens, in ms, and the gaps' median and p99."""
+        """Means of TTFT and of the gaps between tokens, in ms, and the gaps' median and p99, and a step's CPU time."""
         added, last, ttfts, gaps, step = {}, {}, [], [], 0
+        cpu = time.thread_time()
         waiting = list(waiting)
         while waiting or self._engine.has_unfinished_requests():
             if waiting and step % EVERY == 0:
@@ -60,6 +62,7 @@ class Driver:
         return {
             "ttft_ms": statistics.mean(ttfts), "gap_ms": statistics.mean(gaps),
             "gap_p50_ms": percentiles[49], "gap_p99_ms": percentiles[98],
+            "step_cpu_ms": (time.thread_time() - cpu) * 1e3 / step,
         }  # fmt: skip
 
 
