@@ -1,14 +1,17 @@
 """The byte format: golden bytes, plain safetensors, and no damage that is not seen."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlab.container import ALIGNMENT, MAX_HEADER_BYTES, Part, pack, unpack
+from kvlab import container
+from kvlab.container import ALIGNMENT, HASHED_AT_ONCE, MAX_HEADER_BYTES, Part, pack, unpack
 from kvlab.errors import FormatError
 
 KEY = "kvlab:model:0123456789abcdef:00112233"
@@ -86,3 +89,31 @@ def test_reasons(key, value, reason):
 def test_a_part_of_the_wrong_length_is_refused():
     with pytest.raises(FormatError, match="must hold 8 bytes"):
         pack(KEY, {"payload": Part("F32", (2,), memoryview(b"1234"))})
+
+
+@pytest.fixture
+def hashed_at_once(monkeypatch):
+    """The lengths of what xxhash is given at a time: above 64 KiB it lets go of the interpreter while it hashes."""
+    lengths = []
+
+    class Recorded:
+        def __init__(self):
+            self._digest = xxhash.xxh3_128()
+            self.hexdigest = self._digest.hexdigest
+
+        def update(self, piece):
+            lengths.append(memoryview(piece).nbytes)
+            self._digest.update(piece)
+
+    monkeypatch.setattr(container, "xxhash", SimpleNamespace(xxh3_128=Recorded))
+    return lengths
+
+
+def test_a_save_lets_the_engine_run_while_it_hashes_and_a_load_keeps_the_interpreter(hashed_at_once):
+    payload = np.arange(1 << 20, dtype=np.uint8)
+    stored = b"".join(bytes(piece) for piece in pack(KEY, {"kv": Part("U8", (1 << 20,), payload.data)}))
+    assert (1 << 20) in hashed_at_once
+    hashed_at_once.clear()
+    unpack(stored, KEY)
+    assert sum(hashed_at_once) == len(stored)
+    assert max(hashed_at_once) == HASHED_AT_ONCE
