@@ -71,7 +71,8 @@ def pack(key: str, parts: Mapping[str, Part], metadata: Mapping[str, str] | None
         part.data.cast("B") if part.data.format != "B" or part.data.ndim != 1 else part.data for part in parts.values()
     ]
     digest = xxhash.xxh3_128()  # lets go of the interpreter: a save is in no hurry, and the engine waits for nobody
-    for piece in (head, *data):
+    pieces: list[Buffer] = [head, *data]
+    for piece in pieces:
         digest.update(piece)
     at = head.index(b'"checksum":"' + _NO_CHECKSUM) + len(b'"checksum":"')
     return [head[:at] + digest.hexdigest().encode() + head[at + 32 :], *data]
