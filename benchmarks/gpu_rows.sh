@@ -64,7 +64,7 @@ part() {
         --num-prompts "${NUM_PROMPTS:-500}" --request-rate "${RATES:-16}" --runs 1 --cache-size "${CACHE:-26GiB}" ;;
     memory)
       names=${BACKENDS:-none,vllm-prefix,kvlab-memory,lmcache-cpu,vllm-offload} larger=()
-      [[ $names != *vllm-prefix* ]] || larger=(--flags-of "vllm-prefix=--kv-cache-memory-bytes ${PREFIX_POOL:-24G}")
+      [[ $names != *vllm-prefix* ]] || larger=(--flags-of "vllm-prefix=--kv-cache-memory-bytes ${PREFIX_POOL:-28G}")
       bench memory --backends "$names" "${workloads[@]}" "${larger[@]}" --cache-size "${CACHE:-26GiB}" ;;
     tiers)
       bench tiers --backends "${BACKENDS:-none,kvlab-disk,lmcache-disk,kvlab-redis,lmcache-redis,kvlab-tiered}" \
