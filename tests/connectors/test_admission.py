@@ -22,12 +22,12 @@ def rule(now) -> LoadAdmission:
 
 def test_nothing_measured_is_loaded(rule):
     assert rule.is_worth({"memory": 100, "lower": 100})
-    rule.prefilled(1000, 1.0)
+    rule.forward(1000, 1.0)
     assert rule.is_worth({"lower": 100})
 
 
 def test_the_slower_way_is_not_taken(rule):
-    rule.prefilled(1000, 1.0)
+    rule.forward(1000, 1.0)
     rule.loaded("lower", 500, 1.0)
     rule.loaded("memory", 50_000, 1.0)
     assert not rule.is_worth({"lower": 100})
@@ -36,18 +36,42 @@ def test_the_slower_way_is_not_taken(rule):
     assert not rule.is_worth({"memory": 300, "lower": 400}), "0.006 + 0.8 s against 0.7"
 
 
-def test_it_errs_towards_loading(rule):
+def test_medians_count(rule):
     for seconds in (0.5, 1.0, 8.0):
-        rule.prefilled(1000, seconds)
-    rule.prefilled(8, 1.0)  # a decode step says nothing of a prefill
-    assert rule.prefill_rate() == 1000
+        rule.forward(1000, seconds)
+    assert rule.compute_seconds(2000) == 2.0
     for tokens in (100, 1200, 300):
         rule.loaded("lower", tokens, 1.0)
+    assert rule.load_rate("lower") == 300
+    assert not rule.is_worth({"lower": 100})
+
+
+def test_tokens_cost_what_they_add_to_a_step(rule):
+    rule.forward(100, 1.0)
+    rule.loaded("lower", 100, 0.9)
     assert rule.is_worth({"lower": 100})
+    rule.forward(63, 0.6)  # a step without a prefill
+    assert rule.compute_seconds(100) == pytest.approx(0.4)
+    assert not rule.is_worth({"lower": 100})
+    rule.forward(8, 2.0)
+    rule.forward(8, 2.0)
+    assert rule.compute_seconds(100) == 0, "and no less than nothing"
+
+
+def test_a_load_between_steps_takes_whole_steps_while_others_are_served(rule):
+    rule.forward(1000, 1.8)
+    rule.forward(1, 0.8)
+    rule.loaded("lower", 1000, 0.9)
+    rule.loaded("memory", 1000, 0.9)
+    assert rule.is_worth({"lower": 1000})
+    rule.is_busy = True
+    assert not rule.is_worth({"lower": 1000}), "two steps, 1.6 s against 1.0"
+    assert rule.is_worth({"memory": 1000})
+    assert rule.is_worth({"lower": 1600}), "1.44 s take two steps and save 1.6"
 
 
 def test_a_slow_tier_is_tried_again(rule, now):
-    rule.prefilled(1000, 1.0)
+    rule.forward(1000, 1.0)
     rule.loaded("lower", 50, 1.0)
     assert not rule.is_worth({"lower": 100})
     now[0] = FORGET_S + 0.1
@@ -55,22 +79,61 @@ def test_a_slow_tier_is_tried_again(rule, now):
 
 
 def test_a_small_load_says_nothing_of_a_large_one(rule):
-    rule.prefilled(1000, 1.0)
+    rule.forward(1000, 1.0)
     rule.loaded("lower", 10, 1.0)
     assert not rule.is_worth({"lower": 40})
     assert rule.is_worth({"lower": 41})
     rule.loaded("lower", 41, 1.0)
     assert not rule.is_worth({"lower": 41})
-    rule.loaded("lower", 5, 0.001)
+    for _ in range(3):
+        rule.loaded("lower", 5, 0.001)
     assert rule.is_worth({"lower": 20})
     assert not rule.is_worth({"lower": 41})
 
 
+def test_where_all_is_loaded_one_prompt_is_computed_now_and_then(rule, now):
+    """An engine that starts over a full disk would never learn that computing is faster."""
+    for _ in range(8):
+        assert rule.is_worth({"lower": 1000})
+        rule.loaded("lower", 1000, 1.0)
+    assert rule.is_worth({"lower": 63}), "too little to learn from"
+    assert rule.is_worth({"memory": 1000})
+    assert [rule.is_worth({"lower": 1000}) for _ in range(3)] == [False, True, True]
+    now[0] = FORGET_S
+    assert not rule.is_worth({"lower": 1000})
+    rule.forward(1000, 0.5)
+    for _ in range(8):
+        rule.loaded("lower", 1000, 1.0)
+    assert not rule.is_worth({"lower": 1000})
+
+
+def test_who_waits_for_an_answer_has_something_to_win(rule):
+    assert rule.is_worth_waiting(1, 10.0), "nothing measured"
+    rule.forward(1000, 1.0)
+    assert rule.is_worth_waiting(1000, 0.5)
+    assert not rule.is_worth_waiting(1000, 0.51)
+    for _ in range(98):
+        rule.answered(held=False)
+    assert rule.is_worth_waiting(1000, 1 / 66), "64 answers, none of them a hit"
+    assert not rule.is_worth_waiting(1000, 1 / 65)
+    rule.forward(1, 0.1)
+    assert rule.is_worth_a_step(100), "nobody else is served, so the engine asks again at once"
+    rule.is_busy = True
+    assert not rule.is_worth_a_step(100)
+    for _ in range(32):
+        rule.answered(held=True)
+    assert not rule.is_worth_a_step(100), "half of 0.09 s, against 0.1"
+    assert rule.is_worth_a_step(1000)
+
+
 def test_off_loads_always():
     rule = LoadAdmission(enabled=False)
-    rule.prefilled(1000, 1.0)
-    rule.loaded("lower", 10, 1.0)
+    rule.forward(1000, 1.0)
+    for _ in range(64):
+        rule.loaded("lower", 10, 1.0)
+        rule.answered(held=False)
     assert rule.is_worth({"lower": 100})
+    assert rule.is_worth_waiting(100, 10.0)
 
 
 def test_saves_from_the_nth_sight_on():
@@ -105,9 +168,12 @@ def test_what_is_measured_is_the_forward_pass_and_memory_is_worth_it(expected):
             again = generate(llm, [p])[0]
             assert (again.hit, again.tokens) == (length - 1, expected(p))
         rule = connector(llm).scheduler.admission
-        computed = 700 - 480 // 64 * 64  # the chunks of the shorter prompt were loaded
-        assert computed / wall < rule._prefills[-1] < 20 * computed / wall, "a part of the call, and no small one"
-        assert rule.load_rate("memory") > rule.prefill_rate()
+        computed = 700 - 480  # the blocks of the shorter prompt were loaded
+        tokens, seconds = rule._prefills[-1]
+        assert tokens == computed
+        assert wall / 20 < seconds < wall, "a part of the call, and no small one"
+        assert 0 < rule.step_seconds() < seconds, "steps without a prefill are timed as well"
+        assert 0 < 700 / rule.load_rate("memory") < rule.compute_seconds(700)
 
 
 def test_only_what_comes_again_is_saved(expected):

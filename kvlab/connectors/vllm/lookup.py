@@ -2,11 +2,12 @@
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from kvlab.chunking import Chunker
+from kvlab.connectors.vllm.admission import LoadAdmission
 from kvlab.connectors.vllm.requests import RequestState
 from kvlab.hashing import Namespace
 from kvlab.stores import Store
@@ -24,37 +25,54 @@ class Lookup:
         chunker: Chunker,
         namespaces: Sequence[Namespace],
         timeout_s: float,
+        admission: LoadAdmission,
         counters: Counter[str],
     ) -> None:
         self._store = store
         self._chunker = chunker
         self._namespaces = namespaces
         self._timeout_s = timeout_s
+        self._admission = admission
         self._counters = counters
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvlab-lookup")
+        self._asked: deque[tuple[RequestState, Future[dict[bytes, bool]]]] = deque()  # in the order of their answers
 
     def ask(
-        self, state: RequestState, rest: bytes | None, in_memory: Callable[[bytes], bool]
+        self, state: RequestState, rest: bytes | None, in_memory: Callable[[bytes], bool], num_tokens: int
     ) -> dict[bytes, bool] | None:
-        """Which of a request's objects are there; None while there is no answer; {} once it is late or failed. `rest`
-        names a last block that the prompt fills in part."""
+        """Which of a request's objects are there; None while there is no answer; {} once it is late, failed or not
+        worth waiting for. `rest` names a last block that the prompt fills in part, `num_tokens` could be loaded."""
+        self._learn()
+        state.not_awaited = False
         wait_s = 0.0
         if state.lookup is None:
             state.lookup = self._pool.submit(self._query, list(state.hashes), rest, in_memory)
             state.lookup_started_s = time.monotonic()
-            wait_s = INLINE_WAIT_S  # once: those that run would wait with it at every step
+            self._asked.append((state, state.lookup))
+            if self._admission.is_worth_waiting(num_tokens, INLINE_WAIT_S):
+                wait_s = INLINE_WAIT_S  # once: those that run would wait with it at every step
         try:
             known: dict[bytes, bool] = state.lookup.result(timeout=wait_s)
         except TimeoutError:
-            if not self.is_overdue(state):
+            state.not_awaited = not self._admission.is_worth_a_step(num_tokens)
+            late = self.is_overdue(state)
+            if not (late or state.not_awaited):
                 return None
-            self._counters["lookup_late"] += 1
+            self._counters["lookup_late"] += late
             return {}
         except Exception as error:
             self._counters["lookup_failed"] += 1
             logger.warning("kvlab: lookup in lower tiers failed: %s", error)
             return {}
         return known
+
+    def _learn(self) -> None:
+        """From answers that have come, also those that nobody waited for."""
+        while self._asked and self._asked[0][1].done():
+            state, answer = self._asked.popleft()
+            if answer.exception() is None:
+                state.held_below = {key for key, held in answer.result().items() if held}
+                self._admission.answered(held=bool(state.held_below))
 
     def is_overdue(self, state: RequestState) -> bool:
         """Whether the request has waited long enough; the clock starts with the first question."""

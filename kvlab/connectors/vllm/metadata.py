@@ -75,10 +75,10 @@ class WorkerReport(KVConnectorWorkerMetadata):
     settled: Counter[bytes] = field(default_factory=Counter)  # hashes whose hand-over to lower tiers ended
     bad: set[bytes] = field(default_factory=set)  # hashes that must not be served again
     rows: list[LoadRow] = field(default_factory=list)
-    prefills: list[tuple[int, float]] = field(default_factory=list)  # tokens and seconds of forward passes
+    forwards: list[tuple[int, float]] = field(default_factory=list)  # tokens and seconds of forward passes
 
     def __bool__(self) -> bool:
-        return bool(self.loaded or self.settled or self.bad or self.rows or self.prefills)
+        return bool(self.loaded or self.settled or self.bad or self.rows or self.forwards)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         if isinstance(other, WorkerReport):
@@ -86,5 +86,5 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.settled.update(other.settled)
             self.bad |= other.bad
             self.rows += other.rows
-            self.prefills += other.prefills
+            self.forwards += other.forwards
         return self

@@ -39,6 +39,7 @@ class RequestState:
     held_below: set[bytes] = field(default_factory=set)  # objects that the lower tiers said they have
     lower_tokens: int = 0  # tokens of the latest hit that lower tiers supply
     not_asked: bool = False  # the lower tiers were not, as no load from them would have been worth it
+    not_awaited: bool = False  # they did not answer at once, and to wait would not have been worth it
     not_worth: bool = False  # a load that would have been slower than computing was not made
     given_up: bool = False  # a promise to it could not be kept
     counted: bool = False  # its miss, if any, is in the counters

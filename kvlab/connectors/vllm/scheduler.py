@@ -72,7 +72,7 @@ class Scheduler:
             counters=self.counters,
         )
         self._planner = Planner(index, chunker, keeps_memory=config.keeps_memory)
-        self._lookup = Lookup(lower, chunker, namespaces, config.lookup_timeout_ms / 1e3, self.counters)
+        self._lookup = Lookup(lower, chunker, namespaces, config.lookup_timeout_ms / 1e3, self.admission, self.counters)
 
     # ---- a hit?
 
@@ -95,7 +95,8 @@ class Scheduler:
             state.not_asked = not plan and not self.admission.is_worth({"lower": usable - num_computed_tokens})
             if state.not_asked:  # the answer would cost a step
                 return 0, False
-            known = self._lookup.ask(state, state.rest_hash(self.chunker), self._planner.in_memory)
+            wanted = usable - num_computed_tokens
+            known = self._lookup.ask(state, state.rest_hash(self.chunker), self._planner.in_memory, wanted)
             if known is None:
                 self._waiting = True
                 return None, False
@@ -227,6 +228,8 @@ class Scheduler:
         key = state.hashes[chunk_end - 1]
         if state.not_asked:
             reason = "not_worth_asking"
+        elif state.not_awaited:
+            reason = "not_worth_waiting"
         elif state.not_worth:
             reason = "not_worth_loading"
         elif key in self._bad:
@@ -255,6 +258,7 @@ class Scheduler:
         if (self._in_flight or self._waiting) and not loads and output.total_num_scheduled_tokens == 0:
             time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the threads it waits for from running
         self._waiting = False
+        self.admission.is_busy = output.total_num_scheduled_tokens > 0
         try:
             self.saves.collect(output, metadata.saves, enabled=self.enabled)
         except Exception:  # a save is only a later miss; the loads above must reach the workers
@@ -296,8 +300,8 @@ class Scheduler:
             self.admission.loaded("lower" if "lower" in row.tier else "memory", row.num_tokens, row.delay)
             self.counters["load_seconds"] += row.seconds  # type: ignore[assignment]  # a Counter adds floats too
 
-        for num_tokens, seconds in report.prefills:
-            self.admission.prefilled(num_tokens, seconds)
+        for num_tokens, seconds in report.forwards:
+            self.admission.forward(num_tokens, seconds)
 
     def _release(self, keys: Sequence[bytes]) -> None:
         """Workers let go of these objects' slots."""

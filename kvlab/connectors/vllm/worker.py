@@ -17,6 +17,7 @@ from kvlab.paged import PageLayout
 from kvlab.paged.slots import room
 
 logger = logging.getLogger("vllm.kvlab")
+TIMED_STEPS = 8  # of the steps without a prefill one in so many is timed
 PAGE_AXES = ("blocks", "layers", "page_bytes")
 FETCH_THREADS = 4  # objects of a load come side by side: alone, disk, network and checks wait for each other
 
@@ -69,6 +70,7 @@ class Worker:
         self._finished: set[str] = set()
         self._lost_requests: set[str] = set()
         self._under_way: list[tuple[LoadRow, int, Clock]] = []  # loads whose copies have not ended
+        self._num_steps = 0
         self._forward: tuple[int, Clock] | None = None  # tokens of this step's forward pass
         self._forwards: list[tuple[int, Clock]] = []  # forward passes that may not have ended
         self._lock = threading.Lock()
@@ -81,8 +83,10 @@ class Worker:
     def begin(self, metadata: StepMetadata) -> None:
         """The step's forward pass comes next (some versions of vLLM start loads only after it)."""
         self.transfer.before_writes(metadata.new_blocks)
-        timed = metadata.num_tokens >= MIN_PREFILL_TOKENS
-        self._forward = (metadata.num_tokens, self.transfer.clock()) if timed else None
+        num_tokens = metadata.num_tokens
+        self._num_steps += num_tokens > 0
+        timed = num_tokens >= MIN_PREFILL_TOKENS or (num_tokens > 0 and self._num_steps % TIMED_STEPS == 0)
+        self._forward = (num_tokens, self.transfer.clock()) if timed else None
 
     def load_now(self, loads: Iterable[RequestLoad]) -> set[int]:
         """Loads that the engine's next work sees, before `begin`. The pages that they could not fill."""
@@ -92,7 +96,7 @@ class Worker:
         """Begin loads between steps."""
         for load in metadata.loads:
             # The pages may be those of a request that has just ended and whose last step is still under way.
-            self._loads.submit(self._load, load, self.transfer.fence())
+            self._loads.submit(self._load, load, self.transfer.fence(), time.perf_counter())
         metadata.loads = []
 
     def save(self, metadata: StepMetadata) -> None:
@@ -150,7 +154,7 @@ class Worker:
         measured = [(entry, entry[1].seconds()) for entry in self._forwards]
         self._forwards = [entry for entry, seconds in measured if seconds is None]
         with self._lock:
-            self._report.prefills += [(entry[0], seconds) for entry, seconds in measured if seconds is not None]
+            self._report.forwards += [(entry[0], seconds) for entry, seconds in measured if seconds is not None]
             report, self._report = self._report, WorkerReport()
         return report or None
 
@@ -171,7 +175,8 @@ class Worker:
 
     # ----
 
-    def _load(self, load: RequestLoad, after: Any = None) -> list[int]:
+    def _load(self, load: RequestLoad, after: Any = None, asked: float = 0.0) -> list[int]:
+        """`asked`: when the request began to wait for it, if not now."""
         start = time.perf_counter()
         slots: list[int] = []
         pages: list[int] = []
@@ -197,7 +202,8 @@ class Worker:
             self._failed("load", load.ops[0].hash)
         num_bytes = len(pages) * self.transfer.layout.block_bytes
         seconds = time.perf_counter() - start
-        row = LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", seconds)
+        delay = start + seconds - (asked or start)
+        row = LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", delay)
         lost = load.lost_blocks + wanted[len(pages) :]
         with self._lock:
             if load.is_async:

@@ -1,0 +1,100 @@
+"""Questions to lower tiers: who waits for the answer, and what is learned from one that nobody waited for."""
+
+import threading
+from collections import Counter
+
+import pytest
+
+from kvlab.chunking import Chunker
+from kvlab.connectors.vllm.admission import LoadAdmission
+from kvlab.connectors.vllm.lookup import Lookup
+from kvlab.connectors.vllm.requests import RequestState
+from kvlab.hashing import Namespace
+from kvlab.stores.memory import MemoryStore
+from kvlab.stores.wrappers import WrapperStore
+
+NAMESPACE = Namespace("model")
+CHUNKS = [bytes([at]) * 32 for at in range(16)]  # hashes of one chunk of 16 blocks
+
+
+class Gate(WrapperStore):
+    """Answers once it is open."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryStore(1 << 20))
+        self.is_open = threading.Event()
+
+    def _around(self, method: str, num_bytes: int) -> None:
+        assert self.is_open.wait(20)
+
+
+@pytest.fixture
+def asked():
+    gate, admission, counters = Gate(), LoadAdmission(), Counter()
+    gate.inner.put(NAMESPACE.key(CHUNKS[-1]), b"kv")
+    lookup = Lookup(gate, Chunker(), [NAMESPACE], 60.0, admission, counters)
+
+    def ask(state: RequestState, num_tokens: int = 256):
+        return lookup.ask(state, None, lambda key: False, num_tokens)
+
+    yield gate, admission, ask
+    gate.is_open.set()
+    lookup.close()
+
+
+def state() -> RequestState:
+    return RequestState(request=None, extras={}, hashes=list(CHUNKS))
+
+
+def finish(one: RequestState) -> None:
+    one.lookup.result(timeout=20)
+
+
+def test_an_answer_in_time_is_taken(asked):
+    gate, _, ask = asked
+    gate.is_open.set()
+    one = state()
+    while (known := ask(one)) is None:
+        finish(one)
+    assert known[CHUNKS[-1]] is True
+    assert not one.not_awaited
+
+
+def test_as_long_as_nothing_is_known_a_request_waits(asked):
+    gate, _, ask = asked
+    one = state()
+    assert ask(one) is None
+    assert ask(one) is None
+    gate.is_open.set()
+    finish(one)
+    assert ask(one)[CHUNKS[-1]] is True
+
+
+def test_who_would_win_little_does_not_wait_and_all_the_same_the_answer_counts(asked):
+    gate, admission, ask = asked
+    admission.forward(256, 0.016)
+    admission.forward(1, 0.008)
+    admission.is_busy = True
+    for _ in range(64):
+        admission.answered(held=False)
+    one, long, other = state(), state(), state()
+    assert ask(one) == {}, "one in 66 of 8 ms, against a step of 8 ms"
+    assert one.not_awaited
+    assert ask(long, 100_000) is None, "one in 66 of 3 s"
+    assert not long.not_awaited
+    gate.is_open.set()
+    finish(one)
+    finish(long)
+    ask(other)
+    assert one.held_below == {CHUNKS[-1]}, "what is there is not saved again"
+    assert sum(admission._answers) == 2
+
+
+def test_a_busy_engine_waits_again_once_answers_are_hits(asked):
+    _, admission, ask = asked
+    admission.forward(256, 0.024)
+    admission.forward(1, 0.008)
+    admission.is_busy = True
+    for _ in range(64):
+        admission.answered(held=True)
+    assert ask(state()) is None
