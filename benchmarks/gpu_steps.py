@@ -4,7 +4,8 @@
 
 Machines drift by more than the cost that is looked for, so nothing is compared across processes: the same engine runs
 the same workload with its connector's hooks taken out (*off*), with prompts nobody has seen (*first*: each is saved),
-and with these again (*second*: each is loaded), round after round, every other round with *off* last. A request is
+and with these again (*second*: each is loaded), round after round, every other round with *off* last. With a lower
+tier, once more after the memory tier was emptied (*lower*: loaded or computed, as the admission decides). A request is
 added every few steps, so that prompts are computed beside others that decode, and by steps, not by the clock: the turns
 of a round hold the same batches. Medians of the rounds' means, and of the ratios to *off* within a round with their 95%
 interval (bootstrap over rounds). `step_cpu_ms` is the processor time that the engine's thread took for a step: where
@@ -118,11 +119,14 @@ def main() -> None:
         hooks.set_disabled(is_off)
 
     driver.run(prompts(options.requests, 0))  # warm
-    turns = {"off": [], "first": [], "second": []}
+    served = ["first", "second", *(["lower"] if options.lower else [])]
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in ("off", *served)}
     for at in range(options.rounds):
         fresh = prompts(options.requests, 1 + at)
-        for name in ("off", "first", "second") if at % 2 == 0 else ("first", "second", "off"):
+        for name in ("off", *served) if at % 2 == 0 else (*served, "off"):
             off(name == "off")
+            if name == "lower":
+                scheduler.reset()
             turns[name].append(driver.run(fresh))
             worker.worker._writes.submit(int).result()  # what is left to write must not fall to the next turn
         print(at, *(f"{name} {done[-1]['ttft_ms']:.1f} {done[-1]['gap_ms']:.2f}" for name, done in turns.items()))
