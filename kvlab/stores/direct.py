@@ -75,7 +75,8 @@ def write_file(fd: int, pieces: Sequence[memoryview], *, direct: bool) -> int:
                 done += whole
                 continue
             step = min(piece.nbytes - done, scratch.nbytes - filled)
-            scratch[filled : filled + step] = piece[done : done + step]
+            # Through numpy, which lets other threads run meanwhile: a copy between memoryviews does not.
+            np.frombuffer(scratch, np.uint8, step, filled)[:] = np.frombuffer(piece, np.uint8, step, done)
             filled += step
             done += step
             if filled == scratch.nbytes:
