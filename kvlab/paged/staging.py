@@ -153,7 +153,7 @@ class CudaTransfer:
                     copy_to_host(target, source, count * block, stream)
                 piece.free.record(self._out)
             self._gathers.add(_recorded(self._pack), block_ids)
-            ended = timing.end = _recorded(self._out, timing=True)
+            ended = timing.end = _recorded(self._out, timing=True, blocking=True)
             self._saves.add(ended, slots)
         return timing
 
@@ -182,9 +182,9 @@ class CudaTransfer:
         with torch.cuda.device(self.device), torch.cuda.stream(self._side):
             if after is not None:
                 self._side.wait_event(after)
-            ended = self.load(slots, block_ids).end
-        if ended is not None:
-            ended.synchronize()
+            self.load(slots, block_ids)
+            ended = _recorded(self._side, blocking=True)
+        ended.synchronize()
 
     def clock(self) -> Timing:
         """Starts behind what the current stream has been given so far."""
@@ -267,8 +267,10 @@ class _Trail:
             stream.wait_event(event)
 
 
-def _recorded(stream: torch.cuda.Stream, *, timing: bool = False) -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=timing)
+def _recorded(stream: torch.cuda.Stream, *, timing: bool = False, blocking: bool = False) -> torch.cuda.Event:
+    """`blocking`: a thread that waits for it sleeps. By default it spins and asks the driver without pause, and the
+    engine's launches wait for the driver's lock (https://github.com/vllm-project/vllm/pull/47081)."""
+    event = torch.cuda.Event(enable_timing=timing, blocking=blocking)
     event.record(stream)
     return event
 

@@ -50,6 +50,15 @@ def finish(one: RequestState) -> None:
     one.lookup.result(timeout=20)
 
 
+def knows(admission: LoadAdmission, *, prefill_s: float, held: bool) -> None:
+    """A busy engine whose step takes 8 ms, and whose tiers held all that was asked for lately, or nothing."""
+    admission.forward(256, prefill_s)
+    admission.forward(1, 0.008)
+    admission.is_busy = True
+    for _ in range(64):
+        admission.answered(held=held)
+
+
 def test_an_answer_in_time_is_taken(asked):
     gate, _, ask = asked
     gate.is_open.set()
@@ -72,11 +81,7 @@ def test_as_long_as_nothing_is_known_a_request_waits(asked):
 
 def test_who_would_win_little_does_not_wait_and_all_the_same_the_answer_counts(asked):
     gate, admission, ask = asked
-    admission.forward(256, 0.016)
-    admission.forward(1, 0.008)
-    admission.is_busy = True
-    for _ in range(64):
-        admission.answered(held=False)
+    knows(admission, prefill_s=0.016, held=False)
     one, long, other = state(), state(), state()
     assert ask(one) == {}, "one in 66 of 8 ms, against a step of 8 ms"
     assert one.not_awaited
@@ -92,9 +97,5 @@ def test_who_would_win_little_does_not_wait_and_all_the_same_the_answer_counts(a
 
 def test_a_busy_engine_waits_again_once_answers_are_hits(asked):
     _, admission, ask = asked
-    admission.forward(256, 0.024)
-    admission.forward(1, 0.008)
-    admission.is_busy = True
-    for _ in range(64):
-        admission.answered(held=True)
+    knows(admission, prefill_s=0.024, held=True)
     assert ask(state()) is None
