@@ -47,20 +47,22 @@ def test_medians_count(rule):
 
 
 def test_tokens_cost_what_they_add_to_a_step(rule):
-    rule.forward(100, 1.0)
-    rule.loaded("lower", 100, 0.9)
-    assert rule.is_worth({"lower": 100})
     rule.forward(63, 0.6)  # a step without a prefill
+    rule.loaded("lower", 100, 0.5)
+    rule.forward(100, 1.0)
     assert rule.compute_seconds(100) == pytest.approx(0.4)
     assert not rule.is_worth({"lower": 100})
-    rule.forward(8, 2.0)
-    rule.forward(8, 2.0)
+    for _ in range(2):
+        rule.forward(8, 2.0)  # the machine grew slower
+    assert rule.compute_seconds(100) == pytest.approx(0.4), "a prefill is compared with the steps of its own time"
+    for _ in range(2):
+        rule.forward(100, 1.9)
     assert rule.compute_seconds(100) == 0, "and no less than nothing"
 
 
 def test_a_load_between_steps_takes_whole_steps_while_others_are_served(rule):
-    rule.forward(1000, 1.8)
     rule.forward(1, 0.8)
+    rule.forward(1000, 1.8)
     rule.loaded("lower", 1000, 0.9)
     rule.loaded("memory", 1000, 0.9)
     assert rule.is_worth({"lower": 1000})
@@ -116,14 +118,14 @@ def test_who_waits_for_an_answer_has_something_to_win(rule):
         rule.answered(held=False)
     assert rule.is_worth_waiting(1000, 1 / 66), "64 answers, none of them a hit"
     assert not rule.is_worth_waiting(1000, 1 / 65)
-    rule.forward(1, 0.1)
+    rule.forward(1, 0.06)
     assert rule.is_worth_a_step(100), "nobody else is served, so the engine asks again at once"
     rule.is_busy = True
     assert not rule.is_worth_a_step(100)
     for _ in range(32):
         rule.answered(held=True)
-    assert not rule.is_worth_a_step(100), "half of 0.09 s, against 0.1"
-    assert rule.is_worth_a_step(1000)
+    assert not rule.is_worth_a_step(100), "half of 0.1 s, against 0.06"
+    assert rule.is_worth_a_step(130)
 
 
 def test_off_loads_always():
@@ -169,8 +171,7 @@ def test_what_is_measured_is_the_forward_pass_and_memory_is_worth_it(expected):
             assert (again.hit, again.tokens) == (length - 1, expected(p))
         rule = connector(llm).scheduler.admission
         computed = 700 - 480  # the blocks of the shorter prompt were loaded
-        tokens, seconds = rule._prefills[-1]
-        assert tokens == computed
+        seconds = rule._prefills[-1] * computed
         assert wall / 20 < seconds < wall, "a part of the call, and no small one"
         assert 0 < rule.step_seconds() < seconds, "steps without a prefill are timed as well"
         assert 0 < 700 / rule.load_rate("memory") < rule.compute_seconds(700)

@@ -18,9 +18,9 @@ FORGET_S = 30.0  # a tier that was too slow is tried again after this long
 class LoadAdmission:
     """Compares seconds: what a load holds up the request or the engine, against what the tokens add to a forward pass.
 
-    A token costs the median of the latest prefills, less what a step without one takes: that is paid either way (and
-    attention makes long prompts dearer than this). A tier counts with the median rate of its latest loads. One between
-    steps is noticed when the step under way ends, so it takes whole steps while others are served.
+    A token costs the median of the latest prefills, less what a step without one took then: that is paid either way
+    (and attention makes long prompts dearer than this). A tier counts with the median rate of its latest loads. One
+    between steps is noticed when the step under way ends, so it takes whole steps while others are served.
     What nobody measured within half a minute is loaded, and so is what is over `COMPARABLE` times as long as all that
     was: a small load is mostly the way there and back. Where everything is loaded nothing is computed, so one prompt
     is, now and then, until it is known what that takes. Time in vLLM's queue is in nothing of this.
@@ -30,7 +30,7 @@ class LoadAdmission:
         self.enabled = enabled
         self.is_busy = False  # others are computing: whoever waits between steps waits for theirs
         self._clock = clock
-        self._prefills: deque[tuple[int, float]] = deque(maxlen=KEPT_RATES)  # (tokens, seconds)
+        self._prefills: deque[float] = deque(maxlen=KEPT_RATES)  # seconds that each token added to a step
         self._steps: deque[float] = deque(maxlen=KEPT_RATES)  # seconds of steps without a prefill
         self._loads: dict[str, deque[tuple[float, int, float]]] = {}  # tier -> (when, tokens, tokens/s)
         self._answers: deque[bool] = deque(maxlen=KEPT_ANSWERS)
@@ -41,7 +41,8 @@ class LoadAdmission:
     def forward(self, num_tokens: int, seconds: float) -> None:
         """A forward pass over `num_tokens` took `seconds`."""
         if num_tokens >= MIN_PREFILL_TOKENS:
-            self._prefills.append((num_tokens, seconds))
+            # Less than a step of its own time: a host that grows slower does not make the prefills of before cheap.
+            self._prefills.append(max(seconds - self.step_seconds(), 0.0) / num_tokens)
         else:
             self._steps.append(seconds)
 
@@ -87,10 +88,7 @@ class LoadAdmission:
 
     def compute_seconds(self, num_tokens: int) -> float:
         """What `num_tokens` add to a forward pass; 0 if no prefill was measured."""
-        if not self._prefills:
-            return 0.0
-        step = self.step_seconds()
-        return num_tokens * median(max(seconds - step, 0.0) / count for count, seconds in self._prefills)
+        return num_tokens * median(self._prefills) if self._prefills else 0.0
 
     def step_seconds(self) -> float:
         """A step without a prefill; 0 if none was measured."""
