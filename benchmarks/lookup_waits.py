@@ -38,7 +38,7 @@ def measure(url: str, *, saving: bool, skipped: bool, seconds: float) -> dict[st
     admission = LoadAdmission()
     if skipped:  # an engine that computes 275 tokens in 8 ms beside a step of 5, and found nothing so far
         admission.is_busy = True
-        admission.forward(1, 0.005)
+        admission.forward(0, 0.005)
         admission.forward(NUM_TOKENS, 0.013)
         for _ in range(64):
             admission.answered(held=False)

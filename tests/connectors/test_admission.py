@@ -47,21 +47,23 @@ def test_medians_count(rule):
 
 
 def test_tokens_cost_what_they_add_to_a_step(rule):
-    rule.forward(63, 0.6)  # a step without a prefill
+    rule.forward(0, 0.6)  # a step without a prefill
     rule.loaded("lower", 100, 0.5)
     rule.forward(100, 1.0)
     assert rule.compute_seconds(100) == pytest.approx(0.4)
     assert not rule.is_worth({"lower": 100})
     for _ in range(2):
-        rule.forward(8, 2.0)  # the machine grew slower
+        rule.forward(0, 2.0)  # the machine grew slower
     assert rule.compute_seconds(100) == pytest.approx(0.4), "a prefill is compared with the steps of its own time"
+    for _ in range(9):
+        rule.forward(63, 9.0)  # too few to say what a token costs, too many for a step without
     for _ in range(2):
         rule.forward(100, 1.9)
     assert rule.compute_seconds(100) == 0, "and no less than nothing"
 
 
 def test_a_load_between_steps_takes_whole_steps_while_others_are_served(rule):
-    rule.forward(1, 0.8)
+    rule.forward(0, 0.8)
     rule.forward(1000, 1.8)
     rule.loaded("lower", 1000, 0.9)
     rule.loaded("memory", 1000, 0.9)
@@ -118,7 +120,7 @@ def test_who_waits_for_an_answer_has_something_to_win(rule):
         rule.answered(held=False)
     assert rule.is_worth_waiting(1000, 1 / 66), "64 answers, none of them a hit"
     assert not rule.is_worth_waiting(1000, 1 / 65)
-    rule.forward(1, 0.06)
+    rule.forward(0, 0.06)
     assert rule.is_worth_a_step(100), "nobody else is served, so the engine asks again at once"
     rule.is_busy = True
     assert not rule.is_worth_a_step(100)

@@ -52,7 +52,7 @@ def finish(one: RequestState) -> None:
 
 def knows(admission: LoadAdmission, *, prefill_s: float, held: bool) -> None:
     """A busy engine whose step takes 8 ms, and whose tiers held all that was asked for lately, or nothing."""
-    admission.forward(1, 0.008)
+    admission.forward(0, 0.008)
     admission.forward(256, prefill_s)
     admission.is_busy = True
     for _ in range(64):

@@ -38,12 +38,12 @@ class LoadAdmission:
 
     # ---- what was measured
 
-    def forward(self, num_tokens: int, seconds: float) -> None:
-        """A forward pass over `num_tokens` took `seconds`."""
-        if num_tokens >= MIN_PREFILL_TOKENS:
+    def forward(self, prefill_tokens: int, seconds: float) -> None:
+        """A forward pass with so many tokens of prompts took `seconds`."""
+        if prefill_tokens >= MIN_PREFILL_TOKENS:
             # Less than a step of its own time: a host that grows slower does not make the prefills of before cheap.
-            self._prefills.append(max(seconds - self.step_seconds(), 0.0) / num_tokens)
-        else:
+            self._prefills.append(max(seconds - self.step_seconds(), 0.0) / prefill_tokens)
+        elif prefill_tokens == 0:
             self._steps.append(seconds)
 
     def loaded(self, tier: str, num_tokens: int, seconds: float) -> None:

@@ -45,12 +45,13 @@ class SaveOp:
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """One step's copies but for loads within it. `num_tokens` are those the step computes; `new_blocks` the pages that
-    requests have been given for it."""
+    """One step's copies but for loads within it. `num_tokens` are those the step computes, `prefill_tokens` those of
+    them that belong to prompts; `new_blocks` are the pages that requests have been given for it."""
 
     loads: list[RequestLoad] = field(default_factory=list)
     saves: list[SaveOp] = field(default_factory=list)
     num_tokens: int = 0
+    prefill_tokens: int = 0
     new_blocks: list[int] = field(default_factory=list)
 
 
@@ -75,7 +76,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     settled: Counter[bytes] = field(default_factory=Counter)  # hashes whose hand-over to lower tiers ended
     bad: set[bytes] = field(default_factory=set)  # hashes that must not be served again
     rows: list[LoadRow] = field(default_factory=list)
-    forwards: list[tuple[int, float]] = field(default_factory=list)  # tokens and seconds of forward passes
+    forwards: list[tuple[int, float]] = field(default_factory=list)  # prefill tokens and seconds of forward passes
 
     def __bool__(self) -> bool:
         return bool(self.loaded or self.settled or self.bad or self.rows or self.forwards)

@@ -25,6 +25,7 @@ from kvlab.stores import Store
 
 logger = logging.getLogger("vllm.kvlab")
 IDLE_WAIT_S = 0.0005
+MOST_DECODED = 8  # tokens of a request in a step; more are a prompt's, fewer may be drafts
 
 
 class Scheduler:
@@ -254,7 +255,8 @@ class Scheduler:
         self._promises.settle(output, lost)
         new_blocks = given_blocks(output, self.chunker.block_tokens)
         between = [load for load in loads if load.is_async]
-        metadata = StepMetadata(between, [], output.total_num_scheduled_tokens, new_blocks)
+        prefills = sum(count for count in output.num_scheduled_tokens.values() if count > MOST_DECODED)
+        metadata = StepMetadata(between, [], output.total_num_scheduled_tokens, prefills, new_blocks)
         if (self._in_flight or self._waiting) and not loads and output.total_num_scheduled_tokens == 0:
             time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the threads it waits for from running
         self._waiting = False
@@ -300,8 +302,8 @@ class Scheduler:
             self.admission.loaded("lower" if "lower" in row.tier else "memory", row.num_tokens, row.delay)
             self.counters["load_seconds"] += row.seconds  # type: ignore[assignment]  # a Counter adds floats too
 
-        for num_tokens, seconds in report.forwards:
-            self.admission.forward(num_tokens, seconds)
+        for prefill_tokens, seconds in report.forwards:
+            self.admission.forward(prefill_tokens, seconds)
 
     def _release(self, keys: Sequence[bytes]) -> None:
         """Workers let go of these objects' slots."""

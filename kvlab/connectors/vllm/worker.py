@@ -71,7 +71,7 @@ class Worker:
         self._lost_requests: set[str] = set()
         self._under_way: list[tuple[LoadRow, int, Clock]] = []  # loads whose copies have not ended
         self._num_steps = 0
-        self._forward: tuple[int, Clock] | None = None  # tokens of this step's forward pass
+        self._forward: tuple[int, Clock] | None = None  # prefill tokens of this step's forward pass
         self._forwards: list[tuple[int, Clock]] = []  # forward passes that may not have ended
         self._lock = threading.Lock()
         self._loads = ThreadPoolExecutor(2, thread_name_prefix="kvlab-load")
@@ -83,10 +83,11 @@ class Worker:
     def begin(self, metadata: StepMetadata) -> None:
         """The step's forward pass comes next (some versions of vLLM start loads only after it)."""
         self.transfer.before_writes(metadata.new_blocks)
-        num_tokens = metadata.num_tokens
-        self._num_steps += num_tokens > 0
-        timed = num_tokens >= MIN_PREFILL_TOKENS or (num_tokens > 0 and self._num_steps % TIMED_STEPS == 0)
-        self._forward = (num_tokens, self.transfer.clock()) if timed else None
+        prefill = metadata.prefill_tokens
+        decodes = metadata.num_tokens > 0 and not prefill
+        self._num_steps += decodes
+        timed = prefill >= MIN_PREFILL_TOKENS or (decodes and self._num_steps % TIMED_STEPS == 0)
+        self._forward = (prefill, self.transfer.clock()) if timed else None
 
     def load_now(self, loads: Iterable[RequestLoad]) -> set[int]:
         """Loads that the engine's next work sees, before `begin`. The pages that they could not fill."""
