@@ -41,7 +41,7 @@ class Gpu:
         yield
         self.current = before
 
-    def event(self, enable_timing=False):
+    def event(self, enable_timing=False, blocking=False):
         gpu = self
 
         class Event:
