@@ -58,7 +58,8 @@ class StepMetadata(KVConnectorMetadata):
 @dataclass
 class LoadRow:
     """One request's load as measured by a worker: `seconds` from the beginning to the end of the copy, `delay` those by
-    which it held up the engine, which may still have been computing when the copy began."""
+    which it held up the engine, which may still have been computing when the copy began; or, between steps, the
+    request, which may have waited for others' loads."""
 
     request_id: str
     num_tokens: int
