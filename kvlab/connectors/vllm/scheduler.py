@@ -93,10 +93,10 @@ class Scheduler:
             return 0, False
         plan = self._planner.plan(state, {})
         if self.lower is not None and end_block(plan) < usable // block:
-            state.not_asked = not plan and not self.admission.is_worth({"lower": usable - num_computed_tokens})
+            wanted = usable - num_computed_tokens
+            state.not_asked = not plan and not self.admission.is_worth({"lower": wanted})
             if state.not_asked:  # the answer would cost a step
                 return 0, False
-            wanted = usable - num_computed_tokens
             known = self._lookup.ask(state, state.rest_hash(self.chunker), self._planner.in_memory, wanted)
             if known is None:
                 self._waiting = True
