@@ -3,6 +3,7 @@
 Written against 0.26 (CUDA) and 0.32 (CPU).
 """
 
+import functools
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -122,6 +123,12 @@ def hit_sources() -> Any | None:
 
 def transfer_results(finished: set[str], failed: set[str]) -> Any:
     """Requests whose async loads ended, and those of them that must be recomputed, in vLLM's words."""
+    return _transfer_results()(finished_recving=finished, failed_recving=failed)
+
+
+@functools.cache  # asked each step
+def _transfer_results() -> Any:
+    """The class, which versions have that ask for it."""
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-    return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
+    return KVConnectorTransferResults

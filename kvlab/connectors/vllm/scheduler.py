@@ -255,12 +255,14 @@ class Scheduler:
         self._promises.settle(output, lost)
         new_blocks = given_blocks(output, self.chunker.block_tokens)
         between = [load for load in loads if load.is_async]
-        prefills = sum(count for count in output.num_scheduled_tokens.values() if count > MOST_DECODED)
-        metadata = StepMetadata(between, [], output.total_num_scheduled_tokens, prefills, new_blocks)
-        if (self._in_flight or self._waiting) and not loads and output.total_num_scheduled_tokens == 0:
+        total, prefills = output.total_num_scheduled_tokens, 0
+        if total > len(output.num_scheduled_tokens):  # in most steps each request decodes one
+            prefills = sum(count for count in output.num_scheduled_tokens.values() if count > MOST_DECODED)
+        metadata = StepMetadata(between, [], total, prefills, new_blocks)
+        if (self._in_flight or self._waiting) and not loads and total == 0:
             time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the threads it waits for from running
         self._waiting = False
-        self.admission.is_busy = output.total_num_scheduled_tokens > 0
+        self.admission.is_busy = total > 0
         try:
             self.saves.collect(output, metadata.saves, enabled=self.enabled)
         except Exception:  # a save is only a later miss; the loads above must reach the workers

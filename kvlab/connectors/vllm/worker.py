@@ -130,6 +130,8 @@ class Worker:
 
     def take_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose async loads ended, and those of them that lost pages."""
+        if not self._finished:  # as in most steps; what ends from now on is told in the next one
+            return set(), set()
         with self._lock:
             finished, self._finished = self._finished, set()
             failed, self._lost_requests = self._lost_requests, set()
@@ -137,11 +139,15 @@ class Worker:
 
     def take_lost_blocks(self) -> set[int]:
         """Pages that loads between steps could not fill."""
+        if not self._lost_blocks:
+            return set()
         with self._lock:
             lost, self._lost_blocks = self._lost_blocks, set()
         return lost
 
     def take_report(self) -> WorkerReport | None:
+        if not (self._under_way or self._forwards or self._report):
+            return None
         with self._lock:
             waiting, self._under_way = self._under_way, []
         for row, prompt_tokens, clock in waiting:
@@ -156,8 +162,10 @@ class Worker:
         self._forwards = [entry for entry, seconds in measured if seconds is None]
         with self._lock:
             self._report.forwards += [(entry[0], seconds) for entry, seconds in measured if seconds is not None]
+            if not self._report:
+                return None
             report, self._report = self._report, WorkerReport()
-        return report or None
+        return report
 
     def _tell(self, row: LoadRow, prompt_tokens: int) -> None:
         with self._lock:
