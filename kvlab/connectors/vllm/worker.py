@@ -19,6 +19,8 @@ from kvlab.paged.slots import room
 logger = logging.getLogger("vllm.kvlab")
 TIMED_STEPS = 8  # of the steps without a prefill one in so many is timed
 PAGE_AXES = ("blocks", "layers", "page_bytes")
+PATIENCE_S = 0.05  # an object that is to be handed on waits no longer than this for a quiet step
+QUIET_AFTER = 2  # steps without a prefill: while the first one runs, the prefill's output is handled
 FETCH_THREADS = 4  # objects of a load come side by side: alone, disk, network and checks wait for each other
 
 
@@ -51,18 +53,25 @@ class Transfer(Protocol):
 
 class Worker:
     """Executes a step's copies. `engine` holds the lower tiers, or is None; `writes_early`: a step may write to new
-    pages before it begins here.
+    pages before it begins here; `patience_s`: how long what is saved waits for a quiet step before lower tiers get it.
 
     Each slot remembers whose bytes it holds. A load whose slot belongs to another object is not carried out but
     told, and the engine computes: whatever goes wrong elsewhere, no request sees another's KV.
     """
 
     def __init__(
-        self, transfer: Transfer, num_slots: int, engine: CacheEngine | None, *, writes_early: bool = False
+        self,
+        transfer: Transfer,
+        num_slots: int,
+        engine: CacheEngine | None,
+        *,
+        writes_early: bool = False,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.transfer = transfer
         self.engine = engine
         self._writes_early = writes_early
+        self._patience_s = patience_s
         self.counters: Counter[str] = Counter()
         self._owner: list[bytes | None] = [None] * num_slots
         self._report = WorkerReport()
@@ -71,6 +80,9 @@ class Worker:
         self._lost_requests: set[str] = set()
         self._under_way: list[tuple[LoadRow, int, Clock]] = []  # loads whose copies have not ended
         self._num_steps = 0
+        self._since_prefill = QUIET_AFTER
+        self._quiet = threading.Event()
+        self._quiet.set()
         self._forward: tuple[int, Clock] | None = None  # prefill tokens of this step's forward pass
         self._forwards: list[tuple[int, Clock]] = []  # forward passes that may not have ended
         self._lock = threading.Lock()
@@ -86,6 +98,11 @@ class Worker:
         prefill = metadata.prefill_tokens
         decodes = metadata.num_tokens > 0 and not prefill
         self._num_steps += decodes
+        self._since_prefill = 0 if prefill else self._since_prefill + 1
+        if self._since_prefill == 0:
+            self._quiet.clear()
+        elif self._since_prefill == QUIET_AFTER:
+            self._quiet.set()
         timed = prefill >= MIN_PREFILL_TOKENS or (decodes and self._num_steps % TIMED_STEPS == 0)
         self._forward = (prefill, self.transfer.clock()) if timed else None
 
@@ -126,7 +143,7 @@ class Worker:
             for slot in op.slots:
                 self._owner[slot] = op.hash
             if op.write:
-                self._writes.submit(self._write, op)
+                self._writes.submit(self._write, op, time.monotonic() + self._patience_s)
 
     def take_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose async loads ended, and those of them that lost pages."""
@@ -177,6 +194,7 @@ class Worker:
         """Finish the writes that are queued; drop loads."""
         self._loads.shutdown(wait=True, cancel_futures=True)
         self._fetches.shutdown(wait=True)
+        self._quiet.set()
         self._writes.shutdown(wait=True)
         self.transfer.close()
         if self.engine is not None:
@@ -262,8 +280,13 @@ class Worker:
         for slot in op.slots:
             self._owner[slot] = op.hash
 
-    def _write(self, op: SaveOp) -> None:
-        """Hand an object on to the lower tiers. Its slots are pinned until this is reported."""
+    def _write(self, op: SaveOp, at_latest: float) -> None:
+        """Hand an object on to the lower tiers. Its slots are pinned until this is reported.
+
+        In a quiet step, if one comes before `at_latest`: a prefill is launched in thousands of calls that let go of the
+        interpreter, and whoever takes it meanwhile delays the prompt (`benchmarks/launch_stalls.py`).
+        """
+        self._quiet.wait(max(at_latest - time.monotonic(), 0))
         try:
             if self.engine is not None and not self.engine.contains_many([op.hash])[0]:
                 key = self.engine.namespace.key(op.hash)
