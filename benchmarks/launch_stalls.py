@@ -3,11 +3,11 @@
     python benchmarks/launch_stalls.py --lower redis://127.0.0.1:6379 [--rows FILE]
 
 The main thread stands in for an engine whose prefills are bound by launching: thousands of short calls that each let
-go of the interpreter, as launches do. Every eighth step computes a prompt (275 tokens of Qwen2.5-7B: objects of 16, 1 and 1
-blocks) and saves it through the connector's worker; the others replay one graph. A step's output is
-handled while the next one runs, as in vLLM. Told: a prompt's time from the beginning of its step to its output, and by
-how much it is above that of the same prompt of a turn in which nothing is handed on: medians and quartiles. The worker
-hands on when the copy has ended (`at once`), or waits for quiet steps, as it does (`waits`).
+go of the interpreter, as launches do. Every eighth step computes a prompt (275 tokens of Qwen2.5-7B: objects of 16, 1
+and 1 blocks) and saves it through the connector's worker; the others replay one graph. A step's output is handled while
+the next one runs, as in vLLM. Told: a prompt's time from the beginning of its step to its output, and by how much it is
+above that of the same prompt of a turn in which nothing is handed on: medians and quartiles. The worker hands on when
+the copy has ended (`at once`), or waits for quiet steps, as it does (`waits`).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""When a worker hands saved objects on to the lower tiers: in quiet steps, or when its patience ends."""
+"""When a worker hands saved objects on to lower tiers: in quiet steps, on an idle engine, or when patience ends."""
 
 import time
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvlab.chunking import Chunker
+from kvlab.connectors.vllm import worker as workers
 from kvlab.connectors.vllm.metadata import SaveOp, StepMetadata
 from kvlab.connectors.vllm.worker import QUIET_AFTER, Worker
 from kvlab.engine import CacheEngine
@@ -27,7 +28,12 @@ def make_worker(patience_s):
 
 
 @pytest.fixture
-def patient():
+def never_idle(monkeypatch):
+    monkeypatch.setattr(workers, "IDLE_S", FOR_EVER_S)
+
+
+@pytest.fixture
+def patient(never_idle):
     worker = make_worker(FOR_EVER_S)
     yield worker
     worker.close()
@@ -86,14 +92,21 @@ def test_what_is_saved_in_quiet_steps_is_handed_on_at_once(patient):
     assert settled(patient, 1) == [KEYS[2]]
 
 
-def test_patience_ends_where_no_quiet_step_comes():
+def test_an_idle_engine_is_quiet():
+    worker = make_worker(FOR_EVER_S)
+    step(worker, prefill_tokens=100, saves=range(BLOCKS))
+    assert settled(worker, BLOCKS) == KEYS
+    worker.close()
+
+
+def test_patience_ends_where_no_quiet_step_comes(never_idle):
     worker = make_worker(0.05)
     step(worker, prefill_tokens=100, saves=range(BLOCKS))
     assert settled(worker, BLOCKS) == KEYS
     worker.close()
 
 
-def test_closing_hands_on_what_still_waits():
+def test_closing_hands_on_what_still_waits(never_idle):
     worker = make_worker(FOR_EVER_S)
     held = []
     worker.engine.store_.close = lambda: held.append(handed_on(worker))

@@ -19,7 +19,8 @@ from kvlab.paged.slots import room
 logger = logging.getLogger("vllm.kvlab")
 TIMED_STEPS = 8  # of the steps without a prefill one in so many is timed
 PAGE_AXES = ("blocks", "layers", "page_bytes")
-PATIENCE_S = 0.05  # an object that is to be handed on waits no longer than this for a quiet step
+PATIENCE_S = 0.5  # an object that is to be handed on waits no longer than this for a quiet step
+IDLE_S = 0.03  # no step has begun for so long: nothing is being launched
 QUIET_AFTER = 2  # steps without a prefill: while the first one runs, the prefill's output is handled
 FETCH_THREADS = 4  # objects of a load come side by side: alone, disk, network and checks wait for each other
 
@@ -79,7 +80,8 @@ class Worker:
         self._finished: set[str] = set()
         self._lost_requests: set[str] = set()
         self._under_way: list[tuple[LoadRow, int, Clock]] = []  # loads whose copies have not ended
-        self._num_steps = 0
+        self._num_begun = 0  # steps
+        self._num_decodes = 0  # steps without a prefill
         self._since_prefill = QUIET_AFTER
         self._quiet = threading.Event()
         self._quiet.set()
@@ -97,13 +99,14 @@ class Worker:
         self.transfer.before_writes(metadata.new_blocks)
         prefill = metadata.prefill_tokens
         decodes = metadata.num_tokens > 0 and not prefill
-        self._num_steps += decodes
+        self._num_decodes += decodes
+        self._num_begun += 1
         self._since_prefill = 0 if prefill else self._since_prefill + 1
         if self._since_prefill == 0:
             self._quiet.clear()
         elif self._since_prefill == QUIET_AFTER:
             self._quiet.set()
-        timed = prefill >= MIN_PREFILL_TOKENS or (decodes and self._num_steps % TIMED_STEPS == 0)
+        timed = prefill >= MIN_PREFILL_TOKENS or (decodes and self._num_decodes % TIMED_STEPS == 0)
         self._forward = (prefill, self.transfer.clock()) if timed else None
 
     def load_now(self, loads: Iterable[RequestLoad]) -> set[int]:
@@ -281,12 +284,8 @@ class Worker:
             self._owner[slot] = op.hash
 
     def _write(self, op: SaveOp, at_latest: float) -> None:
-        """Hand an object on to the lower tiers. Its slots are pinned until this is reported.
-
-        In a quiet step, if one comes before `at_latest`: a prefill is launched in thousands of calls that let go of the
-        interpreter, and whoever takes it meanwhile delays the prompt (`benchmarks/launch_stalls.py`).
-        """
-        self._quiet.wait(max(at_latest - time.monotonic(), 0))
+        """Hand an object on to the lower tiers. Its slots are pinned until this is reported."""
+        self._wait_for_quiet(at_latest)
         try:
             if self.engine is not None and not self.engine.contains_many([op.hash])[0]:
                 key = self.engine.namespace.key(op.hash)
@@ -294,6 +293,14 @@ class Worker:
         except Exception:
             self._failed("write", op.hash)
         self._settle(op.hash)
+
+    def _wait_for_quiet(self, at_latest: float) -> None:
+        """Wait for a step without a prefill, or an idle engine. A prefill is launched in thousands of calls that let go
+        of the interpreter: whoever takes it meanwhile delays the prompt (`benchmarks/launch_stalls.py`)."""
+        while (left := at_latest - time.monotonic()) > 0:
+            begun = self._num_begun
+            if self._quiet.wait(min(left, IDLE_S)) or self._num_begun == begun:
+                return
 
     def _settle(self, key: bytes) -> None:
         with self._lock:
