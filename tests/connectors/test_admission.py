@@ -154,11 +154,13 @@ def test_a_tier_slower_than_computing(tmp_path, expected, admission, hits):
         drain(llm)
         lower = worker(llm).engine
         lower.store_ = LatencyStore(lower.store_, latency_s=1.0)  # six objects one after the other
-        answers = [generate(llm, [p])[0] for _ in hits]
         counters = connector(llm).scheduler.counters
+        saved = counters["saved_tokens"]
+        answers = [generate(llm, [p])[0] for _ in hits]
         assert [answer.hit for answer in answers] == hits
         assert all(answer.tokens == expected(p) for answer in answers)
         assert counters["miss_not_worth_asking"] == hits.count(0)
+        assert counters["saved_tokens"] == saved, "the tier holds it, though nobody asked"
         assert not connector(llm).hook_errors
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.connectors.engine import connector, engine, generate, prompt, shared, worker
+from kvlab.hashing import block_hashes
+from tests.connectors.engine import BLOCK, connector, engine, generate, prompt, shared, worker
 
 WRITER = """
 from tests.connectors.engine import engine, generate, prompt
@@ -115,12 +116,21 @@ def test_an_unwritable_folder_costs_misses_never_a_request(disk, expected, monke
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    for name in ("write", "pwrite", "writev", "pwritev"):
-        monkeypatch.setattr(os, name, full)
     p = prompt(480, ending=0)
-    assert generate(llm, [p])[0].tokens == expected(p)
+    with monkeypatch.context() as patch:
+        for name in ("write", "pwrite", "writev", "pwritev"):
+            patch.setattr(os, name, full)
+        assert generate(llm, [p])[0].tokens == expected(p)
+        drain(llm)
+        held, key = connector(llm).scheduler._below, block_hashes(p, BLOCK)[-1]
+        assert key not in held, "nothing was taken"
+        assert generate(llm, [p])[0].tokens == expected(p)
+        drain(llm)
+    assert generate(llm, [p])[0].hit < 479
     drain(llm)
-    assert generate(llm, [p])[0].tokens == expected(p)
+    assert key in held
+    answer = generate(llm, [p])[0]
+    assert (answer.hit, answer.tokens) == (479, expected(p))
 
 
 def test_budgets_hold_with_files_from_before(tmp_path, expected):

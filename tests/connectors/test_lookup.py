@@ -7,7 +7,7 @@ import pytest
 
 from kvlab.chunking import Chunker
 from kvlab.connectors.vllm.admission import LoadAdmission
-from kvlab.connectors.vllm.lookup import Lookup
+from kvlab.connectors.vllm.lookup import KEPT_KEYS, HeldBelow, Lookup
 from kvlab.connectors.vllm.requests import RequestState
 from kvlab.hashing import Namespace
 from kvlab.stores.memory import MemoryStore
@@ -30,14 +30,14 @@ class Gate(WrapperStore):
 
 @pytest.fixture
 def asked():
-    gate, admission, counters = Gate(), LoadAdmission(), Counter()
+    gate, admission, below = Gate(), LoadAdmission(), HeldBelow()
     gate.inner.put(NAMESPACE.key(CHUNKS[-1]), b"kv")
-    lookup = Lookup(gate, Chunker(), [NAMESPACE], 60.0, admission, counters)
+    lookup = Lookup(gate, Chunker(), [NAMESPACE], 60.0, admission, below, Counter())
 
     def ask(state: RequestState, num_tokens: int = 256):
         return lookup.ask(state, None, lambda key: False, num_tokens)
 
-    yield gate, admission, ask
+    yield gate, admission, below, ask
     gate.is_open.set()
     lookup.close()
 
@@ -60,7 +60,7 @@ def knows(admission: LoadAdmission, *, prefill_s: float, held: bool) -> None:
 
 
 def test_an_answer_in_time_is_taken(asked):
-    gate, _, ask = asked
+    gate, _, _, ask = asked
     gate.is_open.set()
     one = state()
     while (known := ask(one)) is None:
@@ -70,7 +70,7 @@ def test_an_answer_in_time_is_taken(asked):
 
 
 def test_as_long_as_nothing_is_known_a_request_waits(asked):
-    gate, _, ask = asked
+    gate, _, _, ask = asked
     one = state()
     assert ask(one) is None
     assert ask(one) is None
@@ -80,7 +80,7 @@ def test_as_long_as_nothing_is_known_a_request_waits(asked):
 
 
 def test_who_would_win_little_does_not_wait_and_all_the_same_the_answer_counts(asked):
-    gate, admission, ask = asked
+    gate, admission, below, ask = asked
     knows(admission, prefill_s=0.016, held=False)
     one, long, other = state(), state(), state()
     assert ask(one) == {}, "one in 66 of 8 ms, against a step of 8 ms"
@@ -91,11 +91,33 @@ def test_who_would_win_little_does_not_wait_and_all_the_same_the_answer_counts(a
     finish(one)
     finish(long)
     ask(other)
-    assert one.held_below == {CHUNKS[-1]}, "what is there is not saved again"
+    assert CHUNKS[-1] in below, "what is there is not saved again"
+    assert CHUNKS[0] not in below
     assert sum(admission._answers) == 2
 
 
 def test_a_busy_engine_waits_again_once_answers_are_hits(asked):
-    _, admission, ask = asked
+    _, admission, _, ask = asked
     knows(admission, prefill_s=0.024, held=True)
     assert ask(state()) is None
+
+
+def test_what_is_held_below_is_the_latest_word():
+    below = HeldBelow()
+    below.learn([b"a", b"b", b"c"], {b"a": True, b"b": True, b"c": False})
+    assert [key in below for key in (b"a", b"b", b"c")] == [True, True, False]
+    below.add(b"d")
+    below.learn([b"a", b"c", b"d"], {b"a": False, b"c": True})  # not asked of d, which lies behind a
+    below.discard(b"never seen")
+    assert [key in below for key in (b"a", b"b", b"c", b"d")] == [False, True, True, False]
+
+
+def test_of_what_is_held_below_the_latest_is_kept():
+    below = HeldBelow()
+    for number in range(KEPT_KEYS):
+        below.add(number.to_bytes(4, "big"))
+    below.add((0).to_bytes(4, "big"))  # seen again
+    below.add(b"new")
+    assert (0).to_bytes(4, "big") in below
+    assert (1).to_bytes(4, "big") not in below
+    assert b"new" in below

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from kvlab.chunking import Chunker
@@ -14,6 +14,35 @@ from kvlab.stores import Store
 
 logger = logging.getLogger("vllm.kvlab")
 INLINE_WAIT_S = 0.001  # an answer this fast saves the request one trip through the scheduler
+KEPT_KEYS = 1 << 16
+
+
+class HeldBelow:
+    """The objects that the lower tiers were last known to hold: they said so, or took them. Saved again, such a one is
+    not handed on again. What a tier has lost since is learned when it is asked, which comes before any load."""
+
+    def __init__(self) -> None:
+        self._keys: dict[bytes, None] = {}  # the oldest first
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._keys
+
+    def add(self, key: bytes) -> None:
+        self.discard(key)
+        self._keys[key] = None
+        if len(self._keys) > KEPT_KEYS:
+            del self._keys[next(iter(self._keys))]
+
+    def discard(self, key: bytes) -> None:
+        self._keys.pop(key, None)
+
+    def learn(self, keys: Iterable[bytes], answer: Mapping[bytes, bool]) -> None:
+        """From what they said of a prompt's objects. Of those behind a hole they were not asked: these may be lost."""
+        for key in keys:
+            if answer.get(key):
+                self.add(key)
+            else:
+                self.discard(key)
 
 
 class Lookup:
@@ -26,6 +55,7 @@ class Lookup:
         namespaces: Sequence[Namespace],
         timeout_s: float,
         admission: LoadAdmission,
+        below: HeldBelow,
         counters: Counter[str],
     ) -> None:
         self._store = store
@@ -33,9 +63,10 @@ class Lookup:
         self._namespaces = namespaces
         self._timeout_s = timeout_s
         self._admission = admission
+        self._below = below
         self._counters = counters
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvlab-lookup")
-        self._asked: deque[tuple[RequestState, Future[dict[bytes, bool]]]] = deque()  # in the order of their answers
+        self._asked: deque[tuple[list[bytes], Future[dict[bytes, bool]]]] = deque()  # in the order of their answers
 
     def ask(
         self, state: RequestState, rest: bytes | None, in_memory: Callable[[bytes], bool], num_tokens: int
@@ -46,9 +77,10 @@ class Lookup:
         state.not_awaited = False
         wait_s = 0.0
         if state.lookup is None:
-            state.lookup = self._pool.submit(self._query, list(state.hashes), rest, in_memory)
+            hashes = list(state.hashes)
+            state.lookup = self._pool.submit(self._query, hashes, rest, in_memory)
             state.lookup_started_s = time.monotonic()
-            self._asked.append((state, state.lookup))
+            self._asked.append((hashes if rest is None else [*hashes, rest], state.lookup))
             if self._admission.is_worth_waiting(num_tokens, INLINE_WAIT_S):
                 wait_s = INLINE_WAIT_S  # once: those that run would wait with it at every step
         try:
@@ -64,15 +96,16 @@ class Lookup:
             self._counters["lookup_failed"] += 1
             logger.warning("kvlab: lookup in lower tiers failed: %s", error)
             return {}
+        self._learn()
         return known
 
     def _learn(self) -> None:
         """From answers that have come, also those that nobody waited for."""
         while self._asked and self._asked[0][1].done():
-            state, answer = self._asked.popleft()
+            keys, answer = self._asked.popleft()
             if answer.exception() is None:
-                state.held_below = {key for key, held in answer.result().items() if held}
-                self._admission.answered(held=bool(state.held_below))
+                self._below.learn(keys, answer.result())
+                self._admission.answered(held=any(answer.result().values()))
 
     def is_overdue(self, state: RequestState) -> bool:
         """Whether the request has waited long enough; the clock starts with the first question."""

@@ -75,6 +75,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
 
     loaded: Counter[str] = field(default_factory=Counter)  # request ids
     settled: Counter[bytes] = field(default_factory=Counter)  # hashes whose hand-over to lower tiers ended
+    refused: set[bytes] = field(default_factory=set)  # those of `settled` that no lower tier took
     bad: set[bytes] = field(default_factory=set)  # hashes that must not be served again
     rows: list[LoadRow] = field(default_factory=list)
     forwards: list[tuple[int, float]] = field(default_factory=list)  # prefill tokens and seconds of forward passes
@@ -86,6 +87,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
         if isinstance(other, WorkerReport):
             self.loaded.update(other.loaded)
             self.settled.update(other.settled)
+            self.refused |= other.refused
             self.bad |= other.bad
             self.rows += other.rows
             self.forwards += other.forwards

@@ -36,7 +36,6 @@ class RequestState:
     plan_tokens: int = 0  # tokens of the prompt that the plan may serve
     lookup: Any = None  # future of what the lower tiers hold
     lookup_started_s: float = 0.0
-    held_below: set[bytes] = field(default_factory=set)  # objects that the lower tiers said they have
     lower_tokens: int = 0  # tokens of the latest hit that lower tiers supply
     not_asked: bool = False  # the lower tiers were not, as no load from them would have been worth it
     not_awaited: bool = False  # they did not answer at once, and to wait would not have been worth it

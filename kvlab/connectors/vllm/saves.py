@@ -1,13 +1,13 @@
 """Which of a step's computed pages become objects: the scheduler's other half, which decides on saves."""
 
 from collections import Counter
-from collections.abc import Container
 from typing import Any
 
 from kvlab.chunking import Chunker, Span
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.admission import SaveAdmission
 from kvlab.connectors.vllm.groups import Groups
+from kvlab.connectors.vllm.lookup import HeldBelow
 from kvlab.connectors.vllm.metadata import SaveOp
 from kvlab.connectors.vllm.requests import Piece, RequestState
 from kvlab.connectors.vllm.slots import SlotIndex
@@ -25,7 +25,7 @@ def given_blocks(output: Any, block_tokens: int) -> list[int]:
 
 class SavePlanner:
     """Follows each request's pages until its prompt is computed. Where there are lower tiers, `ranks` hand each object
-    on to them; `bad` are those that were found broken there."""
+    on to them that is not held `below`."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class SavePlanner:
         *,
         has_lower: bool,
         ranks: int,
-        bad: Container[bytes],
+        below: HeldBelow,
         counters: Counter[str],
     ) -> None:
         self._config = config
@@ -45,7 +45,7 @@ class SavePlanner:
         self._index = index
         self._has_lower = has_lower
         self._ranks = ranks
-        self._bad = bad
+        self._below = below
         self._counters = counters
         self._admission = SaveAdmission(config.after_sights)
         self._states: dict[str, RequestState] = {}  # requests that may still have something to save
@@ -133,20 +133,19 @@ class SavePlanner:
     def _save_object(self, piece: Piece, state: RequestState, before: int, saves: list[SaveOp]) -> None:
         """Save an object of this request from its pages, unless it is there already."""
         key = piece.hash
-        if self._index.get(key) is not None or self._needs_no_copy(key, state) or not self._admission.is_due(key):
+        held = key in self._below
+        if self._index.get(key) is not None or (held and not self._config.keeps_memory):
+            return
+        if not self._admission.is_due(key):
             return
         pages = self._groups.pages(piece.span, piece.end_token, state.block_ids, before)
         entry = self._index.reserve(key, len(pages)) if pages else None
         if entry is None:
             self._counters["saves_dropped"] += 1
             return
-        write = self._has_lower
+        write = self._has_lower and not held
         if write:
             self._index.pin(key)
             self.unsettled[key] = self._ranks
         saves.append(SaveOp(key, entry.slots, pages, piece.end_token, write))
         self._counters["saved_tokens"] += piece.end_token - piece.span.first_block * self._chunker.block_tokens
-
-    def _needs_no_copy(self, key: bytes, state: RequestState) -> bool:
-        """Whether the lower tiers hold this object and host memory would not keep it."""
-        return not self._config.keeps_memory and key in state.held_below and key not in self._bad

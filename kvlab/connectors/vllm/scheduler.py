@@ -13,7 +13,7 @@ from kvlab.chunking import Chunker
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.admission import LoadAdmission
 from kvlab.connectors.vllm.groups import Groups
-from kvlab.connectors.vllm.lookup import Lookup
+from kvlab.connectors.vllm.lookup import HeldBelow, Lookup
 from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.planning import Planner, end_block, end_token
 from kvlab.connectors.vllm.promises import Promises
@@ -60,7 +60,11 @@ class Scheduler:
         self._in_flight: dict[str, list[bytes]] = {}  # async loads: request id -> hashes pinned for it
         self._arrived: dict[str, int] = {}  # ranks that finished an async load
         self._bad: dict[bytes, None] = {}  # hashes a lower tier answered with broken or absent data
+        self._refused: set[bytes] = (
+            set()
+        )  # hashes that lower tiers did not take from one rank; others have not answered
         self.admission = LoadAdmission(enabled=config.admission)
+        self._below = HeldBelow()
         self._promises = Promises(chunker.block_tokens, self.counters)
         self.saves = SavePlanner(
             config,
@@ -69,11 +73,19 @@ class Scheduler:
             index,
             has_lower=lower is not None,
             ranks=len(namespaces),
-            bad=self._bad,
+            below=self._below,
             counters=self.counters,
         )
         self._planner = Planner(index, chunker, keeps_memory=config.keeps_memory)
-        self._lookup = Lookup(lower, chunker, namespaces, config.lookup_timeout_ms / 1e3, self.admission, self.counters)
+        self._lookup = Lookup(
+            lower,
+            chunker,
+            namespaces,
+            config.lookup_timeout_ms / 1e3,
+            self.admission,
+            self._below,
+            self.counters,
+        )
 
     # ---- a hit?
 
@@ -101,8 +113,7 @@ class Scheduler:
             if known is None:
                 self._waiting = True
                 return None, False
-            state.held_below = {key for key, held in known.items() if held}
-            plan = self._planner.plan(state, {key: key not in self._bad for key in state.held_below})
+            plan = self._planner.plan(state, {key: held and key not in self._bad for key, held in known.items()})
         if any(not entry.ready for piece in plan if (entry := self.index.get(piece.hash))):
             if not self._lookup.is_overdue(state):
                 self._waiting = True
@@ -275,6 +286,7 @@ class Scheduler:
         ranks = len(self.namespaces)
         for key in report.bad:
             self._bad[key] = None
+            self._below.discard(key)
             self.counters["bad_objects"] += 1
             self.saves.lose(key)
             entry = self.index.get(key)
@@ -287,9 +299,14 @@ class Scheduler:
             if self._arrived[req_id] >= ranks:
                 del self._arrived[req_id]
                 self._release(self._in_flight.pop(req_id, ()))
+        for key in report.refused:
+            self._refused.add(key)
         for key, count in report.settled.items():
             if self.saves.settle(key, count):
-                self._bad.pop(key, None)  # the lower tiers hold a fresh copy
+                if key not in self._refused:
+                    self._bad.pop(key, None)  # the lower tiers hold a fresh copy
+                    self._below.add(key)
+                self._refused.discard(key)
                 self._release([key])
         for row in report.rows:
             state = self._states.get(row.request_id)

@@ -286,13 +286,18 @@ class Worker:
     def _write(self, op: SaveOp, at_latest: float) -> None:
         """Hand an object on to the lower tiers. Its slots are pinned until this is reported."""
         self._wait_for_quiet(at_latest)
+        kept = False
         try:
-            if self.engine is not None and not self.engine.contains_many([op.hash])[0]:
-                key = self.engine.namespace.key(op.hash)
-                self.engine.save_object(key, self.transfer.slots(op.slots), PAGE_AXES, num_tokens=op.num_tokens)
+            if self.engine is not None:
+                kept = self.engine.contains_many([op.hash])[0] or self.engine.save_object(
+                    self.engine.namespace.key(op.hash),
+                    self.transfer.slots(op.slots),
+                    PAGE_AXES,
+                    num_tokens=op.num_tokens,
+                )
         except Exception:
             self._failed("write", op.hash)
-        self._settle(op.hash)
+        self._settle(op.hash, kept=kept)
 
     def _wait_for_quiet(self, at_latest: float) -> None:
         """Wait for a step without a prefill, or an idle engine. A prefill is launched in thousands of calls that let go
@@ -302,9 +307,11 @@ class Worker:
             if self._quiet.wait(min(left, IDLE_S)) or self._num_begun == begun:
                 return
 
-    def _settle(self, key: bytes) -> None:
+    def _settle(self, key: bytes, *, kept: bool) -> None:
         with self._lock:
             self._report.settled[key] += 1
+            if not kept:
+                self._report.refused.add(key)
 
     def _mark_bad(self, key: bytes) -> None:
         with self._lock:
@@ -314,7 +321,7 @@ class Worker:
         """An object whose slots were not filled."""
         self._mark_bad(op.hash)
         if op.write:
-            self._settle(op.hash)
+            self._settle(op.hash, kept=False)
 
     def _failed(self, what: str, key: bytes) -> None:
         """An error of ours costs a miss, never the engine: count it, tell it with its trace the first time."""
