@@ -6,9 +6,14 @@ from collections import Counter
 import pytest
 
 from kvlab.chunking import Chunker
+from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.admission import LoadAdmission
+from kvlab.connectors.vllm.groups import Groups
 from kvlab.connectors.vllm.lookup import KEPT_KEYS, HeldBelow, Lookup
+from kvlab.connectors.vllm.metadata import WorkerReport
 from kvlab.connectors.vllm.requests import RequestState
+from kvlab.connectors.vllm.scheduler import Scheduler
+from kvlab.connectors.vllm.slots import SlotIndex
 from kvlab.hashing import Namespace
 from kvlab.stores.memory import MemoryStore
 from kvlab.stores.wrappers import WrapperStore
@@ -121,3 +126,21 @@ def test_of_what_is_held_below_the_latest_is_kept():
     assert (0).to_bytes(4, "big") in below
     assert (1).to_bytes(4, "big") not in below
     assert b"new" in below
+
+
+def test_what_one_rank_could_not_hand_on_is_not_held_below():
+    ranks = [Namespace("model", {"rank": rank}) for rank in range(2)]
+    scheduler = Scheduler(
+        ConnectorConfig(tiers=("memory://?size=1MiB", "redis://none")), Chunker(), Groups((None,), 16), SlotIndex(8),
+        MemoryStore(1 << 20), ranks, lambda loads: set(), at_once=False,
+    )  # fmt: skip
+    for first_refuses in (True, False, True):
+        for rank in range(2):
+            report = WorkerReport(settled=Counter([CHUNKS[0]]))
+            if first_refuses and rank == 0:
+                report.refused.add(CHUNKS[0])
+            scheduler.saves.unsettled.setdefault(CHUNKS[0], 2)
+            scheduler.absorb(report)
+        assert (CHUNKS[0] in scheduler._below) is not first_refuses
+        scheduler._below.discard(CHUNKS[0])
+    scheduler.close()

@@ -60,9 +60,7 @@ class Scheduler:
         self._in_flight: dict[str, list[bytes]] = {}  # async loads: request id -> hashes pinned for it
         self._arrived: dict[str, int] = {}  # ranks that finished an async load
         self._bad: dict[bytes, None] = {}  # hashes a lower tier answered with broken or absent data
-        self._refused: set[bytes] = (
-            set()
-        )  # hashes that lower tiers did not take from one rank; others have not answered
+        self._refused: set[bytes] = set()  # hashes being handed on that lower tiers did not take from some rank
         self.admission = LoadAdmission(enabled=config.admission)
         self._below = HeldBelow()
         self._promises = Promises(chunker.block_tokens, self.counters)
@@ -299,8 +297,7 @@ class Scheduler:
             if self._arrived[req_id] >= ranks:
                 del self._arrived[req_id]
                 self._release(self._in_flight.pop(req_id, ()))
-        for key in report.refused:
-            self._refused.add(key)
+        self._refused |= report.refused
         for key, count in report.settled.items():
             if self.saves.settle(key, count):
                 if key not in self._refused:
