@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvlab.connectors.vllm.metadata import WorkerReport
 from kvlab.hashing import block_hashes
 from tests.connectors.engine import BLOCK, connector, engine, generate, prompt, shared, worker
 
@@ -108,6 +109,20 @@ def test_what_the_tier_holds_is_not_copied_to_it_again(disk, expected, monkeypat
         assert generate(llm, [p])[0].hit == hit
         drain(llm)
     assert scheduler.counters["saved_tokens"] == before + 300 - 256
+
+
+def test_what_was_found_broken_and_is_there_again_is_served(disk, expected):
+    """Another engine may have replaced the copy."""
+    llm = shared(f"file://{disk}?size=1GiB")
+    scheduler, p = connector(llm).scheduler, prompt(300)
+    generate(llm, [p])
+    drain(llm)
+    assert generate(llm, [p])[0].hit == 299
+    scheduler.absorb(WorkerReport(bad=set(block_hashes(p, BLOCK))))
+    for hit in (0, 299):
+        answer = generate(llm, [p])[0]
+        assert (answer.hit, answer.tokens) == (hit, expected(p))
+        drain(llm)
 
 
 def test_an_unwritable_folder_costs_misses_never_a_request(disk, expected, monkeypatch):

@@ -17,9 +17,8 @@ INLINE_WAIT_S = 0.001  # an answer this fast saves the request one trip through 
 KEPT_KEYS = 1 << 16
 
 
-class HeldBelow:
-    """The objects that the lower tiers were last known to hold: they said so, or took them. Saved again, such a one is
-    not handed on again. What a tier has lost since is learned when it is asked, which comes before any load."""
+class LatestKeys:
+    """A set of object hashes that forgets the oldest beyond `KEPT_KEYS`."""
 
     def __init__(self) -> None:
         self._keys: dict[bytes, None] = {}  # the oldest first
@@ -35,6 +34,11 @@ class HeldBelow:
 
     def discard(self, key: bytes) -> None:
         self._keys.pop(key, None)
+
+
+class HeldBelow(LatestKeys):
+    """The objects that the lower tiers were last known to hold: they said so, or took them. Saved again, such a one is
+    not handed on again. What a tier has lost since is learned when it is asked, which comes before any load."""
 
     def learn(self, keys: Iterable[bytes], answer: Mapping[bytes, bool]) -> None:
         """From what they said of a prompt's objects. Of those behind a hole they were not asked: these may be lost."""

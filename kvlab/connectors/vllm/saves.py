@@ -7,7 +7,7 @@ from kvlab.chunking import Chunker, Span
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.admission import SaveAdmission
 from kvlab.connectors.vllm.groups import Groups
-from kvlab.connectors.vllm.lookup import HeldBelow
+from kvlab.connectors.vllm.lookup import HeldBelow, LatestKeys
 from kvlab.connectors.vllm.metadata import SaveOp
 from kvlab.connectors.vllm.requests import Piece, RequestState
 from kvlab.connectors.vllm.slots import SlotIndex
@@ -25,7 +25,7 @@ def given_blocks(output: Any, block_tokens: int) -> list[int]:
 
 class SavePlanner:
     """Follows each request's pages until its prompt is computed. Where there are lower tiers, `ranks` hand each object
-    on to them that is not held `below`."""
+    on to them that is not held `below`, or of which they hold a `bad` copy."""
 
     def __init__(
         self,
@@ -37,6 +37,7 @@ class SavePlanner:
         has_lower: bool,
         ranks: int,
         below: HeldBelow,
+        bad: LatestKeys,
         counters: Counter[str],
     ) -> None:
         self._config = config
@@ -46,10 +47,12 @@ class SavePlanner:
         self._has_lower = has_lower
         self._ranks = ranks
         self._below = below
+        self._bad = bad
         self._counters = counters
         self._admission = SaveAdmission(config.after_sights)
         self._states: dict[str, RequestState] = {}  # requests that may still have something to save
         self.unsettled: dict[bytes, int] = {}  # hashes being handed to lower tiers -> ranks still to answer
+        self._refused: set[bytes] = set()  # of these, those that lower tiers did not take from some rank
 
     def follow(self, request_id: str, state: RequestState) -> None:
         self._states[request_id] = state
@@ -64,14 +67,21 @@ class SavePlanner:
                 at = state.hashes.index(key)
                 state.num_saved_blocks = min(state.num_saved_blocks, at - at % self._chunker.chunk_blocks)
 
-    def settle(self, key: bytes, ranks: int) -> bool:
-        """So many more ranks have handed `key` on; whether all have."""
+    def settle(self, key: bytes, ranks: int, *, kept: bool) -> bool:
+        """So many more ranks have answered for `key`, which lower tiers took if `kept`; whether all have."""
+        if not kept:
+            self._refused.add(key)
         left = self.unsettled.get(key, ranks) - ranks
         if left > 0:
             self.unsettled[key] = left
+            return False
+        self.unsettled.pop(key, None)
+        if key in self._refused:
+            self._refused.remove(key)
         else:
-            self.unsettled.pop(key, None)
-        return left <= 0
+            self._bad.discard(key)  # the lower tiers hold a fresh copy
+            self._below.add(key)
+        return True
 
     def collect(self, output: Any, saves: list[SaveOp], *, enabled: bool) -> None:
         """Add the step's saves to `saves`. Only requests with something left to save are looked at: most of those that
@@ -133,7 +143,7 @@ class SavePlanner:
     def _save_object(self, piece: Piece, state: RequestState, before: int, saves: list[SaveOp]) -> None:
         """Save an object of this request from its pages, unless it is there already."""
         key = piece.hash
-        held = key in self._below
+        held = key in self._below and key not in self._bad
         if self._index.get(key) is not None or (held and not self._config.keeps_memory):
             return
         if not self._admission.is_due(key):

@@ -13,7 +13,7 @@ from kvlab.chunking import Chunker
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.admission import LoadAdmission
 from kvlab.connectors.vllm.groups import Groups
-from kvlab.connectors.vllm.lookup import HeldBelow, Lookup
+from kvlab.connectors.vllm.lookup import HeldBelow, LatestKeys, Lookup
 from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.planning import Planner, end_block, end_token
 from kvlab.connectors.vllm.promises import Promises
@@ -59,8 +59,7 @@ class Scheduler:
         self._waiting = False  # since the last step somebody was told to ask again
         self._in_flight: dict[str, list[bytes]] = {}  # async loads: request id -> hashes pinned for it
         self._arrived: dict[str, int] = {}  # ranks that finished an async load
-        self._bad: dict[bytes, None] = {}  # hashes a lower tier answered with broken or absent data
-        self._refused: set[bytes] = set()  # hashes being handed on that lower tiers did not take from some rank
+        self._bad = LatestKeys()  # hashes a lower tier answered with broken or absent data
         self.admission = LoadAdmission(enabled=config.admission)
         self._below = HeldBelow()
         self._promises = Promises(chunker.block_tokens, self.counters)
@@ -72,6 +71,7 @@ class Scheduler:
             has_lower=lower is not None,
             ranks=len(namespaces),
             below=self._below,
+            bad=self._bad,
             counters=self.counters,
         )
         self._planner = Planner(index, chunker, keeps_memory=config.keeps_memory)
@@ -283,27 +283,19 @@ class Scheduler:
         """Learn what the workers finished."""
         ranks = len(self.namespaces)
         for key in report.bad:
-            self._bad[key] = None
-            self._below.discard(key)
+            self._bad.add(key)
             self.counters["bad_objects"] += 1
             self.saves.lose(key)
             entry = self.index.get(key)
             if entry is not None and entry.ready:
                 self.index.drop(key)  # one still being filled goes when the last rank has let go of its slots
-        while len(self._bad) > 65536:
-            self._bad.pop(next(iter(self._bad)))
         for req_id, count in report.loaded.items():
             self._arrived[req_id] = self._arrived.get(req_id, 0) + count
             if self._arrived[req_id] >= ranks:
                 del self._arrived[req_id]
                 self._release(self._in_flight.pop(req_id, ()))
-        self._refused |= report.refused
         for key, count in report.settled.items():
-            if self.saves.settle(key, count):
-                if key not in self._refused:
-                    self._bad.pop(key, None)  # the lower tiers hold a fresh copy
-                    self._below.add(key)
-                self._refused.discard(key)
+            if self.saves.settle(key, count, kept=key not in report.refused):
                 self._release([key])
         for row in report.rows:
             state = self._states.get(row.request_id)
