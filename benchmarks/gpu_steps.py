@@ -126,7 +126,7 @@ def main() -> None:
         for name in ("off", *served) if at % 2 == 0 else (*served, "off"):
             off(name == "off")
             if name == "lower":
-                scheduler.reset()
+                scheduler.index.clear()
             turns[name].append(driver.run(fresh))
             worker.worker._writes.submit(int).result()  # what is left to write must not fall to the next turn
         print(at, *(f"{name} {done[-1]['ttft_ms']:.1f} {done[-1]['gap_ms']:.2f}" for name, done in turns.items()))

@@ -14,6 +14,7 @@ import argparse
 import os
 import statistics
 import time
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -62,6 +63,7 @@ class Engine:
         self._hands_on = hands_on
         self._pending = None  # (when the previous step's GPU work ends, when it began if it computes a prompt)
         self._num_prompts = 0
+        self._generations = count(1)
 
     def turn(self):
         """Milliseconds of some prompts; nothing is left to hand on."""
@@ -96,7 +98,7 @@ class Engine:
         saves = []
         for blocks in OBJECTS:
             slots, pages = tuple(range(at, at + blocks)), tuple(range(blocks))
-            saves.append(SaveOp(os.urandom(16), slots, pages, 256, self._hands_on))
+            saves.append(SaveOp(os.urandom(16), next(self._generations), slots, pages, 0, 256, self._hands_on))
             at += blocks
         return saves
 

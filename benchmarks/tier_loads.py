@@ -74,7 +74,9 @@ def load(worker, count):
     ops = []
     for chunk in range(count):
         slots = tuple(range(chunk * BLOCKS, (chunk + 1) * BLOCKS))
-        ops.append(LoadOp(name(chunk), slots, slots, slots, CHUNK, fetch=True))
+        ops.append(
+            LoadOp(name(chunk), chunk, slots, slots, slots, chunk * CHUNK, (chunk + 1) * CHUNK, CHUNK, fetch=True)
+        )
     worker.load(StepMetadata([RequestLoad("r", ops, count * CHUNK, is_async=True)]))
     while "r" not in worker.take_finished()[0]:
         time.sleep(0.001)

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -149,8 +149,18 @@ class CacheEngine:
 
     # ---- single objects
 
-    def save_object(self, key: str, kv: torch.Tensor, axes: tuple[str, ...], *, num_tokens: int) -> bool:
-        """Encode `kv` and put it under `key`; `num_tokens` is the length of the prefix that ends with it."""
+    def save_object(
+        self,
+        key: str,
+        kv: torch.Tensor,
+        axes: tuple[str, ...],
+        *,
+        num_tokens: int,
+        confirm: Callable[[], bool] | None = None,
+    ) -> bool:
+        """Encode `kv` and put it under `key`; `num_tokens` is the length of the prefix that ends with it. Where others
+        may write to `kv`, `confirm` says afterwards whether it was this object's while it was encoded; if not, nothing
+        is put."""
         start = time.perf_counter()
         try:
             parts, metadata = to_parts(self.serde.encode(kv, axes))
@@ -160,6 +170,9 @@ class CacheEngine:
                 "block_tokens": str(self.chunker.block_tokens),
             }
             value = pack(key, parts, metadata)
+            if confirm is not None and not confirm():
+                self._save_failed("overwritten", key, None)
+                return False
             kept = self.store_.put(key, value)
         except StoreError as error:
             self._save_failed(f"tier_{error.reason}", key, error)

@@ -69,6 +69,12 @@ class Namespace:
         return sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
 
 
+def versioned(namespace: Namespace, version: str) -> Namespace:
+    """`namespace` for another state of what it names, such as weights that changed while an engine ran; the same for
+    an empty `version`."""
+    return Namespace(namespace.model, {**namespace.fields, "version": version}) if version else namespace
+
+
 def _encode_extras(extras: Iterable[Extra]) -> bytes:
     """Length-prefixed tag and value, so that no two lists of extras share an encoding."""
     out = bytearray()

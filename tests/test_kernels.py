@@ -43,6 +43,9 @@ for order in ("LBHNC", "LBNHC", "BLHNC", "BLNHC"):
                 mover.scatter(ids, fresh)
                 assert torch.equal(gather(layout, ids, torch.empty_like(out)), fresh)
                 assert torch.equal(gather(layout, untouched, layout.buffer(len(untouched), device=device)), before)
+                mover.clear(ids)
+                assert not gather(layout, ids, torch.empty_like(out)).any()
+                assert torch.equal(gather(layout, untouched, layout.buffer(len(untouched), device=device)), before)
                 checked += 1
 print(checked)
 """
@@ -69,19 +72,20 @@ ids = ("i32",) * BLOCKS_PER_LAUNCH
 sizes = dict.fromkeys(("stride_words", "page_words", "num_layers"), "i32")
 constants = dict(WORD=tl.int64, PART=512, ALIGNED=True, RAGGED=False)
 signature = dict(page_pointers="*i64", block_ids=ids, buffer="*i64", **sizes)
-signature |= dict.fromkeys(("WORD", "PART", "TO_PAGES", "ALIGNED", "RAGGED"), "constexpr")
+signature |= dict.fromkeys(("WORD", "PART", "TO_PAGES", "CLEAR", "ALIGNED", "RAGGED"), "constexpr")
 aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 2)}
-for to_pages in (True, False):
-    source = ASTSource(_move, signature, dict(constants, TO_PAGES=to_pages), aligned)
+for to_pages, clear in ((True, False), (False, False), (True, True)):
+    source = ASTSource(_move, signature, dict(constants, TO_PAGES=to_pages, CLEAR=clear), aligned)
     ptx = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
     print(ptx.count("ld.global.v2.b64"), ptx.count("st.global.v2.b64"))
 """
 
 
 def test_pages_move_in_accesses_of_16_bytes():
-    """512 words of 8 bytes by 128 threads: two loads and two stores each, in the code for an H100."""
+    """512 words of 8 bytes by 128 threads: two loads and two stores each, in the code for an H100; a page is cleared
+    without a load."""
     root = Path(__file__).resolve().parent.parent
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     out = subprocess.run([sys.executable, "-c", WIDE], capture_output=True, text=True, env=env, cwd=root, timeout=280)
     assert out.returncode == 0, out.stderr[-2000:]
-    assert out.stdout.split() == ["2", "2", "2", "2"]
+    assert out.stdout.split() == ["2", "2", "2", "2", "0", "2"]

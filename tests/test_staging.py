@@ -95,6 +95,9 @@ class Mover:
         ids = list(block_ids)
         self.gpu.give(stream, lambda: scatter(self.pages, ids, buffer[: len(ids)]))
 
+    def clear(self, block_ids, stream):
+        self.scatter(block_ids, torch.zeros_like(self.pages.buffer(len(block_ids))), stream)
+
 
 @contextmanager
 def transfer_on(gpu, pages, piece_blocks):
@@ -156,7 +159,7 @@ def _play(order, random):
             ids = random.sample(range(BLOCKS), count)
             first = random.randrange(SLOTS - count + 1)
             slots = random.choice([list(range(first, first + count)), random.sample(range(SLOTS), count)])
-            what = random.choice(["load", "load_and_wait", "save", "write"])
+            what = random.choice(["load", "load_and_wait", "save", "write", "clear"])
             if what == "load":
                 transfer.load(slots, ids)
                 want_pages[ids] = want_arena[slots]
@@ -167,6 +170,9 @@ def _play(order, random):
             elif what == "save":
                 timing = transfer.save(ids, slots)
                 want_arena[slots] = want_pages[ids]
+            elif what == "clear":
+                transfer.clear(ids)
+                want_pages[ids] = 0
             else:
                 fresh = torch.full((count, *want_pages.shape[1:]), turn, dtype=torch.uint8)
                 transfer.before_writes(ids)

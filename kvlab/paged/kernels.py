@@ -1,4 +1,4 @@
-"""Triton gather and scatter between an engine's pages and one chunk buffer on the GPU.
+"""Triton gather and scatter between an engine's pages and one chunk buffer on the GPU, and pages filled with zeros.
 
 One launch moves all layers of up to BLOCKS_PER_LAUNCH blocks: program (block, layer, part) copies one part of a page,
 up to 1,024 words. Words are as wide as the sizes and addresses allow; neighbouring threads move neighbouring words,
@@ -10,7 +10,7 @@ on the link, and kernels that read them from host memory ran four times as long.
 
 from collections.abc import Sequence
 from math import gcd
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -22,6 +22,8 @@ from kvlab.paged.layout import PageLayout
 BLOCKS_PER_LAUNCH = 32
 _PARTS = (1024, 512, 256, 128)  # words
 _NO_HOOKS = (None, None, None)  # a launch's metadata, and what is called before and after it
+_Kind: TypeAlias = tuple[bool, bool]
+_GATHER, _SCATTER, _CLEAR = (False, False), (True, False), (True, True)  # the kernel's TO_PAGES and CLEAR
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
@@ -37,6 +39,7 @@ def _move(  # type: ignore[no-untyped-def]  # Triton reads annotations: only its
     WORD: tl.constexpr,
     PART: tl.constexpr,
     TO_PAGES: tl.constexpr,
+    CLEAR: tl.constexpr,
     ALIGNED: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
@@ -57,7 +60,9 @@ def _move(  # type: ignore[no-untyped-def]  # Triton reads annotations: only its
     piece = buffer + (block.to(tl.int64) * num_layers + layer) * page_words
     if ALIGNED:
         piece = tl.multiple_of(piece, 16)
-    if TO_PAGES:
+    if CLEAR:
+        tl.store(page + words, tl.zeros([PART], WORD), mask=inside)
+    elif TO_PAGES:
         tl.store(page + words, tl.load(piece + words, mask=inside), mask=inside)
     else:
         tl.store(piece + words, tl.load(page + words, mask=inside), mask=inside)
@@ -67,11 +72,12 @@ _TL_WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
 class PageMover:
-    """The kernels bound to one layout; pointers and strides are read once, and both kernels are compiled here.
+    """The kernels bound to one layout; pointers and strides are read once, and the kernels are compiled here.
 
     `gather` and `scatter` move the pages of `block_ids` to or from the beginning of a buffer, uint8 [blocks, layers,
-    page_bytes] on the pages' device that starts at a multiple of 16 bytes. They launch on the current stream, whose
-    handle saves looking it up if it is given as `stream`, and return at once. Block ids are not checked here.
+    page_bytes] on the pages' device that starts at a multiple of 16 bytes; `clear` fills pages with zeros. They launch
+    on the current stream, whose handle saves looking it up if it is given as `stream`, and return at once. Block ids
+    are not checked here.
     """
 
     def __init__(self, layout: PageLayout) -> None:
@@ -91,30 +97,36 @@ class PageMover:
         self._dtype = _WORDS[word]
         self._sizes = (stride // word, words, layout.num_layers)
         aligned, ragged = common % (16 * word) == 0, words % part != 0
-        self._constants = {to_pages: (_TL_WORDS[word], part, to_pages, aligned, ragged) for to_pages in (False, True)}
-        block = layout.buffer(1, device=pages[0].device)  # block 0 goes out and comes back, so that both are loaded
-        self._kernels = {to_pages: self._first_launch([0], block, to_pages) for to_pages in (False, True)}
+        kinds = (_GATHER, _CLEAR, _SCATTER)
+        self._constants = {kind: (_TL_WORDS[word], part, *kind, aligned, ragged) for kind in kinds}
+        # Block 0 goes out, is cleared, and comes back, so that all kernels are loaded.
+        self._spare = layout.buffer(1, device=pages[0].device)
+        self._kernels = {kind: self._first_launch([0], self._spare, kind) for kind in kinds}
 
     def gather(self, block_ids: Sequence[int], out: torch.Tensor, stream: int | None = None) -> None:
-        self._launch(block_ids, out, stream, to_pages=False)
+        self._launch(block_ids, out, stream, _GATHER)
 
     def scatter(self, block_ids: Sequence[int], buffer: torch.Tensor, stream: int | None = None) -> None:
-        self._launch(block_ids, buffer, stream, to_pages=True)
+        self._launch(block_ids, buffer, stream, _SCATTER)
 
-    def _first_launch(self, block_ids: Sequence[int], buffer: torch.Tensor, to_pages: bool) -> Any:
+    def clear(self, block_ids: Sequence[int], stream: int | None = None) -> None:
+        self._launch(block_ids, self._spare, stream, _CLEAR)
+
+    def _first_launch(self, block_ids: Sequence[int], buffer: torch.Tensor, kind: _Kind) -> Any:
         """Triton's own way to launch; returns the compiled kernel, or None in its interpreter."""
         words = buffer.reshape(-1).view(self._dtype)
-        options = (*self._sizes, *self._constants[to_pages])
+        options = (*self._sizes, *self._constants[kind])
         return _move[(len(block_ids), *self._grid)](self._pointers, _padded(block_ids), words, *options)
 
-    def _launch(self, block_ids: Sequence[int], buffer: torch.Tensor, stream: int | None, *, to_pages: bool) -> None:
-        kernel = self._kernels[to_pages]
+    def _launch(self, block_ids: Sequence[int], buffer: torch.Tensor, stream: int | None, kind: _Kind) -> None:
+        kernel = self._kernels[kind]
         if stream is None and kernel is not None:
             stream = triton_driver.active.get_current_stream(buffer.device.index)
         for at in range(0, len(block_ids), BLOCKS_PER_LAUNCH):
             ids = block_ids[at : at + BLOCKS_PER_LAUNCH]
+            skip = 0 if kind == _CLEAR else at  # which touches no buffer
             if kernel is None:
-                self._first_launch(ids, buffer[at:], to_pages)
+                self._first_launch(ids, buffer[skip:], kind)
                 continue
             # Straight to the compiled kernel, as Triton itself calls it in the end: binding and looking up arguments
             # anew costs several times the launch, and what `kernel[grid]` prepares for profilers' hooks as much again.
@@ -127,9 +139,9 @@ class PageMover:
                 *_NO_HOOKS,
                 self._address,
                 _padded(ids),
-                buffer.data_ptr() + at * self.layout.block_bytes,
+                buffer.data_ptr() + skip * self.layout.block_bytes,
                 *self._sizes,
-                *self._constants[to_pages],
+                *self._constants[kind],
             )
 
 

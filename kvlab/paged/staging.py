@@ -157,6 +157,14 @@ class CudaTransfer:
             self._saves.add(ended, slots)
         return timing
 
+    def clear(self, block_ids: Sequence[int]) -> None:
+        """Fill pages with zeros, behind what the current stream has been given and saves that read them."""
+        check_block_ids(block_ids, self.layout.num_blocks)
+        with self._lock:
+            compute = self._current_stream()
+            self._gathers.wait(compute, block_ids)
+            self._mover.clear(block_ids, compute.cuda_stream)
+
     def before_writes(self, block_ids: Sequence[int]) -> None:
         """What the current stream does next may write to these pages: it waits for saves that have not read them."""
         if block_ids:

@@ -58,6 +58,13 @@ class CPUTransfer:
             for block_id, slot in zip(block_ids, slots, strict=True):
                 pages[block_id] = self._arena[slot, layer]
 
+    def clear(self, block_ids: Sequence[int]) -> None:
+        """Fill pages with zeros."""
+        check_block_ids(block_ids, self.layout.num_blocks)
+        for pages in self._pages:
+            for block_id in block_ids:
+                pages[block_id] = 0
+
     def before_writes(self, block_ids: Sequence[int]) -> None:
         """Nothing: no save is under way when a call returns."""
 

@@ -99,6 +99,11 @@ def connector(llm: Any) -> Any:
     return core(llm).connector
 
 
+def empty_memory(llm: Any) -> None:
+    """The memory tier holds nothing any more; lower tiers stay as they are."""
+    connector(llm).scheduler.index.clear()
+
+
 def worker(llm: Any) -> Any:
     """The worker side's Worker."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group

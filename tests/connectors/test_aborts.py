@@ -18,21 +18,21 @@ def test_an_abort_during_a_load_leaves_nothing_behind(tmp_path, expected):
         fast, lower.store_ = lower.store_, LatencyStore(lower.store_, latency_s=0.3)
         sampling = SamplingParams(temperature=0, max_tokens=4)
         llm.llm_engine.add_request("gone", {"prompt_token_ids": p}, sampling)
-        while not scheduler._in_flight:
+        while not scheduler.loads.in_flight:
             llm.llm_engine.step()
-        assert len(scheduler._in_flight) == 1
+        assert len(scheduler.loads.in_flight) == 1
         assert pool.get_num_free_blocks() < free
         llm.llm_engine.abort_request(["gone"])
         # The pages stay taken while the load may still write to them; another request must not get them.
         answer = generate(llm, [other])[0]
         assert answer.tokens == expected(other)
         for _ in range(200):
-            if not scheduler._in_flight:
+            if not scheduler.loads.in_flight:
                 break
             generate(llm, [prompt(31)], max_tokens=1)
-        assert not scheduler._in_flight
+        assert not scheduler.loads.in_flight
         drain(llm)  # what was saved meanwhile is pinned until it is written
-        assert not scheduler.index.num_pinned_slots
+        assert not scheduler.index.num_leased_slots
         assert not scheduler._states
         assert pool.get_num_free_blocks() == free
         lower.store_ = fast

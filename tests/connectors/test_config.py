@@ -81,12 +81,13 @@ def test_kinds_of_kv_that_nobody_can_name_are_refused(groups, message):
         served_groups(config)
 
 
-def setup(*, scales=False, eagle=False, **parallel):
+def setup(*, scales=False, eagle=False, prefixes=True, **parallel):
     """What of vLLM's configuration decides whether it is served."""
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**{"pipeline_parallel_size": 1, **parallel}),
         cache_config=SimpleNamespace(calculate_kv_scales=scales),
         speculative_config=SimpleNamespace(use_eagle=lambda: eagle) if eagle else None,
+        model_config=SimpleNamespace(pooler_config=object(), is_prefix_caching_supported=prefixes),
     )
 
 
@@ -97,6 +98,7 @@ def setup(*, scales=False, eagle=False, **parallel):
         ({"decode_context_parallel_size": 4}, "decode_context_parallel_size must be 1 with KVLabConnector, got 4"),
         ({"scales": True}, "give memory:// as the only tier"),
         ({"eagle": True}, "turn one of the two off"),
+        ({"prefixes": False}, "serves no cached prefix of it; run it without the connector"),
     ],
 )
 def test_setups_that_name_or_copy_kv_wrongly_are_refused(chosen, message):

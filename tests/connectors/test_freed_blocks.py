@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.connectors.engine import connector, core, engine, generate, prompt, worker
+from tests.connectors.engine import connector, core, empty_memory, engine, generate, prompt, worker
 from tests.connectors.test_disk_tier import drain
 
 GARBAGE = 0x4B  # as float32: thirteen million, finite, so that it can hide behind no mask
@@ -49,7 +49,7 @@ def test_saves_are_over_before_pages_are_freed(tmp_path, expected, lower):
         assert ask_twice(llm, prompts) == [[expected(p) for p in prompts]] * 2
         if lower:
             drain(llm)
-            connector(llm).reset_cache()
+            empty_memory(llm)
             assert [answer.tokens for answer in generate(llm, prompts)] == [expected(p) for p in prompts]
         assert len(freed) > 100
         assert connector(llm).scheduler.counters["hit_requests"] >= 8

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvlab.stores.wrappers import LatencyStore
-from tests.connectors.engine import BLOCK, connector, core, engine, generate, prompt, worker
+from tests.connectors.engine import BLOCK, connector, core, empty_memory, engine, generate, prompt, worker
 from tests.connectors.test_disk_tier import cut_short, drain, flip_a_bit, objects
 from tests.connectors.test_freed_blocks import overwritten
 
@@ -73,11 +73,11 @@ def test_a_token_depends_on_what_every_group_holds(settings, expected):
 def test_a_hit_answers_as_without_a_cache(settings, expected, chunk_tokens):
     with engine(MEMORY, settings, chunk_tokens=chunk_tokens) as llm:
         for p in PROMPTS[: len(LENGTHS)]:
-            connector(llm).reset_cache()
+            empty_memory(llm)
             first, second = ask(llm, p)[0], ask(llm, p)[0]
             assert first.tokens == second.tokens == expected(p)
             assert (first.hit, second.hit) == (0, len(p) - 1)
-        connector(llm).reset_cache()
+        empty_memory(llm)
         ask(llm, prompt(300, ending=0))
         other = ask(llm, prompt(300))[0]
         assert (other.hit, other.tokens) == (280 // chunk_tokens * chunk_tokens, expected(prompt(300)))
@@ -111,7 +111,7 @@ def test_prompts_computed_in_steps_that_end_anywhere(settings, expected, budget)
     steps = {"max_num_batched_tokens": budget, "enable_chunked_prefill": True}
     with engine(MEMORY, settings | steps, chunk_tokens=128) as llm, overwritten(llm) as freed:
         for p in (prompt(300), prompt(480), prompt(480, ending=0)):
-            connector(llm).reset_cache()
+            empty_memory(llm)
             first, second = ask(llm, p)[0], ask(llm, p)[0]
             assert first.tokens == second.tokens == expected(p)
             assert second.hit == len(p) - 1
@@ -184,7 +184,7 @@ def test_an_error_in_a_copy_costs_only_the_hit(settings, expected, monkeypatch, 
         for _ in range(2):
             assert ask(llm, p)[0].tokens == expected(p)
         scheduler = connector(llm).scheduler
-        hooks = [(scheduler, name) for name in ("match", "allocated", "absorb", "_place")]
+        hooks = [(scheduler, name) for name in ("match", "allocated", "absorb")] + [(scheduler.loads, "place")]
         for owner, name in [*hooks, (scheduler.saves, "collect")]:
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, broken)
@@ -202,7 +202,7 @@ def test_evictions_while_loads_are_under_way(settings, expected, tmp_path):
         scheduler = connector(llm).scheduler
         assert scheduler.index.num_evictions
         assert scheduler.counters["hit_requests"]
-        assert not scheduler.index.num_pinned_slots
+        assert not scheduler.index.num_leased_slots
         assert not connector(llm).hook_errors
 
 
@@ -210,7 +210,7 @@ def test_whole_pages_only(settings, expected):
     with engine(MEMORY, settings, whole_prompts=False, chunk_tokens=128) as llm:
         for length in (64, 128, 300):
             p = prompt(length)
-            connector(llm).reset_cache()
+            empty_memory(llm)
             first, second = ask(llm, p)[0], ask(llm, p)[0]
             assert first.tokens == second.tokens == expected(p)
             # An object that ends with the prompt serves no hit that is a page shorter.
@@ -232,7 +232,7 @@ def test_one_group_of_windows(tmp_path):
     with engine(MEMORY, settings, chunk_tokens=128) as llm, overwritten(llm):
         assert connector(llm).groups.windows == (WINDOW,)
         for p, tokens in zip(prompts, expected, strict=True):
-            connector(llm).reset_cache()
+            empty_memory(llm)
             first, second = ask(llm, p)[0], ask(llm, p)[0]
             assert first.tokens == second.tokens == tokens
             assert second.hit == len(p) - 1

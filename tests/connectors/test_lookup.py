@@ -12,6 +12,7 @@ from kvlab.connectors.vllm.groups import Groups
 from kvlab.connectors.vllm.lookup import KEPT_KEYS, HeldBelow, Lookup
 from kvlab.connectors.vllm.metadata import WorkerReport
 from kvlab.connectors.vllm.requests import RequestState
+from kvlab.connectors.vllm.saves import Write
 from kvlab.connectors.vllm.scheduler import Scheduler
 from kvlab.connectors.vllm.slots import SlotIndex
 from kvlab.hashing import Namespace
@@ -135,12 +136,17 @@ def test_what_one_rank_could_not_hand_on_is_not_held_below():
         MemoryStore(1 << 20), ranks, lambda loads: set(), at_once=False,
     )  # fmt: skip
     for first_refuses in (True, False, True):
+        entry = scheduler.index.reserve(CHUNKS[0], 1)
+        scheduler.index.lease(entry)
+        scheduler.saves.unsettled[entry.generation] = Write(entry, "", 2)
         for rank in range(2):
-            report = WorkerReport(settled=Counter([CHUNKS[0]]))
+            report = WorkerReport(settled=Counter([entry.generation]))
             if first_refuses and rank == 0:
-                report.refused.add(CHUNKS[0])
-            scheduler.saves.unsettled.setdefault(CHUNKS[0], 2)
+                report.refused.add(entry.generation)
+            assert entry.leases == 1
             scheduler.absorb(report)
+        assert entry.leases == 0
         assert (CHUNKS[0] in scheduler._below) is not first_refuses
         scheduler._below.discard(CHUNKS[0])
+        scheduler.index.drop(entry)
     scheduler.close()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.connectors.engine import connector, engine, generate, prompt, shared, worker
+from tests.connectors.engine import connector, empty_memory, engine, generate, prompt, shared, worker
 from tests.connectors.test_disk_tier import drain
 
 FIRST, OTHER = prompt(300), prompt(300, ending=0)  # the first four of five objects are the same
@@ -14,7 +14,7 @@ def another_owner(llm, monkeypatch):
     second = list(dict.fromkeys(key for key in owner if key is not None))[1]
     for slot, key in enumerate(owner):
         if key == second:
-            owner[slot] = b"another"
+            owner[slot] = -1
 
 
 def fail_once(target, name, monkeypatch):
@@ -53,7 +53,7 @@ def test_a_failed_load_poisons_nothing(lower, fault, tmp_path, expected, monkeyp
         assert asked[2].hit == 299, "the cache goes on"
         drain(llm)
         if lower:
-            ours.reset_cache()
+            empty_memory(llm)
             again = [generate(llm, [p])[0] for p in (OTHER, FIRST)]
             assert [(answer.hit, answer.tokens) for answer in again] == [(299, expected(p)) for p in (OTHER, FIRST)]
 
@@ -67,7 +67,7 @@ def test_a_promise_that_cannot_be_kept_is_not_made_again(tmp_path, expected, mon
     with engine([f"file://{tmp_path}?size=1GiB"]) as llm:
         generate(llm, [FIRST])
         drain(llm)
-        monkeypatch.setattr(connector(llm).scheduler, "_place", broken)
+        monkeypatch.setattr(connector(llm).scheduler.loads, "place", broken)
         answer = generate(llm, [FIRST])[0]
         assert (answer.hit, answer.tokens) == (0, expected(FIRST))
         assert connector(llm).hook_errors == {"update_state_after_alloc": 1}
@@ -75,7 +75,7 @@ def test_a_promise_that_cannot_be_kept_is_not_made_again(tmp_path, expected, mon
 
 def test_other_requests_of_the_step_are_not_touched(expected, monkeypatch):
     llm = shared("memory://?size=512MiB")
-    connector(llm).reset_cache()
+    empty_memory(llm)
     prompts = [OTHER, prompt(480, ending=0), prompt(200, ending=3)]
     generate(llm, [FIRST])
     taken_back = connector(llm).scheduler.counters["taken_back_requests"]

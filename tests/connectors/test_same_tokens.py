@@ -3,7 +3,7 @@
 import pytest
 
 from tests.connectors.conftest import EDGES
-from tests.connectors.engine import BLOCK, connector, core, engine, generate, prompt, shared, worker
+from tests.connectors.engine import BLOCK, connector, core, empty_memory, engine, generate, prompt, shared, worker
 
 MEMORY = ["memory://?size=512MiB"]
 
@@ -11,7 +11,7 @@ MEMORY = ["memory://?size=512MiB"]
 @pytest.fixture
 def fresh():
     llm = shared(*MEMORY)
-    connector(llm).reset_cache()
+    empty_memory(llm)
     return llm
 
 
@@ -67,7 +67,7 @@ def test_whole_pages_only(expected):
     with engine(MEMORY, whole_prompts=False) as llm:
         for length in (31, 33, 64, 300):
             p = prompt(length)
-            connector(llm).reset_cache()
+            empty_memory(llm)
             assert [generate(llm, [p])[0].hit for _ in range(2)] == [0, (length - 1) // BLOCK * BLOCK]
 
 
@@ -96,7 +96,7 @@ def test_an_error_in_any_hook_costs_only_the_hit(fresh, expected, monkeypatch):
     def broken(*_args, **_kwargs):
         raise RuntimeError("planted")
 
-    hooks = [(scheduler, name) for name in ("match", "allocated", "absorb", "finished", "_place")]
+    hooks = [(scheduler, name) for name in ("match", "allocated", "absorb", "finished")] + [(scheduler.loads, "place")]
     for owner, name in [*hooks, (scheduler.saves, "collect")]:
         generate(fresh, [p])
         with monkeypatch.context() as patch:
@@ -129,7 +129,7 @@ def test_chunked_prefill(expected):
             first, second = generate(llm, [p])[0], generate(llm, [p])[0]
             assert first.tokens == second.tokens == expected(p)
             assert second.hit == length - 1
-            connector(llm).reset_cache()
+            empty_memory(llm)
 
 
 def test_together_with_prefix_caching(expected):
@@ -144,7 +144,7 @@ def test_together_with_prefix_caching(expected):
         shorter_local = generate(llm, [long])[0]
         assert shorter_local.tokens == expected(long)
         assert shorter_local.hit == 479 - 128
-        connector(llm).reset_cache()
+        empty_memory(llm)
         generate(llm, [prompt(480, ending=0)])
         longer_local = generate(llm, [long])[0]  # and now ours is
         assert longer_local.tokens == expected(long)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvlab.bench.redis_server import RedisServer
-from tests.connectors.engine import connector, engine, generate, prompt, worker
+from tests.connectors.engine import connector, empty_memory, engine, generate, prompt, worker
 from tests.connectors.test_disk_tier import drain
 
 OTHER = """
@@ -89,7 +89,7 @@ def test_metrics_and_hit_sources(tmp_path, expected):
         generate(llm, [prompt(300)])
         drain(llm)
         generate(llm, [prompt(300)])
-        ours.reset_cache()
+        empty_memory(llm)
         generate(llm, [prompt(300)])
         assert seen == [{CacheHitSource.HOST: 299}, {CacheHitSource.DISK: 299}]
         told = {sample.name: 0.0 for metric in REGISTRY.collect() for sample in metric.samples}

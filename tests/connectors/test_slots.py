@@ -1,4 +1,4 @@
-"""The memory tier's index against a plain model: no slot has two owners, pins hold, runs are found."""
+"""The memory tier's index against a plain model: no slot has two owners, leases hold, runs are found."""
 
 import pytest
 from hypothesis import given, settings
@@ -8,51 +8,67 @@ from kvlab.connectors.vllm.slots import SlotIndex
 from kvlab.errors import ConfigError
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["reserve", "drop", "pin", "unpin", "touch"]), st.integers(0, 9), st.integers(1, 6)),
-        max_size=60,
+        st.tuples(
+            st.sampled_from(["reserve", "drop", "lease", "release", "touch"]), st.integers(0, 9), st.integers(1, 6)
+        ),
+        max_size=80,
     )
 )
-def test_no_slot_has_two_owners(steps):
+def test_no_slot_has_two_owners_and_none_is_reused_while_leased(steps):
     index = SlotIndex(16)
-    pins: dict[bytes, int] = {}
+    leased = []  # an entry for each lease, also of objects that were dropped meanwhile
     for what, name, count in steps:
         key = bytes([name])
         held = index.get(key)
         if what == "reserve" and held is None:
+            busy = {slot for entry in leased for slot in entry.slots}
             entry = index.reserve(key, count)
-            pinned = sum(len(index.get(k).slots) for k in pins)
-            assert (entry is not None) == (count <= 16 - pinned)
-        elif what == "drop":
-            index.drop(key)
-            pins.pop(key, None)
-        elif what == "pin" and held is not None:
-            index.pin(key)
-            pins[key] = pins.get(key, 0) + 1
-        elif what == "unpin" and pins.get(key):
-            index.unpin(key)
-            pins[key] -= 1
-            if not pins[key]:
-                del pins[key]
+            assert (entry is not None) == (count <= 16 - len(busy))
+            assert entry is None or not busy & set(entry.slots)
+        elif what == "drop" and held is not None:
+            index.drop(held)
+            assert index.get(key) is index.generation(held.generation) is None
+        elif what == "lease" and held is not None:
+            index.lease(held)
+            leased.append(held)
+        elif what == "release" and leased:
+            index.release(leased.pop(name % len(leased)))
         elif what == "touch":
             index.touch([key])
-        owned = [slot for n in range(10) if (e := index.get(bytes([n]))) for slot in e.slots]
+        held = [e for n in range(10) if (e := index.get(bytes([n])))]
+        owned = [slot for e in {*held, *leased} for slot in e.slots]
         assert len(owned) == len(set(owned)) == 16 - index.num_free
-        assert all(0 <= slot < 16 for slot in owned)
-        assert all(index.get(k) is not None for k in pins), "what is pinned stays"
+        assert index.num_leased_slots == len({slot for e in leased for slot in e.slots})
+        assert all(e in held or e.dropped for e in leased), "what is leased is not evicted"
         free_runs = [s for start, n in index._runs.items() for s in range(start, start + n)]
         assert sorted(free_runs + owned) == list(range(16))
+
+
+def test_each_reservation_is_a_generation_of_its_own():
+    index = SlotIndex(4)
+    first = index.reserve(b"a", 2)
+    index.lease(first)
+    index.drop(first)
+    second = index.reserve(b"a", 2)
+    assert second.generation != first.generation
+    assert not {*second.slots} & {*first.slots}
+    assert index.reserve(b"b", 1) is not None  # evicts the second; the first's slots are still leased
+    assert not index.can_reserve(3)
+    index.release(first)
+    assert index.can_reserve(4)
+    with pytest.raises(ValueError, match="more often than it was leased"):
+        index.release(first)
 
 
 def test_slots_come_in_one_run_where_there_is_one():
     index = SlotIndex(10)
     for name in range(5):
         index.reserve(bytes([name]), 2)
-    index.drop(bytes([1]))
-    index.drop(bytes([3]))
-    index.drop(bytes([2]))
+    for name in (1, 3, 2):
+        index.drop(index.get(bytes([name])))
     assert index.reserve(b"x", 6).slots == (2, 3, 4, 5, 6, 7)
 
 

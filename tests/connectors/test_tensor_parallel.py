@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tests.connectors.engine import BLOCK, connector, engine, generate, prompt
+from tests.connectors.engine import BLOCK, connector, empty_memory, engine, generate, prompt
 
 NUM_TOKENS = 300
 RANK_BYTES = 320 * 3 * 2 * 32 * 4  # tokens of ten pages, layers, K and V, one of two heads of 32 floats
@@ -59,11 +59,11 @@ def test_two_ranks_answer_from_every_tier(model, tmp_path, monkeypatch):
         assert len(set(first.tokens)) > 4, "a model that says one thing only would prove nothing"
         memory = ask()
         assert (memory.hit, memory.row["tier"], memory.row["bytes"]) == (299, "memory", RANK_BYTES)
-        connector(llm).reset_cache()
+        empty_memory(llm)
         lower = ask()
         assert (lower.hit, lower.row["tier"], lower.row["bytes"]) == (299, "lower", RANK_BYTES)
         settle()
-        connector(llm).reset_cache()
+        empty_memory(llm)
         # What one rank lost, no rank may promise: everything of the second one's.
         lost = [key for key in list(scheduler.lower.keys()) if key.split(":")[2] == scheduler.namespaces[1].id]
         assert len(lost) == 6

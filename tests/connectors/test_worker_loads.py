@@ -57,7 +57,7 @@ def load(worker, order=range(OBJECTS * BLOCKS)):
     for number in range(OBJECTS):
         mine = tuple(slots[number * BLOCKS : (number + 1) * BLOCKS])
         pages = tuple(range(number * BLOCKS, (number + 1) * BLOCKS))
-        ops.append(LoadOp(name(number), mine, mine, pages, 32, fetch=True))
+        ops.append(LoadOp(name(number), number, mine, mine, pages, 0, 32, 32, fetch=True))
     worker.load(StepMetadata([RequestLoad("r", ops, 192, is_async=True)]))
     deadline = time.monotonic() + 30
     while not (ended := worker.take_finished())[0]:
@@ -92,10 +92,10 @@ def test_what_follows_a_hole_is_lost_and_stays_for_the_next(worker):
     assert load(worker) == set(range(2 * BLOCKS, OBJECTS * BLOCKS))
     assert filled(worker) == [True, True] + [False] * 4
     report = worker.take_report()
-    assert report.bad == {name(2)}
+    assert (report.absent, report.broken) == ({name(2)}, {2})
     assert (report.loaded["r"], report.rows[0].num_tokens) == (1, 64)
     owners = [worker._owner[number * BLOCKS] for number in range(OBJECTS)]
-    assert owners == [name(number) if number != 2 else None for number in range(OBJECTS)]
+    assert owners == [number if number != 2 else None for number in range(OBJECTS)]
 
 
 def test_an_error_in_a_read_is_a_hole(worker, monkeypatch):
@@ -110,4 +110,19 @@ def test_an_error_in_a_read_is_a_hole(worker, monkeypatch):
     assert load(worker) == set(range(4 * BLOCKS, OBJECTS * BLOCKS))
     assert filled(worker) == [True] * 4 + [False] * 2
     assert worker.counters["fetch_errors"] == 1
-    assert worker.take_report().bad == {name(4)}
+    report = worker.take_report()
+    assert (report.absent, report.broken) == ({name(4)}, {4})
+
+
+def test_slots_given_away_while_they_are_read_are_lost(worker, monkeypatch):
+    """From the first object on whose slots are of another generation after the copy."""
+    original = worker.transfer.load_and_wait
+
+    def given_away(slots, pages, after=None):
+        original(slots, pages, after)
+        worker._owner[3 * BLOCKS] = 99
+
+    monkeypatch.setattr(worker.transfer, "load_and_wait", given_away)
+    assert load(worker) == set(range(3 * BLOCKS, OBJECTS * BLOCKS))
+    report = worker.take_report()
+    assert (report.broken, report.absent, report.rows[0].num_tokens) == ({3}, set(), 96)

@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from kvlab.chunking import Chunker
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm import compat
+from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.identity import engine_namespace, rank_namespace
 from kvlab.connectors.vllm.metadata import RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.metrics import Increments, KVLabPromMetrics, KVLabStats
@@ -75,6 +76,14 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self.config = ConnectorConfig.from_extra(self._kv_transfer_config.kv_connector_extra_config)
         # A tier that fails must cost a recompute; vLLM's default fails the request. Read by the scheduler after this.
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
+        if role == KVConnectorRole.WORKER:
+            compat.check_company(self._kv_transfer_config)
+            ADAPTERS.clear()
+            if vllm_config.lora_config is not None and not compat.watch_adapters():
+                logger.warning(
+                    "kvlab: this version of vLLM does not show which LoRA weights it loads; requests with "
+                    "an adapter go without the cache"
+                )
         self.groups = compat.served_groups(kv_cache_config)
         outlives = bool(self.config.lower_tiers)
         compat.refuse_unserved(vllm_config, kv_cache_config.kv_cache_groups, outlives=outlives)
@@ -107,9 +116,19 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             namespaces = [rank_namespace(self.namespace, rank) for rank in range(ranks)]
             index = SlotIndex(self.num_slots, policy=self.config.policy)
             lower = open_stores(self.config.lower_tiers) if self.config.lower_tiers else None
-            at_once = ranks == 1 and has_kv_transfer_group() and not self._writes_early
+            # In company of other connectors, which may have read the step's plan before it would be lowered: later.
+            alone = has_kv_transfer_group() and isinstance(get_kv_transfer_group(), KVLabConnector)
             self.scheduler = Scheduler(
-                self.config, self.chunker, self.groups, index, lower, namespaces, self._load_now, at_once=at_once
+                self.config,
+                self.chunker,
+                self.groups,
+                index,
+                lower,
+                namespaces,
+                self._load_now,
+                at_once=ranks == 1 and alone and not self._writes_early,
+                unfilled_groups=compat.unfilled_groups(kv_cache_config),
+                role=self._kv_transfer_config.kv_role,
             )
             self._increments = Increments(self.scheduler.counters)
 
@@ -264,8 +283,16 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         return self.request_finished(request, block_ids[0])
 
     def reset_cache(self) -> bool | None:
-        if self.scheduler is not None:
-            self.scheduler.reset()
+        """What vLLM asks where weights may have changed: nothing stored so far is served from now on, in any tier.
+        False where that failed."""
+        try:
+            if self.scheduler is not None:
+                self.scheduler.reset()
+        except Exception:
+            self._hook_failed("reset_cache")
+            if self.scheduler is not None:
+                self.scheduler.enabled = False
+            return False
         return True
 
     def shutdown(self) -> None:

@@ -9,9 +9,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from kvlab.connectors.vllm.adapters import watch
 from kvlab.connectors.vllm.groups import Groups
 from kvlab.errors import ConfigError
 
@@ -25,7 +28,8 @@ def layout_name(vllm_config: Any, kv_cache_config: Any) -> str:
         return str(getattr(name, "name", name))
     from vllm.v1.attention.backends import utils  # before the layout became part of the config
 
-    return str(utils.get_kv_cache_layout())
+    with set_current_vllm_config(vllm_config):  # which it asks for; only a worker's process has one set
+        return str(utils.get_kv_cache_layout())
 
 
 def served_groups(kv_cache_config: Any) -> Groups:
@@ -58,7 +62,12 @@ def _specs(group: Any) -> list[Any]:
 
 def _follows_from_what_is_before(spec: Any) -> bool:
     """Whether a token's KV is told by it and those before it, and stays until the request or a window leaves it."""
-    odd = getattr(spec, "non_causal", False) or hasattr(spec, "rswa_window") or "Hidden" in type(spec).__name__
+    odd = (
+        getattr(spec, "non_causal", False)
+        or hasattr(spec, "rswa_window")
+        or "Hidden" in type(spec).__name__
+        or getattr(spec, "tokens_per_state", 1) != 1
+    )
     return isinstance(spec, FullAttentionSpec | SlidingWindowSpec) and not odd
 
 
@@ -66,6 +75,43 @@ def page_bytes(group: Any) -> dict[str, int]:
     """Layer name -> bytes of one block's page, as the engine states them."""
     specs = getattr(group.kv_cache_spec, "kv_cache_specs", {})
     return {layer: specs.get(layer, group.kv_cache_spec).page_size_bytes for layer in group.layer_names}
+
+
+def unfilled_groups(kv_cache_config: Any) -> list[int]:
+    """Groups whose pages may have bytes that no token of the request writes: what another one left there. Pages of
+    several groups lie over each other, and a group may have fewer layers; others are padded, or hold more than K and V.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) > 1:
+        return list(range(len(groups)))
+    return [at for at, group in enumerate(groups) if not all(map(_is_filled_by_tokens, _specs(group)))]
+
+
+def _is_filled_by_tokens(spec: Any) -> bool:
+    """Whether the page has no byte more than its tokens' K and V, or latents."""
+    of_token = spec.num_kv_heads * (spec.head_size + getattr(spec, "head_size_v", spec.head_size))
+    sizes = {spec.block_size * of_token * spec.dtype.itemsize}
+    if not hasattr(spec, "head_size_v"):  # of versions that do not say that a latent has no V
+        sizes.add(spec.block_size * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize)
+    return spec.page_size_bytes in sizes
+
+
+def check_company(kv_transfer_config: Any) -> None:
+    """ConfigError where this connector is one of several, and these are not set up so that it can be right. Asked on
+    the worker side, as the engine's own configuration is not told to connectors but set while it starts a worker."""
+    engine_config = get_current_vllm_config_or_none()
+    outer = engine_config.kv_transfer_config if engine_config is not None else None
+    if outer is None or outer is kv_transfer_config:
+        return
+    names = [each.get("kv_connector") for each in outer.kv_connector_extra_config.get("connectors", ())]
+    if names.count("KVLabConnector") > 1:
+        raise ConfigError("KVLabConnector stands twice in one engine; give all its tiers to one")
+    if outer.kv_connector != kv_transfer_config.kv_connector and outer.kv_load_failure_policy != "recompute":
+        raise ConfigError(
+            f"inside {outer.kv_connector} a load that fails would end the request: set "
+            '"kv_load_failure_policy": "recompute" beside "kv_connector": '
+            f'"{outer.kv_connector}"'
+        )
 
 
 def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool) -> None:
@@ -84,6 +130,12 @@ def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool) 
             "calculate_kv_scales measures the KV cache's scales anew in each process, which would read another's KV "
             "wrongly; turn it off, or give memory:// as the only tier"
         )
+    model = vllm_config.model_config
+    if getattr(model, "pooler_config", None) is not None and not model.is_prefix_caching_supported:
+        raise ConfigError(
+            "this pooling model's attention or pooling needs every token computed, so vLLM serves no cached prefix of "
+            "it; run it without the connector"
+        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.use_eagle():
         raise ConfigError(
@@ -97,14 +149,26 @@ def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool) 
 def packing(vllm_config: Any) -> str:
     """What decides the order of bytes inside a page besides the layout's name.
 
-    On a CPU the attention kernel packs pages for the instruction set at hand, so two hosts' pages may differ.
+    On a CPU the attention kernel packs pages for the instruction set at hand, so two hosts' pages may differ. On a GPU
+    vLLM chooses a backend by the card and by the libraries that are installed.
     """
     backend = str(getattr(vllm_config, "attention_config", None) and vllm_config.attention_config.backend)
     if vllm_config.device_config.device_type != "cpu":
-        return backend
+        libraries = [name for name in ("flashinfer", "flash_attn") if find_spec(name) is not None]
+        return "/".join([backend, str(current_platform.get_device_capability()), *libraries])
     capability = torch.backends.cpu.get_cpu_capability()
     amx = torch.cpu._is_amx_tile_supported()
     return f"{backend}/{capability}/amx={amx}"
+
+
+def watch_adapters() -> bool:
+    """Let ADAPTERS see which LoRA weights vLLM loads; whether this version can be watched."""
+    try:
+        from vllm.lora.utils import get_adapter_absolute_path
+        from vllm.lora.worker_manager import WorkerLoRAManager
+    except ImportError:
+        return False
+    return watch(WorkerLoRAManager, get_adapter_absolute_path)
 
 
 def zeroes_pages(kv_cache_config: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import vllm
 
 from kvlab.connectors.vllm import compat
+from kvlab.connectors.vllm.options import options_that_change_kv
 from kvlab.hashing import Namespace
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
@@ -78,6 +79,7 @@ def engine_namespace(vllm_config: Any, kv_cache_config: Any, *, extra: str, serd
         "serde": serde,
         "extra": extra,
     }
+    fields |= options_that_change_kv(vllm_config)
     if served.are_several or served.have_windows:  # which decide what an object holds
         layers = [[window, list(group.layer_names)] for window, group in zip(served.windows, groups, strict=True)]
         fields["groups"] = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]

@@ -35,6 +35,9 @@ class LatestKeys:
     def discard(self, key: bytes) -> None:
         self._keys.pop(key, None)
 
+    def clear(self) -> None:
+        self._keys.clear()
+
 
 class HeldBelow(LatestKeys):
     """The objects that the lower tiers were last known to hold: they said so, or took them. Saved again, such a one is
@@ -82,7 +85,7 @@ class Lookup:
         wait_s = 0.0
         if state.lookup is None:
             hashes = list(state.hashes)
-            state.lookup = self._pool.submit(self._query, hashes, rest, in_memory)
+            state.lookup = self._pool.submit(self._query, self._namespaces, hashes, rest, in_memory)
             state.lookup_started_s = time.monotonic()
             self._asked.append((hashes if rest is None else [*hashes, rest], state.lookup))
             if self._admission.is_worth_waiting(num_tokens, INLINE_WAIT_S):
@@ -117,25 +120,36 @@ class Lookup:
             state.lookup_started_s = time.monotonic()
         return time.monotonic() - state.lookup_started_s > self._timeout_s
 
+    def restart(self, namespaces: Sequence[Namespace]) -> None:
+        """Ask under other namespaces from now on; answers to earlier questions are not learned from."""
+        self._namespaces = namespaces
+        self._asked.clear()
+
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _query(self, hashes: list[bytes], rest: bytes | None, in_memory: Callable[[bytes], bool]) -> dict[bytes, bool]:
+    def _query(
+        self,
+        namespaces: Sequence[Namespace],
+        hashes: list[bytes],
+        rest: bytes | None,
+        in_memory: Callable[[bytes], bool],
+    ) -> dict[bytes, bool]:
         """In the thread: chunks first, then the tails that could follow the run."""
         step = self._chunker.chunk_blocks
         chunks = hashes[step - 1 :: step]
-        known = self._held(chunks)
+        known = self._held(namespaces, chunks)
         run = next((i for i, key in enumerate(chunks) if not known[key] and not in_memory(key)), len(chunks))
         tails = hashes[run * step : (run + 1) * step]
         if rest is not None and run == len(chunks):
             tails.append(rest)
-        return known | self._held(tails)
+        return known | self._held(namespaces, tails)
 
-    def _held(self, hashes: Sequence[bytes]) -> dict[bytes, bool]:
+    def _held(self, namespaces: Sequence[Namespace], hashes: Sequence[bytes]) -> dict[bytes, bool]:
         if self._store is None or not hashes:
             return {}
         held = [True] * len(hashes)
-        for namespace in self._namespaces:
+        for namespace in namespaces:
             found = self._store.contains_many([namespace.key(key) for key in hashes])
             held = [a and b for a, b in zip(held, found, strict=True)]
         return dict(zip(hashes, held, strict=True))

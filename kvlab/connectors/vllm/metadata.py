@@ -5,17 +5,31 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from kvlab.connectors.vllm.adapters import LoadedAdapter
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter as it was when a request was named: `num_loads` counts how often other weights came under
+    `adapter_id` in this engine. Copies are made only while the weights in use are these."""
+
+    adapter_id: int
+    num_loads: int
+
 
 @dataclass
 class LoadOp:
     """Copy blocks of one object, which serve `num_tokens` of the request, into pages: the slots `picked` into the pages
-    `block_ids`. `slots` are the whole object's; with `fetch`, a worker fills them from the lower tiers first.
-    """
+    `block_ids`. The object holds tokens [first_token, end_token) of the prompt in `slots`, which are of `generation`;
+    with `fetch`, a worker fills them from the secondary tiers first."""
 
     hash: bytes
+    generation: int
     slots: tuple[int, ...]
     picked: tuple[int, ...]
     block_ids: tuple[int, ...]
+    first_token: int
+    end_token: int
     num_tokens: int
     fetch: bool = False
 
@@ -23,36 +37,46 @@ class LoadOp:
 @dataclass
 class RequestLoad:
     """All loads of one request. `is_async`: between steps, reported when done; else while the step is planned.
-    `lost_blocks` are pages that were promised and cannot be filled: the engine must compute them."""
+    `lost_blocks` are pages that were promised and cannot be filled: the engine must compute them. `version` is that of
+    the namespace (see `Scheduler.reset`)."""
 
     request_id: str
     ops: list[LoadOp]
     prompt_tokens: int
     is_async: bool
     lost_blocks: list[int] = field(default_factory=list)
+    version: str = ""
+    adapter: Adapter | None = None
 
 
 @dataclass
 class SaveOp:
-    """Copy the pages `block_ids` into `slots`; with `write`, also hand the object on to the lower tiers."""
+    """Copy the pages `block_ids`, tokens [first_token, end_token) of the prompt, into `slots`, which are of
+    `generation`; with `write`, also write the object to the secondary tiers."""
 
     hash: bytes
+    generation: int
     slots: tuple[int, ...]
     block_ids: tuple[int, ...]
-    num_tokens: int  # tokens of the prefix that ends with this object
+    first_token: int
+    end_token: int
     write: bool
+    version: str = ""
+    adapter: Adapter | None = None
 
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
     """One step's copies but for loads within it. `num_tokens` are those the step computes, `prefill_tokens` those of
-    them that belong to prompts; `new_blocks` are the pages that requests have been given for it."""
+    them that belong to prompts; `new_blocks` are the pages that requests have been given for it; those in
+    `unclean_blocks` are to be cleared before it, as an object will hold more of them than tokens write."""
 
     loads: list[RequestLoad] = field(default_factory=list)
     saves: list[SaveOp] = field(default_factory=list)
     num_tokens: int = 0
     prefill_tokens: int = 0
     new_blocks: list[int] = field(default_factory=list)
+    unclean_blocks: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -74,21 +98,28 @@ class WorkerReport(KVConnectorWorkerMetadata):
     """What ranks finished since the last step. Counters count ranks, so that the scheduler knows when all did."""
 
     loaded: Counter[str] = field(default_factory=Counter)  # request ids
-    settled: Counter[bytes] = field(default_factory=Counter)  # hashes whose hand-over to lower tiers ended
-    refused: set[bytes] = field(default_factory=set)  # those of `settled` that no lower tier took
-    bad: set[bytes] = field(default_factory=set)  # hashes that must not be served again
+    settled: Counter[int] = field(default_factory=Counter)  # generations whose write to secondary tiers ended
+    refused: set[int] = field(default_factory=set)  # those of `settled` that no secondary tier took
+    broken: set[int] = field(default_factory=set)  # generations whose slots do not hold their object
+    absent: set[bytes] = field(default_factory=set)  # hashes that secondary tiers hold broken or not at all
     rows: list[LoadRow] = field(default_factory=list)
     forwards: list[tuple[int, float]] = field(default_factory=list)  # prefill tokens and seconds of forward passes
+    adapters: dict[int, LoadedAdapter] = field(default_factory=dict)  # LoRA adapters loaded since the last report
 
     def __bool__(self) -> bool:
-        return bool(self.loaded or self.settled or self.bad or self.rows or self.forwards)
+        return bool(
+            self.loaded or self.settled or self.broken or self.absent or self.rows or self.forwards or self.adapters
+        )
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         if isinstance(other, WorkerReport):
             self.loaded.update(other.loaded)
             self.settled.update(other.settled)
             self.refused |= other.refused
-            self.bad |= other.bad
+            self.broken |= other.broken
+            self.absent |= other.absent
             self.rows += other.rows
             self.forwards += other.forwards
+            for adapter_id, loaded in other.adapters.items():
+                self.adapters[adapter_id] = loaded.agreed(self.adapters.get(adapter_id, loaded))
         return self

@@ -1,12 +1,12 @@
 """What the scheduler side remembers of a request: its chain of block hashes and its pages."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kvlab.chunking import Chunker, Span
+from kvlab.connectors.vllm.adapters import ADAPTERS, LoadedAdapter
+from kvlab.connectors.vllm.metadata import Adapter
 from kvlab.hashing import Extra, block_hashes
 
 
@@ -27,11 +27,12 @@ class RequestState:
 
     request: Any
     extras: Mapping[int, Sequence[Extra]]
+    adapter: Adapter | None = None
     hashes: list[bytes] = field(default_factory=list)
     block_ids: list[list[int]] = field(default_factory=list)  # of each KV cache group
     num_saved_blocks: int = 0
     keeps_rest: bool = True  # whether a last block that the prompt fills in part is an object too
-    rest_saved: bool = False
+    rest_is_clean: bool = False  # that block's page holds nothing but the prompt's tokens and zeros
     plan: list[Piece] = field(default_factory=list)
     plan_tokens: int = 0  # tokens of the prompt that the plan may serve
     lookup: Any = None  # future of what the lower tiers hold
@@ -41,6 +42,7 @@ class RequestState:
     not_awaited: bool = False  # they did not answer at once, and to wait would not have been worth it
     not_worth: bool = False  # a load that would have been slower than computing was not made
     given_up: bool = False  # a promise to it could not be kept
+    expected_tokens: int = 0  # computed when it begins: those found in the engine, and those promised
     counted: bool = False  # its miss, if any, is in the counters
     row: dict[str, Any] = field(default_factory=dict)
     _rest: bytes | None = None
@@ -69,43 +71,32 @@ class RequestState:
         return self.hashes
 
 
-def request_extras(request: Any, block_tokens: int) -> dict[int, list[Extra]] | None:
+def request_adapter(request: Any) -> LoadedAdapter | None:
+    """The LoRA adapter that the request is computed with, or None where there is none or its weights are not known."""
+    lora = getattr(request, "lora_request", None)
+    return None if lora is None else ADAPTERS.nameable(lora.lora_int_id, lora.lora_path)
+
+
+def request_extras(
+    request: Any, block_tokens: int, adapter: LoadedAdapter | None = None
+) -> dict[int, list[Extra]] | None:
     """Tagged extras by block: LoRA, cache salt, multimodal inputs. None where the KV cannot be named by tokens."""
     if getattr(request, "prompt_embeds", None) is not None or getattr(request, "resumable", False):
+        return None
+    if getattr(request, "lora_request", None) is not None and adapter is None:
         return None
     extras: dict[int, list[Extra]] = {}
     salt = getattr(request, "cache_salt", None)
     if salt:
         extras.setdefault(0, []).append(("cache_salt", salt))
-    lora = getattr(request, "lora_request", None)
-    if lora is not None:
-        digest = folder_digest(lora.lora_path)
-        extras.setdefault(0, []).append(("lora", f"{lora.lora_name}:{digest}"))
+    if adapter is not None:
+        extras.setdefault(0, []).append(("lora", str(adapter.digest)))
     for feature in getattr(request, "mm_features", None) or ():
         if feature.identifier is None:  # a placeholder: nothing says which input it stands for
             return None
         offset = feature.mm_position.offset
         extras.setdefault(offset // block_tokens, []).append(("mm", f"{feature.identifier}@{offset}"))
     return extras
-
-
-_digests: dict[tuple[str, int, int], str] = {}
-
-
-def folder_digest(path: str) -> str:
-    """SHA-256 over names and contents of a LoRA adapter's files, kept while sizes and times stay the same."""
-    root = Path(path)
-    files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else []
-    stats = [file.stat() for file in files]
-    stamp = (path, sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0))
-    if stamp not in _digests:
-        digest = hashlib.sha256(b"" if files else path.encode())
-        for file in files:
-            digest.update(str(file.relative_to(root)).encode() + b"\0")
-            with file.open("rb") as source:
-                digest.update(hashlib.file_digest(source, "sha256").digest())
-        _digests[stamp] = digest.hexdigest()
-    return _digests[stamp]
 
 
 def wants_recompute(request: Any) -> bool:

@@ -1,16 +1,24 @@
-"""Which of a step's computed pages become objects: the scheduler's other half, which decides on saves."""
+"""Which of a step's computed pages become objects: the scheduler's other half, which decides on saves.
+
+Only what an object names may leave the engine. A block that a prompt fills in part is an object too, and its page may
+still hold what others left there: so the page is cleared in the step in which the request is given it, before any of
+its tokens are computed, and the object is saved in the step that computes the prompt's last token, before the first
+generated one is written behind it. Where that order was not kept the block is not saved.
+"""
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kvlab.chunking import Chunker, Span
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.admission import SaveAdmission
-from kvlab.connectors.vllm.groups import Groups
+from kvlab.connectors.vllm.groups import NO_PAGE, Groups
 from kvlab.connectors.vllm.lookup import HeldBelow, LatestKeys
 from kvlab.connectors.vllm.metadata import SaveOp
 from kvlab.connectors.vllm.requests import Piece, RequestState
-from kvlab.connectors.vllm.slots import SlotIndex
+from kvlab.connectors.vllm.slots import Entry, SlotIndex
 
 
 def given_blocks(output: Any, block_tokens: int) -> list[int]:
@@ -21,6 +29,32 @@ def given_blocks(output: Any, block_tokens: int) -> list[int]:
     for more in filter(None, output.scheduled_cached_reqs.new_block_ids):  # most that decode were given none
         tables += more
     return [block for table in tables for block in table]
+
+
+def empty_blocks(output: Any, block_tokens: int, groups: Sequence[int]) -> list[int]:
+    """The pages of `groups` that requests have been given for a step, and that hold none of their tokens yet."""
+    found: list[int] = []
+    cached = output.scheduled_cached_reqs
+    for new in output.scheduled_new_reqs:
+        first = -(-new.num_computed_tokens // block_tokens)
+        found += [page for group in groups for page in new.block_ids[group][first:]]
+    for req_id, more, num_computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        if more:  # all pages of a request that begins again, or those behind the ones that it has
+            first = -(-num_computed // block_tokens) if req_id in cached.resumed_req_ids else 0
+            found += [page for group in groups for page in more[group][first:]]
+    return [page for page in found if page != NO_PAGE]
+
+
+@dataclass
+class Write:
+    """An object on its way to the secondary tiers, whose slots are leased until all ranks have answered."""
+
+    entry: Entry
+    version: str
+    ranks_left: int
+    refused: bool = False  # by some rank's tiers
 
 
 class SavePlanner:
@@ -51,14 +85,19 @@ class SavePlanner:
         self._counters = counters
         self._admission = SaveAdmission(config.after_sights)
         self._states: dict[str, RequestState] = {}  # requests that may still have something to save
-        self.unsettled: dict[bytes, int] = {}  # hashes being handed to lower tiers -> ranks still to answer
-        self._refused: set[bytes] = set()  # of these, those that lower tiers did not take from some rank
+        self.version = ""  # of the namespace
+        self.unsettled: dict[int, Write] = {}  # by generation
 
     def follow(self, request_id: str, state: RequestState) -> None:
         self._states[request_id] = state
 
     def forget(self, request_id: str) -> None:
         self._states.pop(request_id, None)
+
+    def restart(self, version: str) -> None:
+        """The namespace has another `version` from now on: what was computed before is not saved any more."""
+        self.version = version
+        self._states.clear()
 
     def lose(self, key: bytes) -> None:
         """No tier holds this object after all: who was to load it computes it, and saves it."""
@@ -67,43 +106,42 @@ class SavePlanner:
                 at = state.hashes.index(key)
                 state.num_saved_blocks = min(state.num_saved_blocks, at - at % self._chunker.chunk_blocks)
 
-    def settle(self, key: bytes, ranks: int, *, kept: bool) -> bool:
-        """So many more ranks have answered for `key`, which lower tiers took if `kept`; whether all have."""
-        if not kept:
-            self._refused.add(key)
-        left = self.unsettled.get(key, ranks) - ranks
-        if left > 0:
-            self.unsettled[key] = left
-            return False
-        self.unsettled.pop(key, None)
-        if key in self._refused:
-            self._refused.remove(key)
-        else:
-            self._bad.discard(key)  # the lower tiers hold a fresh copy
-            self._below.add(key)
-        return True
+    def settle(self, generation: int, ranks: int, *, kept: bool) -> Entry | None:
+        """So many more ranks have written the object of this generation to the secondary tiers, or, unless `kept`,
+        failed to. The object, once all have."""
+        write = self.unsettled[generation]
+        write.refused |= not kept
+        write.ranks_left -= ranks
+        if write.ranks_left > 0:
+            return None
+        del self.unsettled[generation]
+        if not write.refused and write.version == self.version:
+            self._bad.discard(write.entry.key)  # the lower tiers hold a fresh copy
+            self._below.add(write.entry.key)
+        return write.entry
 
-    def collect(self, output: Any, saves: list[SaveOp], *, enabled: bool) -> None:
-        """Add the step's saves to `saves`. Only requests with something left to save are looked at: most of those that
-        decode have nothing."""
+    def collect(self, output: Any, saves: list[SaveOp], unclean: list[int], *, enabled: bool) -> None:
+        """Add the step's saves to `saves`, and to `unclean` the pages to be cleared before it. Only requests with
+        something left to save are looked at: most of those that decode have nothing."""
         if not self._states:
             return
         computed: dict[str, int] = {}
         for new in output.scheduled_new_reqs:
             if (state := self._states.get(new.req_id)) is not None:
-                computed[new.req_id] = new.num_computed_tokens
-                state.block_ids = [list(table) for table in new.block_ids]
+                state.block_ids = [[] for _ in self._groups.windows]
+                if self._follow(state, new.block_ids, new.num_computed_tokens, unclean, begins=True):
+                    computed[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         for req_id, blocks, num_computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
             if (state := self._states.get(req_id)) is None:
                 continue
-            computed[req_id] = num_computed
-            if req_id in cached.resumed_req_ids:
+            begins = req_id in cached.resumed_req_ids
+            if begins:
                 state.block_ids = [[] for _ in self._groups.windows]
-            for table, more in zip(state.block_ids, blocks or (), strict=False):
-                table += more
+            if self._follow(state, blocks, num_computed, unclean, begins=begins):
+                computed[req_id] = num_computed
         if not enabled:
             return
         for req_id, before in computed.items():
@@ -113,12 +151,36 @@ class SavePlanner:
             if num_computed >= state.request.num_prompt_tokens and not self._config.save_generated:
                 del self._states[req_id]
 
+    def _follow(
+        self,
+        state: RequestState,
+        new_blocks: Sequence[Sequence[int]] | None,
+        num_computed: int,
+        unclean: list[int],
+        *,
+        begins: bool,
+    ) -> bool:
+        """Note pages that a request has been given for a step which starts at `num_computed` tokens; whether its KV is
+        what this engine computed, or what was loaded from here."""
+        block = self._chunker.block_tokens
+        if begins and num_computed >= state.expected_tokens + block:
+            self.forget(state.request.request_id)  # another connector filled pages, how well is not known here
+            return False
+        rest = state.request.num_prompt_tokens // block  # the block that the prompt fills in part
+        first_empty = -(-num_computed // block)
+        for table, more in zip(state.block_ids, new_blocks or (), strict=False):
+            given = len(table)
+            table += more
+            if given <= rest < len(table):
+                state.rest_is_clean = rest >= first_empty
+                unclean += [table[rest]] if state.rest_is_clean else []
+        return True
+
     def _save_request(self, state: RequestState, before: int, num_computed: int, saves: list[SaveOp]) -> None:
         """Save the objects whose last block is computed by the end of this step, which began with `before` tokens."""
         request, block = state.request, self._chunker.block_tokens
         num_pages = len(state.block_ids[0]) if state.block_ids else 0
-        if num_computed >= request.num_prompt_tokens and not state.rest_saved:
-            state.rest_saved = True
+        if num_computed == request.num_prompt_tokens and state.rest_is_clean:
             rest, at = state.rest_hash(self._chunker), request.num_prompt_tokens // block
             if rest is not None and at < num_pages:
                 piece = Piece(Span(at, at + 1), rest, request.num_prompt_tokens, in_memory=False)
@@ -155,7 +217,20 @@ class SavePlanner:
             return
         write = self._has_lower and not held
         if write:
-            self._index.pin(key)
-            self.unsettled[key] = self._ranks
-        saves.append(SaveOp(key, entry.slots, pages, piece.end_token, write))
-        self._counters["saved_tokens"] += piece.end_token - piece.span.first_block * self._chunker.block_tokens
+            self._index.lease(entry)
+            self.unsettled[entry.generation] = Write(entry, self.version, self._ranks)
+        first = piece.span.first_block * self._chunker.block_tokens
+        saves.append(
+            SaveOp(
+                key,
+                entry.generation,
+                entry.slots,
+                pages,
+                first,
+                piece.end_token,
+                write,
+                version=self.version,
+                adapter=state.adapter,
+            )
+        )
+        self._counters["saved_tokens"] += piece.end_token - first

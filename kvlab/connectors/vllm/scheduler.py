@@ -4,6 +4,7 @@ Nothing here touches a byte of KV and nothing waits longer than `lookup_timeout_
 """
 
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,16 +12,18 @@ from typing import Any
 
 from kvlab.chunking import Chunker
 from kvlab.connectors.config import ConnectorConfig
+from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.admission import LoadAdmission
 from kvlab.connectors.vllm.groups import Groups
+from kvlab.connectors.vllm.loads import LoadPlanner
 from kvlab.connectors.vllm.lookup import HeldBelow, LatestKeys, Lookup
-from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.metadata import Adapter, RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.planning import Planner, end_block, end_token
 from kvlab.connectors.vllm.promises import Promises
-from kvlab.connectors.vllm.requests import Piece, RequestState, request_extras, wants_recompute
-from kvlab.connectors.vllm.saves import SavePlanner, given_blocks
-from kvlab.connectors.vllm.slots import SlotIndex
-from kvlab.hashing import Namespace
+from kvlab.connectors.vllm.requests import Piece, RequestState, request_adapter, request_extras, wants_recompute
+from kvlab.connectors.vllm.saves import SavePlanner, empty_blocks, given_blocks
+from kvlab.connectors.vllm.slots import Entry, SlotIndex
+from kvlab.hashing import Namespace, versioned
 from kvlab.stores import Store
 
 logger = logging.getLogger("vllm.kvlab")
@@ -30,7 +33,9 @@ MOST_DECODED = 8  # tokens of a request in a step; more are a prompt's, fewer ma
 
 class Scheduler:
     """One per engine. `lower` may be None; `namespaces` holds one namespace per worker rank. `load_now` carries out
-    loads at once and answers the pages it could not fill; without `at_once` all loads run between steps."""
+    loads at once and answers the pages it could not fill; without `at_once` all loads run between steps. Pages of
+    `unfilled_groups` have bytes that no token writes. `role` is vLLM's ``kv_role``: a consumer stores nothing, a
+    producer loads nothing."""
 
     def __init__(
         self,
@@ -43,6 +48,8 @@ class Scheduler:
         load_now: Callable[[list[RequestLoad]], set[int]],
         *,
         at_once: bool,
+        unfilled_groups: Sequence[int] = (),
+        role: str = "kv_both",
     ) -> None:
         self.config = config
         self.chunker = chunker
@@ -50,19 +57,19 @@ class Scheduler:
         self.index = index
         self.lower = lower
         self.namespaces = namespaces
+        self._base_namespaces = namespaces
+        self._may_load, self._may_save = role != "kv_producer", role != "kv_consumer"
+        self._unfilled_groups = unfilled_groups
         self.enabled = config.enabled
         self._load_now = load_now
-        self._at_once = at_once
         self.counters: Counter[str] = Counter()
         self._states: dict[str, RequestState] = {}
-        self._loads: list[RequestLoad] = []
         self._waiting = False  # since the last step somebody was told to ask again
-        self._in_flight: dict[str, list[bytes]] = {}  # async loads: request id -> hashes pinned for it
-        self._arrived: dict[str, int] = {}  # ranks that finished an async load
         self._bad = LatestKeys()  # hashes a lower tier answered with broken or absent data
         self.admission = LoadAdmission(enabled=config.admission)
         self._below = HeldBelow()
         self._promises = Promises(chunker.block_tokens, self.counters)
+        self.loads = LoadPlanner(chunker, groups, index, at_once=at_once)
         self.saves = SavePlanner(
             config,
             chunker,
@@ -92,8 +99,13 @@ class Scheduler:
         if not self.enabled or wants_recompute(request):
             return 0, False
         state = self._state(request)
-        if state is None or state.given_up:
+        if state is None:
             return 0, False
+        state.expected_tokens = num_computed_tokens
+        if state.given_up or not self._may_load:
+            return 0, False
+        if state.adapter is not None and state.adapter.num_loads != ADAPTERS.num_loads(state.adapter.adapter_id):
+            return 0, False  # other weights came under its adapter while it waited
         state.extend_hashes(self.chunker)
         block = self.chunker.block_tokens
         usable = request.num_tokens - 1  # the last token must be computed
@@ -118,7 +130,7 @@ class Scheduler:
                 return None, False  # another request is fetching it right now
             plan = self._planner.ready_run(plan)
         plan, end = self._served(plan, usable)
-        fetched = sum(self._num_slots(piece) for piece in plan if not piece.in_memory)
+        fetched = sum(self.loads.num_slots(piece) for piece in plan if not piece.in_memory)
         state.not_worth = not self._is_worth(plan, end, num_computed_tokens)
         if fetched and (state.not_worth or not self._has_room(plan, fetched)):
             plan, end = self._served(self._planner.ready_run(plan), usable)
@@ -128,7 +140,7 @@ class Scheduler:
         if tokens < max(self.config.min_hit_tokens, 1):
             return 0, False
         state.plan, state.plan_tokens = plan, end
-        return tokens, self._is_async(plan, request)
+        return tokens, self.loads.are_async(plan, request)
 
     def _served(self, plan: list[Piece], usable: int) -> tuple[list[Piece], int]:
         """What of a plan serves the first `usable` tokens or fewer, and how many. Where layers see a window, an object
@@ -136,15 +148,6 @@ class Scheduler:
         if plan and self.groups.have_windows and usable < plan[-1].end_token - 1:
             plan = plan[:-1]
         return plan, min(end_token(plan), usable)
-
-    def _is_async(self, plan: list[Piece], request: Any) -> bool:
-        """Whether a load runs between steps: if it takes a lower tier; where none can run at once; and for requests
-        with images or the like, as a step cannot compute other tokens than those whose encoder outputs it was given."""
-        within = self._at_once and not getattr(request, "mm_features", None)
-        return not within or any(not piece.in_memory for piece in plan)
-
-    def _num_slots(self, piece: Piece) -> int:
-        return self.groups.num_slots(piece.span, piece.end_token)
 
     def _is_worth(self, plan: list[Piece], end: int, num_computed_tokens: int) -> bool:
         """Whether loading what the engine lacks of the first `end` tokens is faster than computing it."""
@@ -156,7 +159,7 @@ class Scheduler:
         return self.admission.is_worth(wanted)
 
     def _has_room(self, plan: list[Piece], fetched: int) -> bool:
-        held = sum(len(e.slots) for p in plan if (e := self.index.get(p.hash)) and not e.pins)
+        held = sum(len(e.slots) for p in plan if (e := self.index.get(p.hash)) and not e.leases)
         return self.index.can_reserve(fetched + held)
 
     # ---- take it
@@ -177,57 +180,20 @@ class Scheduler:
             self._count_miss(state, plan)
         if num_external_tokens == 0:
             return
-        self._place(state, plan, end, block_ids, num_external_tokens)
+        state.expected_tokens += num_external_tokens
+        self.loads.place(state, plan, end, block_ids, num_external_tokens)
         # Some tier holds these already. (The rest of a prompt is an object beside the block that it may grow into.)
         state.num_saved_blocks = max(state.num_saved_blocks, min(end_block(plan), len(state.hashes)))
         self.index.touch(piece.hash for piece in reversed(plan))
         self.counters["hit_requests"] += 1
         self.counters["hit_tokens"] += num_external_tokens
 
-    def _place(
-        self, state: RequestState, plan: list[Piece], end: int, block_ids: Sequence[Sequence[int]], num_tokens: int
-    ) -> None:
-        """Queue the copies that fill the pages of the last `num_tokens` of the request's first `end` tokens."""
-        request, block, groups = state.request, self.chunker.block_tokens, self.groups
-        first, usable = (end - num_tokens) // block, -(-end // block)
-        used = [piece for piece in plan if piece.span.end_block > first and piece.span.first_block < usable]
-        is_async = self._is_async(plan, request)
-        load = RequestLoad(request.request_id, [], request.num_tokens, is_async)
-        pinned: list[bytes] = []
-        if is_async:  # sync copies run before anything can be evicted; async ones may not
-            self._in_flight[request.request_id] = pinned
-            for piece in used:
-                if self.index.get(piece.hash) is not None:
-                    self.index.pin(piece.hash)
-                    pinned.append(piece.hash)
-        self._loads.append(load)
-        state.lower_tokens = 0
-        at = first
-        for piece in used:
-            entry = self.index.get(piece.hash)
-            fetch = entry is None
-            if entry is None:
-                entry = self.index.reserve(piece.hash, self._num_slots(piece), ready=False)
-                if entry is None:
-                    break
-                self.index.pin(piece.hash)
-                pinned.append(piece.hash)
-            stop = min(piece.span.end_block, usable)
-            served = min(stop * block, piece.end_token, end) - at * block
-            state.lower_tokens += served if fetch else 0
-            picked, pages = groups.pick(piece.span, piece.end_token, entry.slots, block_ids, range(at, stop), end)
-            load.ops.append(LoadOp(piece.hash, entry.slots, picked, pages, served, fetch))
-            at = stop
-        load.lost_blocks = groups.needed(block_ids, range(at, usable), end)
-        state.given_up = bool(load.lost_blocks)
-
     def lose(self, request_id: str, block_ids: Sequence[int], *, is_async: bool) -> None:
         """A promise cannot be kept: these pages must be computed, and an async wait must end. The engine will ask
         again, and a second promise might end like the first."""
         if (state := self._states.get(request_id)) is not None:
             state.given_up = True
-        self._loads = [load for load in self._loads if load.request_id != request_id]
-        self._loads.append(RequestLoad(request_id, [], 0, is_async, list(block_ids)))
+        self.loads.lose(request_id, block_ids, is_async=is_async)
 
     def _count_miss(self, state: RequestState, plan: Sequence[Piece]) -> None:
         """Count why the first block that no tier holds is not there."""
@@ -258,22 +224,25 @@ class Scheduler:
     def build(self, output: Any) -> StepMetadata:
         """This step's loads between steps, and its saves. Loads within it begin here, before the engine prepares its
         inputs, and what they could not fill is taken out of the plan in `output`."""
-        loads, self._loads = self._loads, []
+        loads = self.loads.take()
         within = [load for load in loads if not load.is_async]
         lost = self._load_now(within) if within else set()
         self._promises.settle(output, lost)
-        new_blocks = given_blocks(output, self.chunker.block_tokens)
+        block = self.chunker.block_tokens
+        new_blocks = given_blocks(output, block)
         between = [load for load in loads if load.is_async]
         total, prefills = output.total_num_scheduled_tokens, 0
         if total > len(output.num_scheduled_tokens):  # in most steps each request decodes one
             prefills = sum(count for count in output.num_scheduled_tokens.values() if count > MOST_DECODED)
-        metadata = StepMetadata(between, [], total, prefills, new_blocks)
-        if (self._in_flight or self._waiting) and not loads and total == 0:
+        unclean = empty_blocks(output, block, self._unfilled_groups) if self._unfilled_groups else []
+        metadata = StepMetadata(between, [], total, prefills, new_blocks, unclean)
+        if (self.loads.in_flight or self._waiting) and not loads and total == 0:
             time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the threads it waits for from running
         self._waiting = False
         self.admission.is_busy = total > 0
         try:
-            self.saves.collect(output, metadata.saves, enabled=self.enabled)
+            enabled = self.enabled and self._may_save
+            self.saves.collect(output, metadata.saves, metadata.unclean_blocks, enabled=enabled)
         except Exception:  # a save is only a later miss; the loads above must reach the workers
             self.counters["errors"] += 1
             logger.exception("kvlab: could not plan this step's saves")
@@ -282,21 +251,23 @@ class Scheduler:
     def absorb(self, report: WorkerReport) -> None:
         """Learn what the workers finished."""
         ranks = len(self.namespaces)
-        for key in report.bad:
+        ADAPTERS.learn(report.adapters)
+        for key in report.absent:
             self._bad.add(key)
-            self.counters["bad_objects"] += 1
             self.saves.lose(key)
-            entry = self.index.get(key)
-            if entry is not None and entry.ready:
-                self.index.drop(key)  # one still being filled goes when the last rank has let go of its slots
+        self.counters["bad_objects"] += len(report.absent)
+        for generation in report.broken:
+            if (entry := self.index.generation(generation)) is not None:
+                self.index.drop(entry)
+                self.saves.lose(entry.key)
+                self.counters["bad_objects"] += entry.key not in report.absent
         for req_id, count in report.loaded.items():
-            self._arrived[req_id] = self._arrived.get(req_id, 0) + count
-            if self._arrived[req_id] >= ranks:
-                del self._arrived[req_id]
-                self._release(self._in_flight.pop(req_id, ()))
-        for key, count in report.settled.items():
-            if self.saves.settle(key, count, kept=key not in report.refused):
-                self._release([key])
+            for entry in self.loads.arrived(req_id, count, ranks):
+                self._release(entry)
+        for generation, count in report.settled.items():
+            written = self.saves.settle(generation, count, kept=generation not in report.refused)
+            if written is not None:
+                self._release(written)
         for row in report.rows:
             state = self._states.get(row.request_id)
             if state is not None:
@@ -313,18 +284,13 @@ class Scheduler:
         for prefill_tokens, seconds in report.forwards:
             self.admission.forward(prefill_tokens, seconds)
 
-    def _release(self, keys: Sequence[bytes]) -> None:
-        """Workers let go of these objects' slots."""
-        for key in keys:
-            entry = self.index.get(key)
-            if entry is None:
-                continue
-            self.index.unpin(key)
-            # Without a memory tier, host memory is only a way to the lower tiers: nothing stays.
-            if key in self._bad or (not self.config.keeps_memory and not entry.pins):
-                self.index.drop(key)
-            else:
-                entry.ready = True
+    def _release(self, entry: Entry) -> None:
+        """All ranks have ended an operation on this object's slots."""
+        self.index.release(entry)
+        entry.ready = True
+        # Without a memory tier, host memory is only a way to the lower tiers: nothing stays.
+        if not self.config.keeps_memory and not entry.leases:
+            self.index.drop(entry)
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """The request is done. Its row, where reports are wanted."""
@@ -340,8 +306,19 @@ class Scheduler:
         return state.lower_tokens if state is not None else 0
 
     def reset(self) -> None:
-        """Forget the memory tier's content."""
+        """Nothing that was stored so far is loaded from now on, and nothing that was computed so far is stored: the
+        model may have other weights. What this engine stores next goes to a namespace of its own in every tier, which
+        no other process knows; requests that have begun are not cached any more."""
+        version = secrets.token_hex(8)
+        self.namespaces = [versioned(namespace, version) for namespace in self._base_namespaces]
         self.index.clear()
+        self._lookup.restart(self.namespaces)
+        self._bad.clear()
+        self._below.clear()
+        self.loads.version = version
+        self.saves.restart(version)
+        for state in self._states.values():
+            state.given_up = True
 
     def close(self) -> None:
         self._lookup.close()
@@ -351,11 +328,14 @@ class Scheduler:
     def _state(self, request: Any) -> RequestState | None:
         state = self._states.get(request.request_id)
         if state is None:
-            extras = request_extras(request, self.chunker.block_tokens)
+            adapter = request_adapter(request)
+            extras = request_extras(request, self.chunker.block_tokens, adapter)
             if extras is None:
                 self.counters["unnameable_requests"] += 1
                 return None
             state = RequestState(request, extras, keeps_rest=self.config.whole_prompts)
+            if adapter is not None:
+                state.adapter = Adapter(request.lora_request.lora_int_id, adapter.num_loads)
             self._states[request.request_id] = state
             self.saves.follow(request.request_id, state)
         return state

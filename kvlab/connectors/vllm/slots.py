@@ -6,34 +6,45 @@ told, and every rank does the same.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import count
 
 from kvlab.errors import ConfigError
 from kvlab.stores.eviction import get_policy
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
-    """An object's place. Not `ready` while a worker still fills it from a lower tier."""
+    """An object's place. Not `ready` while a worker still fills it from a secondary tier.
 
+    `generation` is unique to this reservation of these slots: a copy names it, and is made only while the slots are
+    of that generation. `leases` counts the operations that may still touch the slots; `dropped`: no lookup finds the
+    object any more, and its slots become free when the last lease ends.
+    """
+
+    key: bytes
     slots: tuple[int, ...]
-    pins: int = 0
+    generation: int
+    leases: int = 0
     ready: bool = True
+    dropped: bool = False
 
 
 class SlotIndex:
-    """Objects by hash within `num_slots` slots; the eviction policy chooses among those nobody pins."""
+    """Objects by hash within `num_slots` slots; the eviction policy chooses among those without a lease."""
 
     def __init__(self, num_slots: int, *, policy: str = "lru") -> None:
         if num_slots < 1:
             raise ConfigError("the memory tier must hold at least one block; give it a larger size")
         self.num_slots = num_slots
         self._entries: dict[bytes, Entry] = {}
+        self._generation_entries: dict[int, Entry] = {}
         self._policy = get_policy(policy)
-        self._pinned: set[bytes] = set()
+        self._leased: set[bytes] = set()  # keys of entries that the policy must not choose
+        self._generations = count(1)
         self._runs: dict[int, int] = {0: num_slots}  # free runs: first slot -> length
         self._run_ends: dict[int, int] = {num_slots: 0}  # slot after a free run -> its first slot
         self.num_free = num_slots
-        self.num_pinned_slots = 0
+        self.num_leased_slots = 0  # those of dropped entries included
         self.evicted: dict[bytes, None] = {}  # the latest to leave, so that a miss can say so
         self.num_evictions = 0
 
@@ -43,82 +54,91 @@ class SlotIndex:
     def get(self, key: bytes) -> Entry | None:
         return self._entries.get(key)
 
+    def generation(self, number: int) -> Entry | None:
+        """The object of this reservation, if it was not dropped."""
+        return self._generation_entries.get(number)
+
     def touch(self, keys: Iterable[bytes]) -> None:
         """Give a prompt's keys last-first: suffixes leave before prefixes."""
         for key in keys:
             self._policy.touch(key)
 
-    def can_reserve(self, count: int) -> bool:
-        """Whether `count` slots could be had by evicting what nobody pins."""
-        return self.num_slots - self.num_pinned_slots >= count
+    def can_reserve(self, num_slots: int) -> bool:
+        """Whether `num_slots` slots could be had by evicting what has no lease."""
+        return self.num_slots - self.num_leased_slots >= num_slots
 
-    def reserve(self, key: bytes, count: int, *, ready: bool = True) -> Entry | None:
-        """Slots for a new object, evicting others as needed; None if what is pinned leaves no room."""
+    def reserve(self, key: bytes, num_slots: int, *, ready: bool = True) -> Entry | None:
+        """Slots for a new object, evicting others as needed; None if what is leased leaves no room."""
         if key in self._entries:
             raise ConfigError(f"object {key.hex()} is in the index already")
-        if not self.can_reserve(count):
+        if not self.can_reserve(num_slots):
             return None
-        while self.num_free < count:
-            victim = self._policy.victim(self._pinned)
+        while self.num_free < num_slots:
+            victim = self._policy.victim(self._leased)
             if not isinstance(victim, bytes):
                 return None
-            self.drop(victim)
+            self.drop(self._entries[victim])
             self.num_evictions += 1
             self.evicted[victim] = None
             if len(self.evicted) > 65536:
                 self.evicted.pop(next(iter(self.evicted)))
-        entry = Entry(self._take(count), ready=ready)
-        self._entries[key] = entry
-        self._policy.admit(key, count)
+        entry = Entry(key, self._take(num_slots), next(self._generations), ready=ready)
+        self._entries[key] = self._generation_entries[entry.generation] = entry
+        self._policy.admit(key, num_slots)
         self.evicted.pop(key, None)
         return entry
 
-    def pin(self, key: bytes) -> None:
-        entry = self._entries[key]
-        entry.pins += 1
-        if entry.pins == 1:
-            self._pinned.add(key)
-            self.num_pinned_slots += len(entry.slots)
+    def lease(self, entry: Entry) -> None:
+        """An operation that outlives this step will touch the entry's slots. They stay as they are until `release`."""
+        entry.leases += 1
+        if entry.leases == 1:
+            self.num_leased_slots += len(entry.slots)
+            if not entry.dropped:
+                self._leased.add(entry.key)
 
-    def unpin(self, key: bytes) -> None:
-        entry = self._entries.get(key)
-        if entry is None or entry.pins == 0:
+    def release(self, entry: Entry) -> None:
+        """One of the entry's operations has ended in every process."""
+        if entry.leases == 0:
+            raise ValueError(f"object {entry.key.hex()} is released more often than it was leased")
+        entry.leases -= 1
+        if entry.leases:
             return
-        entry.pins -= 1
-        if entry.pins == 0:
-            self._pinned.discard(key)
-            self.num_pinned_slots -= len(entry.slots)
+        self.num_leased_slots -= len(entry.slots)
+        if entry.dropped:
+            self._give_back(entry.slots)
+        else:
+            self._leased.discard(entry.key)
 
-    def drop(self, key: bytes) -> None:
-        """Forget an object, pinned or not, and free its slots."""
-        entry = self._entries.pop(key, None)
-        if entry is None:
+    def drop(self, entry: Entry) -> None:
+        """No lookup finds this object any more. Its slots are free at once, or when the last lease ends."""
+        if entry.dropped:
             return
-        if entry.pins:
-            self._pinned.discard(key)
-            self.num_pinned_slots -= len(entry.slots)
-        self._policy.discard(key)
-        self._give_back(entry.slots)
+        entry.dropped = True
+        del self._entries[entry.key], self._generation_entries[entry.generation]
+        self._leased.discard(entry.key)
+        self._policy.discard(entry.key)
+        if not entry.leases:
+            self._give_back(entry.slots)
 
     def clear(self) -> None:
-        """Drop everything that nobody pins."""
-        for key in [key for key in self._entries if key not in self._pinned]:
-            self.drop(key)
+        """Drop every object."""
+        for entry in list(self._entries.values()):
+            self.drop(entry)
 
-    def _take(self, count: int) -> tuple[int, ...]:
+    def _take(self, wanted: int) -> tuple[int, ...]:
         """Free slots, in one run where there is one: contiguous slots move in one copy."""
-        fitting = next((start for start, length in self._runs.items() if length >= count), None)
+        fitting = next((start for start, length in self._runs.items() if length >= wanted), None)
         slots: list[int] = []
-        while len(slots) < count:
+        while len(slots) < wanted:
             start = fitting if fitting is not None else next(iter(self._runs))
             length = self._runs.pop(start)
             del self._run_ends[start + length]
-            used = min(length, count - len(slots))
+            used = min(length, wanted - len(slots))
             slots.extend(range(start, start + used))
             if used < length:
                 self._runs[start + used] = length - used
                 self._run_ends[start + length] = start + used
-        self.num_free -= count
+        self.num_free -= wanted
         return tuple(slots)
 
     def _give_back(self, slots: tuple[int, ...]) -> None:

@@ -1,18 +1,22 @@
 """The worker side: copies what the scheduler decided, and reports what finished. One per rank."""
 
+import copy
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
 
+from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.admission import MIN_PREFILL_TOKENS
-from kvlab.connectors.vllm.metadata import LoadOp, LoadRow, RequestLoad, SaveOp, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.metadata import Adapter, LoadOp, LoadRow, RequestLoad, SaveOp, StepMetadata, WorkerReport
 from kvlab.engine import CacheEngine, retrieved_line
+from kvlab.hashing import versioned
 from kvlab.paged import PageLayout
 from kvlab.paged.slots import room
 
@@ -43,6 +47,7 @@ class Transfer(Protocol):
     def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> Clock | None: ...
     def before_writes(self, block_ids: Sequence[int]) -> None: ...
     def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Clock | None: ...
+    def clear(self, block_ids: Sequence[int]) -> None: ...
     def fence(self) -> Any: ...
     def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int], after: Any) -> None: ...
     def clock(self) -> Clock: ...
@@ -56,8 +61,10 @@ class Worker:
     """Executes a step's copies. `engine` holds the lower tiers, or is None; `writes_early`: a step may write to new
     pages before it begins here; `patience_s`: how long what is saved waits for a quiet step before lower tiers get it.
 
-    Each slot remembers whose bytes it holds. A load whose slot belongs to another object is not carried out but
-    told, and the engine computes: whatever goes wrong elsewhere, no request sees another's KV.
+    Each slot remembers the generation whose bytes it holds: before they are taken, and after, it must be the one that
+    the copy names. A load from a slot of another generation is told as lost, and the engine computes; a write of it is
+    not made. The scheduler gives no slot to another object while a copy may touch it; whatever goes wrong there, no
+    request sees another's KV, and no tier gets it under a wrong name.
     """
 
     def __init__(
@@ -74,7 +81,7 @@ class Worker:
         self._writes_early = writes_early
         self._patience_s = patience_s
         self.counters: Counter[str] = Counter()
-        self._owner: list[bytes | None] = [None] * num_slots
+        self._owner: list[int | None] = [None] * num_slots  # generations
         self._report = WorkerReport()
         self._lost_blocks: set[int] = set()
         self._finished: set[str] = set()
@@ -97,6 +104,8 @@ class Worker:
     def begin(self, metadata: StepMetadata) -> None:
         """The step's forward pass comes next (some versions of vLLM start loads only after it)."""
         self.transfer.before_writes(metadata.new_blocks)
+        if metadata.unclean_blocks:
+            self.transfer.clear(metadata.unclean_blocks)
         prefill = metadata.prefill_tokens
         decodes = metadata.num_tokens > 0 and not prefill
         self._num_decodes += decodes
@@ -126,7 +135,7 @@ class Worker:
             self._forward[1].stop()
             self._forwards.append(self._forward)
             self._forward = None
-        ops, metadata.saves = metadata.saves, []
+        ops, metadata.saves = [op for op in metadata.saves if self._is_current(op)], []
         if not ops:
             return
         slots = [slot for op in ops for slot in op.slots]
@@ -139,14 +148,20 @@ class Worker:
                 self.transfer.before_writes(blocks)
         except Exception:
             for op in ops:
-                self._failed("save", op.hash)
+                self._failed("save", op)
                 self._unsaved(op)
             return
         for op in ops:
-            for slot in op.slots:
-                self._owner[slot] = op.hash
+            self._own(op)
             if op.write:
                 self._writes.submit(self._write, op, time.monotonic() + self._patience_s)
+
+    def _is_current(self, op: SaveOp) -> bool:
+        """Whether the pages were computed with the adapter that the object's name says; if not, it is not saved."""
+        if not _other_adapter(op.adapter):
+            return True
+        self._unsaved(op)
+        return False
 
     def take_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose async loads ended, and those of them that lost pages."""
@@ -166,6 +181,8 @@ class Worker:
         return lost
 
     def take_report(self) -> WorkerReport | None:
+        if adapters := ADAPTERS.take_news():
+            self._report.adapters |= adapters
         if not (self._under_way or self._forwards or self._report):
             return None
         with self._lock:
@@ -208,28 +225,28 @@ class Worker:
     def _load(self, load: RequestLoad, after: Any = None, asked: float = 0.0) -> list[int]:
         """`asked`: when the request began to wait for it, if not now."""
         start = time.perf_counter()
-        slots: list[int] = []
         pages: list[int] = []
         tiers: dict[str, None] = {}
         tokens = 0
         wanted = [block for op in load.ops for block in op.block_ids]
         clock: Clock | None = None
         try:
-            self._fetch_all([op for op in load.ops if op.fetch])
-            for op in load.ops:
-                if not self._present(op):
-                    break  # what follows a hole is useless too: KV without its prefix
-                slots += op.picked
-                pages += op.block_ids
-                tokens += op.num_tokens
-                tiers["lower" if op.fetch else "memory"] = None
+            ops = [] if _other_adapter(load.adapter) else load.ops
+            self._fetch_all([op for op in ops if op.fetch], load.version)
+            held = list(takewhile(self._present, ops))  # what follows a hole is useless: KV without its prefix
+            slots = [slot for op in held for slot in op.picked]
+            pages = [block for op in held for block in op.block_ids]
             if slots and load.is_async:
                 self.transfer.load_and_wait(slots, pages, after)
             elif slots:
                 clock = self.transfer.load(slots, pages)
+            taken = list(takewhile(self._present, held))  # their slots were not given away while they were read
+            pages = pages[: sum(len(op.block_ids) for op in taken)]
+            tokens = sum(op.num_tokens for op in taken)
+            tiers = dict.fromkeys("lower" if op.fetch else "memory" for op in taken)
         except Exception:
             pages, tokens = [], 0
-            self._failed("load", load.ops[0].hash)
+            self._failed("load", *load.ops)
         num_bytes = len(pages) * self.transfer.layout.block_bytes
         seconds = time.perf_counter() - start
         delay = start + seconds - (asked or start)
@@ -248,56 +265,74 @@ class Worker:
             self._tell(row, load.prompt_tokens)
         return lost
 
+    def _holds(self, op: LoadOp | SaveOp) -> bool:
+        """Whether the operation's slots hold its object now."""
+        slots = op.picked if isinstance(op, LoadOp) else op.slots
+        return all(self._owner[slot] == op.generation for slot in slots)
+
+    def _own(self, op: LoadOp | SaveOp) -> None:
+        for slot in op.slots:
+            self._owner[slot] = op.generation
+
     def _present(self, op: LoadOp) -> bool:
         """Whether the slots this load reads hold its object."""
-        if any(self._owner[slot] != op.hash for slot in op.picked):
-            self.counters["slot_mismatch"] += not op.fetch
-            self._mark_bad(op.hash)
-            return False
-        return True
+        if self._holds(op):
+            return True
+        self.counters["slot_mismatch"] += not op.fetch
+        self._mark_broken(op)
+        return False
 
-    def _fetch_all(self, ops: Sequence[LoadOp]) -> None:
-        """Fill objects' slots from the lower tiers. When it returns nobody writes to them any more."""
+    def _fetch_all(self, ops: Sequence[LoadOp], version: str) -> None:
+        """Fill objects' slots from the lower tiers. When it returns nothing writes to them any more."""
         if len(ops) == 1:
-            self._fetch(ops[0])
+            self._fetch(ops[0], version)
         else:
-            wait([self._fetches.submit(self._fetch, op) for op in ops])
+            wait([self._fetches.submit(self._fetch, op, version) for op in ops])
 
-    def _fetch(self, op: LoadOp) -> None:
-        """Fill one object's slots: in place where they lie in one run. Where that fails nobody owns them."""
+    def _fetch(self, op: LoadOp, version: str) -> None:
+        """Fill one object's slots: in place where they lie in one run. Where that fails they hold no object."""
         for slot in op.slots:
             self._owner[slot] = None
         try:
-            if self.engine is None:
+            if (engine := self._engine_of(version)) is None:
                 return
             place = self.transfer.view(op.slots)
             out = place if place is not None else room(self.transfer.arena, len(op.slots))
-            if self.engine.load_object(self.engine.namespace.key(op.hash), out) is None:
-                self._mark_bad(op.hash)
+            if engine.load_object(engine.namespace.key(op.hash), out) is None:
+                self._mark_absent(op)
                 return
             if place is None:
                 self.transfer.fill(op.slots, out)
         except Exception:
-            self._failed("fetch", op.hash)
+            self._failed("fetch", op)
+            self._mark_absent(op)
             return
-        for slot in op.slots:
-            self._owner[slot] = op.hash
+        self._own(op)
 
     def _write(self, op: SaveOp, at_latest: float) -> None:
-        """Hand an object on to the lower tiers. Its slots are pinned until this is reported."""
+        """Write an object to the lower tiers. Its slots are leased until this is reported."""
         self._wait_for_quiet(at_latest)
         kept = False
         try:
-            if self.engine is not None:
-                kept = self.engine.contains_many([op.hash])[0] or self.engine.save_object(
-                    self.engine.namespace.key(op.hash),
+            if (engine := self._engine_of(op.version)) is not None and self._holds(op):
+                kept = engine.contains_many([op.hash])[0] or engine.save_object(
+                    engine.namespace.key(op.hash),
                     self.transfer.slots(op.slots),
                     PAGE_AXES,
-                    num_tokens=op.num_tokens,
+                    num_tokens=op.end_token,
+                    confirm=lambda: self._holds(op),
                 )
         except Exception:
-            self._failed("write", op.hash)
-        self._settle(op.hash, kept=kept)
+            self._failed("write", op)
+        self._settle(op, kept=kept)
+
+    def _engine_of(self, version: str) -> CacheEngine | None:
+        """The lower tiers under this version of the namespace."""
+        if self.engine is None or not version:
+            return self.engine
+        engine = copy.copy(self.engine)
+        engine.namespace = versioned(self.engine.namespace, version)
+        return engine
 
     def _wait_for_quiet(self, at_latest: float) -> None:
         """Wait for a step without a prefill, or an idle engine. A prefill is launched in thousands of calls that let go
@@ -307,25 +342,38 @@ class Worker:
             if self._quiet.wait(min(left, IDLE_S)) or self._num_begun == begun:
                 return
 
-    def _settle(self, key: bytes, *, kept: bool) -> None:
+    def _settle(self, op: SaveOp, *, kept: bool) -> None:
         with self._lock:
-            self._report.settled[key] += 1
+            self._report.settled[op.generation] += 1
             if not kept:
-                self._report.refused.add(key)
+                self._report.refused.add(op.generation)
 
-    def _mark_bad(self, key: bytes) -> None:
+    def _mark_broken(self, *ops: LoadOp | SaveOp) -> None:
+        """These objects' slots do not hold them."""
         with self._lock:
-            self._report.bad.add(key)
+            self._report.broken.update(op.generation for op in ops)
+
+    def _mark_absent(self, op: LoadOp) -> None:
+        """The lower tiers do not hold this object, or hold it broken."""
+        self._mark_broken(op)
+        with self._lock:
+            self._report.absent.add(op.hash)
 
     def _unsaved(self, op: SaveOp) -> None:
         """An object whose slots were not filled."""
-        self._mark_bad(op.hash)
+        self._mark_broken(op)
         if op.write:
-            self._settle(op.hash, kept=False)
+            self._settle(op, kept=False)
 
-    def _failed(self, what: str, key: bytes) -> None:
+    def _failed(self, what: str, *ops: LoadOp | SaveOp) -> None:
         """An error of ours costs a miss, never the engine: count it, tell it with its trace the first time."""
         self.counters[f"{what}_errors"] += 1
         if self.counters[f"{what}_errors"] == 1:
-            logger.exception("kvlab: %s of object %s failed", what, key.hex())
-        self._mark_bad(key)
+            logger.exception("kvlab: %s of object %s failed", what, ops[0].hash.hex())
+        if what != "write":
+            self._mark_broken(*ops)
+
+
+def _other_adapter(adapter: Adapter | None) -> bool:
+    """Whether other weights than those of the name lie under the adapter's id now."""
+    return adapter is not None and ADAPTERS.num_loads(adapter.adapter_id) != adapter.num_loads

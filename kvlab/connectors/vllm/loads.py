@@ -1,0 +1,102 @@
+"""Which slots fill which pages: the copies of a promised hit, and the leases that keep its objects where they are."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvlab.chunking import Chunker
+from kvlab.connectors.vllm.groups import Groups
+from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad
+from kvlab.connectors.vllm.requests import Piece, RequestState
+from kvlab.connectors.vllm.slots import Entry, SlotIndex
+
+
+class LoadPlanner:
+    """Queues loads for the step that is being planned. Without `at_once` all of them run between steps."""
+
+    def __init__(self, chunker: Chunker, groups: Groups, index: SlotIndex, *, at_once: bool) -> None:
+        self._chunker = chunker
+        self._groups = groups
+        self._index = index
+        self._at_once = at_once
+        self._loads: list[RequestLoad] = []
+        self._arrived: dict[str, int] = {}  # ranks that finished an async load
+        self.in_flight: dict[str, list[Entry]] = {}  # async loads: request id -> objects leased for it
+        self.version = ""  # of the namespace
+
+    def are_async(self, plan: Sequence[Piece], request: Any) -> bool:
+        """Whether a load runs between steps: if it takes a lower tier; where none can run at once; and for requests
+        with images or the like, as a step cannot compute other tokens than those whose encoder outputs it was given."""
+        within = self._at_once and not getattr(request, "mm_features", None)
+        return not within or any(not piece.in_memory for piece in plan)
+
+    def num_slots(self, piece: Piece) -> int:
+        return self._groups.num_slots(piece.span, piece.end_token)
+
+    def place(
+        self, state: RequestState, plan: list[Piece], end: int, block_ids: Sequence[Sequence[int]], num_tokens: int
+    ) -> None:
+        """Queue the copies that fill the pages of the last `num_tokens` of the request's first `end` tokens."""
+        request, block, groups = state.request, self._chunker.block_tokens, self._groups
+        first, usable = (end - num_tokens) // block, -(-end // block)
+        used = [piece for piece in plan if piece.span.end_block > first and piece.span.first_block < usable]
+        is_async = self.are_async(plan, request)
+        load = RequestLoad(
+            request.request_id, [], request.num_tokens, is_async, version=self.version, adapter=state.adapter
+        )
+        leased: list[Entry] = []
+        if is_async:  # copies within a step run before anything else is given their slots; others may not
+            self.in_flight[request.request_id] = leased
+            for piece in used:
+                if (entry := self._index.get(piece.hash)) is not None:
+                    self._index.lease(entry)
+                    leased.append(entry)
+        self._loads.append(load)
+        state.lower_tokens = 0
+        at = first
+        for piece in used:
+            entry = self._index.get(piece.hash)
+            fetch = entry is None
+            if entry is None:
+                entry = self._index.reserve(piece.hash, self.num_slots(piece), ready=False)
+                if entry is None:
+                    break
+                self._index.lease(entry)
+                leased.append(entry)
+            stop = min(piece.span.end_block, usable)
+            served = min(stop * block, piece.end_token, end) - at * block
+            state.lower_tokens += served if fetch else 0
+            picked, pages = groups.pick(piece.span, piece.end_token, entry.slots, block_ids, range(at, stop), end)
+            load.ops.append(
+                LoadOp(
+                    piece.hash,
+                    entry.generation,
+                    entry.slots,
+                    picked,
+                    pages,
+                    piece.span.first_block * block,
+                    piece.end_token,
+                    served,
+                    fetch,
+                )
+            )
+            at = stop
+        load.lost_blocks = groups.needed(block_ids, range(at, usable), end)
+        state.given_up = bool(load.lost_blocks)
+
+    def lose(self, request_id: str, block_ids: Sequence[int], *, is_async: bool) -> None:
+        """Instead of the request's load, tell the engine that these pages are not filled."""
+        self._loads = [load for load in self._loads if load.request_id != request_id]
+        self._loads.append(RequestLoad(request_id, [], 0, is_async, list(block_ids)))
+
+    def take(self) -> list[RequestLoad]:
+        """The loads that were queued since the last step."""
+        loads, self._loads = self._loads, []
+        return loads
+
+    def arrived(self, request_id: str, num_ranks: int, of_ranks: int) -> list[Entry]:
+        """So many more ranks have ended an async load: the objects whose leases end, once all have."""
+        self._arrived[request_id] = self._arrived.get(request_id, 0) + num_ranks
+        if self._arrived[request_id] < of_ranks:
+            return []
+        del self._arrived[request_id]
+        return self.in_flight.pop(request_id, [])
