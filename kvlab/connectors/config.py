@@ -23,8 +23,7 @@ class ConnectorConfig:
     gpu_staging : GPU memory for the buffers between pages and host memory; on a CPU nothing is taken.
     lookup_timeout_ms : how long a request may wait for lower tiers to say what they have; then it goes without.
     whole_prompts : keep also a prompt's last block where the prompt fills only a part of it, so that the same prompt
-        computes one token when it comes again. Costs a block of each prompt; the bytes beyond its tokens are whatever
-        lay in the page, and nobody reads them.
+        computes one token when it comes again. Costs a block of each prompt; the bytes beyond its tokens are zeros.
     save_generated : store the KV of generated tokens too, not only of prompts.
     min_hit_tokens : shorter hits are recomputed rather than loaded.
     admission : do not make loads that, by what was measured lately, take longer than computing the tokens.

@@ -1,6 +1,9 @@
 """LoRA adapters and images: what changes KV besides the tokens is in the key."""
 
 import json
+import logging
+import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kvlab.connectors.vllm.adapters import Adapters, LoadedAdapter
+from kvlab.connectors.vllm.metadata import WorkerReport
 from kvlab.connectors.vllm.requests import request_extras
 from tests.connectors.engine import MAX_TOKENS, Answer, connector, engine, prompt
+from tests.connectors.test_disk_tier import drain
 
 RANK, HIDDEN, LAYERS = 8, 576, 30
 
@@ -30,32 +36,138 @@ def adapter(folder: Path, seed: int) -> str:
     return str(folder)
 
 
-def ask(llm, adapter_id: int | None, path: str = "", name: str = "") -> Answer:
+SETTINGS = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 2}
+
+
+def ask(llm, adapter_id: int | None, path: str = "", name: str = "", **lora_options) -> Answer:
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    lora = LoRARequest(name, adapter_id, path) if adapter_id is not None else None
+    lora = LoRARequest(name, adapter_id, path, **lora_options) if adapter_id is not None else None
     sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
     inputs = [{"prompt_token_ids": prompt(300)}]
     (output,) = llm.generate(inputs, sampling, use_tqdm=False, lora_request=lora)
     return Answer(list(output.outputs[0].token_ids), (output.kv_transfer_params or {}).get("kvlab", {}))
 
 
-def test_adapters_do_not_share(tmp_path, expected):
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> dict[int, list[int]]:
+    """What adapters 1 to 3 answer without a cache."""
+    folder = tmp_path_factory.mktemp("adapters")
+    with engine(None, SETTINGS) as llm:
+        found = {seed: ask(llm, seed, adapter(folder / str(seed), seed), str(seed)).tokens for seed in (1, 2, 3)}
+    assert len({tuple(tokens) for tokens in found.values()}) == 3, "adapters that change nothing would prove nothing"
+    return found
+
+
+def test_adapters_do_not_share(tmp_path, expected, answers):
     one, two = adapter(tmp_path / "one", 1), adapter(tmp_path / "two", 2)
     asked = [(None, "", ""), (1, one, "x"), (2, two, "y")]
-    settings = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 2}
-    with engine(["memory://?size=256MiB"], settings) as llm:
-        first = [ask(llm, *each) for each in asked]
-        second = [ask(llm, *each) for each in asked]
-        assert [answer.hit for answer in first] == [0, 0, 0]
-        assert [answer.hit for answer in second] == [299, 299, 299]
-        assert [answer.tokens for answer in first] == [answer.tokens for answer in second]
-        assert first[0].tokens == expected(prompt(300))
-        assert len({tuple(answer.tokens) for answer in first}) == 3, "adapters that change nothing would prove nothing"
-        adapter(tmp_path / "one", 3)  # the same name and folder, other weights
-        assert ask(llm, 3, one, "x").hit == 0
+    with engine(["memory://?size=256MiB"], SETTINGS) as llm:
+        turns = [[ask(llm, *each) for each in asked] for _ in range(3)]
+        # An adapter is known once it is loaded, which its first request does: that one goes without the cache.
+        assert [[answer.hit for answer in turn] for turn in turns] == [[0, 0, 0], [299, 0, 0], [299, 299, 299]]
+        for turn in turns:
+            assert [answer.tokens for answer in turn] == [expected(prompt(300)), answers[1], answers[2]]
         assert not connector(llm).hook_errors
+
+
+def test_an_adapter_that_is_loaded_before_its_first_request_is_cached_from_there_on(tmp_path, answers):
+    from vllm.lora.request import LoRARequest
+
+    one = adapter(tmp_path / "one", 1)
+    for hit in (0, 299):
+        with engine(["memory://?size=256MiB", f"file://{tmp_path}/kv?size=1GiB"], SETTINGS) as llm:
+            llm.llm_engine.add_lora(LoRARequest("x", 1, one))
+            answer = ask(llm, 1, one, "x")
+            assert (answer.hit, answer.tokens) == (hit, answers[1])
+            drain(llm)
+
+
+def test_files_replaced_under_a_loaded_adapter(tmp_path, answers, monkeypatch, caplog):
+    """The engine goes on with the weights it loaded: they are stored under no other's name, and told of once."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    adapter(tmp_path / "tuned", 1)
+    tiers = ["memory://?size=256MiB", f"file://{tmp_path}/kv?size=1GiB"]
+    path = "~/tuned"
+    with engine(tiers, SETTINGS) as llm, caplog.at_level("WARNING", logger="vllm.kvlab"):
+        logging.getLogger("vllm.kvlab").addHandler(caplog.handler)
+        assert [ask(llm, 1, path, "x").hit for _ in range(3)] == [0, 0, 299]
+        adapter(tmp_path / "tuned", 2)
+        for _ in range(2):
+            answer = ask(llm, 1, path, "x")
+            assert (answer.hit, answer.tokens) == (0, answers[1])
+        assert caplog.text.count("changed since they were loaded") == 1
+        drain(llm)
+    with engine(tiers, SETTINGS) as llm:
+        for hit in (0, 0, 299):
+            answer = ask(llm, 1, path, "x")
+            assert (answer.hit, answer.tokens) == (hit, answers[2])
+        assert not connector(llm).hook_errors
+
+
+def test_an_adapter_loaded_again_in_place(tmp_path, answers):
+    """A trainer writes the folder, then reloads: what was stored with the old weights is not found any more."""
+    from vllm.lora.request import LoRARequest
+
+    path = adapter(tmp_path / "tuned", 1)
+    tiers = ["memory://?size=256MiB", f"file://{tmp_path}/kv?size=1GiB"]
+    with engine(tiers, SETTINGS) as llm:
+        assert [ask(llm, 1, path, "x").hit for _ in range(3)] == [0, 0, 299]
+        for seed in (2, 3):
+            adapter(tmp_path / "tuned", seed)
+            llm.llm_engine.add_lora(LoRARequest("x", 1, path, load_inplace=True))
+            for hit in (0, 299):
+                answer = ask(llm, 1, path, "x")
+                assert (answer.hit, answer.tokens) == (hit, answers[seed])
+        adapter(tmp_path / "tuned", 1)
+        llm.llm_engine.add_lora(LoRARequest("x", 1, path, load_inplace=True))
+        answer = ask(llm, 1, path, "x")
+        assert (answer.hit, answer.tokens) == (299, answers[1]), "the first weights again, and their KV"
+        drain(llm)
+    adapter(tmp_path / "tuned", 3)
+    with engine(tiers, SETTINGS) as llm:
+        assert [ask(llm, 1, path, "x").tokens for _ in range(3)] == [answers[3]] * 3
+        assert not connector(llm).hook_errors
+
+
+def test_equal_sizes_and_times_hide_no_change(tmp_path):
+    """Archives and image layers set times."""
+    adapters, manager = Adapters(), SimpleNamespace(loads=0)
+
+    def load(seed):
+        adapter(tmp_path / "tuned", seed)
+        for file in (tmp_path / "tuned").iterdir():
+            os.utime(file, (1, 1))
+        adapters.loading(lambda: manager, 1, "tuned", str(tmp_path / "tuned"), "float32")
+        return adapters.nameable(1, "tuned")
+
+    first, second, third = load(1), load(2), load(1)
+    assert first.digest == third.digest != second.digest
+    assert (first.num_loads, second.num_loads, third.num_loads) == (1, 2, 3)
+    assert adapters.nameable(1, "another path") is None
+    assert adapters.nameable(2, "tuned") is None
+    adapters.clear()
+    assert adapters.nameable(1, "tuned") is None
+
+
+def test_an_adapter_written_while_it_is_loaded_is_not_known(tmp_path):
+    adapters = Adapters()
+    path = adapter(tmp_path / "tuned", 1)
+    adapters.loading(lambda: adapter(tmp_path / "tuned", 2), 1, path, path, "float32")
+    assert adapters.nameable(1, path) is None
+    adapters.loading(lambda: None, 2, "org/name", None, "float32")  # no folder
+    assert adapters.nameable(2, "org/name") is None
+
+
+def test_ranks_that_loaded_different_weights_are_not_believed():
+    one = LoadedAdapter("a", "p", "p", (), 1)
+    report, other = (
+        WorkerReport(adapters={1: one, 2: one}),
+        WorkerReport(adapters={1: replace(one, digest="b"), 2: one}),
+    )
+    report.aggregate(other)
+    assert (report.adapters[1].digest, report.adapters[2].digest) == (None, "a")
 
 
 def feature(identifier: str | None, offset: int) -> SimpleNamespace:
@@ -70,6 +182,7 @@ def feature(identifier: str | None, offset: int) -> SimpleNamespace:
         ({"mm_features": [feature("cat", 5), feature("dog", 40)]}, {0: [("mm", "cat@5")], 1: [("mm", "dog@40")]}),
         ({"mm_features": [feature(None, 5)]}, None),
         ({"prompt_embeds": object()}, None),
+        ({"lora_request": SimpleNamespace(lora_int_id=99, lora_path="p")}, None),  # none was loaded
     ],
 )
 def test_what_is_in_the_key(request_fields, extras):

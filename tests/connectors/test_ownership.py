@@ -1,0 +1,52 @@
+"""Slots named by an operation that has not ended are nobody else's, whatever fails meanwhile."""
+
+import threading
+
+from kvlab.hashing import block_hashes
+from kvlab.stores.wrappers import WrapperStore
+from tests.connectors.engine import BLOCK, connector, engine, generate, prompt, text_ids, worker
+from tests.connectors.test_disk_tier import drain, flip_a_bit, objects
+
+CHUNK = 2 * BLOCK
+SLOT_BYTES = 46080 * BLOCK
+
+
+class Gate(WrapperStore):
+    """A tier that takes nothing until it is let to."""
+
+    opened = threading.Event()
+
+    def put(self, key, value):
+        assert self.opened.wait(200)
+        return super().put(key, value)
+
+
+def test_a_broken_object_that_others_still_need_keeps_its_slots(tmp_path):
+    """One bit on a disk rots, and the disk is slow: the broken object's fresh copy waits to be written while a load
+    that uses it ends, and other objects come for its slots."""
+    short, long = prompt(2 * CHUNK + 1), prompt(3 * CHUNK + 1)
+    others = [list(text_ids()[500 + 20 * at : 500 + 20 * at + CHUNK + 1]) for at in range(7)]
+    disk = f"file://{tmp_path}?size=2GiB"
+    options = {"whole_prompts": False}
+    with engine(["memory://?size=256MiB", disk], **options) as llm:
+        want = generate(llm, [long])[0].tokens
+        drain(llm)
+        second = connector(llm).scheduler.namespaces[0].key(block_hashes(long, BLOCK)[3])
+    (rotten,) = [path for path in objects(tmp_path) if second.rpartition(":")[2] in path.name]
+    flip_a_bit(rotten, [])
+    with engine([f"memory://?size={12 * SLOT_BYTES}", disk], **options) as llm:
+        scheduler, tier = connector(llm).scheduler, worker(llm).engine
+        tier.store_ = gate = Gate(tier.store_)
+        generate(llm, [others[0]], max_tokens=1)  # its write is the one that waits at the gate
+        generate(llm, [short], max_tokens=1)  # finds the second object broken, computes it, saves it
+        assert generate(llm, [long], max_tokens=1)[0].hit == 3 * CHUNK
+        assert len(scheduler.saves.unsettled) >= 2, "the fresh copy is not written yet"
+        for other in others[1:]:
+            generate(llm, [other], max_tokens=1)
+        gate.opened.set()
+        drain(llm)
+        assert not scheduler.index.num_leased_slots
+        assert not worker(llm).counters["slot_mismatch"]
+    with engine(["memory://?size=256MiB", disk], **options) as llm:
+        answer = generate(llm, [long])[0]
+        assert (answer.hit, answer.tokens) == (3 * CHUNK, want)

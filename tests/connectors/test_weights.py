@@ -1,0 +1,102 @@
+"""Weights, and what vLLM derives from its options: KV that other ones computed is never served, nor stored under a
+name that is not its own."""
+
+import pytest
+import torch
+
+from tests.connectors.engine import connector, engine, generate, prompt
+from tests.connectors.test_disk_tier import drain
+
+PROMPT, NEW = prompt(300), prompt(480, ending=0)
+
+
+def change(model) -> None:
+    """As a trainer's update would. (On a CPU the linear layers run from packed copies, so the norms.)"""
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if "layernorm" in name:
+                weights.mul_(1 + 0.5 * torch.randn(weights.shape, generator=rng))
+
+
+@pytest.fixture(scope="module")
+def changed():
+    """What the changed model answers without a cache."""
+    with engine(None) as llm:
+        llm.apply_model(change)
+        return {tuple(p): generate(llm, [p])[0].tokens for p in (PROMPT, NEW)}
+
+
+@pytest.mark.parametrize("memory", [True, False], ids=["memory-and-disk", "disk"])
+def test_a_reset_after_an_update_reaches_every_tier(tmp_path, expected, changed, memory):
+    tiers = ["memory://?size=256MiB"] * memory + [f"file://{tmp_path}?size=1GiB"]
+    with engine(tiers) as llm:
+        assert generate(llm, [PROMPT])[0].tokens == expected(PROMPT)
+        drain(llm)
+        llm.apply_model(change)
+        assert llm.reset_prefix_cache(reset_connector=True) is True
+        for hits in ([0, 0], [299, 479]):
+            answers = generate(llm, [PROMPT, NEW])
+            assert [answer.hit for answer in answers] == hits
+            assert [answer.tokens for answer in answers] == [changed[tuple(PROMPT)], changed[tuple(NEW)]]
+            drain(llm)
+        assert not connector(llm).hook_errors
+    with engine(tiers) as llm:  # with the folder's weights again
+        answers = generate(llm, [PROMPT, NEW])
+        assert [answer.hit for answer in answers] == [299, 288], "of the new prompt what it shares with the first"
+        assert [answer.tokens for answer in answers] == [expected(PROMPT), expected(NEW)]
+
+
+def test_requests_that_run_through_a_reset_are_not_stored(tmp_path, changed):
+    """They began with the old weights: their KV is of both."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    tiers = ["memory://?size=256MiB", f"file://{tmp_path}?size=1GiB"]
+    with engine(tiers, {"max_num_batched_tokens": 64, "enable_chunked_prefill": True}) as llm:
+        vllm = llm.llm_engine
+        vllm.add_request("runs", {"prompt_token_ids": PROMPT}, sampling)
+        for _ in range(3):
+            vllm.step()
+        llm.apply_model(change)
+        connector(llm).reset_cache()  # vLLM itself refuses to while requests run, or makes them begin again
+        while vllm.has_unfinished_requests():
+            vllm.step()
+        drain(llm)
+        answer = generate(llm, [PROMPT])[0]
+        assert (answer.hit, answer.tokens) == (0, changed[tuple(PROMPT)])
+        answer = generate(llm, [PROMPT])[0]
+        assert (answer.hit, answer.tokens) == (299, changed[tuple(PROMPT)])
+
+
+def test_a_reset_that_fails_says_so_and_turns_the_cache_off(expected, monkeypatch):
+    with engine(["memory://?size=256MiB"]) as llm:
+        generate(llm, [PROMPT])
+        monkeypatch.setattr(connector(llm).scheduler.index, "clear", lambda: 1 / 0)
+        assert llm.reset_prefix_cache(reset_connector=True) is False
+        answer = generate(llm, [PROMPT])[0]
+        assert (answer.hit, answer.tokens) == (0, expected(PROMPT))
+
+
+def longrope(max_model_len: int) -> dict:
+    """vLLM takes the long factors where the engine may go beyond 512 tokens, for all prompts."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 100000.0, "original_max_position_embeddings": 512,
+        "short_factor": [1.0] * 32, "long_factor": [1.0 + at / 8 for at in range(32)],
+    }  # fmt: skip
+    overrides = {"rope_parameters": rope, "max_position_embeddings": 2048}
+    return {"hf_overrides": overrides, "max_model_len": max_model_len}
+
+
+def test_longrope_with_another_longest_prompt_is_another_model(tmp_path):
+    tiers = ["memory://?size=64MiB", f"file://{tmp_path}?size=1GiB"]
+    with engine(None, longrope(1024)) as llm:
+        right = generate(llm, [PROMPT])[0].tokens
+    with engine(tiers, longrope(512)) as llm:
+        assert generate(llm, [PROMPT])[0].tokens != right, "factors that change nothing would prove nothing"
+        drain(llm)
+    for hit in (0, 299):
+        with engine(tiers, longrope(1024)) as llm:
+            answer = generate(llm, [PROMPT])[0]
+            assert (answer.hit, answer.tokens) == (hit, right)
+            drain(llm)
