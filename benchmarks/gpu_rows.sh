@@ -11,6 +11,8 @@
 #   pressure  500 requests with evictions, CUDA graphs on (the small model, or KVLAB_MODEL)
 #   tokens    the same tokens with the cache and without, CUDA graphs on (likewise)
 #   faults    the same where loads fail, requests are aborted and freed pages are overwritten at once (likewise)
+#   tenants   nothing that others left in a page is stored (likewise; TENANTS=gemma: several KV cache groups, from 0.32 on)
+#   ranks     the same tokens with two tensor-parallel ranks, on two GPUs
 #   steps     hooks in and out within one engine: what a save and a hit cost, with intervals
 #   first     what first runs cost: SEEDS (7) of them, `none` twice; 1.6 minutes of requests for each
 #   memory    five backends in host memory side by side, three workloads, two runs; 17 minutes
@@ -56,7 +58,9 @@ part() {
         --backends "${TTFT_BACKENDS:-none,vllm-prefix,kvlab,lmcache,vllm-offload}" --rows "$OUT/gpu_ttft.csv" ;;
     pressure) with_graphs tests/connectors/test_pressure.py ;;
     tokens) with_graphs tests/connectors/test_same_tokens.py ;;
-    faults) with_graphs tests/connectors/test_{lost_loads,freed_blocks,aborts}.py ;;
+    faults) with_graphs tests/connectors/test_{lost_loads,freed_blocks,aborts,ownership}.py ;;
+    tenants) with_graphs tests/connectors/test_tenants.py -k "${TENANTS:-demo}" ;;
+    ranks) with_graphs tests/connectors/test_tensor_parallel.py ;;
     steps) "$python" benchmarks/gpu_steps.py "$MODEL" --load-format "$load_format" --rows "$OUT/gpu_steps.csv" ;;
     first)
       seeds=$(seq -s, 0 $((${SEEDS:-7} - 1)))

@@ -1,6 +1,7 @@
 """Reserved memory: where it starts, what it holds, and that the system gives it when told."""
 
 import mmap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,3 +48,16 @@ def test_more_than_the_system_has_is_refused_in_one_line():
 def resident() -> int:
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * mmap.PAGESIZE
+
+
+def test_it_is_left_out_of_core_dumps():
+    memory = reserve(8 << 20)
+    address, flags = memory.ctypes.data, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and ":" not in first:
+            start, end = (int(side, 16) for side in first.split("-"))
+            inside = start <= address < end
+        elif first == "VmFlags:" and inside:
+            flags = rest
+    assert "dd" in flags.split()

@@ -183,3 +183,13 @@ def test_unclean_pages_are_cleared_before_the_step(patient):
     patient.begin(metadata)
     for layer, pages in enumerate(patient.transfer.layout.pages):
         assert [pages[block].unique().tolist() for block in range(BLOCKS)] == [[layer + 1]] * 2 + [[0], [layer + 1]]
+
+
+def test_where_pages_could_not_be_cleared_nothing_is_saved_any_more(patient, monkeypatch):
+    monkeypatch.setattr(patient.transfer, "clear", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        patient.begin(StepMetadata(num_tokens=1, unclean_blocks=[2]))
+    step(patient, saves=[2])
+    report = reported(patient, lambda report: report.settled)
+    assert (report.refused, report.broken) == ({GENERATIONS[2]}, {GENERATIONS[2]})
+    assert handed_on(patient) == [False] * 4

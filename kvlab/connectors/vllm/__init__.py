@@ -138,6 +138,13 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         if self.hook_errors[name] == 1:
             logger.exception("kvlab: %s failed; the request goes on without the cache", name)
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """No: nothing happens within a forward pass. vLLM asks in the process that the user started, where a wrong
+        setting is told at once and not only by an engine process that dies."""
+        ConnectorConfig.from_extra(extra_config)
+        return False
+
     # ---- worker
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:

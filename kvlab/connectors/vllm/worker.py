@@ -83,6 +83,7 @@ class Worker:
         self.counters: Counter[str] = Counter()
         self._owner: list[int | None] = [None] * num_slots  # generations
         self._report = WorkerReport()
+        self._saves = True
         self._lost_blocks: set[int] = set()
         self._finished: set[str] = set()
         self._lost_requests: set[str] = set()
@@ -105,7 +106,7 @@ class Worker:
         """The step's forward pass comes next (some versions of vLLM start loads only after it)."""
         self.transfer.before_writes(metadata.new_blocks)
         if metadata.unclean_blocks:
-            self.transfer.clear(metadata.unclean_blocks)
+            self._clear(metadata.unclean_blocks)
         prefill = metadata.prefill_tokens
         decodes = metadata.num_tokens > 0 and not prefill
         self._num_decodes += decodes
@@ -117,6 +118,15 @@ class Worker:
             self._quiet.set()
         timed = prefill >= MIN_PREFILL_TOKENS or (decodes and self._num_decodes % TIMED_STEPS == 0)
         self._forward = (prefill, self.transfer.clock()) if timed else None
+
+    def _clear(self, block_ids: Sequence[int]) -> None:
+        """Clear pages of which objects will hold more than tokens write. Where that fails nothing is saved any more: a
+        page that was not cleared may be saved at any later step."""
+        try:
+            self.transfer.clear(block_ids)
+        except Exception:
+            self._saves = False
+            raise
 
     def load_now(self, loads: Iterable[RequestLoad]) -> set[int]:
         """Loads that the engine's next work sees, before `begin`. The pages that they could not fill."""
@@ -135,7 +145,7 @@ class Worker:
             self._forward[1].stop()
             self._forwards.append(self._forward)
             self._forward = None
-        ops, metadata.saves = [op for op in metadata.saves if self._is_current(op)], []
+        ops, metadata.saves = [op for op in metadata.saves if self._may_save(op)], []
         if not ops:
             return
         slots = [slot for op in ops for slot in op.slots]
@@ -156,9 +166,9 @@ class Worker:
             if op.write:
                 self._writes.submit(self._write, op, time.monotonic() + self._patience_s)
 
-    def _is_current(self, op: SaveOp) -> bool:
-        """Whether the pages were computed with the adapter that the object's name says; if not, it is not saved."""
-        if not _other_adapter(op.adapter):
+    def _may_save(self, op: SaveOp) -> bool:
+        """Whether the pages hold what the object's name says, as far as that is known; if not, it is not saved."""
+        if self._saves and not _other_adapter(op.adapter):
             return True
         self._unsaved(op)
         return False
