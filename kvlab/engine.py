@@ -6,22 +6,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from kvlab.auth import AuthKey, auth_key
 from kvlab.chunking import Chunker, Span
 from kvlab.container import ALIGNMENT, pack, packed_bytes, unpack
 from kvlab.errors import ConfigError, FormatError, StoreError
-from kvlab.geometry import AXES
-from kvlab.hashing import Extra, Namespace, block_hashes
-from kvlab.serde import Encoded, Serde, get_serde
-from kvlab.serde.wire import from_parts, to_parts
+from kvlab.geometry import AXES, KVGeometry
+from kvlab.hashing import Extra, Namespace, block_hashes, cache_namespace
+from kvlab.serde import Encoded, Serde, get_serde, serde_to_read
+from kvlab.serde.wire import Expected, from_parts, to_parts, token_range
 from kvlab.stores import Store, open_store
 from kvlab.stores.base import Buffer, ValueTooLongError, cut
 from kvlab.stores.direct import aligned_buffer
 
 logger = logging.getLogger("kvlab")
 HEADROOM_BYTES = 64 << 10  # of an object over its KV: the header, and what a codec adds where it cannot compress
+MOST_GROWTH = 4  # times its KV an object may take besides: small chunks with tables of their own come near it
+MAX_TOKEN_BYTES = 16 << 20  # of KV where nothing says how much a token has; models with the most have some 5 MiB
 TOKENS_AXIS = AXES.index("tokens")
 
 
@@ -58,24 +62,43 @@ class CacheEngine:
     Parameters
     ----------
     store : a Store, or a URL for `open_store`; the engine closes what it opened itself.
-    namespace : what makes this KV differ from others' besides the tokens; a str is taken as a model's label.
+    namespace : what makes this KV differ from others' besides the tokens; a str is taken as a model's label. The engine
+        adds what `cache_namespace` adds.
     chunker : chunk and block sizes.
-    serde : name of the serde for what is saved; what is loaded says itself how it was encoded.
+    serde : name of the serde for what is saved; what is loaded says itself which kind encoded it.
+    geometry : the KV's shape and dtype, where they are known: anything else is then refused before it is decoded.
+        Without it the objects of one prompt must agree with each other, and may have up to 16 MiB a token.
+    auth : a key, or the path of its file. What is saved is signed with it; what is not signed with it is a miss.
 
     Nothing a tier does raises here: a failing or lying tier is a miss with a reason, in `stats`; what a tier gives as
-    its own reason is counted as ``tier_<reason>``.
+    its own reason is counted as ``tier_<reason>``. docs/format.md lists the reasons.
     """
 
     def __init__(
-        self, store: Store | str, *, namespace: Namespace | str, chunker: Chunker | None = None, serde: str = "naive"
+        self,
+        store: Store | str,
+        *,
+        namespace: Namespace | str,
+        chunker: Chunker | None = None,
+        serde: str = "naive",
+        geometry: KVGeometry | None = None,
+        auth: AuthKey | str | Path | None = None,
     ) -> None:
         self.chunker = chunker or Chunker()
-        self.namespace = Namespace(namespace) if isinstance(namespace, str) else namespace
+        self.geometry = geometry
+        self.auth = auth_key(auth)
+        named = Namespace(namespace) if isinstance(namespace, str) else namespace
+        self.namespace = cache_namespace(
+            named,
+            chunk_tokens=self.chunker.chunk_tokens,
+            block_tokens=self.chunker.block_tokens,
+            auth=self.auth.id if self.auth else None,
+        )
         self.serde = get_serde(serde)
         self.stats_ = EngineStats()
         self.store_ = open_store(store) if isinstance(store, str) else store
         self._owns_store = isinstance(store, str)
-        self._serdes: dict[str, Serde] = {serde: self.serde}
+        self._serdes: dict[str, Serde] = {self.serde.name: self.serde}
         self._lock = threading.Lock()
         self._rooms = threading.local()
 
@@ -94,12 +117,12 @@ class CacheEngine:
         chunk_keys = [self.namespace.key(key) for key in hashes[step - 1 :: step]]
         run = next((i for i, held in enumerate(self._contains(chunk_keys)) if not held), len(chunk_keys))
         keys += chunk_keys[:run]
-        spans += [Span(i * step, (i + 1) * step) for i in range(run)]
+        spans += [self.chunker.span_to((i + 1) * step) for i in range(run)]
         tails = [self.namespace.key(key) for key in hashes[run * step : (run + 1) * step]]
         held_tails = [i for i, held in enumerate(self._contains(tails)) if held]
         if held_tails:
             keys.append(tails[held_tails[-1]])
-            spans.append(Span(run * step, run * step + held_tails[-1] + 1))
+            spans.append(self.chunker.span_to(run * step + held_tails[-1] + 1))
         end = spans[-1].end_block if spans else 0
         miss = "" if end == len(hashes) else self.store_.why_missing(tails[-1] if tails else chunk_keys[run])
         self._touch(keys)
@@ -114,6 +137,10 @@ class CacheEngine:
         """
         if kv.dim() != len(AXES) or kv.shape[TOKENS_AXIS] != len(token_ids):
             raise ConfigError(f"kv must have axes {AXES} and {len(token_ids)} tokens, got shape {tuple(kv.shape)}")
+        geometry = self.geometry
+        if geometry and (tuple(kv.shape), _name(kv.dtype)) != (geometry.shape(len(token_ids)), geometry.dtype):
+            wanted = f"{geometry.dtype}{list(geometry.shape(len(token_ids)))}"
+            raise ConfigError(f"kv must be {wanted} as the engine's geometry says, got {kv.dtype}{list(kv.shape)}")
         hashes = self.hashes(token_ids, extras)
         block = self.chunker.block_tokens
         spans = self.chunker.spans(len(token_ids))
@@ -121,10 +148,10 @@ class CacheEngine:
         held = self._contains(keys)
         saved = 0
         for span, key, present in zip(spans, keys, held, strict=True):
-            piece = kv[:, span.first_block * block : span.end_block * block]
-            if not present and not self.save_object(key, piece, AXES, num_tokens=span.end_block * block):
+            first, end = span.first_block * block, span.end_block * block
+            if not present and not self.save_object(key, kv[:, first:end], AXES, first_token=first, end_token=end):
                 break
-            saved = span.end_block * block
+            saved = end
         self._touch(keys)
         return saved
 
@@ -135,8 +162,11 @@ class CacheEngine:
         start = time.perf_counter()
         hit = self.lookup(token_ids, extras=extras)
         pieces: list[torch.Tensor] = []
-        for key in hit.keys:
-            piece = self.load_object(key)
+        block = self.chunker.block_tokens
+        for key, span in zip(hit.keys, hit.spans, strict=True):
+            first, end = span.first_block * block, span.end_block * block
+            like = pieces[0] if pieces else None  # pieces that differ are of different models
+            piece = self._load(key, None, self._expected(AXES, first, end, like=like))
             if piece is None:
                 break
             pieces.append(piece)
@@ -155,23 +185,24 @@ class CacheEngine:
         kv: torch.Tensor,
         axes: tuple[str, ...],
         *,
-        num_tokens: int,
+        first_token: int,
+        end_token: int,
         confirm: Callable[[], bool] | None = None,
     ) -> bool:
-        """Encode `kv` and put it under `key`; `num_tokens` is the length of the prefix that ends with it. Where others
+        """Encode `kv`, which holds the tokens [`first_token`, `end_token`) of a prompt, and put it under `key`. Where others
         may write to `kv`, `confirm` says afterwards whether it was this object's while it was encoded; if not, nothing
         is put."""
+        _check_tokens(kv, axes, first_token, end_token)
         start = time.perf_counter()
         try:
             parts, metadata = to_parts(self.serde.encode(kv, axes))
-            metadata |= {
-                "namespace": self.namespace.canonical,
-                "num_tokens": str(num_tokens),
-                "block_tokens": str(self.chunker.block_tokens),
-            }
-            value = pack(key, parts, metadata)
+            metadata |= {"namespace": self.namespace.canonical, **token_range(first_token, end_token)}
+            value = pack(key, parts, metadata, auth=self.auth)
             if confirm is not None and not confirm():
                 self._save_failed("overwritten", key, None)
+                return False
+            if packed_bytes(value) > _most_bytes(kv.numel() * kv.element_size()):
+                self._save_failed("too_large", key, None)
                 return False
             kept = self.store_.put(key, value)
         except StoreError as error:
@@ -186,30 +217,18 @@ class CacheEngine:
             self.stats_.save_s += time.perf_counter() - start
         return True
 
-    def load_object(self, key: str, out: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The KV under `key`, into `out` if given; None on any miss, and then `out` may hold anything. Every byte is
-        checked before it is given out."""
-        start = time.perf_counter()
-        try:
-            value = self.store_.get(key) if out is None else self._read(key, out)
-        except StoreError as error:
-            self._missed(f"tier_{error.reason}", key, error)
-            return None
-        if value is None:
-            self._missed(self.store_.why_missing(key), key, None)
-            return None
-        try:
-            kv = self._decode(value, key, out)
-        except (FormatError, ConfigError) as error:
-            reason = error.reason if isinstance(error, FormatError) else "serde"
-            self._missed(reason, key, error)
-            self._set_aside(key, reason)
-            return None
-        with self._lock:
-            self.stats_.hits += 1
-            self.stats_.loaded_bytes += packed_bytes(value)
-            self.stats_.load_s += time.perf_counter() - start
-        return kv
+    def load_object(
+        self, key: str, out: torch.Tensor | None = None, *, axes: tuple[str, ...], first_token: int, end_token: int
+    ) -> torch.Tensor | None:
+        """The KV of tokens [`first_token`, `end_token`) of a prompt under `key`, into `out` if given; None on any
+        miss, and then `out` may hold anything.
+
+        Every byte is checked before it is given out, and the object must be what is asked for: these tokens and `axes`,
+        the shape and dtype of `out`, or those of the engine's geometry.
+        """
+        if out is not None:
+            _check_tokens(out, axes, first_token, end_token)
+        return self._load(key, out, self._expected(axes, first_token, end_token, out))
 
     def contains_many(self, hashes: Sequence[bytes]) -> list[bool]:
         """Whether each object is here, by hash; a failing tier holds nothing."""
@@ -232,9 +251,65 @@ class CacheEngine:
 
     # ----
 
-    def _read(self, key: str, out: torch.Tensor) -> Buffer | list[memoryview] | None:
+    def _expected(
+        self,
+        axes: tuple[str, ...],
+        first_token: int,
+        end_token: int,
+        out: torch.Tensor | None = None,
+        *,
+        like: torch.Tensor | None = None,
+    ) -> Expected:
+        """What an object of these tokens must be: as `out`, as the geometry says, or as `like` but for its tokens."""
+        tokens, num_tokens = (first_token, end_token), end_token - first_token
+        if out is not None:
+            return Expected(axes, tuple(out.shape), _name(out.dtype), out.numel() * out.element_size(), tokens)
+        shape = [num_tokens if axis == "tokens" else None for axis in axes]
+        dtype, max_bytes = None, num_tokens * MAX_TOKEN_BYTES
+        if like is not None:
+            dtype = _name(like.dtype)
+            shape = [num_tokens if axis == "tokens" else n for axis, n in zip(axes, like.shape, strict=True)]
+        elif self.geometry is not None and axes == AXES:
+            dtype, shape = self.geometry.dtype, list(self.geometry.shape(num_tokens))
+            max_bytes = num_tokens * self.geometry.bytes_per_token
+        return Expected(axes, tuple(shape), dtype, max_bytes, tokens)
+
+    def _load(self, key: str, out: torch.Tensor | None, expected: Expected) -> torch.Tensor | None:
+        """`load_object` with what is expected. An object is set aside only when a second read finds it broken too: a
+        tier that answers with another object's bytes holds this one all the same."""
+        start = time.perf_counter()
+        failed: Exception | None = None
+        for _ in range(2):
+            try:
+                value = self._read(key, out, expected)
+                if value is None:
+                    break
+                kv = self._decode(value, key, out, expected)
+            except StoreError as error:
+                self._missed(f"tier_{error.reason}", key, error)
+                return None
+            except Exception as error:  # also what a serde of another package raises: it must not reach an engine
+                failed = error
+                continue
+            with self._lock:
+                self.stats_.hits += 1
+                self.stats_.loaded_bytes += packed_bytes(value)
+                self.stats_.load_s += time.perf_counter() - start
+            return kv
+        if failed is None:
+            self._missed(self.store_.why_missing(key), key, None)
+            return None
+        reason = failed.reason if isinstance(failed, FormatError) else "error"
+        self._missed(reason, key, failed)
+        if not isinstance(failed, MemoryError):
+            self._set_aside(key, reason)
+        return None
+
+    def _read(self, key: str, out: torch.Tensor | None, expected: Expected) -> Buffer | list[memoryview] | None:
         """The object of KV for `out`: bytes as they are go to where they belong, behind a header of the usual length;
         others to memory that this thread's next read uses again, as filling fresh memory takes as long as a disk."""
+        if out is None:
+            return self._read_whole(key, expected)
         in_place = self.serde.name == "naive" and out.device.type == "cpu" and out.is_contiguous()
         size = ALIGNMENT if in_place else out.nbytes + out.nbytes // 64 + HEADROOM_BYTES
         room = getattr(self._rooms, "room", None)
@@ -244,19 +319,29 @@ class CacheEngine:
         try:
             length = self.store_.get_pieces(key, pieces)
         except ValueTooLongError:
-            return self.store_.get(key)
+            return self._read_whole(key, expected)
         return None if length is None else cut(pieces, length)
 
-    def _decode(self, value: Buffer | Sequence[memoryview], key: str, out: torch.Tensor | None) -> torch.Tensor:
-        container = unpack(value, key)
-        if container.metadata.get("namespace") != self.namespace.canonical:
+    def _read_whole(self, key: str, expected: Expected) -> Buffer | None:
+        """The object in memory of its own, unless it is larger than any object of what is expected."""
+        size, most = self.store_.size_of(key), _most_bytes(expected.max_bytes)
+        if size is not None and size > most:
+            raise FormatError(f"object {key!r} has {size} bytes, at most {most} are expected", reason="too_large")
+        return self.store_.get(key)
+
+    def _decode(
+        self, value: Buffer | Sequence[memoryview], key: str, out: torch.Tensor | None, expected: Expected
+    ) -> torch.Tensor:
+        container = unpack(value, key, auth=self.auth)
+        found = container.metadata
+        if found.get("namespace") != self.namespace.canonical:
             raise FormatError("object belongs to another namespace than its key says", reason="wrong_namespace")
-        encoded: Encoded = from_parts(container.parts, container.metadata)
+        encoded: Encoded = from_parts(container.parts, found, expected)
         serde = self._serdes.get(encoded.serde)
         if serde is None:
-            serde = self._serdes[encoded.serde] = get_serde(encoded.serde)
+            serde = self._serdes[encoded.serde] = serde_to_read(encoded.serde)
         if serde.name != "naive" and not isinstance(value, bytes | bytearray | memoryview) and len(value) > 1:
-            return self._decode(b"".join(value), key, out)  # its parts lie where the KV is to go
+            return self._decode(b"".join(value), key, out, expected)  # its parts lie where the KV is to go
         return serde.decode(encoded, out)
 
     def _contains(self, keys: Sequence[str]) -> list[bool]:
@@ -281,8 +366,9 @@ class CacheEngine:
     def _missed(self, reason: str, key: str, error: Exception | None) -> None:
         with self._lock:
             self.stats_.misses[reason] += 1
+            unforeseen = error if reason == "error" and self.stats_.misses[reason] == 1 else None
         if error is not None:
-            logger.warning("kvlab: %s is a miss (%s): %s", key, reason, error)
+            logger.warning("kvlab: %s is a miss (%s): %s", key, reason, error, exc_info=unforeseen)
 
     def _save_failed(self, reason: str, key: str, error: Exception | None) -> None:
         with self._lock:
@@ -290,6 +376,25 @@ class CacheEngine:
             first = self.stats_.save_failures[reason] == 1
         if first:
             logger.warning("kvlab: %s was not saved (%s): %s", key, reason, error or "the tier cannot hold it")
+
+
+def _check_tokens(kv: torch.Tensor, axes: tuple[str, ...], first_token: int, end_token: int) -> None:
+    """ConfigError unless `kv` can be the KV of tokens [first_token, end_token)."""
+    if not 0 <= first_token < end_token:
+        raise ConfigError(f"an object must hold tokens from 0 on, got [{first_token}, {end_token})")
+    if len(axes) != kv.dim():
+        raise ConfigError(f"axes must name each of {kv.dim()} dimensions, got {axes}")
+    if "tokens" in axes and (held := kv.shape[axes.index("tokens")]) != end_token - first_token:
+        raise ConfigError(f"kv of tokens [{first_token}, {end_token}) must have as many, got {held}")
+
+
+def _most_bytes(kv_bytes: int) -> int:
+    """The largest object that is stored for so many bytes of KV."""
+    return MOST_GROWTH * kv_bytes + HEADROOM_BYTES
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def retrieved_line(num_tokens: int, of_tokens: int, num_bytes: int, seconds: float) -> str:

@@ -15,7 +15,7 @@ from kvlab.container import ALIGNMENT, HASHED_AT_ONCE, MAX_HEADER_BYTES, Part, p
 from kvlab.errors import FormatError
 
 KEY = "kvlab:model:0123456789abcdef:00112233"
-GOLDEN = Path(__file__).parent / "golden" / "container.v1.safetensors"
+GOLDEN = Path(__file__).parent / "golden" / "container.v2.safetensors"
 
 
 def sample() -> bytes:
@@ -76,7 +76,7 @@ def test_arbitrary_bytes_are_a_format_error(data):
         (KEY, sample() + b"x", "corrupt"),
         (KEY, b"", "truncated"),
         (KEY, (2**60).to_bytes(8, "little") + b"{}", "corrupt"),
-        (KEY, sample().replace(b'"kvlab":"1"', b'"kvlab":"9"'), "version"),
+        (KEY, sample().replace(b'"kvlab":"2"', b'"kvlab":"9"'), "version"),
     ],
 )
 def test_reasons(key, value, reason):
@@ -117,3 +117,25 @@ def test_a_save_lets_the_engine_run_while_it_hashes_and_a_load_keeps_the_interpr
     unpack(stored, KEY)
     assert sum(hashed_at_once) == len(stored)
     assert max(hashed_at_once) == HASHED_AT_ONCE
+
+
+def hostile(header: bytes, data: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+LONG = MAX_HEADER_BYTES // 4
+HOSTILE_HEADERS = {
+    "a number of many digits": b'{"__metadata__":{"kvlab":"1"},"p":{"dtype":"U8","shape":[' + b"9" * LONG + b"]}}",
+    "a shape of many sizes": b'{"p":{"dtype":"U8","shape":[' + b"9," * LONG + b'9],"data_offsets":[0,0]}}',
+    "lists in lists": b"[" * LONG + b"]" * LONG,
+}
+
+
+@pytest.mark.parametrize("header", HOSTILE_HEADERS.values(), ids=HOSTILE_HEADERS)
+def test_a_header_is_not_read_before_its_checksum(header, monkeypatch):
+    def parsed(*_args, **_more):
+        raise AssertionError("the header was parsed though its checksum is wrong")
+
+    monkeypatch.setattr(container.json, "loads", parsed)
+    with pytest.raises(FormatError):
+        unpack(hostile(header), KEY)
