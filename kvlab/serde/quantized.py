@@ -219,10 +219,6 @@ def checked_parts(serde: str, encoded: Encoded, shapes: Shapes) -> None:
 
 def _params(encoded: Encoded) -> tuple[tuple[str, str], int]:
     k, v, group = (encoded.params.get(key) for key in ("k", "v", "group"))
-    if (
-        not (isinstance(k, str) and isinstance(v, str) and k in MODES and v in MODES)
-        or type(group) is not int
-        or not 0 <= group <= MAX_GROUP
-    ):
+    if k not in MODES or v not in MODES or type(group) is not int or not 0 <= group <= MAX_GROUP:
         raise FormatError(f"scaled KV needs modes for k and v and a group, got {str(encoded.params)[:120]}")
     return (k, v), group

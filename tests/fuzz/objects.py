@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -142,26 +143,26 @@ def change_metadata(header: Metadata, data: bytes, source: random.Random) -> byt
 
 
 def change_size(header: Metadata, data: bytes, source: random.Random) -> bytes:
-    """An axis of the KV together with all parts that have an axis of this length: what is wrong is seen late, if at
+    """Some axes of the KV together with all parts that have axes of these lengths: what is wrong is seen late, if at
     all. Data is cut, or padded with zeros or noise."""
     metadata = header["__metadata__"]
     shape = json.loads(metadata["shape"])
-    at = source.randrange(len(shape))
-    before, after = shape[at], source.choice((0, 1, 2, 7, 16, 31, 64, 300, 4096, 1 << 20))
-    shape[at] = after
+    lengths: dict[int, int] = {}
+    for at in source.sample(range(len(shape)), source.choice((1, 1, 1, 2, 3))):
+        after = source.choice((0, 0, 1, 2, 7, 16, 31, 64, 300, 4096, 1 << 20, 1 << 40))
+        lengths[shape[at]], shape[at] = after, after
     metadata["shape"] = json.dumps(shape)
     offset, pieces = 0, []
     fill = source.choice((b"\0", b"\xff", b"\x7f", b"\x01"))
+    keeps = source.random() < 0.5  # what the data is too short for
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         start, stop = entry["data_offsets"]
-        factor = 1
-        for index, length in enumerate(entry["shape"]):
-            if length in (before, 2 * before) and source.random() < 0.8:
-                entry["shape"][index] = length // max(before, 1) * after
-            factor *= entry["shape"][index]
-        size = min(factor * ITEM_BYTES[entry["dtype"]], 1 << 20)
+        if entry["shape"] == [stop - start] and keeps:  # a list of bytes that goes with no axis
+            entry["shape"] = [0 if 0 in lengths.values() else stop - start]
+        entry["shape"] = [lengths.get(length, length) for length in entry["shape"]]
+        size = min(prod(entry["shape"]) * ITEM_BYTES[entry["dtype"]], 1 << 20)
         pieces.append(data[start:stop][:size].ljust(size, fill))
         entry["data_offsets"] = [offset, offset + size]
         offset += size
