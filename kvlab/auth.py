@@ -43,7 +43,7 @@ class AuthKey:
         Raises ConfigError where it cannot be read, or where others than its owner can read or write it.
         """
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=_without_waiting) as file:
                 about = os.fstat(file.fileno())
                 secret = file.read(MAX_BYTES + 1) if stat.S_ISREG(about.st_mode) else b""
         except (OSError, ValueError) as error:
@@ -76,6 +76,11 @@ class AuthKey:
 def auth_key(auth: "AuthKey | str | Path | None") -> AuthKey | None:
     """`auth` itself, or the key in the file that it names."""
     return auth if auth is None or isinstance(auth, AuthKey) else AuthKey.from_file(auth)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """To open a pipe would wait for its writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _blake3() -> Any:
