@@ -104,7 +104,8 @@ def pack(
     if auth is not None:
         head[places[_MAC]] = auth.mac([bytes(head), *data]).encode()
     digest = xxhash.xxh3_128()  # lets go of the interpreter: a save is in no hurry, and the engine must not wait
-    for piece in (bytes(head), *data):
+    pieces: list[Buffer] = [bytes(head), *data]
+    for piece in pieces:
         digest.update(piece)
     head[places[_CHECKSUM]] = digest.hexdigest().encode()
     return [bytes(head), *data]

@@ -13,6 +13,7 @@ FLOORS = [
     ["auth", "geometry", "hostmemory"],
     ["chunking", "hashing", "container", "sizing"],
     ["serde", "stores", "paged"],
+    ["objects"],
     ["engine"],
     ["connectors", "plotting", "testing", "capture"],
     ["bench"],

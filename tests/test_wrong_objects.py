@@ -9,10 +9,11 @@ import torch
 from kvlab import serde as serdes
 from kvlab.chunking import Chunker
 from kvlab.container import MAX_HEADER_BYTES, pack
-from kvlab.engine import MAX_TOKEN_BYTES, MOST_GROWTH, CacheEngine
+from kvlab.engine import CacheEngine
 from kvlab.errors import ConfigError, FormatError
 from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Namespace, cache_namespace
+from kvlab.objects import MAX_TOKEN_BYTES, MOST_GROWTH
 from kvlab.serde import Encoded, get_serde, serde_to_read
 from kvlab.serde.wire import Expected, from_parts, to_parts, token_range
 from kvlab.stores import open_store
