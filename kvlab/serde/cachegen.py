@@ -61,8 +61,7 @@ class CacheGenSerde(Serde):
                     f"tables must be a file made by kvlab profile, or a digest in use; got {tables[:300]!r}"
                 )
             tables = known or load_tables(tables, number)
-        self.tables = tables
-        _LOADED[tables.digest] = tables
+        self.tables = _LOADED.setdefault(tables.digest, tables)  # a second copy would go, and take the entry along
 
     @property
     def spec(self) -> str:
