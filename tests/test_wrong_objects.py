@@ -67,6 +67,7 @@ def reason(engine):
         (kv_of(33), 32, 64, "wrong_shape"),
         (kv_of(32, layers=3), 32, 64, "wrong_shape"),
         (kv_of(32)[..., :4], 32, 64, "wrong_shape"),
+        (kv_of(32, layers=0), 32, 64, "wrong_shape"),
         (kv_of(32, dtype=torch.bfloat16), 32, 64, "wrong_dtype"),
     ],
 )
@@ -88,6 +89,21 @@ def test_permuted_axes_of_the_same_shape(engine):
     put(engine, engine.lookup(IDS[:32]).keys[0], kv_of(32), 0, 32, axes=turned)
     assert engine.retrieve(IDS[:32]) == (0, None)
     assert reason(engine) == "wrong_axes"
+
+
+def test_an_object_without_layers_or_numbers_is_no_kv(engine):
+    for empty in (kv_of(32, layers=0), kv_of(32)[..., :0], kv_of(32)[:, :, :0]):
+        engine.stats_.misses.clear()
+        put(engine, engine.namespace.key(engine.hashes(IDS)[3]), empty, 0, 32)
+        assert engine.retrieve(IDS) == (0, None)
+        assert reason(engine) == "wrong_shape"
+
+
+def test_a_reader_that_knows_the_number_of_axes_takes_no_other():
+    parts, metadata = to_parts(get_serde("naive").encode(kv_of(32), AXES))
+    with pytest.raises(FormatError) as caught:
+        from_parts(parts, metadata, Expected(shape=(None, 32)))
+    assert caught.value.reason == "wrong_shape"
 
 
 def test_with_a_geometry_the_first_object_must_fit_it_too(store):

@@ -36,8 +36,9 @@ MAX_DECODED_BYTES = 1 << 30  # of KV that a reader takes who does not say what i
 
 @dataclass(frozen=True)
 class Expected:
-    """What a reader takes a stored tensor for; None is anything. `max_bytes` bounds what decoding may allocate,
-    `tokens` are the first token of a prompt that it holds and the end (exclusive)."""
+    """What a reader takes a stored tensor for; None is anything, for a size in `shape` anything but 0. `max_bytes`
+    bounds what decoding may allocate, `tokens` are the first token of a prompt that it holds and the end
+    (exclusive)."""
 
     axes: tuple[str, ...] | None = None
     shape: tuple[int | None, ...] | None = None
@@ -60,7 +61,7 @@ class Expected:
             raise FormatError(f"dtype must be {self.dtype}, the object has {dtype}", reason="wrong_dtype")
         if self.shape is not None and (
             len(shape) != len(self.shape)
-            or any(wanted not in (None, n) for wanted, n in zip(self.shape, shape, strict=True))
+            or any((n < 1) if wanted is None else (n != wanted) for wanted, n in zip(self.shape, shape, strict=True))
         ):
             raise FormatError(f"shape must be {self.shape}, the object has {shape}", reason="wrong_shape")
         num_bytes = prod(shape) * KV_DTYPES[dtype].itemsize
