@@ -1,4 +1,4 @@
-"""A folder that engines with other settings write to: other chunk sizes, a key, no key. Nobody's objects but one's own."""
+"""A folder that engines with other settings write to: other chunk sizes, a key, no key. Each finds its own objects alone."""
 
 import pytest
 
