@@ -1,4 +1,4 @@
-"""A folder that engines with other settings write to: other chunk sizes, a key, no key. Each finds its own objects alone."""
+"""A folder that engines with other settings write to: another chunk size, a key. Each finds its own objects alone."""
 
 import pytest
 
