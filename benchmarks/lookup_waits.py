@@ -42,14 +42,15 @@ def measure(url: str, *, saving: bool, skipped: bool, seconds: float) -> dict[st
         admission.forward(NUM_TOKENS, 0.013)
         for _ in range(64):
             admission.answered(held=False)
-    lookup = Lookup(asked, Chunker(), [NAMESPACE], 1.0, admission, HeldBelow(), Counter())
+    lookup = Lookup(asked, Chunker(), [engine.namespace], 1.0, admission, HeldBelow(), Counter())
     kv = [torch.randint(0, 255, (NUM_TOKENS, 28, TOKEN_BYTES // 28), dtype=torch.uint8) for _ in range(4)]
     over, saved = threading.Event(), [0]
 
     def save() -> None:
         while not over.wait(0.045):
-            name = NAMESPACE.key(saved[0].to_bytes(32, "big"))
-            engine.save_object(name, kv[saved[0] % 4], ("blocks", "layers", "page_bytes"), num_tokens=NUM_TOKENS)
+            name = engine.namespace.key(saved[0].to_bytes(32, "big"))
+            axes = ("blocks", "layers", "page_bytes")
+            engine.save_object(name, kv[saved[0] % 4], axes, first_token=0, end_token=NUM_TOKENS)
             saved[0] += 1
 
     saver = threading.Thread(target=save)

@@ -53,7 +53,7 @@ def make_worker(url, most):
     engine = CacheEngine(open_store(url), namespace=Namespace("bench"), chunker=Chunker(CHUNK, BLOCK))
     worker = Worker(Arena(layout, blocks), blocks, engine)
     for chunk in range(most):
-        kept = engine.save_object(engine.namespace.key(name(chunk)), content(chunk), PAGE_AXES, num_tokens=CHUNK)
+        kept = engine.save_object(engine.namespace.key(name(chunk)), content(chunk), PAGE_AXES, **place(chunk))
         assert kept
     return worker
 
@@ -62,6 +62,10 @@ def make_worker(url, most):
 def content(chunk):
     rng = np.random.default_rng(chunk)
     return torch.from_numpy(rng.integers(0, 255, (BLOCKS, LAYERS, PAGE), dtype=np.uint8))
+
+
+def place(chunk):
+    return {"first_token": chunk * CHUNK, "end_token": (chunk + 1) * CHUNK}
 
 
 def name(chunk):
@@ -74,9 +78,7 @@ def load(worker, count):
     ops = []
     for chunk in range(count):
         slots = tuple(range(chunk * BLOCKS, (chunk + 1) * BLOCKS))
-        ops.append(
-            LoadOp(name(chunk), chunk, slots, slots, slots, chunk * CHUNK, (chunk + 1) * CHUNK, CHUNK, fetch=True)
-        )
+        ops.append(LoadOp(name(chunk), chunk, slots, slots, slots, **place(chunk), num_tokens=CHUNK, fetch=True))
     worker.load(StepMetadata([RequestLoad("r", ops, count * CHUNK, is_async=True)]))
     while "r" not in worker.take_finished()[0]:
         time.sleep(0.001)

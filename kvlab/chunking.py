@@ -57,5 +57,9 @@ class Chunker:
     def spans(self, num_tokens: int) -> list[Span]:
         """All full chunks of a prompt of `num_tokens` tokens, then its tail if one full block or more is left."""
         total = self.num_blocks(num_tokens)
-        starts = range(0, total, self.chunk_blocks)
-        return [Span(start, min(start + self.chunk_blocks, total)) for start in starts]
+        return [self.span_to(min(start + self.chunk_blocks, total)) for start in range(0, total, self.chunk_blocks)]
+
+    def span_to(self, end_block: int) -> Span:
+        """The object that ends with `end_block` (exclusive). It begins at the last multiple of a chunk before that, so
+        where an object ends says where it begins."""
+        return Span((end_block - 1) // self.chunk_blocks * self.chunk_blocks, end_block)

@@ -1,10 +1,11 @@
 """The one byte format of every tier: a safetensors file whose header is padded so that data starts at byte 4,096.
 
-`safetensors` opens a chunk as it is. kvlab's own fields stand in ``__metadata__``. The checksum covers every
-byte, header included (its own hex digits read as zeros), and is checked together with format version, key and
-lengths before anything is used. Layout: docs/format.md.
+`safetensors` opens a chunk as it is. kvlab's own fields stand in ``__metadata__``, and the first of them, the *seal*,
+at fixed places: format version, length, a checksum and a MAC over every byte, header included. So a reader checks
+the bytes before it interprets any of them, and then within limits. Layout: docs/format.md.
 """
 
+import hmac
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,20 +15,32 @@ from typing import Any, TypeAlias
 
 import xxhash
 
-from kvlab.errors import FormatError
+from kvlab.auth import AuthKey
+from kvlab.errors import ConfigError, FormatError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
-VERSION = "1"
+VERSION = "2"
 ALIGNMENT = 4096  # direct I/O wants data at a page boundary
-MAX_HEADER_BYTES = 1 << 20  # a header that claims more is hostile or broken; nothing is allocated for it
+# Limits of a header. The largest that a kind of kvlab writes has 12 parts and 2 KB besides key and namespace.
+MAX_HEADER_BYTES = 16 << 10
+MAX_PARTS = 64
+MAX_DIMS = 8
+MAX_DIGITS = 15
+MAX_ELEMENTS = 1 << 47  # of a part, an empty axis counted as one: strides are computed for those too
 ITEM_BYTES = {
     "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8,
 }  # fmt: skip
 HASHED_AT_ONCE = 1 << 16
-_CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{32})"')
-_NO_CHECKSUM = b"0" * 32
+_START = b'{"__metadata__":{"kvlab":"'
+_SEAL = re.compile(
+    re.escape(_START + VERSION.encode())
+    + rb'","bytes":"([0-9]{15})","checksum":"([0-9a-f]{32})","mac":"([0-9a-f]{64})","key":"'
+)
+_BYTES, _CHECKSUM, _MAC = 1, 2, 3  # groups of the pattern
+_BLANK = {"kvlab": VERSION, "bytes": "0" * MAX_DIGITS, "checksum": "0" * 32, "mac": "0" * 64}
+_NO_MAC = _BLANK["mac"].encode()
 
 
 @dataclass(frozen=True)
@@ -51,8 +64,14 @@ class Container:
     metadata: dict[str, str]
 
 
-def pack(key: str, parts: Mapping[str, Part], metadata: Mapping[str, str] | None = None) -> list[Buffer]:
-    """The object as buffers to be written one after the other: header, then each part's data, uncopied."""
+def pack(
+    key: str, parts: Mapping[str, Part], metadata: Mapping[str, str] | None = None, *, auth: AuthKey | None = None
+) -> list[Buffer]:
+    """The object as buffers to be written one after the other: header, then each part's data, uncopied.
+
+    With `auth` it carries a MAC. Raises FormatError for a part whose data does not fit its shape, ConfigError where the
+    header would be longer than a reader takes.
+    """
     entries: dict[str, Any] = {}
     offset = 0
     for name, part in parts.items():
@@ -63,19 +82,33 @@ def pack(key: str, parts: Mapping[str, Part], metadata: Mapping[str, str] | None
             )
         entries[name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [offset, offset + size]}
         offset += size
-    fields = {**(metadata or {}), "kvlab": VERSION, "key": key, "checksum": _NO_CHECKSUM.decode()}
-    header = json.dumps({"__metadata__": fields, **entries}, separators=(",", ":")).encode()
-    padded = -(-(8 + len(header)) // ALIGNMENT) * ALIGNMENT - 8
-    head = padded.to_bytes(8, "little") + header.ljust(padded)
+    fields = {**_BLANK, "key": key, **(metadata or {})}
+    if len(fields) != len(_BLANK) + 1 + len(metadata or {}):
+        raise ConfigError(f"metadata must not use the names of the seal: {', '.join(_BLANK)}, key")
+    text = json.dumps({"__metadata__": fields, **entries}, separators=(",", ":")).encode()
+    padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
+    if padded > MAX_HEADER_BYTES:
+        raise ConfigError(
+            f"the header of an object must fit {MAX_HEADER_BYTES} bytes, this one has {len(text)}; "
+            "shorten its key or its namespace"
+        )
+    head = bytearray(padded.to_bytes(8, "little") + text.ljust(padded))
     data = [
         part.data.cast("B") if part.data.format != "B" or part.data.ndim != 1 else part.data for part in parts.values()
     ]
-    digest = xxhash.xxh3_128()  # lets go of the interpreter: a save is in no hurry, and the engine waits for nobody
-    pieces: list[Buffer] = [head, *data]
+    seal = _SEAL.match(head, 8)
+    assert seal is not None, "pack writes what unpack looks for"
+    places = {group: slice(*seal.span(group)) for group in (_BYTES, _CHECKSUM, _MAC)}
+    del seal  # it holds on to `head`
+    head[places[_BYTES]] = b"%0*d" % (MAX_DIGITS, len(head) + offset)
+    if auth is not None:
+        head[places[_MAC]] = auth.mac([bytes(head), *data]).encode()
+    digest = xxhash.xxh3_128()  # lets go of the interpreter: a save is in no hurry, and the engine must not wait
+    pieces: list[Buffer] = [bytes(head), *data]
     for piece in pieces:
         digest.update(piece)
-    at = head.index(b'"checksum":"' + _NO_CHECKSUM) + len(b'"checksum":"')
-    return [head[:at] + digest.hexdigest().encode() + head[at + 32 :], *data]
+    head[places[_CHECKSUM]] = digest.hexdigest().encode()
+    return [bytes(head), *data]
 
 
 def packed_bytes(value: Buffer | Sequence[Buffer]) -> int:
@@ -84,49 +117,53 @@ def packed_bytes(value: Buffer | Sequence[Buffer]) -> int:
     return sum(memoryview(piece).nbytes for piece in pieces)
 
 
-def unpack(value: Buffer | Sequence[memoryview], key: str) -> Container:
+def unpack(value: Buffer | Sequence[memoryview], key: str, *, auth: AuthKey | None = None) -> Container:
     """Open an object, or raise FormatError with a one-word reason; no byte is used before all checks passed.
 
-    Checked: lengths, header, format version, `key` (so that another object's content under this name is seen),
-    checksum over every byte. Parts are views into `value`; where that is two buffers, into the second if this begins
-    behind the header, else into a copy of both.
+    Checked, in this order: format version, length, the checksum over every byte, where `auth` is given the MAC too;
+    then the header, within the limits above, and `key`, so that another object's content under this name is seen. A
+    MAC that the reader has no key for is passed over. Parts are views into `value`; where that is two buffers, into
+    the second if this begins behind the header, else into a copy of both.
     """
     head, data = _head_and_data(value, key)
-    num_bytes = len(head) + data.nbytes
-    try:
-        header = json.loads(head[8:])
-        metadata = header.pop("__metadata__")
-        if metadata["kvlab"] != VERSION:
-            raise FormatError(
-                f"object {key!r} has format version {metadata['kvlab']!r}, this kvlab reads {VERSION!r}",
-                reason="version",
-            )
-        parts, end = _parts(header, data)
-    except FormatError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"object {key!r} has a broken header: {error!r}"[:300]) from error
-    if len(head) + end != num_bytes:
-        raise FormatError(
-            f"object {key!r} must hold {len(head) + end} bytes, got {num_bytes}",
-            reason="truncated" if len(head) + end > num_bytes else "corrupt",
-        )
-    if metadata.get("key") != key:
-        raise FormatError(f"object under {key!r} says it is {metadata.get('key')!r}"[:300], reason="wrong_key")
-    found = _CHECKSUM.search(head)
-    if found is None or found[1].decode() != metadata.get("checksum"):
-        raise FormatError(f"object {key!r} carries no checksum")
-    head = head[: found.start(1)] + _NO_CHECKSUM + head[found.end(1) :]
-    if _digest(head, data) != metadata["checksum"]:
-        raise FormatError(f"object {key!r} does not match its checksum", reason="checksum")
-    return Container(parts, metadata)
+    seal = _SEAL.match(head, 8)
+    if seal is None:
+        known = head.startswith(_START, 8) and not head.startswith(VERSION.encode() + b'"', 8 + len(_START))
+        reason = "version" if known else "corrupt"
+        raise FormatError(f"object {key!r} does not begin as format {VERSION} does", reason=reason)
+    said, num_bytes = int(seal[_BYTES]), len(head) + data.nbytes
+    if said != num_bytes:
+        reason = "truncated" if said > num_bytes else "corrupt"
+        raise FormatError(f"object {key!r} must hold {said} bytes, got {num_bytes}", reason=reason)
+    _check_seal(seal, head, data, key, auth)
+    metadata, entries = _header(head, key)
+    if metadata["key"] != key:
+        raise FormatError(f"object under {key!r} says it is {metadata['key']!r}"[:300], reason="wrong_key")
+    return Container(_parts(entries, data, key), metadata)
+
+
+def parse_json(text: str) -> Any:
+    """The value of JSON that others wrote; ValueError or RecursionError where it is none. No number has more than
+    `MAX_DIGITS` digits: Python reads a long one in time that grows with its square."""
+    return json.loads(text, parse_int=_int, parse_constant=_constant)
+
+
+def _int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
 
 
 def _head_and_data(value: Buffer | Sequence[memoryview], key: str) -> tuple[bytes, memoryview]:
     """The header with its length in front, and what follows it."""
     if not isinstance(value, bytes | bytearray | memoryview):
         first, *rest = value
-        if len(rest) == 1 and first.nbytes >= 8 and 8 + int.from_bytes(first[:8], "little") == first.nbytes:
+        header_bytes = int.from_bytes(first[:8], "little") if first.nbytes >= 8 else -1
+        if len(rest) == 1 and 8 + header_bytes == first.nbytes and header_bytes <= MAX_HEADER_BYTES:
             return bytes(first), rest[0]
         value = b"".join(value)
     view = memoryview(value).cast("B")
@@ -140,6 +177,27 @@ def _head_and_data(value: Buffer | Sequence[memoryview], key: str) -> tuple[byte
     return bytes(view[: 8 + header_bytes]), view[8 + header_bytes :]
 
 
+def _check_seal(seal: re.Match[bytes], head: bytes, data: memoryview, key: str, auth: AuthKey | None) -> None:
+    """FormatError unless the bytes are those that were sealed. The checksum is of all bytes with zeros for its own
+    digits, the MAC of all with zeros for both. Beside a MAC the checksum costs little, and tells accidents from
+    forgeries."""
+    head = _without(head, seal, _CHECKSUM)
+    if _digest(head, data) != seal[_CHECKSUM].decode():
+        raise FormatError(f"object {key!r} does not match its checksum", reason="checksum")
+    if auth is None:
+        return
+    if seal[_MAC] == _NO_MAC:
+        raise FormatError(f"object {key!r} carries no MAC, and this reader wants one", reason="auth")
+    if not hmac.compare_digest(auth.mac((_without(head, seal, _MAC), data)), seal[_MAC].decode()):
+        raise FormatError(f"object {key!r} was not sealed with key {auth.id}, or was changed", reason="auth")
+
+
+def _without(head: bytes, seal: re.Match[bytes], group: int) -> bytes:
+    """The header with zeros for this field of its seal."""
+    start, end = seal.span(group)
+    return head[:start] + b"0" * (end - start) + head[end:]
+
+
 def _digest(*pieces: Buffer) -> str:
     """XXH3-128 of `pieces` in a row, for a load: in bites so small that xxhash keeps the interpreter, as to get it back
     from a busy engine takes up to 5 ms, and hashing 14 MiB 0.7."""
@@ -151,16 +209,38 @@ def _digest(*pieces: Buffer) -> str:
     return digest.hexdigest()
 
 
-def _parts(header: dict[str, Any], data: memoryview) -> tuple[dict[str, Part], int]:
-    """Parts of a parsed header, which must follow each other without holes; and where the last one ends."""
+def _header(head: bytes, key: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Metadata and entries of the parts."""
+    try:
+        entries = parse_json(head[8:].decode())
+        metadata = entries.pop("__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"object {key!r} has a broken header: {error!r}"[:300]) from error
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise FormatError(f"object {key!r} has metadata that is not text")
+    if len(entries) > MAX_PARTS:
+        raise FormatError(f"object {key!r} has {len(entries)} parts, more than {MAX_PARTS}")
+    if not isinstance(metadata.get("key"), str):
+        raise FormatError(f"object {key!r} does not say its key")
+    return metadata, entries
+
+
+def _parts(entries: dict[str, Any], data: memoryview, key: str) -> dict[str, Part]:
+    """The parts, which must fill `data` one after the other without holes."""
     parts: dict[str, Part] = {}
     end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, stop = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        sane = all(type(n) is int and 0 <= n < 1 << 48 for n in (start, stop, *shape))
-        if not sane or start != end or stop - start != prod(shape) * ITEM_BYTES[entry["dtype"]]:
-            raise FormatError(f"part {name!r} does not fit its place: {entry}"[:300])
-        parts[name] = Part(entry["dtype"], shape, data[start:stop])
-        end = stop
-    return parts, end
+    try:
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
+            if len(shape) > MAX_DIMS or not all(type(n) is int and n >= 0 for n in (start, stop, *shape)):
+                raise ValueError(f"part {name!r} has no such place: {entry}")
+            spread = prod(max(n, 1) for n in shape)
+            if start != end or spread > MAX_ELEMENTS or stop - start != prod(shape) * ITEM_BYTES[entry["dtype"]]:
+                raise ValueError(f"part {name!r} does not fit its place: {entry}")
+            parts[name] = Part(entry["dtype"], shape, data[start:stop])
+            end = stop
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"object {key!r} has a broken header: {error!r}"[:300]) from error
+    if end != data.nbytes:
+        raise FormatError(f"the parts of object {key!r} hold {end} of its {data.nbytes} bytes of data")
+    return parts

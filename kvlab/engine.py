@@ -1,27 +1,20 @@
 """CacheEngine joins the rooms: tokens -> chunks -> keys -> serde -> container -> store, and back."""
 
-import logging
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from kvlab.auth import AuthKey, auth_key
 from kvlab.chunking import Chunker, Span
-from kvlab.container import ALIGNMENT, pack, packed_bytes, unpack
-from kvlab.errors import ConfigError, FormatError, StoreError
-from kvlab.geometry import AXES
-from kvlab.hashing import Extra, Namespace, block_hashes
-from kvlab.serde import Encoded, Serde, get_serde
-from kvlab.serde.wire import from_parts, to_parts
-from kvlab.stores import Store, open_store
-from kvlab.stores.base import Buffer, ValueTooLongError, cut
-from kvlab.stores.direct import aligned_buffer
+from kvlab.errors import ConfigError
+from kvlab.geometry import AXES, KVGeometry
+from kvlab.hashing import Extra, Namespace, block_hashes, cache_namespace
+from kvlab.objects import ObjectCache, logger, name_of
+from kvlab.stores import Store
 
-logger = logging.getLogger("kvlab")
-HEADROOM_BYTES = 64 << 10  # of an object over its KV: the header, and what a codec adds where it cannot compress
 TOKENS_AXIS = AXES.index("tokens")
 
 
@@ -38,48 +31,43 @@ class Hit:
     miss: str = ""
 
 
-@dataclass
-class EngineStats:
-    """Counters since the engine was made. Seconds run to the end of decoding, bytes are those on the medium."""
-
-    hits: int = 0
-    misses: Counter[str] = field(default_factory=Counter)  # by reason
-    loaded_bytes: int = 0
-    load_s: float = 0.0
-    saved: int = 0
-    save_failures: Counter[str] = field(default_factory=Counter)
-    saved_bytes: int = 0
-    save_s: float = 0.0
-
-
-class CacheEngine:
+class CacheEngine(ObjectCache):
     """KV of prompts in a store.
 
     Parameters
     ----------
     store : a Store, or a URL for `open_store`; the engine closes what it opened itself.
-    namespace : what makes this KV differ from others' besides the tokens; a str is taken as a model's label.
+    namespace : what makes this KV differ from others' besides the tokens; a str is taken as a model's label. The engine
+        adds what `cache_namespace` adds.
     chunker : chunk and block sizes.
-    serde : name of the serde for what is saved; what is loaded says itself how it was encoded.
+    serde : name of the serde for what is saved; what is loaded says itself which kind encoded it.
+    geometry : the KV's shape and dtype, where they are known: anything else is then refused before it is decoded.
+        Without it the objects of one prompt must agree with each other, and may have up to 16 MiB a token.
+    auth : a key, or the path of its file. What is saved is signed with it; what is not signed with it is a miss.
 
     Nothing a tier does raises here: a failing or lying tier is a miss with a reason, in `stats`; what a tier gives as
-    its own reason is counted as ``tier_<reason>``.
+    its own reason is counted as ``tier_<reason>``. docs/format.md lists the reasons.
     """
 
     def __init__(
-        self, store: Store | str, *, namespace: Namespace | str, chunker: Chunker | None = None, serde: str = "naive"
+        self,
+        store: Store | str,
+        *,
+        namespace: Namespace | str,
+        chunker: Chunker | None = None,
+        serde: str = "naive",
+        geometry: KVGeometry | None = None,
+        auth: AuthKey | str | Path | None = None,
     ) -> None:
         self.chunker = chunker or Chunker()
-        self.namespace = Namespace(namespace) if isinstance(namespace, str) else namespace
-        self.serde = get_serde(serde)
-        self.stats_ = EngineStats()
-        self.store_ = open_store(store) if isinstance(store, str) else store
-        self._owns_store = isinstance(store, str)
-        self._serdes: dict[str, Serde] = {serde: self.serde}
-        self._lock = threading.Lock()
-        self._rooms = threading.local()
-
-    # ---- whole prompts
+        key = auth_key(auth)
+        named = cache_namespace(
+            Namespace(namespace) if isinstance(namespace, str) else namespace,
+            chunk_tokens=self.chunker.chunk_tokens,
+            block_tokens=self.chunker.block_tokens,
+            auth=key.id if key else None,
+        )
+        super().__init__(store, namespace=named, serde=serde, geometry=geometry, auth=key)
 
     def hashes(self, token_ids: Sequence[int], extras: Mapping[int, Sequence[Extra]] | None = None) -> list[bytes]:
         """The chain's hash at every full block of `token_ids`."""
@@ -94,12 +82,12 @@ class CacheEngine:
         chunk_keys = [self.namespace.key(key) for key in hashes[step - 1 :: step]]
         run = next((i for i, held in enumerate(self._contains(chunk_keys)) if not held), len(chunk_keys))
         keys += chunk_keys[:run]
-        spans += [Span(i * step, (i + 1) * step) for i in range(run)]
+        spans += [self.chunker.span_to((i + 1) * step) for i in range(run)]
         tails = [self.namespace.key(key) for key in hashes[run * step : (run + 1) * step]]
         held_tails = [i for i, held in enumerate(self._contains(tails)) if held]
         if held_tails:
             keys.append(tails[held_tails[-1]])
-            spans.append(Span(run * step, run * step + held_tails[-1] + 1))
+            spans.append(self.chunker.span_to(run * step + held_tails[-1] + 1))
         end = spans[-1].end_block if spans else 0
         miss = "" if end == len(hashes) else self.store_.why_missing(tails[-1] if tails else chunk_keys[run])
         self._touch(keys)
@@ -114,6 +102,10 @@ class CacheEngine:
         """
         if kv.dim() != len(AXES) or kv.shape[TOKENS_AXIS] != len(token_ids):
             raise ConfigError(f"kv must have axes {AXES} and {len(token_ids)} tokens, got shape {tuple(kv.shape)}")
+        geometry = self.geometry
+        if geometry and (tuple(kv.shape), name_of(kv.dtype)) != (geometry.shape(len(token_ids)), geometry.dtype):
+            wanted = f"{geometry.dtype}{list(geometry.shape(len(token_ids)))}"
+            raise ConfigError(f"kv must be {wanted} as the engine's geometry says, got {kv.dtype}{list(kv.shape)}")
         hashes = self.hashes(token_ids, extras)
         block = self.chunker.block_tokens
         spans = self.chunker.spans(len(token_ids))
@@ -121,10 +113,10 @@ class CacheEngine:
         held = self._contains(keys)
         saved = 0
         for span, key, present in zip(spans, keys, held, strict=True):
-            piece = kv[:, span.first_block * block : span.end_block * block]
-            if not present and not self.save_object(key, piece, AXES, num_tokens=span.end_block * block):
+            first, end = span.first_block * block, span.end_block * block
+            if not present and not self.save_object(key, kv[:, first:end], AXES, first_token=first, end_token=end):
                 break
-            saved = span.end_block * block
+            saved = end
         self._touch(keys)
         return saved
 
@@ -135,8 +127,11 @@ class CacheEngine:
         start = time.perf_counter()
         hit = self.lookup(token_ids, extras=extras)
         pieces: list[torch.Tensor] = []
-        for key in hit.keys:
-            piece = self.load_object(key)
+        block = self.chunker.block_tokens
+        for key, span in zip(hit.keys, hit.spans, strict=True):
+            first, end = span.first_block * block, span.end_block * block
+            like = pieces[0] if pieces else None  # pieces that differ are of different models
+            piece = self._load(key, None, self._expected(AXES, first, end, like=like))
             if piece is None:
                 break
             pieces.append(piece)
@@ -146,150 +141,6 @@ class CacheEngine:
         num_bytes = kv.numel() * kv.element_size()
         logger.info("%s", retrieved_line(kv.shape[TOKENS_AXIS], len(token_ids), num_bytes, time.perf_counter() - start))
         return kv.shape[TOKENS_AXIS], kv
-
-    # ---- single objects
-
-    def save_object(
-        self,
-        key: str,
-        kv: torch.Tensor,
-        axes: tuple[str, ...],
-        *,
-        num_tokens: int,
-        confirm: Callable[[], bool] | None = None,
-    ) -> bool:
-        """Encode `kv` and put it under `key`; `num_tokens` is the length of the prefix that ends with it. Where others
-        may write to `kv`, `confirm` says afterwards whether it was this object's while it was encoded; if not, nothing
-        is put."""
-        start = time.perf_counter()
-        try:
-            parts, metadata = to_parts(self.serde.encode(kv, axes))
-            metadata |= {
-                "namespace": self.namespace.canonical,
-                "num_tokens": str(num_tokens),
-                "block_tokens": str(self.chunker.block_tokens),
-            }
-            value = pack(key, parts, metadata)
-            if confirm is not None and not confirm():
-                self._save_failed("overwritten", key, None)
-                return False
-            kept = self.store_.put(key, value)
-        except StoreError as error:
-            self._save_failed(f"tier_{error.reason}", key, error)
-            return False
-        if not kept:
-            self._save_failed("no_room", key, None)
-            return False
-        with self._lock:
-            self.stats_.saved += 1
-            self.stats_.saved_bytes += packed_bytes(value)
-            self.stats_.save_s += time.perf_counter() - start
-        return True
-
-    def load_object(self, key: str, out: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The KV under `key`, into `out` if given; None on any miss, and then `out` may hold anything. Every byte is
-        checked before it is given out."""
-        start = time.perf_counter()
-        try:
-            value = self.store_.get(key) if out is None else self._read(key, out)
-        except StoreError as error:
-            self._missed(f"tier_{error.reason}", key, error)
-            return None
-        if value is None:
-            self._missed(self.store_.why_missing(key), key, None)
-            return None
-        try:
-            kv = self._decode(value, key, out)
-        except (FormatError, ConfigError) as error:
-            reason = error.reason if isinstance(error, FormatError) else "serde"
-            self._missed(reason, key, error)
-            self._set_aside(key, reason)
-            return None
-        with self._lock:
-            self.stats_.hits += 1
-            self.stats_.loaded_bytes += packed_bytes(value)
-            self.stats_.load_s += time.perf_counter() - start
-        return kv
-
-    def contains_many(self, hashes: Sequence[bytes]) -> list[bool]:
-        """Whether each object is here, by hash; a failing tier holds nothing."""
-        return self._contains([self.namespace.key(key) for key in hashes])
-
-    def stats(self) -> dict[str, int | float]:
-        """One row for pandas."""
-        s = self.stats_
-        row: dict[str, int | float] = {"hits": s.hits, "misses": sum(s.misses.values()), "saved": s.saved}
-        row |= {f"miss_{reason}": count for reason, count in s.misses.items()}
-        row |= {f"save_failed_{reason}": count for reason, count in s.save_failures.items()}
-        row |= {"loaded_bytes": s.loaded_bytes, "load_s": s.load_s, "saved_bytes": s.saved_bytes, "save_s": s.save_s}
-        if s.load_s:
-            row["load_gb_per_s"] = s.loaded_bytes / s.load_s / 1e9
-        return row
-
-    def close(self) -> None:
-        if self._owns_store:
-            self.store_.close()
-
-    # ----
-
-    def _read(self, key: str, out: torch.Tensor) -> Buffer | list[memoryview] | None:
-        """The object of KV for `out`: bytes as they are go to where they belong, behind a header of the usual length;
-        others to memory that this thread's next read uses again, as filling fresh memory takes as long as a disk."""
-        in_place = self.serde.name == "naive" and out.device.type == "cpu" and out.is_contiguous()
-        size = ALIGNMENT if in_place else out.nbytes + out.nbytes // 64 + HEADROOM_BYTES
-        room = getattr(self._rooms, "room", None)
-        if room is None or room.nbytes < size:
-            room = self._rooms.room = aligned_buffer(size)
-        pieces = [room[:ALIGNMENT], out.reshape(-1).view(torch.uint8).numpy().data] if in_place else [room]
-        try:
-            length = self.store_.get_pieces(key, pieces)
-        except ValueTooLongError:
-            return self.store_.get(key)
-        return None if length is None else cut(pieces, length)
-
-    def _decode(self, value: Buffer | Sequence[memoryview], key: str, out: torch.Tensor | None) -> torch.Tensor:
-        container = unpack(value, key)
-        if container.metadata.get("namespace") != self.namespace.canonical:
-            raise FormatError("object belongs to another namespace than its key says", reason="wrong_namespace")
-        encoded: Encoded = from_parts(container.parts, container.metadata)
-        serde = self._serdes.get(encoded.serde)
-        if serde is None:
-            serde = self._serdes[encoded.serde] = get_serde(encoded.serde)
-        if serde.name != "naive" and not isinstance(value, bytes | bytearray | memoryview) and len(value) > 1:
-            return self._decode(b"".join(value), key, out)  # its parts lie where the KV is to go
-        return serde.decode(encoded, out)
-
-    def _contains(self, keys: Sequence[str]) -> list[bool]:
-        try:
-            return self.store_.contains_many(keys) if keys else []
-        except StoreError as error:
-            logger.warning("kvlab: tier %s failed to answer: %s", self.store_.name, error)
-            return [False] * len(keys)
-
-    def _touch(self, keys: Sequence[str]) -> None:
-        try:
-            self.store_.touch(reversed(keys))
-        except StoreError as error:
-            logger.warning("kvlab: tier %s failed to touch: %s", self.store_.name, error)
-
-    def _set_aside(self, key: str, reason: str) -> None:
-        try:
-            self.store_.set_aside(key, reason)
-        except StoreError as error:
-            logger.warning("kvlab: could not set aside %s: %s", key, error)
-
-    def _missed(self, reason: str, key: str, error: Exception | None) -> None:
-        with self._lock:
-            self.stats_.misses[reason] += 1
-        if error is not None:
-            logger.warning("kvlab: %s is a miss (%s): %s", key, reason, error)
-
-    def _save_failed(self, reason: str, key: str, error: Exception | None) -> None:
-        with self._lock:
-            self.stats_.save_failures[reason] += 1
-            first = self.stats_.save_failures[reason] == 1
-        if first:
-            logger.warning("kvlab: %s was not saved (%s): %s", key, reason, error or "the tier cannot hold it")
 
 
 def retrieved_line(num_tokens: int, of_tokens: int, num_bytes: int, seconds: float) -> str:

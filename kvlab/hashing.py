@@ -22,6 +22,7 @@ from kvlab.errors import ConfigError
 
 FORMAT = "kvlab/1"  # a change of the chain or of the canonical form below needs a new number
 HASH_BYTES = 16  # of SHA-256's 32: a collision among 2**40 objects has a chance of about 2**-49
+MAX_NAMESPACE_BYTES = 12 << 10  # as a string in a header, of whose 16 KiB the parts and the key need a quarter
 _sha256 = hashlib.sha256
 ROOT = _sha256(FORMAT.encode()).digest()[:HASH_BYTES]
 
@@ -33,11 +34,18 @@ class Namespace:
     """Everything but the tokens that makes KV differ: model, dtype, layout, block size, rank, serde...
 
     `model` is a label for people; `fields` are what is hashed (`model` included). Two namespaces are the same
-    if and only if all fields are.
+    if and only if all fields are. ConfigError where they take more than `MAX_NAMESPACE_BYTES`, as every object carries
+    them in its header.
     """
 
     model: str
     fields: Mapping[str, str | int | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (size := len(json.dumps(self.canonical))) > MAX_NAMESPACE_BYTES:
+            raise ConfigError(
+                f"a namespace must fit {MAX_NAMESPACE_BYTES} bytes, this one takes {size}; shorten a field"
+            )
 
     @cached_property
     def digest(self) -> bytes:
@@ -63,6 +71,13 @@ class Namespace:
         label = "".join(c if c.isalnum() or c in "-._" else "-" for c in self.model)[:64]
         return f"kvlab:{label}:{self.id}:"
 
+    def extended(self, **fields: str | int | None) -> "Namespace":
+        """This namespace with more fields. ConfigError where one is there already with another value."""
+        for name, value in fields.items():
+            if self.fields.get(name, value) != value:
+                raise ConfigError(f"namespace field {name!r} must be {value!r}, got {self.fields[name]!r}")
+        return Namespace(self.model, {**self.fields, **fields})
+
     def differing(self, other_canonical: str) -> list[str]:
         """Names of the fields in which this namespace and another's canonical form differ."""
         mine, theirs = json.loads(self.canonical), json.loads(other_canonical)
@@ -73,6 +88,16 @@ def versioned(namespace: Namespace, version: str) -> Namespace:
     """`namespace` for another state of what it names, such as weights that changed while an engine ran; the same for
     an empty `version`."""
     return Namespace(namespace.model, {**namespace.fields, "version": version}) if version else namespace
+
+
+def cache_namespace(
+    namespace: Namespace, *, chunk_tokens: int, block_tokens: int, auth: str | None = None
+) -> Namespace:
+    """`namespace` with what a cache adds to it: the sizes that decide where an object begins, since a hash names only
+    where it ends, and the id of the key that signs objects. The one place that does, for those who store and those who
+    look up."""
+    signed = {} if auth is None else {"auth": auth}
+    return namespace.extended(chunk_tokens=chunk_tokens, block_tokens=block_tokens, **signed)
 
 
 def _encode_extras(extras: Iterable[Extra]) -> bytes:

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from kvlab import container
 from kvlab.container import ALIGNMENT, HASHED_AT_ONCE, MAX_HEADER_BYTES, Part, pack, unpack
-from kvlab.errors import FormatError
+from kvlab.errors import ConfigError, FormatError
+from tests.forged import forged_text, seal_text
 
 KEY = "kvlab:model:0123456789abcdef:00112233"
-GOLDEN = Path(__file__).parent / "golden" / "container.v1.safetensors"
+GOLDEN = Path(__file__).parent / "golden" / "container.v2.safetensors"
 
 
 def sample() -> bytes:
@@ -76,7 +77,7 @@ def test_arbitrary_bytes_are_a_format_error(data):
         (KEY, sample() + b"x", "corrupt"),
         (KEY, b"", "truncated"),
         (KEY, (2**60).to_bytes(8, "little") + b"{}", "corrupt"),
-        (KEY, sample().replace(b'"kvlab":"1"', b'"kvlab":"9"'), "version"),
+        (KEY, sample().replace(b'"kvlab":"2"', b'"kvlab":"9"'), "version"),
     ],
 )
 def test_reasons(key, value, reason):
@@ -117,3 +118,73 @@ def test_a_save_lets_the_engine_run_while_it_hashes_and_a_load_keeps_the_interpr
     unpack(stored, KEY)
     assert sum(hashed_at_once) == len(stored)
     assert max(hashed_at_once) == HASHED_AT_ONCE
+
+
+LONG = MAX_HEADER_BYTES // 2
+# What follows the seal of an object whose checksum is right.
+HOSTILE_HEADERS = {
+    "a number of many digits": b'},"p":{"dtype":"U8","shape":[' + b"9" * LONG + b'],"data_offsets":[0,0]}}',
+    "a shape of many sizes": b'},"p":{"dtype":"U8","shape":[' + b"9," * (LONG // 2) + b'9],"data_offsets":[0,0]}}',
+    "sizes of 2**47": b'},"p":{"dtype":"U8","shape":[' + b"140737488355327," * 8 + b'1],"data_offsets":[0,0]}}',
+    "strides beyond 64 bits": b'},"p":{"dtype":"U8","shape":[0,99999999999,99999999999],"data_offsets":[0,0]}}',
+    "lists in lists": b'},"p":' + b"[" * LONG,
+    "many parts": b"}"
+    + b"".join(b',"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(100))
+    + b"}",
+    "a part that is a list": b'},"p":[]}',
+    "a dtype that is a list": b'},"p":{"dtype":[],"shape":[0],"data_offsets":[0,0]}}',
+    "an unknown dtype": b'},"p":{"dtype":"F128","shape":[0],"data_offsets":[0,0]}}',
+    "offsets that are text": b'},"p":{"dtype":"U8","shape":[0],"data_offsets":"00"}}',
+    "three offsets": b'},"p":{"dtype":"U8","shape":[0],"data_offsets":[0,0,0]}}',
+    "a shape that is true": b'},"p":{"dtype":"U8","shape":[false],"data_offsets":[0,0]}}',
+    "a hole": b'},"p":{"dtype":"U8","shape":[0],"data_offsets":[1,1]}}',
+    "metadata that is no text": b',"serde":["naive"]}}',
+    "a second key that is a list": b',"key":[]}}',
+    "a second metadata": b'},"__metadata__":[]}',
+    "not a number": b'},"p":{"dtype":"U8","shape":[NaN],"data_offsets":[0,0]}}',
+    "no end": b'},"p":{',
+    "not UTF-8": b',"a":"\xff\xfe"}}',
+}
+
+
+@pytest.mark.parametrize("rest", HOSTILE_HEADERS.values(), ids=HOSTILE_HEADERS)
+def test_a_header_is_not_read_before_its_checksum(rest, monkeypatch):
+    def parsed(*_args, **_more):
+        raise AssertionError("the header was parsed though its checksum is wrong")
+
+    value = forged_text(seal_text(KEY) + rest)
+    broken = value[:-1] + bytes([value[-1] ^ 1])
+    monkeypatch.setattr(container.json, "loads", parsed)
+    with pytest.raises(FormatError) as caught:
+        unpack(broken, KEY)
+    assert caught.value.reason == "checksum"
+
+
+@pytest.mark.parametrize("rest", HOSTILE_HEADERS.values(), ids=HOSTILE_HEADERS)
+def test_a_hostile_header_with_a_right_checksum_is_a_format_error(rest):
+    with pytest.raises(FormatError) as caught:
+        unpack(forged_text(seal_text(KEY) + rest), KEY)
+    assert caught.value.reason == "corrupt"
+
+
+def test_a_long_number_is_refused_unread(monkeypatch):
+    """Python's own limit is a setting of the process, and a number below it costs time with its square."""
+    monkeypatch.setattr(container, "int", lambda _digits: pytest.fail("read"), raising=False)
+    with pytest.raises(ValueError, match="a number of 8192 digits"):
+        container.parse_json("9" * 8192)
+
+
+def test_a_header_longer_than_the_limit_is_refused_from_both_sides():
+    padded = 2 * MAX_HEADER_BYTES
+    with pytest.raises(FormatError, match="claims a header"):
+        unpack(padded.to_bytes(8, "little") + b" " * padded, KEY)
+    with pytest.raises(FormatError, match="claims a header"):
+        unpack([memoryview(padded.to_bytes(8, "little") + b" " * padded), memoryview(b"")], KEY)
+    with pytest.raises(ConfigError, match="shorten its key or its namespace"):
+        pack(KEY, {}, {"namespace": "x" * MAX_HEADER_BYTES})
+
+
+def test_metadata_cannot_speak_for_the_seal():
+    for name in ("kvlab", "bytes", "checksum", "mac", "key"):
+        with pytest.raises(ConfigError, match="names of the seal"):
+            pack(KEY, {}, {name: "0"})

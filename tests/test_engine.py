@@ -18,6 +18,15 @@ def kv(num_tokens: int) -> torch.Tensor:
     return torch.randn(GEOMETRY.shape(num_tokens)).to(torch.bfloat16)
 
 
+def tokens(value: torch.Tensor) -> dict[str, int]:
+    """Where an object lies that begins a prompt."""
+    return {"first_token": 0, "end_token": value.shape[1]}
+
+
+def load(engine: CacheEngine, key: str, out: torch.Tensor) -> torch.Tensor | None:
+    return engine.load_object(key, out, axes=AXES, **tokens(out))
+
+
 @pytest.fixture
 def engine():
     return CacheEngine(open_store("memory://?size=8MiB"), namespace="m", chunker=CHUNKER)
@@ -127,19 +136,19 @@ def test_objects_read_one_after_the_other_do_not_share_memory(url, serde, tmp_pa
         engine = CacheEngine(store, namespace="m", chunker=CHUNKER, serde=serde)
         saved = {f"key-{i}": kv(32 + 8 * i) for i in range(3)}
         for key, value in saved.items():
-            assert engine.save_object(key, value, AXES, num_tokens=8)
-        back = {key: engine.load_object(key, torch.empty_like(value)) for key, value in saved.items()}
+            assert engine.save_object(key, value, AXES, **tokens(value))
+        back = {key: load(engine, key, torch.empty_like(value)) for key, value in saved.items()}
         assert all(torch.equal(back[key], value) for key, value in saved.items())
 
 
 def test_an_object_larger_than_its_place_is_a_miss_and_the_place_stays_usable(engine):
     small = kv(32)
-    assert engine.save_object("large", kv(20_000), AXES, num_tokens=8)
-    assert engine.save_object("small", small, AXES, num_tokens=8)
+    assert engine.save_object("large", kv(20_000), AXES, first_token=0, end_token=20_000)
+    assert engine.save_object("small", small, AXES, **tokens(small))
     out = torch.empty_like(small)
-    assert engine.load_object("large", out) is None
-    assert engine.stats()["miss_shape"] == 1
-    assert torch.equal(engine.load_object("small", out), small)
+    assert load(engine, "large", out) is None
+    assert engine.stats()["miss_too_large"] == 1
+    assert torch.equal(load(engine, "small", out), small)
 
 
 @pytest.mark.parametrize("url", ["memory://?size=8MiB", "file://{}?size=8MiB"])
@@ -150,25 +159,48 @@ def test_bytes_are_read_to_where_they_belong_and_others_are_decoded(url, tmp_pat
         long = CacheEngine(store, namespace=Namespace("m", {"extra": "x" * 9000}), chunker=CHUNKER)
         value = kv(64)
         for name, writer in (("naive", engine), ("lossless", coded), ("long", long)):
-            assert writer.save_object(name, value, AXES, num_tokens=64)
+            assert writer.save_object(name, value, AXES, **tokens(value))
             out = torch.zeros_like(value)
-            back = (long if name == "long" else engine).load_object(name, out)
+            back = load(long if name == "long" else engine, name, out)
             assert back is not None
             assert back.data_ptr() == out.data_ptr()
             assert torch.equal(out, value)
-        assert engine.load_object("long", torch.zeros_like(value)) is None
+        assert load(engine, "long", torch.zeros_like(value)) is None
         assert engine.stats_.misses == {"wrong_namespace": 1}
 
 
 @pytest.mark.parametrize("at", [0, 9, 700, 4095, 4096, 5000, -1])
 def test_damage_is_seen_where_bytes_are_read_to_where_they_belong(engine, at):
     value = kv(64)
-    engine.save_object("k", value, AXES, num_tokens=64)
+    engine.save_object("k", value, AXES, **tokens(value))
     stored = bytearray(engine.store_.get("k"))
     stored[at] ^= 1
     engine.store_.put("k", stored)
-    assert engine.load_object("k", torch.zeros_like(value)) is None
+    assert load(engine, "k", torch.zeros_like(value)) is None
     assert sum(engine.stats_.misses.values()) == 1
-    engine.save_object("k", value, AXES, num_tokens=64)
+    engine.save_object("k", value, AXES, **tokens(value))
     engine.store_.put("k", bytes(engine.store_.get("k"))[: at % 6000])
-    assert engine.load_object("k", torch.zeros_like(value)) is None
+    assert load(engine, "k", torch.zeros_like(value)) is None
+
+
+def numbered(num_tokens: int) -> torch.Tensor:
+    """KV whose every number is its token's place."""
+    places = torch.arange(num_tokens, dtype=torch.float32).to(torch.bfloat16).view(1, -1, 1, 1, 1)
+    return places.expand(GEOMETRY.shape(num_tokens)).contiguous()
+
+
+@pytest.mark.parametrize(("one", "other"), [(32, 64), (64, 32), (32, 48), (48, 32)])
+@pytest.mark.parametrize("url", ["memory://?size=8MiB", "file://{}?size=8MiB"])
+def test_chunks_of_another_size_are_never_taken_for_ones_own(one, other, url, tmp_path):
+    ids, value = list(range(112)), numbered(112)
+    with open_store(url.format(tmp_path)) as store:
+        first = CacheEngine(store, namespace="m", chunker=Chunker(one, 8))
+        second = CacheEngine(store, namespace="m", chunker=Chunker(other, 8))
+        first.store(ids, value)
+        assert second.lookup(ids).num_tokens == 0
+        assert second.retrieve(ids) == (0, None)
+        assert second.store(ids, value) == 112
+        for engine in (first, second):
+            count, back = engine.retrieve(ids)
+            assert count == 112
+            assert torch.equal(back, value)

@@ -10,9 +10,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "kvlab"
 FLOORS = [
     ["errors", "units"],
-    ["geometry", "hostmemory"],
+    ["auth", "geometry", "hostmemory"],
     ["chunking", "hashing", "container", "sizing"],
     ["serde", "stores", "paged"],
+    ["objects"],
     ["engine"],
     ["connectors", "plotting", "testing", "capture"],
     ["bench"],

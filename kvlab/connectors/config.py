@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 from urllib.parse import urlencode
 
+from kvlab.auth import AuthKey, auth_key
 from kvlab.chunking import Chunker
 from kvlab.errors import ConfigError
 from kvlab.serde import get_serde
@@ -17,7 +18,8 @@ class ConnectorConfig:
     """What ``kv_connector_extra_config`` may hold.
 
     tiers : store URLs, fastest first. At most one ``memory://`` (the engine's own host memory, the first tier);
-        any others are lower tiers. ``?serde=NAME`` on the lower tiers chooses how they encode.
+        any others are lower tiers. ``?serde=NAME`` on the lower tiers chooses how they encode, ``?auth=FILE`` names
+        the file of a key that their objects are signed with; neither differs between them.
     chunk_tokens : tokens of one stored object; a multiple of the engine's block size.
     staging : host memory for objects on their way to and from lower tiers when no ``memory://`` tier is given.
     gpu_staging : GPU memory for the buffers between pages and host memory; on a CPU nothing is taken.
@@ -51,6 +53,7 @@ class ConnectorConfig:
     policy: str = field(init=False, default="lru")
     lower_tiers: tuple[str, ...] = field(init=False, default=())
     serde: str = field(init=False, default="naive")
+    auth: AuthKey | None = field(init=False, default=None)
 
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> Self:
@@ -80,6 +83,7 @@ class ConnectorConfig:
                 raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
         lower: list[str] = []
         serdes: set[str] = set()
+        key_files: set[str] = set()
         for position, raw in enumerate(self.tiers):
             url = StoreURL.parse(raw)
             if url.scheme == "memory":
@@ -92,12 +96,18 @@ class ConnectorConfig:
                 url.done()
                 continue
             serdes.add(url.options.pop("serde", "naive"))
+            key_files.add(url.options.pop("auth", ""))
             base = raw.partition("?")[0]
             lower.append(f"{base}?{urlencode(url.options)}" if url.options else base)
         if len(serdes) > 1:
             raise ConfigError(
                 f"all lower tiers must use one serde, got {sorted(serdes)}; objects move between them as they are"
             )
+        if len(key_files) > 1:
+            raise ConfigError(
+                "all lower tiers must use one auth key file, or none; objects move between them as they are"
+            )
+        put(self, "auth", auth_key(next(iter(key_files), "") or None))
         put(self, "serde", serdes.pop() if serdes else "naive")
         get_serde(self.serde)
         put(self, "lower_tiers", tuple(lower))

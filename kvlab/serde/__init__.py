@@ -4,13 +4,14 @@
 ``kvlab.serde`` (name -> class); a class is made with the options after the colon as keyword arguments.
 """
 
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, FormatError
 from kvlab.serde.base import Encoded, Serde
 
-__all__ = ["SERDES", "Encoded", "Serde", "get_serde"]
+__all__ = ["SERDES", "Encoded", "Serde", "get_serde", "serde_to_read"]
 
 SERDES = {  # name -> "module:Class"; imported on use
     "naive": "kvlab.serde.naive:NaiveSerde",
@@ -27,10 +28,9 @@ SERDES = {  # name -> "module:Class"; imported on use
 def get_serde(spec: str) -> Serde:
     """The serde that `spec` names: ``name`` or ``name:option=value,option=value``."""
     name, _, options = spec.partition(":")
-    found = {point.name: point.value for point in entry_points(group="kvlab.serde")}
-    target = SERDES.get(name) or found.get(name)
+    target = SERDES.get(name) or _found().get(name)
     if target is None:
-        raise ConfigError(f"unknown serde {name!r}; known: {', '.join(sorted({*SERDES, *found}))}")
+        raise ConfigError(f"unknown serde {name!r}; known: {', '.join(sorted({*SERDES, *_found()}))}")
     arguments: dict[str, str] = {}
     for item in filter(None, options.split(",")):
         option, equals, value = item.partition("=")
@@ -46,3 +46,23 @@ def get_serde(spec: str) -> Serde:
     if not isinstance(serde, Serde):
         raise ConfigError(f"{target} must be a kvlab Serde, got {type(serde).__name__}")
     return serde
+
+
+def serde_to_read(name: str) -> Serde:
+    """The serde for objects that say they were written by `name`; FormatError where there is none.
+
+    It is made without options: `name` comes from a medium that others can write, and must choose nothing but one of
+    the installed kinds.
+    """
+    if name not in SERDES and name not in _found():
+        raise FormatError(f"no serde is called {name!r}", reason="serde")
+    try:
+        return get_serde(name)
+    except ConfigError as error:
+        raise FormatError(f"objects of {name} are not read here: {error}", reason="serde") from error
+
+
+@cache
+def _found() -> dict[str, str]:
+    """Kinds that other packages add. Reading what is installed takes 10 ms."""
+    return {point.name: point.value for point in entry_points(group="kvlab.serde")}

@@ -19,8 +19,8 @@ class Encoded:
 
     `parts` are contiguous CPU tensors by name (a name starts with payload, scales, tables or anchors); `shape`,
     `dtype` (torch's name without ``torch.``) and `axes` describe the tensor that went in; `params` are whatever
-    the serde needs to decode, as JSON-able values. Sizes are all-in: nothing needed for decoding lies elsewhere,
-    except a table named by digest, which belongs to the model and not to the chunk.
+    the serde needs to decode, as JSON-able values; `serde` is the name of its kind. Sizes are all-in: nothing needed
+    for decoding lies elsewhere, except a table named by digest, which belongs to the model and not to the chunk.
     """
 
     serde: str
@@ -44,7 +44,9 @@ class Serde(ABC):
 
     Input is a contiguous or strided CPU or CUDA tensor with one axis name per dimension: typed KV with the axes of
     kvlab.geometry, or an engine's pages as ``uint8`` with axes (blocks, layers, page_bytes), whose inside is
-    opaque. Two serdes share a `name` only if each decodes all the other ever wrote.
+    opaque. Two serdes share a `name` only if each decodes all the other ever wrote, whatever its options: an object
+    names no more than that, and is decoded by an instance made without options. What decoding depends on stands in
+    `Encoded.params`; it comes from a medium that others can write, so `decode` checks it like the parts.
     """
 
     name: ClassVar[str]
@@ -54,7 +56,7 @@ class Serde(ABC):
 
     @property
     def spec(self) -> str:
-        """The string that makes this serde again with `get_serde`; stored with every object."""
+        """The string that makes this serde again with `get_serde`."""
         return self.name
 
     @abstractmethod
@@ -66,7 +68,8 @@ class Serde(ABC):
     def decode(self, encoded: Encoded, out: torch.Tensor | None = None) -> torch.Tensor:
         """The KV tensor, written into `out` (same shape and dtype, contiguous) if given.
 
-        Raises FormatError on parts that do not fit each other; allocates no more than the stated shape needs.
+        Raises FormatError, and nothing else, on parts and params that do not fit each other; allocates no more than
+        a small multiple of what the stated shape needs, which `Expected` has bounded.
         """
 
     def ratio(self) -> float | None:
@@ -79,14 +82,20 @@ class Serde(ABC):
 
 def checked_out(encoded: Encoded, out: torch.Tensor | None) -> torch.Tensor:
     """`out` if it fits `encoded`, else a new tensor; FormatError where it does not fit."""
-    dtype = getattr(torch, encoded.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise FormatError(f"unknown dtype {encoded.dtype!r} in encoded KV")
+    dtype = torch_dtype(encoded)
     if out is None:
         return torch.empty(encoded.shape, dtype=dtype)
     if tuple(out.shape) != encoded.shape or out.dtype != dtype or not out.is_contiguous():
         raise FormatError(
             f"out must be contiguous {encoded.dtype}{list(encoded.shape)}, got {out.dtype}{list(out.shape)}",
-            reason="shape",
+            reason="wrong_shape",
         )
     return out
+
+
+def torch_dtype(encoded: Encoded) -> torch.dtype:
+    """The dtype of the KV, or FormatError where torch has none of this name."""
+    dtype = getattr(torch, encoded.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise FormatError(f"unknown dtype {encoded.dtype!r} in encoded KV")
+    return dtype

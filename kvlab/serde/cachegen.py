@@ -14,7 +14,7 @@ import torch
 
 from kvlab.errors import ConfigError, FormatError
 from kvlab.serde import rans
-from kvlab.serde.anchors import GROUP, Anchors, anchor_codes, planes_of, residue, rest_of
+from kvlab.serde.anchors import GROUP, Anchors, anchor_codes, planes_of, residue
 from kvlab.serde.base import Encoded, Serde, checked_out
 from kvlab.serde.groups import checked_axes, need_kv_axes
 from kvlab.serde.quantized import checked_parts, finite
@@ -37,7 +37,10 @@ _LOADED: "WeakValueDictionary[str, Tables]" = WeakValueDictionary()
 
 
 class CacheGenSerde(Serde):
-    """Needs the model's tables: ``cachegen:tables=PATH,level=0.5``, or a digest of tables this process has loaded."""
+    """Needs the model's tables: ``cachegen:tables=PATH,level=0.5``, or a digest of tables this process has loaded.
+
+    An object names its table by digest and is read only by the serde that was given this table.
+    """
 
     name = "cachegen"
     needs_kv_axes = True
@@ -48,14 +51,17 @@ class CacheGenSerde(Serde):
         try:
             number = float(level)
         except ValueError:
-            raise ConfigError(f"level must be a number like 0.5, got {level!r}") from None
+            number = 0.0
+        if not 0 < number < float("inf"):
+            raise ConfigError(f"level must be a number like 0.5, got {str(level)[:40]!r}")
         if isinstance(tables, str):
             known = _LOADED.get(tables)
-            if known is None and not Path(tables).is_file():
-                raise ConfigError(f"tables must be a file made by kvlab profile, or a digest in use; got {tables!r}")
+            if known is None and not _is_file(tables):
+                raise ConfigError(
+                    f"tables must be a file made by kvlab profile, or a digest in use; got {tables[:300]!r}"
+                )
             tables = known or load_tables(tables, number)
-        self.tables = tables
-        _LOADED[tables.digest] = tables
+        self.tables = _LOADED.setdefault(tables.digest, tables)  # a second copy would go, and take the entry along
 
     @property
     def spec(self) -> str:
@@ -87,14 +93,14 @@ class CacheGenSerde(Serde):
                 "anchors.scales": anchors.scales,
             }
         params = {"table": tables.digest}
-        return Encoded(self.spec, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, parts, params)
+        return Encoded(self.name, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, parts, params)
 
     def decode(self, encoded: Encoded, out: torch.Tensor | None = None) -> torch.Tensor:
         tables = self.tables
         checked_axes(encoded.shape, encoded.axes, encoded.dtype)
         if encoded.params.get("table") != tables.digest:
             asked = str(encoded.params.get("table"))[:40]
-            raise FormatError(f"chunk needs cachegen table {asked}, this is {tables.digest}", reason="table")
+            raise FormatError(f"chunk needs cachegen table {asked!r}, this is {tables.digest}", reason="table")
         layers, tokens, heads, dim = (
             encoded.shape[encoded.axes.index(axis)] for axis in ("layers", "tokens", "kv_heads", "head_dim")
         )
@@ -103,7 +109,8 @@ class CacheGenSerde(Serde):
                 f"chunk of {layers} layers of [{heads}, {dim}] does not fit tables for {_model_of(tables)}"
             )
         anchors = self._anchors(encoded, tokens, heads, dim) if tables.deltas else None
-        symbols = symbols_of(encoded, "payload", tables.delta_model, len(rest_of(tokens)) if tables.deltas else tokens)
+        steps = tokens - -(-tokens // GROUP) if tables.deltas else tokens
+        symbols = symbols_of(encoded, "payload", tables.delta_model, steps)
         result = checked_out(encoded, out)
         self._dequantize(encoded, symbols, anchors, result)
         return result
@@ -150,6 +157,13 @@ class CacheGenSerde(Serde):
             if len(plane) % GROUP:
                 _store(anchor[whole:], plane[whole * GROUP :][:1])
                 _store(values[whole * (GROUP - 1) :].add_(anchor[whole]), plane[whole * GROUP + 1 :])
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name too long, or with a NUL in it
+        return False
 
 
 def _store(values: torch.Tensor, target: torch.Tensor) -> None:

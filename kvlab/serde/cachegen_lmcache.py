@@ -50,7 +50,7 @@ class CacheGenLMCacheSerde(Serde):
         cdf = torch.from_numpy(model.cum.astype(np.int16).reshape(*index.shape, SYMBOLS + 1))
         parts = {"payload.words": as_part(words), "payload.lengths": torch.from_numpy(lengths.astype(np.int32))}
         parts |= {"tables.cdf": cdf, "scales.max": scales}
-        return Encoded(self.spec, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, parts)
+        return Encoded(self.name, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, parts)
 
     def decode(self, encoded: Encoded, out: torch.Tensor | None = None) -> torch.Tensor:
         checked_axes(encoded.shape, encoded.axes, encoded.dtype)

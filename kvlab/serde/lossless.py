@@ -7,6 +7,7 @@ entropy coder would save another 0.2-0.5 bits an element (Huffman, arithmetic) b
 speed, needs tables, and does not run well on a GPU; this is a dozen shifts and masks that run at memory speed.
 """
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvlab.errors import ConfigError, FormatError
 from kvlab.serde import bitpack
-from kvlab.serde.base import Encoded, Serde, checked_out
+from kvlab.serde.base import Encoded, Serde, checked_out, torch_dtype
 from kvlab.serde.floats import FORMATS, FloatFormat
 from kvlab.serde.window import WIDTH, Window, best_window, detect_element
 
@@ -62,7 +63,7 @@ class LosslessSerde(Serde):
         tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
         if params["coding"] == "raw":
             tensors["payload.rest"] = tensors["payload.rest"].clone()
-        return Encoded(self.spec, shape, dtype, axes, tensors, params)
+        return Encoded(self.name, shape, dtype, axes, tensors, params)
 
     def decode(self, encoded: Encoded, out: torch.Tensor | None = None) -> torch.Tensor:
         parts = {}
@@ -72,10 +73,8 @@ class LosslessSerde(Serde):
                 if part.dtype != torch.uint8:
                     raise FormatError(f"part {name!r} of lossless must be uint8, got {part.dtype}")
                 parts[name] = part.numpy()
-        dtype = getattr(torch, encoded.dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise FormatError(f"unknown dtype {encoded.dtype!r} in encoded KV")
-        num_bytes = int(np.prod(encoded.shape, dtype=np.int64)) * dtype.itemsize
+        dtype = torch_dtype(encoded)
+        num_bytes = prod(encoded.shape) * dtype.itemsize
         fmt, window = _checked(encoded, parts, num_bytes)
         result = checked_out(encoded, out)
         target = result if result.device.type == "cpu" else torch.empty(encoded.shape, dtype=dtype)
@@ -179,7 +178,7 @@ def _checked(
     for name, shape in expected.items():
         if name not in parts or parts[name].shape != shape:
             found = parts[name].shape if name in parts else "nothing"
-            raise FormatError(f"part {name!r} of lossless must have shape {list(shape)}, got {found}", reason="shape")
+            raise FormatError(f"part {name!r} of lossless must have shape {list(shape)}, got {found}")
     if window is not None and ("payload.escapes" not in parts or parts["payload.escapes"].ndim != 1):
         raise FormatError("a lossless chunk needs its list of escapes")
     return fmt, window

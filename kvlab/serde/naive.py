@@ -14,7 +14,7 @@ class NaiveSerde(Serde):
 
     def encode(self, kv: torch.Tensor, axes: tuple[str, ...]) -> Encoded:
         payload = kv.detach().cpu().contiguous()
-        return Encoded(self.spec, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, {"payload": payload})
+        return Encoded(self.name, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, {"payload": payload})
 
     def decode(self, encoded: Encoded, out: torch.Tensor | None = None) -> torch.Tensor:
         payload = encoded.parts.get("payload")

@@ -20,6 +20,7 @@ from kvlab.serde.base import Encoded, Serde, checked_out
 from kvlab.serde.groups import MODES, checked_axes, halves, need_kv_axes
 
 BATCH = 1 << 18  # elements
+MAX_GROUP = 1 << 20  # elements
 
 Parts = Mapping[str, torch.Tensor]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -35,9 +36,10 @@ class ScaledSerde(Serde):
         self.modes = (k or self.default_modes[0], v or self.default_modes[1])
         if not set(self.modes) <= set(MODES):
             raise ConfigError(f"k and v must be token or channel, got k={self.modes[0]!r}, v={self.modes[1]!r}")
-        if not str(group).isdecimal() or int(group) > 1 << 20:
-            raise ConfigError(f"group must be a number of elements, or 0 for the whole axis; got {group!r}")
-        self.group = int(group)
+        digits = str(group)
+        if not (digits.isascii() and digits.isdecimal() and len(digits) <= 7) or int(digits) > MAX_GROUP:
+            raise ConfigError(f"group must be a number of elements, or 0 for the whole axis; got {digits[:40]!r}")
+        self.group = int(digits)
 
     @property
     def spec(self) -> str:
@@ -63,7 +65,7 @@ class ScaledSerde(Serde):
             for name, part in self.quantize(piece.values.float(), piece.dim).items():
                 parts[f"{name}.{piece.name}"] = part.contiguous()
         params = {"k": self.modes[0], "v": self.modes[1], "group": self.group}
-        return Encoded(self.spec, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, parts, params)
+        return Encoded(self.name, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, parts, params)
 
     def decode(self, encoded: Encoded, out: torch.Tensor | None = None) -> torch.Tensor:
         modes, group = _params(encoded)
@@ -212,11 +214,11 @@ def checked_parts(serde: str, encoded: Encoded, shapes: Shapes) -> None:
         part = encoded.parts.get(name)
         if part is None or part.dtype != dtype or tuple(part.shape) != shape:
             found = "nothing" if part is None else f"{part.dtype}{list(part.shape)}"
-            raise FormatError(f"{serde} part {name!r} must be {dtype}{list(shape)}, got {found}", reason="shape")
+            raise FormatError(f"{serde} part {name!r} must be {dtype}{list(shape)}, got {found}")
 
 
 def _params(encoded: Encoded) -> tuple[tuple[str, str], int]:
     k, v, group = (encoded.params.get(key) for key in ("k", "v", "group"))
-    if k not in MODES or v not in MODES or type(group) is not int or not 0 <= group <= 1 << 20:
+    if k not in MODES or v not in MODES or type(group) is not int or not 0 <= group <= MAX_GROUP:
         raise FormatError(f"scaled KV needs modes for k and v and a group, got {str(encoded.params)[:120]}")
     return (k, v), group

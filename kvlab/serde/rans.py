@@ -21,6 +21,7 @@ PRECISION = 12  # bits of a probability
 TOTAL = 1 << PRECISION
 BUCKET = 5  # bits of a slot that the look-up leaves to the walk
 LOW = 1 << 16  # a state below this takes in a word
+TABLES_AT_ONCE = 1 << 12
 MAX_LANE_SYMBOLS = 80_000  # so that a lane's number of words fits 16 bits
 
 Array = NDArray[Any]
@@ -54,9 +55,22 @@ class Model:
             raise FormatError(f"frequencies must be at least 1 and sum to {TOTAL} in every table that is named")
         cum = np.zeros((len(wide), wide.shape[1] + 1), np.uint16)
         cum[:, 1:] = np.cumsum(wide, axis=1)
-        symbols = np.tile(np.arange(wide.shape[1], dtype=np.uint8), len(wide))
-        lut = np.ascontiguousarray(np.repeat(symbols, wide.reshape(-1)).reshape(len(wide), TOTAL)[:, :: 1 << BUCKET])
-        return Model(np.ascontiguousarray(index, np.int32), cum, lut)
+        return Model(np.ascontiguousarray(index, np.int32), cum, _first_symbols(cum))
+
+
+def _first_symbols(cum: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """The look-up of a model: for each table and bucket, how many symbols end at or before its first slot."""
+    buckets = TOTAL >> BUCKET
+    first = (cum[:, 1:-1] + ((1 << BUCKET) - 1)) >> BUCKET  # the first bucket that begins behind each symbol
+    lut = np.empty((len(cum), buckets), np.uint8)
+    for start in range(
+        0, len(cum), TABLES_AT_ONCE
+    ):  # a file or a chunk may hold many, and all at once take 10 times that
+        piece = first[start : start + TABLES_AT_ONCE].astype(np.int32)
+        flat = piece + np.arange(len(piece), dtype=np.int32)[:, None] * (buckets + 1)
+        counts = np.bincount(flat.reshape(-1), minlength=len(piece) * (buckets + 1))
+        lut[start : start + TABLES_AT_ONCE] = np.cumsum(counts.reshape(len(piece), -1), axis=1)[:, :buckets]
+    return lut
 
 
 def normalized(counts: Array) -> NDArray[np.uint16]:

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from kvlab.errors import FormatError
+from kvlab.errors import ConfigError, FormatError
 from kvlab.serde.base import Encoded, Serde, checked_out
 from kvlab.serde.groups import checked_axes, need_kv_axes
 from kvlab.serde.quantized import checked_parts, finite, from_nibbles, nibbles
@@ -17,6 +17,7 @@ from kvlab.serde.quantized import checked_parts, finite, from_nibbles, nibbles
 # Levels of the 16-level minimum-error quantizer of N(0, 1); J. Max, "Quantizing for minimum distortion" (1960).
 _HALF = (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326)
 LEVELS = torch.tensor([-level for level in reversed(_HALF)] + list(_HALF))
+MAX_HEAD_DIM = 1024  # a rotation of this takes 4 MiB, and a few are kept
 BOUNDS = (LEVELS[1:] + LEVELS[:-1]) / 2
 
 
@@ -28,6 +29,8 @@ class Rotated4Serde(Serde):
 
     def encode(self, kv: torch.Tensor, axes: tuple[str, ...]) -> Encoded:
         need_kv_axes(self.name, kv, axes)
+        if (dim := kv.shape[axes.index("head_dim")]) > MAX_HEAD_DIM:
+            raise ConfigError(f"rotated4 takes a head_dim of up to {MAX_HEAD_DIM}, got {dim}; use int4")
         vectors = kv.detach().cpu().movedim(axes.index("head_dim"), -1).float()
         if vectors.numel():
             finite(vectors.abs().amax())
@@ -39,7 +42,7 @@ class Rotated4Serde(Serde):
         turned = vectors @ rotation(vectors.shape[-1]) * torch.where(torch.isfinite(inverse), inverse, 0.0)
         codes = torch.bucketize(turned, BOUNDS).to(torch.uint8)
         parts = {"payload": nibbles(codes), "scales": scales}
-        return Encoded(self.spec, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, parts)
+        return Encoded(self.name, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, parts)
 
     def decode(self, encoded: Encoded, out: torch.Tensor | None = None) -> torch.Tensor:
         checked_axes(encoded.shape, encoded.axes, encoded.dtype)
@@ -64,8 +67,8 @@ def rotation(dim: int) -> torch.Tensor:
 
     The blocks are as large as the largest power of two in `dim` (64 for 64, 16 for 80).
     """
-    if dim < 1 or dim > 4096:
-        raise FormatError(f"head_dim must be 1 to 4096 for a rotation, got {dim}")
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise FormatError(f"head_dim must be 1 to {MAX_HEAD_DIM} for a rotation, got {dim}")
     block = dim & -dim
     hadamard = torch.ones(1, 1)
     while hadamard.shape[0] < block:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kvlab.auth import auth_key
 from kvlab.container import unpack
 from kvlab.errors import ConfigError, FormatError, StoreError
 from kvlab.stores import Store, StoreURL, open_store
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument(
                 "--set-aside", action="store_true", help="take what is broken out of the readers' sight"
             )
+            command.add_argument("--auth", metavar="FILE", help="the key that objects must be signed with")
         if name == "evict":
             command.add_argument("--to", required=True, metavar="SIZE", help="bytes that may stay, like 2GiB")
         if name == "clear":
@@ -92,6 +94,7 @@ def _info(store: Store, arguments: argparse.Namespace) -> int:
 
 
 def _verify(store: Store, arguments: argparse.Namespace) -> int:
+    auth = auth_key(arguments.auth)
     reasons: Counter[str] = Counter()
     num_bytes = sound = 0
     for key in sorted(store.keys()):
@@ -100,7 +103,7 @@ def _verify(store: Store, arguments: argparse.Namespace) -> int:
             continue
         num_bytes += memoryview(value).nbytes
         try:
-            unpack(value, key)
+            unpack(value, key, auth=auth)
             sound += 1
         except FormatError as error:
             reasons[error.reason] += 1

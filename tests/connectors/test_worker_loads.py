@@ -36,7 +36,7 @@ def worker(tmp_path):
     layout = page_layout(caches, num_blocks=num_blocks, page_bytes=dict.fromkeys(caches, PAGE), name="NHD")
     engine = CacheEngine(open_store(f"file://{tmp_path}?size=16MiB"), namespace=Namespace("m"), chunker=Chunker(32, 16))
     for number in range(OBJECTS):
-        assert engine.save_object(engine.namespace.key(name(number)), content(number), PAGE_AXES, num_tokens=32)
+        assert engine.save_object(engine.namespace.key(name(number)), content(number), PAGE_AXES, **place(number))
     worker = Worker(CPUTransfer(layout, num_blocks), num_blocks, engine)
     yield worker
     worker.close()
@@ -44,6 +44,10 @@ def worker(tmp_path):
 
 def name(number):
     return bytes([number]) * 32
+
+
+def place(number):
+    return {"first_token": number * 32, "end_token": number * 32 + 32}
 
 
 def content(number):
@@ -57,7 +61,7 @@ def load(worker, order=range(OBJECTS * BLOCKS)):
     for number in range(OBJECTS):
         mine = tuple(slots[number * BLOCKS : (number + 1) * BLOCKS])
         pages = tuple(range(number * BLOCKS, (number + 1) * BLOCKS))
-        ops.append(LoadOp(name(number), number, mine, mine, pages, 0, 32, 32, fetch=True))
+        ops.append(LoadOp(name(number), number, mine, mine, pages, **place(number), num_tokens=32, fetch=True))
     worker.load(StepMetadata([RequestLoad("r", ops, 192, is_async=True)]))
     deadline = time.monotonic() + 30
     while not (ended := worker.take_finished())[0]:
@@ -101,10 +105,10 @@ def test_what_follows_a_hole_is_lost_and_stays_for_the_next(worker):
 def test_an_error_in_a_read_is_a_hole(worker, monkeypatch):
     original = worker.engine.load_object
 
-    def broken(key, out=None):
+    def broken(key, out=None, **expected):
         if key == worker.engine.namespace.key(name(4)):
             raise RuntimeError("planted")
-        return original(key, out)
+        return original(key, out, **expected)
 
     monkeypatch.setattr(worker.engine, "load_object", broken)
     assert load(worker) == set(range(4 * BLOCKS, OBJECTS * BLOCKS))

@@ -8,7 +8,7 @@ import torch
 from kvlab.chunking import Chunker
 from kvlab.connectors.vllm import worker as workers
 from kvlab.connectors.vllm.metadata import Adapter, SaveOp, StepMetadata, WorkerReport
-from kvlab.connectors.vllm.worker import QUIET_AFTER, Worker
+from kvlab.connectors.vllm.worker import PAGE_AXES, QUIET_AFTER, Worker
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
 from kvlab.paged import page_layout
@@ -81,7 +81,8 @@ def test_objects_wait_for_quiet_steps(patient):
     step(patient)
     assert settled(patient, 2) == GENERATIONS[:2]
     assert handed_on(patient) == [True, True, False, False]
-    assert patient.engine.load_object(patient.engine.namespace.key(KEYS[1])).unique().tolist() == [1, 2, 3]
+    key, place = patient.engine.namespace.key(KEYS[1]), {"first_token": 0, "end_token": 16}
+    assert patient.engine.load_object(key, axes=PAGE_AXES, **place).unique().tolist() == [1, 2, 3]
 
 
 def test_a_prefill_begins_the_wait_anew(patient):

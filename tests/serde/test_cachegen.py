@@ -1,5 +1,6 @@
 """cachegen: its coder against the reference, its tables, and what happens with the wrong ones."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +78,15 @@ def test_no_table_no_serde(tmp_path: Path) -> None:
     for spec in ("cachegen", "cachegen:tables=absent", "cachegen:tables=absent,level=x"):
         with pytest.raises(ConfigError):
             get_serde(spec)
+
+
+def test_a_digest_stays_known_when_a_second_copy_of_its_tables_goes(tmp_path: Path) -> None:
+    path, first = tmp_path / "t.safetensors", CacheGenSerde(tables())
+    save_tables(path, [tables()])
+    second = get_serde(f"cachegen:tables={path},level=0.25")
+    del second
+    gc.collect()
+    assert get_serde(first.spec).spec == first.spec
 
 
 def test_kv_of_another_model_is_refused() -> None:

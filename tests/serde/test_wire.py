@@ -55,8 +55,8 @@ def test_unaligned_bytes_are_still_read_right() -> None:
 
 HOSTILE = {
     "shape": ["", "null", "{}", "[-1]", "[1e3]", "[true]", "[99999999999999]", "[1048576,1048576,1048576]",
-              json.dumps([1] * 9), "[" * 5000],
-    "dtype": ["", "float64", "nn", "__class__"],
+              json.dumps([1] * 9), "[" * 5000, "[0,1099511627776,1099511627776]", "[" + "9" * 5000 + "]"],
+    "dtype": ["", "float64", "nn", "__class__", [], {}],
     "axes": ["null", "[]", "[1]", '["tokens","tokens"]', "[" * 5000],
     "params": ["null", "[]", "3", "{", "[" * 100_000],
 }  # fmt: skip

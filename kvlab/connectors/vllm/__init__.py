@@ -29,6 +29,7 @@ from kvlab.connectors.vllm.slots import SlotIndex
 from kvlab.connectors.vllm.worker import Transfer, Worker
 from kvlab.engine import CacheEngine
 from kvlab.errors import ConfigError
+from kvlab.hashing import cache_namespace
 from kvlab.paged import PageLayout, page_layout
 from kvlab.paged.transfer import CPUTransfer
 from kvlab.serde import get_serde
@@ -104,8 +105,13 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 f"serde {self.config.serde!r} must tell K from V, which an engine's opaque pages do not show; "
                 "use naive or lossless"
             )
-        self.namespace = engine_namespace(
-            vllm_config, kv_cache_config, extra=self.config.namespace, serde=self.config.serde
+        named = engine_namespace(vllm_config, kv_cache_config, extra=self.config.namespace, serde=self.config.serde)
+        auth = self.config.auth
+        self.namespace = cache_namespace(
+            named,
+            chunk_tokens=self.chunker.chunk_tokens,
+            block_tokens=self.chunker.block_tokens,
+            auth=auth.id if auth else None,
         )
         self._promise = (0, False)  # of the latest match: tokens computed locally, and whether the load is async
         self.scheduler: Scheduler | None = None
@@ -159,7 +165,9 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         if self.config.lower_tiers:
             namespace = rank_namespace(self.namespace, self._vllm_config.parallel_config.rank)
             lower = open_stores(self.config.lower_tiers)
-            engine = CacheEngine(lower, namespace=namespace, chunker=self.chunker, serde=self.config.serde)
+            engine = CacheEngine(
+                lower, namespace=namespace, chunker=self.chunker, serde=self.config.serde, auth=self.config.auth
+            )
         transfer = _transfer(layout, self.num_slots, self.config.gpu_staging)
         self.worker = Worker(transfer, self.num_slots, engine, writes_early=self._writes_early)
 

@@ -308,7 +308,8 @@ class Worker:
                 return
             place = self.transfer.view(op.slots)
             out = place if place is not None else room(self.transfer.arena, len(op.slots))
-            if engine.load_object(engine.namespace.key(op.hash), out) is None:
+            tokens = {"first_token": op.first_token, "end_token": op.end_token}
+            if engine.load_object(engine.namespace.key(op.hash), out, axes=PAGE_AXES, **tokens) is None:
                 self._mark_absent(op)
                 return
             if place is None:
@@ -329,7 +330,8 @@ class Worker:
                     engine.namespace.key(op.hash),
                     self.transfer.slots(op.slots),
                     PAGE_AXES,
-                    num_tokens=op.end_token,
+                    first_token=op.first_token,
+                    end_token=op.end_token,
                     confirm=lambda: self._holds(op),
                 )
         except Exception:

@@ -24,11 +24,11 @@ def make(kind: str) -> None:
     folder.mkdir(exist_ok=True)
     serde, kv = serde_of(kind), sample()
     encoded = serde.encode(kv, AXES)
-    with open(folder / "v1.safetensors", "xb") as out:  # x: a golden file is never written over
+    with open(folder / "v2.safetensors", "xb") as out:  # x: a golden file is never written over
         out.writelines(bytes(memoryview(piece)) for piece in pack("golden", *to_parts(encoded)))
-    save_file({"kv": kv, "decoded": serde.decode(encoded)}, str(folder / "v1.expected.safetensors"))
+    save_file({"kv": kv, "decoded": serde.decode(encoded)}, str(folder / "v2.expected.safetensors"))
     if kind == "cachegen":
-        save_tables(folder / "v1.tables.safetensors", [tables()])
+        save_tables(folder / "v2.tables.safetensors", [tables()])
 
 
 if __name__ == "__main__":

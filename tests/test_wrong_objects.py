@@ -1,0 +1,322 @@
+"""What is stored under a key is not what the reader asked for: a miss with its reason, whatever the checksum says."""
+
+import builtins
+import json
+
+import pytest
+import torch
+
+from kvlab import serde as serdes
+from kvlab.chunking import Chunker
+from kvlab.container import MAX_HEADER_BYTES, pack
+from kvlab.engine import CacheEngine
+from kvlab.errors import ConfigError, FormatError
+from kvlab.geometry import AXES, KVGeometry
+from kvlab.hashing import Namespace, cache_namespace
+from kvlab.objects import MAX_TOKEN_BYTES, MOST_GROWTH
+from kvlab.serde import Encoded, get_serde, serde_to_read
+from kvlab.serde.wire import Expected, from_parts, to_parts, token_range
+from kvlab.stores import open_store
+from kvlab.stores.wrappers import WrapperStore
+from tests.forged import data_of, forged, header_of
+from tests.serde.kinds import SPECS, serde_of
+
+GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=3, head_dim=8, dtype="float32")
+CHUNKER = Chunker(chunk_tokens=32, block_tokens=8)
+IDS = list(range(64))
+PAGES = ("blocks", "layers", "page_bytes")
+
+
+def engine_on(store, **more):
+    return CacheEngine(store, namespace=Namespace("m", {"dtype": "float32"}), chunker=CHUNKER, **more)
+
+
+def kv_of(num_tokens, *, layers=2, dtype=torch.float32):
+    return torch.randn(layers, num_tokens, 3, 2, 8, generator=torch.Generator().manual_seed(num_tokens)).to(dtype)
+
+
+@pytest.fixture
+def store():
+    return open_store("memory://?size=64MiB")
+
+
+@pytest.fixture(params=[None, GEOMETRY], ids=["no geometry", "geometry"])
+def engine(store, request):
+    return engine_on(store, geometry=request.param)
+
+
+def put(engine, key, kv, first, end, *, axes=AXES):
+    """An object as another writer of the same namespace would make it: `kv` need not fit the tokens it claims."""
+    parts, metadata = to_parts(engine.serde.encode(kv, axes))
+    metadata |= {"namespace": engine.namespace.canonical, **token_range(first, end)}
+    assert engine.store_.put(key, pack(key, parts, metadata))
+
+
+def reason(engine):
+    (found,) = engine.stats_.misses
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kv", "first", "end", "expected"),
+    [
+        (kv_of(32), 0, 32, "wrong_range"),  # the first chunk in the place of the second
+        (kv_of(64), 0, 64, "wrong_range"),
+        (kv_of(16), 48, 64, "wrong_range"),
+        (kv_of(16), 32, 64, "wrong_shape"),
+        (kv_of(33), 32, 64, "wrong_shape"),
+        (kv_of(32, layers=3), 32, 64, "wrong_shape"),
+        (kv_of(32)[..., :4], 32, 64, "wrong_shape"),
+        (kv_of(32, layers=0), 32, 64, "wrong_shape"),
+        (kv_of(32, dtype=torch.bfloat16), 32, 64, "wrong_dtype"),
+    ],
+)
+def test_a_chunk_that_is_another_than_its_place_says(engine, kv, first, end, expected):
+    value = kv_of(64)
+    engine.store(IDS, value)
+    put(engine, engine.lookup(IDS).keys[1], kv, first, end)
+    count, back = engine.retrieve(IDS)
+    assert (count, reason(engine)) == (32, expected)
+    assert torch.equal(back, value[:, :32])
+    assert engine.lookup(IDS).num_tokens == 32, "a wrong object is set aside"
+    assert engine.store(IDS, value) == 64
+    assert torch.equal(engine.retrieve(IDS)[1], value)
+
+
+def test_permuted_axes_of_the_same_shape(engine):
+    engine.store(IDS[:32], kv_of(32))
+    turned = ("kv_heads", "tokens", "layers", "kv", "head_dim")
+    put(engine, engine.lookup(IDS[:32]).keys[0], kv_of(32), 0, 32, axes=turned)
+    assert engine.retrieve(IDS[:32]) == (0, None)
+    assert reason(engine) == "wrong_axes"
+
+
+def test_an_object_without_layers_or_numbers_is_no_kv(engine):
+    for empty in (kv_of(32, layers=0), kv_of(32)[..., :0], kv_of(32)[:, :, :0]):
+        engine.stats_.misses.clear()
+        put(engine, engine.namespace.key(engine.hashes(IDS)[3]), empty, 0, 32)
+        assert engine.retrieve(IDS) == (0, None)
+        assert reason(engine) == "wrong_shape"
+
+
+def test_a_reader_that_knows_the_number_of_axes_takes_no_other():
+    parts, metadata = to_parts(get_serde("naive").encode(kv_of(32), AXES))
+    with pytest.raises(FormatError) as caught:
+        from_parts(parts, metadata, Expected(shape=(None, 32)))
+    assert caught.value.reason == "wrong_shape"
+
+
+def test_with_a_geometry_the_first_object_must_fit_it_too(store):
+    engine = engine_on(store, geometry=GEOMETRY)
+    for wrong, expected in ((kv_of(32, layers=3), "wrong_shape"), (kv_of(32, dtype=torch.float16), "wrong_dtype")):
+        put(engine, engine.namespace.key(engine.hashes(IDS)[3]), wrong, 0, 32)
+        engine.stats_.misses.clear()
+        assert engine.retrieve(IDS) == (0, None)
+        assert reason(engine) == expected
+        with pytest.raises(ConfigError, match="as the engine's geometry says"):
+            engine.store(IDS[:32], wrong)
+
+
+@pytest.mark.parametrize("url", ["memory://?size=8MiB", "file://{}?size=8MiB"])
+@pytest.mark.parametrize("serde", ["naive", "lossless"])
+def test_pages_must_be_of_the_tokens_and_the_shape_that_are_asked_for(url, serde, tmp_path):
+    pages = torch.randint(0, 256, (4, 2, 512), dtype=torch.uint8)
+    with open_store(url.format(tmp_path)) as store:
+        engine = engine_on(store, serde=serde)
+        for out, place, expected in (
+            (torch.empty_like(pages), (0, 64), "wrong_range"),
+            (torch.empty_like(pages), (64, 96), "wrong_range"),
+            (torch.empty(2, 4, 512, dtype=torch.uint8), (32, 64), "wrong_shape"),
+            (torch.empty(4, 2, 512, dtype=torch.int8), (32, 64), "wrong_dtype"),
+            (torch.empty(4, 2, 1024, dtype=torch.uint8), (32, 64), "wrong_shape"),
+        ):
+            assert engine.save_object("k", pages, PAGES, first_token=32, end_token=64)
+            engine.stats_.misses.clear()
+            assert engine.load_object("k", out, axes=PAGES, first_token=place[0], end_token=place[1]) is None
+            assert reason(engine) == expected
+        assert engine.save_object("k", pages, PAGES, first_token=32, end_token=64)
+        back = engine.load_object("k", torch.empty_like(pages), axes=PAGES, first_token=32, end_token=64)
+        assert torch.equal(back, pages)
+
+
+def test_a_caller_who_contradicts_himself_is_told(store):
+    engine = engine_on(store)
+    for first, end in ((0, 31), (-1, 31), (32, 32)):
+        with pytest.raises(ConfigError):
+            engine.save_object("k", kv_of(32), AXES, first_token=first, end_token=end)
+        with pytest.raises(ConfigError):
+            engine.load_object("k", kv_of(32), axes=AXES, first_token=first, end_token=end)
+
+
+def test_sizes_of_chunks_and_blocks_and_the_key_are_in_the_namespace_once():
+    plain = Namespace("m", {"dtype": "float32"})
+    named = cache_namespace(plain, chunk_tokens=32, block_tokens=8)
+    assert named.differing(plain.canonical) == ["block_tokens", "chunk_tokens"]
+    assert cache_namespace(named, chunk_tokens=32, block_tokens=8) == named
+    other = cache_namespace(plain, chunk_tokens=64, block_tokens=8, auth="00")
+    assert named.differing(other.canonical) == ["auth", "chunk_tokens"]
+    with pytest.raises(ConfigError, match="'chunk_tokens' must be 64, got 32"):
+        cache_namespace(named, chunk_tokens=64, block_tokens=8)
+    with pytest.raises(ConfigError, match="shorten a field"):
+        Namespace("m", {"extra": "x" * MAX_HEADER_BYTES})
+
+
+# ---- what an object says of its serde
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Files that are opened."""
+    found = []
+    original = builtins.open
+
+    def recorded(path, *args, **more):
+        found.append(str(path))
+        return original(path, *args, **more)
+
+    monkeypatch.setattr(builtins, "open", recorded)
+    monkeypatch.setattr("kvlab.serde.cachegen.load_tables", lambda path, _level: found.append(str(path)))
+    monkeypatch.setattr("kvlab.serde.cachegen._is_file", lambda path: found.append(path))
+    return found
+
+
+HOSTILE_SERDES = [
+    "cachegen:tables=/etc/passwd",
+    "cachegen:tables=" + "a" * 5000,
+    "cachegen:tables=a\0b",
+    "cachegen:tables=/etc/passwd,level=nan",
+    "int4:group=" + "9" * 5000,
+    "int4:group=²",
+    "int4:group=1",
+    "lossless:element=x",
+    "cachegen",
+    "zip",
+    "naive\nforged log line",
+    "",
+    "x" * 65,
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE_SERDES)
+def test_an_object_names_a_kind_and_nothing_else(engine, opened, name):
+    engine.store(IDS, kv_of(64))
+    key = engine.lookup(IDS).keys[0]
+    value = bytes(engine.store_.get(key))
+    header = header_of(value)
+    header["__metadata__"]["serde"] = name
+    engine.store_.put(key, forged(header, data_of(value)))
+    assert engine.retrieve(IDS) == (0, None)
+    assert reason(engine) in ("serde", "corrupt")
+    assert opened == []
+
+
+def test_tables_are_those_the_reader_was_given(store):
+    writer = engine_on(store)
+    writer.serde = serde_of("cachegen")
+    kv = torch.randn(3, 32, 2, 2, 16)
+    place = {"axes": AXES, "first_token": 0, "end_token": 32}
+    assert writer.save_object("k", kv, AXES, first_token=0, end_token=32)
+    assert engine_on(store).load_object("k", **place) is None, "no tables"
+    writer._serdes = {"cachegen": writer.serde}
+    assert writer.save_object("k", kv, AXES, first_token=0, end_token=32)
+    assert writer.load_object("k", **place) is not None
+
+
+def test_what_a_serde_of_another_package_raises_is_a_miss(store, monkeypatch, caplog):
+    class Broken(type(get_serde("naive"))):
+        name = "broken"
+
+        def decode(self, encoded, out=None):
+            raise ZeroDivisionError("planted")
+
+    monkeypatch.setitem(serdes.SERDES, "broken", f"{__name__}:unused")
+    monkeypatch.setattr(serdes, "get_serde", lambda _spec: Broken())
+    assert serde_to_read("broken").name == "broken"
+    engine = engine_on(store)
+    engine.serde = Broken()
+    engine.store(IDS, kv_of(64))
+    assert engine.retrieve(IDS) == (0, None)
+    assert reason(engine) == "error"
+    assert "ZeroDivisionError" in caplog.text
+
+
+# ---- limits before work
+
+
+@pytest.mark.parametrize("serde", ["naive", "lossless"])
+@pytest.mark.parametrize("has_out", [True, False])
+def test_more_bytes_than_any_such_object_are_not_read(tmp_path, serde, has_out, monkeypatch):
+    with open_store(f"file://{tmp_path}?size=8MiB") as store:
+        engine = engine_on(store, serde=serde, geometry=GEOMETRY)
+        kv = kv_of(32)
+        store.put("k", bytes(MOST_GROWTH * kv.nbytes + (64 << 10) + 1))
+        monkeypatch.setattr(store, "get", lambda _key: pytest.fail("read whole"))
+        assert engine.load_object("k", kv if has_out else None, axes=AXES, first_token=0, end_token=32) is None
+        assert reason(engine) == "too_large"
+
+
+def test_kv_that_decodes_to_more_than_was_asked_for_is_refused_undecoded():
+    huge = json.dumps([1, 256, 1 << 20, 2, 8])
+    parts, metadata = to_parts(get_serde("naive").encode(kv_of(32), AXES))
+    for expected in (Expected(), Expected(max_bytes=256 * MAX_TOKEN_BYTES), Expected(max_bytes=1000)):
+        with pytest.raises(FormatError) as caught:
+            from_parts(parts, {**metadata, "shape": huge}, expected)
+        assert caught.value.reason == "too_large"
+
+
+class Allocations:
+    """In the place of torch.empty: only tensors without memory."""
+
+    def __init__(self):
+        self.original = torch.empty
+
+    def __call__(self, shape, **more):
+        assert more.get("device") == "meta", "allocated"
+        return self.original(shape, **more)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_no_serde_allocates_for_a_shape_its_parts_do_not_have(spec, monkeypatch):
+    """A shape of a terabyte, of which no part has a byte: refused by sizes alone."""
+    serde = serde_of(spec)
+    encoded = serde.encode(torch.randn(3, 10, 2, 2, 16), AXES)
+    monkeypatch.setattr("kvlab.serde.base.torch.empty", Allocations())
+    shape = (3, 10 << 30, 2, 2, 16)
+    params = {**encoded.params, **({"rows": shape[1]} if "rows" in encoded.params else {})}
+    with pytest.raises(FormatError):
+        serde.decode(Encoded(encoded.serde, shape, encoded.dtype, encoded.axes, encoded.parts, params))
+
+
+# ---- two reads
+
+
+class Mixed(WrapperStore):
+    """A tier whose first answer for a key is another key's."""
+
+    def __init__(self, inner, wrong):
+        super().__init__(inner)
+        self.wrong = dict(wrong)
+
+    def get(self, key):
+        return super().get(self.wrong.pop(key, key))
+
+
+def test_a_reply_of_another_object_does_not_cost_the_good_one(store):
+    engine, value = engine_on(store), kv_of(64)
+    engine.store(IDS, value)
+    first, second = engine.lookup(IDS).keys
+    engine.store_ = Mixed(store, {second: first})
+    count, back = engine.retrieve(IDS)
+    assert count == 64
+    assert torch.equal(back, value)
+    assert not engine.stats_.misses
+
+
+def test_the_header_of_every_kind_leaves_room_for_the_namespace():
+    """The limit on headers, the limit on namespaces, and what kinds write fit together."""
+    engine = CacheEngine(
+        open_store("memory://?size=64MiB"), namespace=Namespace("m", {"extra": "x" * 11_800}), chunker=CHUNKER
+    )
+    for spec in SPECS:
+        engine.serde = serde_of(spec)
+        assert engine.save_object("k" * 300, torch.randn(3, 11, 2, 2, 16), AXES, first_token=0, end_token=11), spec
