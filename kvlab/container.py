@@ -145,7 +145,7 @@ def unpack(value: Buffer | Sequence[memoryview], key: str, *, auth: AuthKey | No
 def parse_json(text: str) -> Any:
     """The value of JSON that others wrote; ValueError or RecursionError where it is none. No number has more than
     `MAX_DIGITS` digits: Python reads a long one in time that grows with its square."""
-    return json.loads(text, parse_int=_int, parse_constant=_constant)
+    return _DECODER.decode(text)
 
 
 def _int(digits: str) -> int:
@@ -156,6 +156,9 @@ def _int(digits: str) -> int:
 
 def _constant(name: str) -> Any:
     raise ValueError(f"{name} is no number")
+
+
+_DECODER = json.JSONDecoder(parse_int=_int, parse_constant=_constant)  # to make one takes as long as to use it
 
 
 def _head_and_data(value: Buffer | Sequence[memoryview], key: str) -> tuple[bytes, memoryview]:

@@ -154,7 +154,7 @@ def test_a_header_is_not_read_before_its_checksum(rest, monkeypatch):
 
     value = forged_text(seal_text(KEY) + rest)
     broken = value[:-1] + bytes([value[-1] ^ 1])
-    monkeypatch.setattr(container.json, "loads", parsed)
+    monkeypatch.setattr(container, "parse_json", parsed)
     with pytest.raises(FormatError) as caught:
         unpack(broken, KEY)
     assert caught.value.reason == "checksum"
