@@ -93,6 +93,24 @@ class CacheEngine(ObjectCache):
         self._touch(keys)
         return Hit(end * self.chunker.block_tokens, keys, spans, miss)
 
+    def why_missing(self, token_ids: Sequence[int], *, extras: Mapping[int, Sequence[Extra]] | None = None) -> str:
+        """Why `lookup` finds no more of a prompt; empty if it finds every full block. Where the store never had it but
+        holds the same tokens under another namespace: ``other_namespace:`` and the fields that differ.
+
+        This looks through all keys of the store and reads an object. It is for a person who asks, not for serving.
+        """
+        hit = self.lookup(token_ids, extras=extras)
+        if hit.miss != "never_stored":
+            return hit.miss
+        wanted = {
+            block_hash.hex()
+            for block_hash in self.hashes(token_ids, extras)[hit.num_tokens // self.chunker.block_tokens :]
+        }
+        for key in self.store_.keys():  # noqa: SIM118 - a store is no dict
+            if key.rpartition(":")[2] in wanted and (fields := self.differing_fields(key)):
+                return f"other_namespace:{','.join(fields)}"
+        return hit.miss
+
     def store(
         self, token_ids: Sequence[int], kv: torch.Tensor, *, extras: Mapping[int, Sequence[Extra]] | None = None
     ) -> int:

@@ -78,9 +78,9 @@ class Namespace:
                 raise ConfigError(f"namespace field {name!r} must be {value!r}, got {self.fields[name]!r}")
         return Namespace(self.model, {**self.fields, **fields})
 
-    def differing(self, other_canonical: str) -> list[str]:
-        """Names of the fields in which this namespace and another's canonical form differ."""
-        mine, theirs = json.loads(self.canonical), json.loads(other_canonical)
+    def differing(self, theirs: Mapping[str, object]) -> list[str]:
+        """Names of the fields in which this namespace and another's canonical form, parsed, differ."""
+        mine = json.loads(self.canonical)
         return sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
 
 

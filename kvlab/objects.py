@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvlab.auth import AuthKey
-from kvlab.container import ALIGNMENT, pack, packed_bytes, unpack
+from kvlab.container import ALIGNMENT, pack, packed_bytes, parse_json, unpack
 from kvlab.errors import ConfigError, FormatError, StoreError
 from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Namespace
@@ -121,6 +121,16 @@ class ObjectCache:
     def contains_many(self, hashes: Sequence[bytes]) -> list[bool]:
         """Whether each object is here, by hash; a failing tier holds nothing."""
         return self._contains([self.namespace.key(key) for key in hashes])
+
+    def differing_fields(self, key: str) -> list[str]:
+        """In which fields the namespace of the object under `key` differs from this one; none where that cannot be told."""
+        try:
+            value = self.store_.get(key)
+            metadata = {} if value is None else unpack(value, key).metadata
+            other = parse_json(metadata["namespace"])
+        except (StoreError, FormatError, KeyError, ValueError, RecursionError):
+            return []
+        return self.namespace.differing(other) if isinstance(other, dict) else []
 
     def stats(self) -> dict[str, int | float]:
         """One row for pandas."""

@@ -204,3 +204,21 @@ def test_chunks_of_another_size_are_never_taken_for_ones_own(one, other, url, tm
             count, back = engine.retrieve(ids)
             assert count == 112
             assert torch.equal(back, value)
+
+
+def test_a_miss_names_the_field_in_which_another_namespace_differs(engine):
+    ids, value = list(range(64)), kv(64)
+    assert engine.why_missing(ids) == "never_stored"
+    engine.store(ids[:40], value[:, :40])
+    assert engine.why_missing(ids[:40]) == ""
+    for chunker, model, named in (
+        (Chunker(64, 8), Namespace("m"), "other_namespace:chunk_tokens"),
+        (CHUNKER, Namespace("m", {"dtype": "fp8"}), "other_namespace:dtype"),
+        (CHUNKER, Namespace("n"), "other_namespace:model"),
+    ):
+        other = CacheEngine(engine.store_, namespace=model, chunker=chunker)
+        assert other.why_missing(ids[:40]) == named
+        assert other.why_missing(range(900, 964)) == "never_stored"
+    for key in list(engine.store_.keys()):
+        engine.store_.put(key, b"damaged")
+    assert other.why_missing(ids[:40]) == "never_stored"
