@@ -1,7 +1,6 @@
 """LoRA adapters and images: what changes KV besides the tokens is in the key."""
 
 import json
-import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kvlab.connectors.vllm import adapters
 from kvlab.connectors.vllm.adapters import Adapters, LoadedAdapter
 from kvlab.connectors.vllm.metadata import WorkerReport
 from kvlab.connectors.vllm.requests import request_extras
@@ -84,20 +84,22 @@ def test_an_adapter_that_is_loaded_before_its_first_request_is_cached_from_there
             drain(llm)
 
 
-def test_files_replaced_under_a_loaded_adapter(tmp_path, answers, monkeypatch, caplog):
+def test_files_replaced_under_a_loaded_adapter(tmp_path, answers, monkeypatch):
     """The engine goes on with the weights it loaded: they are stored under no other's name, and told of once."""
     monkeypatch.setenv("HOME", str(tmp_path))
     adapter(tmp_path / "tuned", 1)
     tiers = ["memory://?size=256MiB", f"file://{tmp_path}/kv?size=1GiB"]
     path = "~/tuned"
-    with engine(tiers, SETTINGS) as llm, caplog.at_level("WARNING", logger="vllm.kvlab"):
-        logging.getLogger("vllm.kvlab").addHandler(caplog.handler)
+    told: list[str] = []
+    monkeypatch.setattr(adapters.logger, "warning", lambda message, *values: told.append(message % values))
+    with engine(tiers, SETTINGS) as llm:
         assert [ask(llm, 1, path, "x").hit for _ in range(3)] == [0, 0, 299]
         adapter(tmp_path / "tuned", 2)
         for _ in range(2):
             answer = ask(llm, 1, path, "x")
             assert (answer.hit, answer.tokens) == (0, answers[1])
-        assert caplog.text.count("changed since they were loaded") == 1
+        assert len(told) == 1
+        assert "changed since they were loaded" in told[0]
         drain(llm)
     with engine(tiers, SETTINGS) as llm:
         for hit in (0, 0, 299):
@@ -133,31 +135,31 @@ def test_an_adapter_loaded_again_in_place(tmp_path, answers):
 
 def test_equal_sizes_and_times_hide_no_change(tmp_path):
     """Archives and image layers set times."""
-    adapters, manager = Adapters(), SimpleNamespace(loads=0)
+    watched = Adapters()
 
     def load(seed):
         adapter(tmp_path / "tuned", seed)
         for file in (tmp_path / "tuned").iterdir():
             os.utime(file, (1, 1))
-        adapters.loading(lambda: manager, 1, "tuned", str(tmp_path / "tuned"), "float32")
-        return adapters.nameable(1, "tuned")
+        watched.loading(lambda: None, 1, "tuned", str(tmp_path / "tuned"), "float32")
+        return watched.nameable(1, "tuned")
 
     first, second, third = load(1), load(2), load(1)
     assert first.digest == third.digest != second.digest
     assert (first.num_loads, second.num_loads, third.num_loads) == (1, 2, 3)
-    assert adapters.nameable(1, "another path") is None
-    assert adapters.nameable(2, "tuned") is None
-    adapters.clear()
-    assert adapters.nameable(1, "tuned") is None
+    assert watched.nameable(1, "another path") is None
+    assert watched.nameable(2, "tuned") is None
+    watched.clear()
+    assert watched.nameable(1, "tuned") is None
 
 
 def test_an_adapter_written_while_it_is_loaded_is_not_known(tmp_path):
-    adapters = Adapters()
+    watched = Adapters()
     path = adapter(tmp_path / "tuned", 1)
-    adapters.loading(lambda: adapter(tmp_path / "tuned", 2), 1, path, path, "float32")
-    assert adapters.nameable(1, path) is None
-    adapters.loading(lambda: None, 2, "org/name", None, "float32")  # no folder
-    assert adapters.nameable(2, "org/name") is None
+    watched.loading(lambda: adapter(tmp_path / "tuned", 2), 1, path, path, "float32")
+    assert watched.nameable(1, path) is None
+    watched.loading(lambda: None, 2, "org/name", None, "float32")  # no folder
+    assert watched.nameable(2, "org/name") is None
 
 
 def test_ranks_that_loaded_different_weights_are_not_believed():

@@ -57,7 +57,7 @@ def test_nothing_that_others_left_in_a_page_is_stored(kind, prefix_caching, tmp_
             drain(llm)
         assert len(freed) > 100
         assert any(bytes(layer.cpu().numpy()).find(MARKER) >= 0 for layer in pages)
-        assert len(seen.values) > 40
+        assert len(seen.values) > 30
         for key, value in seen.values.items():
             assert value.find(MARKER) < 0, f"object {key} holds what another request left in a page"
         assert bytes(ours.transfer.arena.numpy()).find(MARKER) < 0

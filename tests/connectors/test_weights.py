@@ -82,7 +82,7 @@ def longrope(max_model_len: int) -> dict:
     """vLLM takes the long factors where the engine may go beyond 512 tokens, for all prompts."""
     rope = {
         "rope_type": "longrope", "rope_theta": 100000.0, "original_max_position_embeddings": 512,
-        "short_factor": [1.0] * 32, "long_factor": [1.0 + at / 8 for at in range(32)],
+        "short_factor": [1.0] * 32, "long_factor": [1.0 + at / 2 for at in range(32)],
     }  # fmt: skip
     overrides = {"rope_parameters": rope, "max_position_embeddings": 2048}
     return {"hf_overrides": overrides, "max_model_len": max_model_len}
@@ -91,12 +91,12 @@ def longrope(max_model_len: int) -> dict:
 def test_longrope_with_another_longest_prompt_is_another_model(tmp_path):
     tiers = ["memory://?size=64MiB", f"file://{tmp_path}?size=1GiB"]
     with engine(None, longrope(1024)) as llm:
-        right = generate(llm, [PROMPT])[0].tokens
+        right = generate(llm, [NEW])[0].tokens
     with engine(tiers, longrope(512)) as llm:
-        assert generate(llm, [PROMPT])[0].tokens != right, "factors that change nothing would prove nothing"
+        assert generate(llm, [NEW])[0].tokens != right, "factors that change nothing would prove nothing"
         drain(llm)
-    for hit in (0, 299):
+    for hit in (0, 479):
         with engine(tiers, longrope(1024)) as llm:
-            answer = generate(llm, [PROMPT])[0]
+            answer = generate(llm, [NEW])[0]
             assert (answer.hit, answer.tokens) == (hit, right)
             drain(llm)
