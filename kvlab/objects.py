@@ -123,7 +123,7 @@ class ObjectCache:
         return self._contains([self.namespace.key(key) for key in hashes])
 
     def differing_fields(self, key: str) -> list[str]:
-        """Fields in which the namespace of the object under `key` differs from this one; none where it is unreadable."""
+        """Fields in which the namespace of the object under `key` differs from this one; none if it is unreadable."""
         try:
             value = self.store_.get(key)
             metadata = {} if value is None else unpack(value, key).metadata
