@@ -55,7 +55,7 @@ _NOT_STRUCTURE = frozenset(
         "sharding", "tie_word_embeddings",
     }
 )  # fmt: skip
-# Types whose layers were counted in a real cache, of transformers or vLLM.
+# Types whose rules were checked: against a real cache of transformers or vLLM, or a published figure.
 KNOWN_TYPES = frozenset([
     "afmoe", "apertus", "arcee", "aria_text", "bailing_hybrid", "bamba", "bitnet", "bloom", "chatglm", "cohere",
     "cohere2", "cohere2_moe", "ctrl", "cwm", "deepseek_ref", "deepseek_v2", "deepseek_v3", "deepseek_v32",
