@@ -1,5 +1,7 @@
 """The command line: ``kvlab SUBCOMMAND ...``. Each subcommand lives in its own room and is imported on use."""
 
+import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -16,9 +18,32 @@ COMMANDS = {  # name -> ("module:function taking the remaining arguments", one l
 }
 
 
+BROKEN_PIPE = 141  # what a shell shows for a command that SIGPIPE ended
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; exit status 2 and one line on stderr for anything the user can mend."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        # The interpreter flushes once more at exit; what is left in the buffer has no reader.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _reader_has_left() -> bool:
+    """Whether stdout is the pipe that broke, as it is behind `| head -1`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are told without being asked for
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _run(args: list[str]) -> int:
     if args[:1] == ["--version"]:
         print(f"kvlab {__version__}")
         return 0

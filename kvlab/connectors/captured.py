@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from kvlab.errors import ConfigError, FormatError
 from kvlab.geometry import AXES
 
-FORMAT = "1"
+FORMAT = "2"  # 2: windows
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class KV:
 
     `keys` and `values` hold one tensor per layer, axes (tokens, kv_heads, head_dim), keys as the cache holds them
     (after rotary embedding). Layers of a pruned cache may hold different numbers of tokens; `num_positions` says
-    how many tokens the model had read, which is the position of the next one.
+    how many tokens the model had read, which is the position of the next one. `windows` names, for each layer whose
+    cache keeps only the latest tokens, how many its attention sees; None elsewhere, empty where no layer has one.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -28,10 +29,13 @@ class KV:
     token_ids: tuple[int, ...]
     num_positions: int
     model: str = ""
+    windows: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.keys) != len(self.values) or not self.keys:
             raise ConfigError(f"KV needs keys and values of every layer, got {len(self.keys)} and {len(self.values)}")
+        if self.windows and len(self.windows) != len(self.keys):
+            raise ConfigError(f"windows must name all {len(self.keys)} layers or none, got {len(self.windows)}")
         for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             if key.ndim != 3 or key.shape[:2] != value.shape[:2]:
                 shapes = f"{list(key.shape)} and {list(value.shape)}"
@@ -56,7 +60,7 @@ class KV:
         if tensor.ndim != len(AXES) or tensor.shape[3] != 2:
             raise ConfigError(f"KV must have axes {', '.join(AXES)}, got shape {list(tensor.shape)}")
         keys, values = tensor.unbind(dim=3)
-        return KV(tuple(keys), tuple(values), self.token_ids, self.num_positions, self.model)
+        return KV(tuple(keys), tuple(values), self.token_ids, self.num_positions, self.model, self.windows)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: ``layers.N.key`` and ``layers.N.value``, the rest in its metadata."""
@@ -64,7 +68,12 @@ class KV:
         for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors[f"layers.{index}.key"] = key.detach().cpu().contiguous()
             tensors[f"layers.{index}.value"] = value.detach().cpu().contiguous()
-        about = {"num_layers": self.num_layers, "num_positions": self.num_positions, "token_ids": list(self.token_ids)}
+        about = {
+            "num_layers": self.num_layers,
+            "num_positions": self.num_positions,
+            "token_ids": list(self.token_ids),
+            "windows": list(self.windows),
+        }
         fields = {
             "kvlab_kv": FORMAT,
             "axes": "tokens,kv_heads,head_dim",
@@ -86,7 +95,8 @@ class KV:
                 keys, values = (
                     tuple(opened.get_tensor(f"layers.{index}.{half}") for index in layers) for half in ("key", "value")
                 )
-            return KV(keys, values, tuple(about["token_ids"]), about["num_positions"], fields.get("model", ""))
+            token_ids, windows = tuple(about["token_ids"]), tuple(about["windows"])
+            return KV(keys, values, token_ids, about["num_positions"], fields.get("model", ""), windows)
         except FormatError:
             raise
         except OSError:

@@ -18,20 +18,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.max_tokens < 1 or args.chunk < 1:
         raise ConfigError(f"--max-tokens and --chunk must be at least 1, got {args.max_tokens} and {args.chunk}")
-    from kvlab.connectors.transformers import capture, load_model  # heavy; argparse answers --help without it
+    if not (args.model / "config.json").is_file():
+        raise ConfigError(f"model must be a checkpoint folder with a config.json, got {str(args.model)!r}")
+    texts = [_read(path) for path in args.text]
+    try:  # heavy; argparse answers --help without it
+        from kvlab.connectors.transformers import capture, load_model
+    except ImportError as error:
+        raise ConfigError(f"kvlab profile needs transformers ({error}); install kvlab[transformers]") from error
     from kvlab.geometry import AXES
     from kvlab.serde.tables import FILE, LEVELS, profile, save_tables
 
-    model = load_model(args.model)
+    try:
+        model = load_model(args.model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"cannot load a model from {str(args.model)!r}: {reason}") from error
     chunks = []
-    for text in args.text:
-        kv = capture(model, text.read_text(encoding="utf-8"), max_tokens=args.max_tokens).tensor()
+    for text in texts:
+        kv = capture(model, text, max_tokens=args.max_tokens).tensor()
         chunks += [kv[:, start : start + args.chunk] for start in range(0, kv.shape[1], args.chunk)]
     tables = [profile(chunks, AXES, level) for level in LEVELS]
     out = args.out or args.model / FILE
-    save_tables(out, tables)
+    try:
+        save_tables(out, tables)
+    except OSError as error:
+        raise ConfigError(f"cannot write {str(out)!r}: {error.strerror or error}; give another --out") from error
     num_tokens = sum(chunk.shape[1] for chunk in chunks)
     print(f"{out}: {len(tables)} levels from {num_tokens} tokens, {out.stat().st_size:,} bytes")
     for one in tables:
         print(f"  level {one.level:<7} table {one.digest}")
     return 0
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}; give plain text files") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{str(path)!r} is not UTF-8 text; give plain text files") from error
+    if not text.strip():
+        raise ConfigError(f"{str(path)!r} is empty; give plain text files")
+    return text

@@ -1,10 +1,16 @@
-"""KV out of a transformers model and back into one: the only file that imports transformers."""
+"""KV out of a transformers model and back into one: the only file that imports transformers.
 
+Only caches whose layers hold the K and V of tokens and nothing else are taken. A recurrent state, an indexer's keys or
+a quantized layer would be lost on the way, so they are refused.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvlab.connectors.captured import KV
 from kvlab.errors import ConfigError
@@ -28,7 +34,10 @@ def capture(model: PreTrainedModel | str | Path, text: str | list[int], max_toke
     token_ids = token_ids[:max_tokens]
     if not token_ids:
         raise ConfigError("text to capture must hold at least one token, got none")
-    cache = DynamicCache()
+    if loaded.config.is_encoder_decoder:
+        raise ConfigError(f"{loaded.config.model_type} is an encoder-decoder; only causal language models are captured")
+    _refuse_other_layers(DynamicCache(config=loaded.config).layers)
+    cache = DynamicCache()  # without the config: layers that see a window keep all tokens too
     loaded(torch.tensor([token_ids], device=loaded.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     return from_cache(cache, token_ids, model=str(loaded.config._name_or_path))
 
@@ -42,17 +51,57 @@ def tokenize(model: str | Path, text: str) -> list[int]:
 def from_cache(cache: Any, token_ids: list[int], num_positions: int | None = None, model: str = "") -> KV:
     """The KV that a `DynamicCache` holds for its single sequence, pruned (kvpress) or not.
 
-    `num_positions` is how many tokens the model had read, where `token_ids` are not all of them.
+    `num_positions` is how many tokens the model had read, where `token_ids` are not all of them. Raises ConfigError for
+    a cache of another kind, of several sequences, or that holds more tokens than the model is said to have read.
     """
-    layers = [layer for layer in cache.layers if layer.keys is not None]
-    if not layers or layers[0].keys.shape[0] != 1:
-        raise ConfigError("a cache to capture must hold exactly one sequence; use cache.batch_select_indices first")
+    layers = list(getattr(cache, "layers", ()))
+    _refuse_other_layers(layers)
+    while layers and layers[-1].keys is None:  # the last layers of some models read the KV of earlier ones
+        layers.pop()
+    if not layers or any(layer.keys is None or layer.keys.shape[0] != 1 for layer in layers):
+        raise ConfigError(
+            "a cache to capture must hold exactly one sequence in each of its layers; select one with "
+            "cache.batch_select_indices first"
+        )
+    positions = len(token_ids) if num_positions is None else num_positions
+    for index, layer in enumerate(layers):
+        read = layer.get_seq_length() if type(layer) is DynamicSlidingWindowLayer else layer.keys.shape[-2]
+        if read > positions or (read != positions and type(layer) is DynamicSlidingWindowLayer):
+            raise ConfigError(
+                f"layer {index} of the cache has read {read} tokens, but token_ids and num_positions say {positions}; "
+                "give the ids of all tokens it has read"
+            )
     keys = tuple(layer.keys[0].transpose(0, 1) for layer in layers)
     values = tuple(layer.values[0].transpose(0, 1) for layer in layers)
-    return KV(keys, values, tuple(token_ids), len(token_ids) if num_positions is None else num_positions, model)
+    windows = tuple(layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None for layer in layers)
+    return KV(keys, values, tuple(token_ids), positions, model, windows if any(windows) else ())
 
 
 def to_cache(kv: KV, device: torch.device | str = "cpu") -> DynamicCache:
-    """A new `DynamicCache` with `kv` in it. Feed the next token at position `kv.num_positions`."""
-    pairs = zip(kv.keys, kv.values, strict=True)
-    return DynamicCache([tuple(half.transpose(0, 1)[None].to(device) for half in pair) for pair in pairs])
+    """A new `DynamicCache` with `kv` in it. Feed the next token at position `kv.num_positions`.
+
+    Of a pruned `kv`, the cache does not know how many tokens were read: give the model `position_ids`.
+    """
+    cache = DynamicCache([tuple(_half(half, device) for half in pair) for pair in zip(kv.keys, kv.values, strict=True)])
+    for index, window in enumerate(kv.windows):
+        if window is not None:
+            layer = DynamicSlidingWindowLayer(sliding_window=window)
+            keys, values = (_half(half[index], device) for half in (kv.keys, kv.values))
+            layer.update(keys, values)
+            layer.cumulative_length = kv.num_positions  # not the tokens that are left of them
+            cache.layers[index] = layer
+    return cache
+
+
+def _half(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    return tensor.transpose(0, 1)[None].to(device)
+
+
+def _refuse_other_layers(layers: Sequence[Any]) -> None:
+    for index, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ConfigError(
+                f"layer {index} of the cache is a {type(layer).__name__}, which holds more or other than the K and V "
+                "of tokens (a recurrent state, say, or quantized memory); capture takes models whose layers all attend "
+                "and a DynamicCache"
+            )

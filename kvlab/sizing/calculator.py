@@ -53,11 +53,32 @@ def size_calculator(
             raise ConfigError(f"{label} must be a positive integer, got {ranks!r}")
     if engine not in ENGINES:
         raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    if not factor > 0:
-        raise ConfigError(f"factor must be positive (stored bytes per raw byte), got {factor!r}")
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1e-6 <= factor <= 1e6:
+        raise ConfigError(f"factor must be a number from 1e-6 to 1e6 (stored bytes per raw byte), got {factor!r}")
     if encoder_tokens is not None and (not isinstance(encoder_tokens, int) or encoder_tokens < 0):
         raise ConfigError(f"encoder_tokens must be 0 or more, got {encoder_tokens!r}")
     facts = load_facts(model, hub=hub)
+    try:
+        return _answer(facts, dtype, tp, pp, engine, state_dtype, Fraction(factor), mtp, encoder_tokens)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # a config is data from elsewhere: any field may hold anything
+        why = f"a field of its config has an unexpected form ({error!r})"
+        raise ConfigError(f"cannot size {facts.name}: {why}"[:300]) from error
+
+
+def _answer(
+    facts: Facts,
+    dtype: str,
+    tp: int,
+    pp: int,
+    engine: str,
+    state_dtype: str,
+    factor: Fraction,
+    mtp: bool,
+    encoder_tokens: int | None,
+) -> KVSize:
     layers = tuple(build_layers(facts, mtp=mtp, encoder_tokens=encoder_tokens))
     before = list(facts.notes)
     rules = Rules(
@@ -68,7 +89,7 @@ def size_calculator(
     )
     if dtype != "auto" and not any(isinstance(p, StateKV | IndexerKV) for layer in layers for p in layer.parts):
         facts.notes[:] = before  # nothing here depends on the model's own dtype
-    size = KVSize(facts, layers, rules, tp, pp, Fraction(factor).limit_denominator(10**6))
+    size = KVSize(facts, layers, rules, tp, pp, factor.limit_denominator(10**6))
     size.rank_bytes(1)  # a tp, pp or dtype that does not fit is refused here, not at the first use
     return size
 

@@ -63,7 +63,10 @@ def _from_config(name: str, config: Mapping[str, Any], **about: Any) -> Facts:
     own = {key: config[key] for key in _ABOUT if key in config}
     fields = {key: value for key, value in config.items() if key not in _ABOUT}
     about = {**about, **{key: own[key] for key in ("source", "source_kind") if key in own}}
-    return Facts(name, flatten(fields), unknown=frozenset(own.get("unknown", ())), **about)
+    unknown = own.get("unknown") or ()
+    if not isinstance(unknown, list | tuple) or not all(isinstance(field, str) for field in unknown):
+        raise ConfigError(f"cannot size {name}: 'unknown' must be a list of field names, got {unknown!r}"[:300])
+    return Facts(name, flatten(fields), unknown=frozenset(unknown), **about)
 
 
 def _from_path(path: Path) -> Facts:

@@ -17,6 +17,7 @@ class Facts:
 
     unknown: fields that the source does not give and that must not be derived or filled from class defaults.
     notes: every assumption made on the way, for `explain()`.
+    seen: fields that some rule has asked for; `kvlab.sizing.structure` looks at the others.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Facts:
     source_kind: str = "caller"
     unknown: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def model_type(self) -> str:
@@ -34,6 +36,7 @@ class Facts:
         """The first of `names` with a value, then the transformers class's own default, else None."""
         for name in names:
             if self.fields.get(name) is not None:
+                self.seen.add(name)
                 return self.fields[name]
         for name in names:
             if name in self.unknown:
@@ -61,13 +64,24 @@ class Facts:
             "give it in a dict or a complete config.json"
         )
 
-    def count(self, *names: str, why: str = "") -> int:
-        """A positive integer field."""
+    def count(self, *names: str, why: str = "", least: int = 1) -> int:
+        """An integer field of `least` or more."""
         value = self.need(*names, why=why)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             found = next((name for name in names if self.fields.get(name) is not None), names[0])
-            raise ConfigError(f"cannot size {self.name}: {found} must be a positive integer, got {value!r}")
+            wanted = "a positive integer" if least == 1 else f"an integer of {least} or more"
+            raise ConfigError(f"cannot size {self.name}: {found} must be {wanted}, got {value!r}")
         return value
+
+    def per_layer(self, name: str, count: int) -> list[Any] | None:
+        """A field that holds one value per layer, or None where it is not there."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple | str) or len(value) != count:
+            found = f"{len(value)} values" if isinstance(value, list | tuple | str) else repr(value)
+            raise ConfigError(f"cannot size {self.name}: {name} must name {count} layers one by one, got {found}")
+        return list(value)
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -91,12 +105,24 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 # The decoder's own names first: in Whisper's config num_hidden_layers and num_attention_heads are the encoder's.
 _LAYERS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+MAX_LAYERS = 10_000  # a limit before work
 _HEADS = ("decoder_attention_heads", "num_attention_heads", "n_head", "n_heads", "num_heads")
 
 
 def num_layers(facts: Facts) -> int:
     """Decoder layers, counting those that keep nothing."""
-    blocks = facts.get("layers_block_type") or facts.get("hybrid_override_pattern")
+    count = _num_layers(facts)
+    if count > MAX_LAYERS:
+        raise ConfigError(
+            f"cannot size {facts.name}: {count} layers are more than the {MAX_LAYERS:,} that any model has"
+        )
+    return count
+
+
+def _num_layers(facts: Facts) -> int:
+    if facts.model_type.startswith("longcat_flash") and facts.get("num_layers"):
+        return 2 * facts.count("num_layers")  # two attention sublayers in each
+    blocks = facts.get("layers_block_type", "hybrid_override_pattern", "mixer_types", "block_configs")
     if blocks and facts.get(*_LAYERS) is None:
         return len(blocks)
     return facts.count(*_LAYERS)

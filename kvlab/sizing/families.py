@@ -1,11 +1,14 @@
 """From config fields to layers: what every layer of any model keeps, decided layer by layer."""
 
+from dataclasses import replace
+
 from kvlab.errors import ConfigError
 from kvlab.sizing.class_defaults import ONE_KV_HEAD_PER_HEAD
-from kvlab.sizing.facts import Facts, hidden_size, num_heads
+from kvlab.sizing.facts import MAX_LAYERS, Facts, hidden_size, num_heads
 from kvlab.sizing.parts import HeadsKV, IndexerKV, LatentKV, Layer, Part
-from kvlab.sizing.patterns import layer_kinds
+from kvlab.sizing.patterns import layer_kinds, window_tokens
 from kvlab.sizing.recurrent import state_of
+from kvlab.sizing.structure import refuse_unread
 
 
 def build_layers(facts: Facts, *, mtp: bool = False, encoder_tokens: int | None = None) -> list[Layer]:
@@ -18,6 +21,8 @@ def build_layers(facts: Facts, *, mtp: bool = False, encoder_tokens: int | None 
     layers = [_layer(facts, i, kind, owners[i], encoder_tokens) for i, kind in enumerate(kinds)]
     if facts.get("is_encoder_decoder"):
         layers = [_with_cross(facts, layer, encoder_tokens) for layer in layers]
+    layers = _looped(facts, layers)
+    refuse_unread(facts, layers)
     if mtp:
         layers += _mtp_layers(facts, layers)
     if not any(layer.parts for layer in layers):
@@ -29,13 +34,15 @@ def _layer(facts: Facts, i: int, kind: str, owner: int, encoder_tokens: int | No
     if kind == "none":
         return Layer(i, "keeps nothing")
     if owner != i:
-        return Layer(i, f"shares KV of layer {owner}")
+        own = (state_of(facts, kind),) if kind.startswith("hybrid") else ()
+        return Layer(i, f"shares KV of layer {owner}" + "".join(f" + {state.name}" for state in own), own)
     if kind in ("linear", "conv"):
         state = state_of(facts, kind)
         return Layer(i, state.name, (state,))
-    if kind == "hybrid":
-        state = state_of(facts, kind)
-        return Layer(i, f"full attention + {state.name}", (*_attention(facts, i, "full"), state))
+    if kind.startswith("hybrid"):
+        state, attends = state_of(facts, kind), "sliding" if kind == "hybrid sliding" else "full"
+        label = "sliding window" if attends == "sliding" else "full attention"
+        return Layer(i, f"{label} + {state.name}", (*_attention(facts, i, attends), state))
     if kind == "cross":
         return Layer(i, "cross-attention", (_cross(facts, encoder_tokens),))
     parts = _attention(facts, i, kind)
@@ -51,20 +58,29 @@ def _layer(facts: Facts, i: int, kind: str, owner: int, encoder_tokens: int | No
 
 def _attention(facts: Facts, i: int, kind: str) -> tuple[Part, ...]:
     if facts.get("kv_lora_rank"):  # never head_dim here: DeepSeek-V3's class sets it to the rope width
-        latent = LatentKV(facts.count("kv_lora_rank"), facts.count("qk_rope_head_dim"))
-        return (latent, IndexerKV(facts.count("index_head_dim"))) if _has_indexer(facts, i) else (latent,)
+        latent = LatentKV(facts.count("kv_lora_rank"), facts.count("qk_rope_head_dim", least=0))  # 0: MLA without rope
+        return (latent, _indexer(facts)) if _has_indexer(facts, i) else (latent,)
     heads = _kv_heads(facts, i, kind)
     if not heads:
         return ()
     k_dim, v_dim = _head_dims(facts, i, kind)
     window = None
     if kind == "sliding":
-        window = facts.count("sliding_window", "attention_window_size")
+        window = window_tokens(facts)
     if kind == "chunked":
         window = facts.count("attention_chunk_size")
     part = HeadsKV(heads, k_dim, v_dim, window=window, chunked=kind == "chunked")
+    if facts.get("indexer_head_dim"):  # Qwen 4 Exp: keys of groups of tokens
+        width = facts.count("indexer_head_dim") * (facts.get("indexer_kv_heads") or 1)
+        return (part, IndexerKV(width, pool=facts.count("indexer_compress_ratio")))
     index_dim = _block_sparse_index_dim(facts, i)
     return (part, IndexerKV(index_dim, packed=False)) if index_dim else (part,)
+
+
+def _indexer(facts: Facts) -> IndexerKV:
+    dim, pool = facts.count("index_head_dim"), facts.get("index_kpool") or 1
+    # GLM-5.3: the key, a gate score as wide, and whether the token counts, until its pool is complete
+    return IndexerKV(2 * dim + 1, pool=pool) if pool > 1 else IndexerKV(dim)
 
 
 def _has_indexer(facts: Facts, i: int) -> bool:
@@ -97,13 +113,12 @@ def _kv_heads(facts: Facts, i: int, kind: str) -> int:
         return int(overrides["num_key_value_heads"])
     if (per_layer := facts.get("n_heads_in_group_per_layer")) is not None:  # Nemotron-NAS, flattened
         return num_heads(facts) // per_layer[i] if per_layer[i] else 0
-    if blocks := facts.get("block_configs"):  # DeciLM / Nemotron-NAS
-        attention = blocks[i]["attention"]
-        if attention.get("no_op") or attention.get("replace_with_linear"):
-            return 0
-        return num_heads(facts) // int(attention["n_heads_in_group"])
+    if (blocks := facts.get("block_configs")) and (heads := _heads_of_block(facts, blocks[i])) is not None:
+        return heads
     if kind == "sliding" and facts.get("swa_num_key_value_heads"):  # MiMo-V2
         return facts.count("swa_num_key_value_heads")
+    if kind == "sliding" and facts.model_type == "mimo_v2_flash":  # its class names no field for it
+        return 2 * facts.count("num_key_value_heads")
     if kind == "full" and facts.get("num_global_key_value_heads") and facts.get("attention_k_eq_v") is not False:
         return facts.count("num_global_key_value_heads")  # Gemma 4
     if facts.model_type in FALCON:  # its class reads neither num_key_value_heads nor the plain rule
@@ -115,6 +130,22 @@ def _kv_heads(facts: Facts, i: int, kind: str) -> int:
     if heads is not None:
         return facts.count("num_key_value_heads") if not listed else int(heads)
     return _kv_heads_by_other_names(facts)
+
+
+def _heads_of_block(facts: Facts, block: object) -> int | None:
+    """KV heads of one entry of block_configs (DeciLM, Nemotron-NAS, Nemotron-H Puzzle); None where it says nothing."""
+    attention = block.get("attention") if isinstance(block, dict) else None
+    if isinstance(attention, dict):
+        if attention.get("no_op") or attention.get("replace_with_linear"):
+            return 0
+        if attention.get("n_heads_in_group"):
+            return num_heads(facts) // int(attention["n_heads_in_group"])
+    if isinstance(block, dict) and "block_type" in block:
+        heads = block.get("num_key_value_heads")
+        return None if heads is None else int(heads)
+    raise ConfigError(
+        f"cannot size {facts.name}: field 'block_configs' has an entry without block_type and n_heads_in_group"
+    )
 
 
 FALCON = ("falcon", "RefinedWeb", "RefinedWebModel")
@@ -129,8 +160,9 @@ def _falcon_kv_heads(facts: Facts) -> int:
 def _kv_heads_by_other_names(facts: Facts) -> int:
     if facts.get("multi_query") is not None:  # GPT-BigCode
         return 1 if facts.get("multi_query") else num_heads(facts)
-    if (nested := facts.get("attn_config")) and nested.get("kv_n_heads"):  # DBRX, MPT
-        return int(nested["kv_n_heads"])
+    nested = Facts(facts.name, facts.get("attn_config") or {}, seen=facts.seen)  # DBRX, MPT
+    if nested.get("kv_n_heads"):
+        return nested.count("kv_n_heads")
     for name in ("num_kv_heads", "n_head_kv", "multi_query_group_num", "num_attention_groups", "num_query_groups"):
         if facts.get(name) is not None:
             return facts.count(name)
@@ -186,7 +218,42 @@ def _kv_owners(facts: Facts, kinds: list[str]) -> list[int]:
     factor = facts.get("cla_share_factor") or 1  # cross-layer attention (Hunyuan-Large, arXiv:2405.12981)
     if facts.get("use_cla") is not False and factor > 1:
         owners = [i - i % factor for i in owners]
+    for group in facts.get("kv_reuse_group") or ():  # Hymba: the first of a group computes, the others read
+        for i in group[1:]:
+            owners[i] = group[0]
     return owners
+
+
+def _looped(facts: Facts, layers: list[Layer]) -> list[Layer]:
+    """Models that run their layers several times, each time with KV of its own."""
+    if steps := facts.get("total_ut_steps"):  # Ouro
+        count = _loops(facts, "total_ut_steps", layers)
+        facts.note(f"the layers run {steps} times (total_ut_steps), each time with KV of their own")
+        return [replace(x, index=j * len(layers) + x.index) for j in range(count) for x in layers]
+    if facts.model_type != "iquestloopcoder":
+        return layers
+    loops = _loops(facts, "loop_num", layers) if facts.get("loop_num") else 2  # as its class fills it in
+    window = facts.count("loop_window_size") if facts.get("loop_window_size") else 64
+    facts.note(f"the layers run {loops} times (loop_num); all but the first keep {window} tokens (loop_window_size)")
+    again = [
+        Layer(j * len(layers) + x.index, "sliding window", tuple(replace(p, window=window) for p in _heads_of(x)))
+        for j in range(1, loops)
+        for x in layers
+    ]
+    return layers + again
+
+
+def _loops(facts: Facts, name: str, layers: list[Layer]) -> int:
+    count = facts.count(name)
+    if count * len(layers) > MAX_LAYERS:
+        raise ConfigError(
+            f"cannot size {facts.name}: {name} {count} times {len(layers)} layers is more than any model has"
+        )
+    return count
+
+
+def _heads_of(layer: Layer) -> list[HeadsKV]:
+    return [part for part in layer.parts if isinstance(part, HeadsKV)]
 
 
 def _cross(facts: Facts, encoder_tokens: int | None) -> HeadsKV:

@@ -97,16 +97,23 @@ class IndexerKV:
     """Keys of a sparse-attention indexer (DeepSeek-V3.2), replicated on every TP rank.
 
     vLLM keeps them in fp8 with one fp32 scale per 128 elements, whatever the KV dtype; transformers in the model's.
-    `packed` False (MiniMax-M3) is the model's dtype in both.
+    `packed` False (MiniMax-M3) is the model's dtype in both. `pool` tokens share one key in vLLM, which transformers
+    keeps apart until they are scored.
     """
 
     dim: int
     packed: bool = True
+    pool: int = 1
     window = None
     chunked = False
     fixed_tokens = None
 
     def token_bytes(self, rules: Rules) -> int:
+        if rules.engine == "vllm" and self.pool > 1:
+            raise ConfigError(
+                f"cannot size an indexer under vLLM that keeps one key per {self.pool} tokens (field 'index_kpool' or "
+                "'indexer_compress_ratio'); use engine='transformers' for what transformers keeps"
+            )
         if rules.engine == "transformers" or not self.packed:
             return self.dim * rules.model_bytes
         return self.dim + 4 * -(-self.dim // 128)

@@ -1,7 +1,8 @@
 """Which kind each layer is, from config fields alone.
 
 Kinds: ``full``, ``sliding``, ``chunked``, ``linear`` (a recurrent layer of the family that the fields describe),
-``conv``, ``hybrid`` (attention and state side by side), ``cross``, ``none`` (keeps nothing: MLP or MoE blocks).
+``conv``, ``hybrid`` and ``hybrid sliding`` (attention and state side by side), ``cross``, ``none`` (keeps nothing: MLP
+or MoE blocks).
 """
 
 from kvlab.errors import ConfigError
@@ -24,6 +25,8 @@ _WORDS = {
     "mamba2": "linear",
     "gated_deltanet": "linear",
     "kda": "linear",
+    "lightning-attn": "linear",
+    "minicpm4": "full",
     "conv": "conv",
     "short_conv": "conv",
     "hybrid": "hybrid",
@@ -35,7 +38,9 @@ _WHOLLY = {"falcon_h1": "hybrid", "mamba": "linear", "mamba2": "linear", "falcon
 _REFUSED = {
     "compress_ratios": "its compressed cache (DeepSeek-V4) has no published size that agrees with a measurement",
     "block_types": "its RG-LRU state (RecurrentGemma) is not modelled",
+    "_block_types": "its RG-LRU state (RecurrentGemma) is not modelled",
 }
+_WINDOW = ("sliding_window", "attention_window_size", "sliding_window_size")
 
 
 def layer_kinds(facts: Facts) -> list[str]:
@@ -54,9 +59,9 @@ def layer_kinds(facts: Facts) -> list[str]:
 
 def _listed(facts: Facts, count: int) -> list[str] | None:
     """Kinds that the config lists layer by layer."""
-    words = facts.get("layer_types", "layers_block_type")
+    words = facts.get("layer_types", "layers_block_type", "mixer_types") or _block_words(facts)
     if words:
-        unknown = sorted({w for w in words if w not in _WORDS})
+        unknown = sorted({str(w) for w in words if w not in _WORDS})
         if unknown:
             raise ConfigError(
                 f"cannot size {facts.name}: layer type {unknown[0]!r} is not known; known: {', '.join(_WORDS)}"
@@ -67,11 +72,24 @@ def _listed(facts: Facts, count: int) -> list[str] | None:
         return ["full" if off and k == "sliding" else k for k in kinds]
     if pattern := facts.get("hybrid_override_pattern"):
         return [_CHARS[_known_char(facts, c)] for c in pattern]
-    if pattern := facts.get("hybrid_layer_pattern"):  # MiMo-V2: 1 slides
+    if pattern := facts.get("hybrid_layer_pattern", "sliding_window_layout"):  # MiMo-V2, SmallThinker: 1 slides
         return ["sliding" if flag else "full" for flag in pattern]
     if flags := facts.get("attn_type_list"):  # MiniMax: 1 is softmax attention, 0 is lightning
         return ["full" if flag else "linear" for flag in flags]
     return None
+
+
+def _block_words(facts: Facts) -> list[str] | None:
+    """Nemotron-H Puzzle: what each block is stands in the block's own config. Nemotron-NAS has no such word."""
+    blocks = facts.get("block_configs")
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        return None
+    return [block["block_type"] for block in blocks] if all("block_type" in block for block in blocks) else None
+
+
+def window_tokens(facts: Facts) -> int:
+    """Tokens that a sliding layer keeps."""
+    return facts.count(*_WINDOW)
 
 
 def _known_char(facts: Facts, char: str) -> str:
@@ -89,6 +107,11 @@ def _hybrid(facts: Facts, count: int) -> list[str] | None:
     elif facts.get("attn_layer_period") is not None:  # Jamba
         period, offset = facts.count("attn_layer_period"), facts.need("attn_layer_offset")
         full = {i for i in range(count) if i % period == offset}
+    elif facts.model_type.startswith("bailing") and facts.get("layer_group_size") is not None:
+        full = _last_of_each_group(facts, count)
+    elif facts.get("global_attn_idx") is not None:  # Hymba: Mamba beside attention in every layer
+        wide = set(facts.get("global_attn_idx"))
+        return ["hybrid" if i in wide else "hybrid sliding" for i in range(count)]
     elif facts.get("linear_num_value_heads") is not None or facts.get("full_attention_interval") is not None:
         step = facts.get("full_attention_interval") or 4  # Qwen3-Next and 3.5: every fourth layer by class default
         full = {i for i in range(count) if (i + 1) % step == 0}
@@ -105,6 +128,18 @@ def _hybrid(facts: Facts, count: int) -> list[str] | None:
     return ["full" if i in full else "linear" for i in range(count)]
 
 
+def _last_of_each_group(facts: Facts, count: int) -> set[int]:
+    """Ling and Ring: the last layer of each group attends; so do layers beyond the last whole group in version 3."""
+    size = facts.count("layer_group_size")
+    whole = count // size * size
+    if whole != count and facts.get("short_conv_kernel_size") is None:
+        raise ConfigError(
+            f"cannot size {facts.name}: field 'layer_group_size' {size} does not divide {count} layers, and published "
+            "code disagrees on what the last ones are"
+        )
+    return {i for i in range(count) if (i + 1) % size == 0 or i >= whole}
+
+
 def _local(facts: Facts, count: int) -> list[str] | None:
     """Kinds of models that mix full attention with windows or chunks by rule."""
     if facts.model_type.startswith("llama4"):
@@ -115,7 +150,7 @@ def _local(facts: Facts, count: int) -> list[str] | None:
         return ["chunked" if flag else "full" for flag in flags]
     if facts.model_type.startswith(("gemma3n", "gemma4")):
         facts.need("layer_types", why="so which layers slide is not known")
-    if not facts.get("sliding_window", "attention_window_size"):
+    if not facts.get(*_WINDOW):
         return None
     if facts.get("use_sliding_window") is False:
         return None
@@ -136,7 +171,7 @@ def _local(facts: Facts, count: int) -> list[str] | None:
 
 def _window_beyond_context(facts: Facts, kinds: list[str]) -> list[str]:
     """Windows that the context never fills are no windows (Phi-3.5: 262144 over 131072)."""
-    window, context = facts.get("sliding_window", "attention_window_size"), context_length(facts)
+    window, context = facts.get(*_WINDOW), context_length(facts)
     if "sliding" not in kinds or not isinstance(window, int):
         return kinds
     trained = facts.get("litgpt_block_size")  # a port's training length: may be below the true context, never above

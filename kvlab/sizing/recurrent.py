@@ -4,15 +4,29 @@ Shapes as vLLM 0.32 `model_executor/layers/mamba/mamba_utils.py` (MambaStateShap
 modelling files have them. Which family a "linear" layer belongs to is read from the fields present.
 """
 
+from kvlab.errors import ConfigError
 from kvlab.sizing.facts import Facts, hidden_size, num_heads
 from kvlab.sizing.parts import StateKV
 
 
 def state_of(facts: Facts, kind: str) -> StateKV:
-    """The state that one layer of `kind` (``linear``, ``hybrid`` or ``conv``) keeps per sequence."""
+    """The state that one layer of `kind` (``linear``, ``conv``, or one of the hybrids) keeps per sequence."""
     if kind == "conv":
         width = facts.get("conv_dim") or hidden_size(facts)
         return StateKV("short convolution", conv_channels=width, kernel=facts.count("conv_L_cache"))
+    if facts.model_type.startswith("bailing"):
+        heads, dim = num_heads(facts), facts.get("head_dim") or hidden_size(facts) // num_heads(facts)
+        if facts.get("short_conv_kernel_size") is None:  # Ling and Ring up to 2.5
+            return StateKV("lightning attention", heads=heads, rows=dim, cols=dim, in_model_dtype=True)
+        kernel = facts.count("short_conv_kernel_size")
+        return StateKV("KDA", conv_channels=3 * heads * dim, kernel=kernel, heads=heads, rows=dim, cols=dim)
+    if facts.get("lightning_nh") is not None:  # MiniCPM-SALA; its kernels keep the state in fp32
+        heads, dim = facts.count("lightning_nh"), facts.count("lightning_head_dim")
+        if facts.get("lightning_nkv") not in (None, heads):
+            raise ConfigError(
+                f"cannot size {facts.name}: field 'lightning_nkv' differs from lightning_nh, which is not modelled"
+            )
+        return StateKV("lightning attention", heads=heads, rows=dim, cols=dim)
     if facts.get("linear_num_value_heads") is not None:
         return _gated_delta_net(facts)
     if facts.get("linear_attn_config") or facts.get("linear_head_dim") is not None:
@@ -40,7 +54,9 @@ def _gated_delta_net(facts: Facts) -> StateKV:
 
 def _kimi_delta_attention(facts: Facts) -> StateKV:
     config = facts.get("linear_attn_config") or {}
-    inner = Facts(f"{facts.name} (linear_attn_config)", {**facts.fields, **config}, unknown=facts.unknown)
+    inner = Facts(
+        f"{facts.name} (linear_attn_config)", {**facts.fields, **config}, unknown=facts.unknown, seen=facts.seen
+    )
     heads = inner.count("num_heads" if config else "linear_num_heads")
     dim = inner.count("head_dim" if config else "linear_head_dim")
     kernel = inner.count("short_conv_kernel_size", "linear_conv_kernel_dim")

@@ -123,7 +123,7 @@ def test_compare() -> None:
         (lambda: size_calculator("Qwen2.5-7B", tp=0), "tp must be a positive integer"),
         (lambda: size_calculator("Qwen2.5-7B", tp=3), "try 2 or 4"),
         (lambda: size_calculator("Qwen2.5-7B", pp=29), "pp must be at most the number of layers, 28"),
-        (lambda: size_calculator("Qwen2.5-7B", factor=0), "factor must be positive"),
+        (lambda: size_calculator("Qwen2.5-7B", factor=0), "factor must be a number"),
         (lambda: size_calculator("Qwen2.5-7B", engine="tgi"), "engine must be one of"),
         (lambda: size_calculator("Qwen2.5-7B", "fp8_ds_mla"), "stores an MLA latent only"),
         (lambda: size_calculator("DeepSeek-V3", "nvfp4"), "an MLA latent has none"),

@@ -112,6 +112,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "indexer_types": ["full", "shared", "full", "shared"],
         },
     ),
+    "two attentions a layer": (
+        "longcat_flash",
+        {k: v for k, v in MLA.items() if k not in ("first_k_dense_replace", "n_group", "topk_group", *MOE)}
+        | {
+            "num_layers": 2,
+            "head_dim": 8,
+            "ffn_hidden_size": 96,
+            "expert_ffn_hidden_size": 32,
+            "n_routed_experts": 4,
+            "moe_topk": 2,
+            "zero_expert_num": 1,
+        },
+    ),
+    "twice the heads where it slides": (
+        "mimo_v2_flash",
+        {
+            "head_dim": 16,
+            "v_head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": [F, S, S, F],
+            "mlp_layer_types": ["dense"] * 4,
+            "n_group": 1,
+            "topk_group": 1,
+            **MOE,
+        },
+    ),
     "gated delta net": ("qwen3_next", {**DELTA, "layer_types": [L, L, L, F]}),
     "gated delta net 3.5": ("qwen3_5_text", {**DELTA, "layer_types": [L, L, L, F]}),
     "mamba-2 hybrid": ("bamba", {**MAMBA2, "attn_layer_indices": [1], "mamba_expand": 2}),

@@ -105,7 +105,9 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 f"serde {self.config.serde!r} must tell K from V, which an engine's opaque pages do not show; "
                 "use naive or lossless"
             )
-        named = engine_namespace(vllm_config, kv_cache_config, extra=self.config.namespace, serde=self.config.serde)
+        named = engine_namespace(
+            vllm_config, kv_cache_config, extra=self.config.namespace, serde=self.config.serde, outlives=outlives
+        )
         auth = self.config.auth
         self.namespace = cache_namespace(
             named,

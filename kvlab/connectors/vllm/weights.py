@@ -1,0 +1,118 @@
+"""Which weights did the engine load? A name for them by content, or the reason why there is none."""
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vllm import envs
+
+from kvlab.errors import ConfigError
+from kvlab.fingerprint import WEIGHT_SUFFIXES, files_fingerprint, weight_files
+from kvlab.units import format_bytes
+
+logger = logging.getLogger("vllm.kvlab")
+
+# Formats that read the model's own files. Others take weights from a server, a daemon or a cache of their own.
+FILE_FORMATS = frozenset(
+    {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "pt", "sharded_state", "bitsandbytes",
+     "gguf", "runai_streamer", "runai_streamer_sharded", "tensorizer"}
+)  # fmt: skip
+_OBJECT_STORAGE = ("s3://", "gs://", "az://", "http://", "https://")
+
+
+def weights_name(vllm_config: Any, *, outlives: bool, named: bool) -> str:
+    """A name that two engines share only if their weights are the same, byte for byte.
+
+    outlives: whether a tier outlives this process. Without one, keys never leave the process: nothing is read.
+    named: whether the user's own `namespace` keeps this model apart where its weights cannot be read.
+    Raises ConfigError where the weights have no name and a tier outlives the process.
+    """
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if "dummy" in str(load.load_format):
+        return f"dummy:{model.seed}"
+    if not outlives:
+        return _process_name(os.getpid())
+    try:
+        places = _places(model, load)
+    except _Unnamed as reason:
+        if named:
+            return f"unread:{getattr(model, 'model_weights', '') or model.model}@{model.revision}"
+        raise ConfigError(
+            f"the weights of {model.model!r} cannot be fingerprinted ({reason}), so a tier that outlives this process "
+            "could mix its KV with another model's; set namespace= to a name of your own for these weights, or use "
+            "memory:// alone"
+        ) from None
+    started = time.monotonic()
+    prints = [files_fingerprint(weight_files(place), root=_root(place)) for place in places]
+    read = sum(found.num_read_bytes for found in prints)
+    whole = sum(found.num_bytes for found in prints)
+    logger.info(
+        "kvlab: fingerprint of %s of weights, %s of them read, in %.2f s",
+        format_bytes(whole), format_bytes(read), time.monotonic() - started,
+    )  # fmt: skip
+    return "+".join(found.digest for found in prints)
+
+
+class _Unnamed(Exception):
+    """Why weights cannot be fingerprinted."""
+
+
+@cache
+def _process_name(pid: int) -> str:
+    return f"process:{secrets.token_hex(16)}"  # by pid: a forked child has another
+
+
+def _places(model: Any, load: Any) -> list[Path]:
+    """The folders or files that hold the weights; the model's own come first."""
+    load_format = str(getattr(load.load_format, "value", load.load_format))
+    if load_format not in FILE_FORMATS:
+        raise _Unnamed(f"load format {load_format!r} does not read them from files")
+    extra = _as_mapping(load.model_loader_extra_config)
+    if extra.get("qlora_adapter_name_or_path"):
+        raise _Unnamed("qlora_adapter_name_or_path adds others")
+    source = getattr(model, "model_weights", "") or model.model
+    if load_format == "tensorizer":
+        source = extra.get("tensorizer_dir") or os.path.dirname(extra.get("tensorizer_uri") or "") or source
+    # Ultravox takes its language model and its encoder from repositories of their own.
+    others = [getattr(model.hf_config, field, None) for field in ("text_model_id", "audio_model_id")]
+    places = [_place(str(source), model.revision, load.download_dir)]
+    return places + [_place(str(other), None, load.download_dir) for other in others if other]
+
+
+def _place(source: str, revision: str | None, download_dir: str | None) -> Path:
+    if source.lower().startswith(_OBJECT_STORAGE):
+        raise _Unnamed("they lie in object storage")
+    path = Path(source)
+    if not path.exists():
+        path = _hub_snapshot(source, revision, download_dir)
+    if not path.is_file() and not any(file.suffix.lower() in WEIGHT_SUFFIXES for file in weight_files(path)):
+        raise _Unnamed("their folder holds no weight file")
+    return path
+
+
+def _hub_snapshot(name: str, revision: str | None, download_dir: str | None) -> Path:
+    """The snapshot in the hub's cache, found without a network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if envs.VLLM_USE_MODELSCOPE:
+        raise _Unnamed("they come from ModelScope")
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=download_dir, local_files_only=True))
+    except HFValidationError:
+        raise _Unnamed("it names neither a local path nor a repository of the hub") from None
+    except LocalEntryNotFoundError:
+        raise _Unnamed("no local folder holds them") from None
+
+
+def _root(place: Path) -> Path:
+    return place if place.is_dir() else place.parent
+
+
+def _as_mapping(extra: Any) -> Mapping[str, Any]:
+    return extra if isinstance(extra, Mapping) else vars(extra) if hasattr(extra, "__dict__") else {}
