@@ -63,7 +63,8 @@ def test_a_journal_names_files_of_the_stores_own_form_only(root, outside, path):
 
 
 @pytest.mark.parametrize("line", [
-    "+ -1000000000 {}", "+ 0 {}", "- evicted {}", "+ {}", "+  {}", "- {}", "+ {}\r", "- a\x1b[2J {}", "- " + "x" * 900 + " {}", "\0", "+",
+    "+ -1000000000 {}", "+ 0 {}", "- evicted {}", "+ {}", "+  {}", "- {}", "+ {}\r", "- a\x1b[2J {}",
+    "- " + "x" * 900 + " {}", "\0", "+",
     "- evicted {}\n+ {}\n- deleted {}",
 ])  # fmt: skip
 def test_what_a_journal_claims_never_makes_room(root, line):
