@@ -46,9 +46,11 @@ class Lock(ForkAware):
 
 _watched: WeakSet[ForkAware] = WeakSet()
 _forking: list[ForkAware] = []  # those whose `before_fork` ran
+_one_at_a_time = threading.Lock()  # threads may fork at once
 
 
 def _before() -> None:
+    _one_at_a_time.acquire()
     _forking[:] = list(_watched)
     for watched in _forking:
         watched.before_fork()
@@ -58,9 +60,12 @@ def _in_parent() -> None:
     for watched in _forking:
         watched.after_fork_in_parent()
     _forking.clear()
+    _one_at_a_time.release()
 
 
 def _in_child() -> None:
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
     for watched in _forking:
         watched.after_fork_in_child()
     _forking.clear()

@@ -135,6 +135,7 @@ class Cluster(Topology):
         super().__init__(place, first_wait_s, longest_wait_s)
         self._by_address: dict[Address, Node] = {}
         self._slots: list[Node | None] = []
+        self._gaps = Backoff(first_wait_s, longest_wait_s)  # slots of no node: when to ask whether they have one by now
 
     def group(self, keys: list[bytes], deadline: float) -> dict[Node, list[int]]:
         groups: dict[Node, list[int]] = {}
@@ -181,6 +182,12 @@ class Cluster(Topology):
     def _owner(self, key: bytes, deadline: float) -> Node:
         slot = key_slot(key)
         node = (self._slots or self._learn(deadline))[slot]
+        if node is None and self._gaps.may_ask():
+            node = self._learn(deadline)[slot]
+            if node is None:
+                self._gaps.failed()
+            else:
+                self._gaps.succeeded()
         if node is None:
             raise NodeDownError(f"no node of the cluster serves slot {slot}", reason="clusterdown")
         return node
