@@ -11,6 +11,7 @@ from typing import Any
 
 from kvlab.bench.client import client_version
 from kvlab.bench.provenance import provenance
+from kvlab.stores.url import hide_logins
 
 
 @functools.cache
@@ -35,7 +36,7 @@ def origin() -> dict[str, Any]:
     args = [
         arg.rpartition("/")[2] if arg.startswith("/") else arg for arg in sys.argv[1:]
     ]  # no folders of this machine
-    shared["command"] = shlex.join(["kvlab", *args]) if by_hand else "kvlab.bench.run(...)"
+    shared["command"] = hide_logins(shlex.join(["kvlab", *args])) if by_hand else "kvlab.bench.run(...)"
     return shared
 
 

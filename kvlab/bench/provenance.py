@@ -11,6 +11,8 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from kvlab.stores.url import hide_logins
+
 
 def provenance(packages: Sequence[str] = ()) -> dict[str, str]:
     """Columns that every row of one run shares."""
@@ -29,7 +31,7 @@ def provenance(packages: Sequence[str] = ()) -> dict[str, str]:
         "kernel": platform.release(),
         "versions": "; ".join(versions),
         "commit": _commit(),
-        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "command": hide_logins(shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]])),
     }
 
 

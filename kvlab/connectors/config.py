@@ -1,5 +1,6 @@
 """Settings of the vLLM connector, checked before an engine starts. vLLM itself checks none of them."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
@@ -9,7 +10,7 @@ from kvlab.auth import AuthKey, auth_key
 from kvlab.chunking import Chunker
 from kvlab.errors import ConfigError
 from kvlab.serde import get_serde
-from kvlab.stores.url import StoreURL
+from kvlab.stores.url import StoreURL, shown_url
 from kvlab.units import parse_bytes
 
 
@@ -19,7 +20,8 @@ class ConnectorConfig:
 
     tiers : store URLs, fastest first. At most one ``memory://`` (the engine's own host memory, the first tier);
         any others are lower tiers. ``?serde=NAME`` on the lower tiers chooses how they encode, ``?auth=FILE`` names
-        the file of a key that their objects are signed with; neither differs between them.
+        the file of a key that their objects are signed with; neither differs between them. No password may stand in
+        them, as vLLM logs them: see docs/security.md.
     chunk_tokens : tokens of one stored object; a multiple of the engine's block size.
     staging : host memory for objects on their way to and from lower tiers when no ``memory://`` tier is given.
     gpu_staging : GPU memory for the buffers between pages and host memory; on a CPU nothing is taken.
@@ -68,7 +70,7 @@ class ConnectorConfig:
         put = object.__setattr__
         listed: object = self.tiers  # from users, whatever the annotation says
         if isinstance(listed, str) or not self.tiers or not all(isinstance(url, str) for url in self.tiers):
-            raise ConfigError(f"tiers must be a list of store URLs like ['memory://?size=1GiB'], got {self.tiers!r}")
+            raise ConfigError(f"tiers must be a list of store URLs like ['memory://?size=1GiB'], got {_shown(listed)}")
         Chunker(self.chunk_tokens, 1)
         for name in ("staging", "gpu_staging"):
             put(self, name, parse_bytes(getattr(self, name)))
@@ -86,10 +88,15 @@ class ConnectorConfig:
         key_files: set[str] = set()
         for position, raw in enumerate(self.tiers):
             url = StoreURL.parse(raw)
+            if url.holds_secret:  # vLLM logs its arguments, and a server's are seen by every user of the machine
+                ways = "give it by ?password_file=/path or the environment (KVLAB_REDIS_PASSWORD)"
+                raise ConfigError(f"a tier's URL must hold no password, {url.shown!r} does; {ways}")
+            if url.user and "password_file" not in url.options and not os.environ.get("KVLAB_REDIS_PASSWORD"):
+                raise ConfigError(f"the user of {url.shown!r} needs ?password_file=/path or KVLAB_REDIS_PASSWORD")
             if url.scheme == "memory":
                 if position:
                     raise ConfigError(
-                        f"memory:// must be the first tier and the only one of its kind, got {list(self.tiers)}"
+                        f"memory:// must be the first tier and the only one of its kind, got {_shown(self.tiers)}"
                     )
                 put(self, "memory_bytes", url.take_bytes("size", default="1GiB"))
                 put(self, "policy", url.take("policy", "lru"))
@@ -112,6 +119,10 @@ class ConnectorConfig:
         get_serde(self.serde)
         put(self, "lower_tiers", tuple(lower))
 
+    def __repr__(self) -> str:
+        shown = {name: _shown(value) if name.endswith("tiers") else repr(value) for name, value in vars(self).items()}
+        return f"ConnectorConfig({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
     @property
     def keeps_memory(self) -> bool:
         """True where host memory is a tier of its own and not only a way to the lower ones."""
@@ -121,6 +132,15 @@ class ConnectorConfig:
     def arena_bytes(self) -> int:
         """Budget of the engine's host memory."""
         return self.memory_bytes or self.staging
+
+
+def _shown(tiers: object) -> str:
+    """What was given as tiers, without what may be secret."""
+    if isinstance(tiers, str):
+        return repr(shown_url(tiers))
+    if not isinstance(tiers, list | tuple):
+        return type(tiers).__name__
+    return str([shown_url(url) if isinstance(url, str) else type(url).__name__ for url in tiers])
 
 
 def vllm_config(tiers: Sequence[str] = ("memory://?size=1GiB",), **settings: Any) -> dict[str, Any]:

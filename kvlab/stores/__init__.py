@@ -18,11 +18,11 @@ __all__ = ["STORES", "Store", "StoreStats", "StoreURL", "open_store", "open_stor
 STORES = {  # scheme -> ("module:Class", what to install when the import fails)
     "memory": ("kvlab.stores.memory:MemoryStore", ""),
     "file": ("kvlab.stores.disk:DiskStore", ""),
-    "redis": ("kvlab.stores.redis:RedisStore", "pip install 'kvlab[redis]'"),
-    "rediss": ("kvlab.stores.redis:RedisStore", "pip install 'kvlab[redis]'"),
-    "unix": ("kvlab.stores.redis:RedisStore", "pip install 'kvlab[redis]'"),
-    "redis-sentinel": ("kvlab.stores.redis:RedisStore", "pip install 'kvlab[redis]'"),
-    "redis-cluster": ("kvlab.stores.redis:RedisStore", "pip install 'kvlab[redis]'"),
+    "redis": ("kvlab.stores.redis:RedisStore", ""),
+    "rediss": ("kvlab.stores.redis:RedisStore", ""),
+    "unix": ("kvlab.stores.redis:RedisStore", ""),
+    "redis-sentinel": ("kvlab.stores.redis:RedisStore", ""),
+    "redis-cluster": ("kvlab.stores.redis:RedisStore", ""),
 }
 
 

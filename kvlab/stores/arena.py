@@ -1,5 +1,6 @@
 """One stretch of memory cut into regions, pinned for the GPU where there is one."""
 
+import os
 import sys
 from bisect import insort
 from collections.abc import Callable
@@ -39,6 +40,7 @@ class Arena:
         )  # (start, length), by start
         self._bytes = reserve(self.max_bytes)
         self._unpin: Callable[[], None] | None = pin(self._bytes) if pinned else None
+        self._pid = os.getpid()
 
     @property
     def is_pinned(self) -> bool:
@@ -75,9 +77,9 @@ class Arena:
         return self._bytes[region.start : region.start + region.size]
 
     def close(self) -> None:
-        if self._unpin is not None:
+        if self._unpin is not None and self._pid == os.getpid():  # a forked child has no CUDA, and nothing pinned
             self._unpin()
-            self._unpin = None
+        self._unpin = None
 
 
 def cuda_is_in_use() -> bool:

@@ -6,12 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from kvlab.errors import StoreError
+from kvlab.stores.forks import ForkAware
 
 
-class BackgroundWriter:
+class BackgroundWriter(ForkAware):
     """Runs ``write(key)`` for each key handed in, one at a time, in order, each key once however often it is given.
 
-    Holds at most `max_keys`; what does not fit is dropped and counted. `close` drains, for at most `drain_s`.
+    Holds at most `max_keys`; what does not fit is dropped and counted. `close` drains, for at most `drain_s`. A forked
+    child begins with an empty queue and a thread of its own: what was queued is the parent's to write.
     """
 
     def __init__(self, write: Callable[[str], None], *, max_keys: int = 256, drain_s: float = 30.0) -> None:
@@ -25,8 +27,8 @@ class BackgroundWriter:
         self._writing: str | None = None
         self._closing = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="kvlab-writer", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None  # from the first key on
+        self.watch_forks()
 
     @property
     def waiting(self) -> int:
@@ -40,6 +42,9 @@ class BackgroundWriter:
             if key not in self._queue and len(self._queue) >= self._max_keys:
                 self.dropped += 1
                 return False
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="kvlab-writer", daemon=True)
+                self._thread.start()
             self._queue[key] = None
             self._changed.notify_all()
             return True
@@ -65,7 +70,14 @@ class BackgroundWriter:
         with self._changed:
             self.dropped += len(self._queue)
             self._queue.clear()
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread is not None:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def after_fork_in_child(self) -> None:
+        self._queue = OrderedDict()
+        self._writing = None
+        self._changed = threading.Condition()
+        self._thread = None
 
     def _run(self) -> None:
         while True:

@@ -1,7 +1,8 @@
 """Leaving a failed medium alone for a growing while."""
 
-import threading
 import time
+
+from kvlab.stores.forks import Lock
 
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
@@ -17,7 +18,7 @@ class Backoff:
         self._first_wait_s = first_wait_s
         self._longest_wait_s = longest_wait_s
         self._ask_again = 0.0
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @property
     def is_up(self) -> bool:

@@ -1,7 +1,7 @@
 """What a store is: bytes in a tier, within a budget."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -10,6 +10,9 @@ from kvlab.errors import StoreError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Value: TypeAlias = Buffer | Sequence[Buffer]
+
+
+MAX_KEY_BYTES = 1024  # of a key in UTF-8; the chain's keys are a tenth of that
 
 
 class ValueTooLongError(StoreError):
@@ -32,6 +35,11 @@ class StoreStats:
     refused: int = 0  # larger than the whole budget, or no room could be made
     errors: int = 0  # the medium failed
     dropped: int = 0  # broken objects set aside or removed
+
+
+def fits_key(key: str) -> bool:
+    """Whether stores take `key`: files and journals hold it as their name, at up to three characters a byte."""
+    return len(key) <= MAX_KEY_BYTES and (key.isascii() or len(key.encode("utf-8", "surrogatepass")) <= MAX_KEY_BYTES)
 
 
 def buffers(value: Value) -> list[memoryview]:
@@ -60,8 +68,10 @@ class Store(ABC):
 
     Every store promises (kvlab.testing.StoreTests checks it): a missing key is None, never an error; `put` keeps
     no reference to the caller's buffers; a reader sees a whole value or none; `used_bytes` never exceeds
-    `max_bytes`, not for a moment; answers are positional; methods may be called from several threads. A medium
-    that fails raises StoreError; whoever stacks stores (tiered, engine) turns that into a miss and counts it.
+    `max_bytes`, not for a moment; answers are positional; methods may be called from several threads, and in a
+    process that is forked from the one which opened the store. A key is data: no key reaches anything but its own
+    value, and one of more than `MAX_KEY_BYTES` is refused. A medium that fails or lies raises StoreError and nothing
+    else, within the store's deadline; what stacks stores (tiered, engine) turns that into a miss and counts it.
     """
 
     name: str = "store"
@@ -72,7 +82,8 @@ class Store(ABC):
     def put(self, key: str, value: Value) -> bool:
         """Store `value` (one buffer, or several in a row) under `key`, replacing what was there.
 
-        True if it is stored now; False if it was refused because it cannot fit (counted, nothing else lost).
+        True if it is stored now; False if it was refused because it cannot fit or its key is too long (counted,
+        nothing else lost).
         """
 
     @abstractmethod
@@ -130,10 +141,24 @@ class Store(ABC):
     def touch(self, keys: Iterable[str]) -> None:  # noqa: B027 - a store without an order has nothing to do
         """Mark as used just now, without reading. Give a prompt's keys last-first: suffixes leave before prefixes."""
 
-    def set_aside(self, key: str, reason: str) -> None:
-        """A reader found this value broken: make it unreadable (and countable), keep it for a look if cheap."""
-        if self.delete(key):
-            self.stats_.dropped += 1
+    def set_aside(self, key: str, reason: str, is_sound: Callable[[Buffer], bool] | None = None) -> bool:
+        """A reader found this value broken: make it unreadable (and countable), keep it for a look if cheap.
+
+        With `is_sound` it is read once more first, and stays if that value is sound: what was wrong may have been the
+        way and not the object. True if it was set aside. Without `is_sound` the reader's word is taken.
+        """
+        if is_sound is not None:
+            again = self.get(key)
+            if again is None or is_sound(again):
+                return False
+        return self._set_aside(key, reason)
+
+    def _set_aside(self, key: str, reason: str) -> bool:
+        """`set_aside` of a value that is broken; True if it was there."""
+        if not self.delete(key):
+            return False
+        self.stats_.dropped += 1
+        return True
 
     def why_missing(self, key: str) -> str:
         """Best known reason why `key` is not here: ``never_stored``, ``evicted``, ..."""

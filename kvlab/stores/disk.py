@@ -5,19 +5,21 @@ import logging
 import os
 import secrets
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from kvlab.errors import ConfigError, StoreError
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_fits
+from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_fits, fits_key
 from kvlab.stores.direct import BLOCK, aligned_buffer, read_file, write_file
 from kvlab.stores.eviction import get_policy
-from kvlab.stores.folder import ABSENT, WRITING, Folder
-from kvlab.stores.names import key_of, path_of
+from kvlab.stores.folder import ABSENT, Folder
+from kvlab.stores.forks import Lock
+from kvlab.stores.names import WRITING, key_of, path_of
+from kvlab.stores.root import RefusedError, Root
 from kvlab.stores.url import StoreURL
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,10 @@ class DiskStore(Store):
     fsync : each value survives a power cut, at the price benchmarks/stores.py shows. Without it a power cut may
         leave files that a reader finds broken; a killed process leaves none either way.
     check : read each header at the start and drop files that are shorter or longer than it says.
+    shared : other users may own the folder or write to it: they can then serve any value and lose any. Files are made
+        readable and writable by the folder's group.
+
+    A folder that belongs to another user or that others may write to is refused without `shared` (ConfigError).
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class DiskStore(Store):
         direct: bool = True,
         fsync: bool = False,
         check: bool = True,
+        shared: bool = False,
         name: str = "disk",
     ) -> None:
         self.name = name
@@ -56,17 +63,22 @@ class DiskStore(Store):
         self.max_bytes = max_bytes
         self.stats_ = StoreStats()
         self._fsync = fsync
-        self._count_lock = threading.Lock()
+        self._count_lock = Lock()
+        get_policy(policy)  # an unknown one is no failure of the folder's
+        self._root = Root(self.root, shared=shared)
         try:
-            self._folder = Folder(self.root, max_bytes, get_policy(policy), self._count, check=check)
-            self._direct = direct and self._can_bypass_page_cache()
+            self._folder = Folder(self._root, max_bytes, partial(get_policy, policy), self._count, check=check)
+            with self._folder.book.locked():  # or another process takes the probe for a dead writer's file
+                self._direct = direct and self._can_bypass_page_cache()
+        except RefusedError as error:
+            raise ConfigError(f"cannot use {self.root} as a store: {error}") from error
         except OSError as error:
             raise StoreError(f"cannot use {self.root} as a store: {error}") from error
 
     @classmethod
     def from_url(cls, url: StoreURL) -> Self:
         if url.netloc not in ("", "localhost"):
-            raise ConfigError(f"a folder needs three slashes, like file:///data/kv?size=10GiB, got {url.raw!r}")
+            raise ConfigError(f"a folder needs three slashes, like file:///data/kv?size=10GiB, got {url.shown!r}")
         return cls(
             url.path,
             url.take_bytes("size", default="10GiB"),
@@ -74,6 +86,7 @@ class DiskStore(Store):
             direct=url.take_bool("direct", True),
             fsync=url.take_bool("fsync", False),
             check=url.take_bool("check", True),
+            shared=url.take_bool("shared", False),
         )
 
     def put(self, key: str, value: Value) -> bool:
@@ -81,7 +94,7 @@ class DiskStore(Store):
         pieces = buffers(value)
         size = sum(piece.nbytes for piece in pieces)
         with self._medium(f"write {size} bytes"):
-            stored = size <= self.max_bytes and self._write(path_of(key), pieces, size)
+            stored = size <= self.max_bytes and fits_key(key) and self._write(path_of(key), pieces, size)
         if stored:
             self._count(puts=1, put_bytes=size, put_s=time.perf_counter() - start)
         else:
@@ -109,9 +122,11 @@ class DiskStore(Store):
         return self._read(key, room)
 
     def size_of(self, key: str) -> int | None:
+        if not fits_key(key):
+            return None
         with self._medium("look"):
             try:
-                state = os.stat(f"{self.root}/{path_of(key)}", follow_symlinks=False)
+                state = self._root.state(path_of(key))
             except OSError as error:
                 if error.errno in ABSENT:
                     return None
@@ -119,25 +134,25 @@ class DiskStore(Store):
         return state.st_size if stat.S_ISREG(state.st_mode) and state.st_size <= self.max_bytes else None
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
-        """From the book, which knows of every process's files; only while somebody is at work on it, from the folder.
-
-        A file that a person removed is believed to be there until it is read.
+        """From the book, which knows of every process's files; only while another process is at work on it, from the
+        folder. A file that a person removed is believed to be there until it is read.
         """
         with self._medium("look"):
             if self._folder.book.catch_up():
-                sizes = self._folder.book.sizes
-                return [path_of(key) in sizes for key in keys]
+                holds = self._folder.book.holds
+                return [fits_key(key) and holds(path_of(key)) for key in keys]
         return [self.contains(key) for key in keys]
 
     def delete(self, key: str) -> bool:
         with self._medium("remove a file"):
-            return self._folder.unlink(path_of(key), "deleted")
+            return fits_key(key) and self._folder.unlink(path_of(key), "deleted")
 
-    def set_aside(self, key: str, reason: str) -> None:
+    def _set_aside(self, key: str, reason: str) -> bool:
         """Move the broken file to ``.kvlab/broken``, where the last few are kept for a look."""
         with self._medium("set a file aside"):
-            if self._folder.set_aside(path_of(key), f"set_aside:{'_'.join(reason.split())}"):
-                self._count(dropped=1)
+            there = fits_key(key) and self._folder.set_aside(path_of(key), f"set_aside:{'_'.join(reason.split())}")
+        self._count(dropped=there)
+        return there
 
     def keys(self) -> Iterator[str]:
         with self._medium("list"):
@@ -150,32 +165,33 @@ class DiskStore(Store):
             return self._folder.used_bytes()
 
     def touch(self, keys: Iterable[str]) -> None:
-        self._folder.touched.extend(map(path_of, keys))
+        self._folder.touched.extend(path_of(key) for key in keys if fits_key(key))
 
     def why_missing(self, key: str) -> str:
-        return self._folder.gone.get(path_of(key), "never_stored")
+        return self._folder.gone.get(path_of(key), "never_stored") if fits_key(key) else "never_stored"
 
     def stats(self) -> dict[str, int | float | str]:
         return {**super().stats(), "io": "direct" if self._direct else "buffered"}
 
     def close(self) -> None:
-        self._folder.book.close()
+        self._folder.close()
 
     def _read(self, key: str, room: Callable[[int], list[memoryview]]) -> int | None:
         start = time.perf_counter()
-        path = path_of(key)
+        path = path_of(key) if fits_key(key) else ""
         with self._medium("read"):
-            opened = self._open(path)
+            opened = self._open(path) if path else None
             if opened is None:
                 self._count(misses=1)
-                if path in self._folder.book.sizes:
+                if self._folder.book.holds(path):
                     self._folder.forget(path)
                 return None
-            fd, size, direct = opened
+            fd, size, direct, owned = opened
             try:
                 got = read_file(fd, room(size), size, direct=direct)
-                with suppress(OSError):  # a folder of somebody else, or one that cannot be written any more
-                    os.utime(fd)  # so that the next process knows what was used last
+                if owned:
+                    with suppress(OSError):  # another user's file, or a folder that cannot be written any more
+                        os.utime(fd)  # so that the next process knows what was used last
             finally:
                 os.close(fd)
         if got != size:  # cut short under our hands
@@ -185,24 +201,28 @@ class DiskStore(Store):
         self._count(hits=1, get_bytes=size, get_s=time.perf_counter() - start)
         return size
 
-    def _open(self, path: str) -> tuple[int, int, bool] | None:
-        """Descriptor, size, and whether it bypasses the page cache; None unless a plain file of fitting size."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    def _open(self, path: str) -> tuple[int, int, bool, bool] | None:
+        """Descriptor, size, whether it bypasses the page cache and whether it has this one name only; None unless a
+        plain file of fitting size."""
         direct = self._direct
         try:
-            fd = os.open(self.root / path, flags | (os.O_DIRECT if direct else 0))
+            fd = self._root.open_file(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
         except OSError as error:
             if error.errno in ABSENT:
                 return None
             if not direct or error.errno != errno.EINVAL:
                 raise
             direct = False
-            fd = os.open(self.root / path, flags)
-        state = os.fstat(fd)
+            fd = self._root.open_file(path, os.O_RDONLY)
+        try:
+            state = os.fstat(fd)
+        except OSError:
+            os.close(fd)
+            raise
         if not stat.S_ISREG(state.st_mode) or state.st_size > self.max_bytes:
             os.close(fd)
             return None
-        return fd, state.st_size, direct
+        return fd, state.st_size, direct, state.st_nlink == 1
 
     def _write(self, path: str, pieces: Sequence[memoryview], size: int) -> bool:
         begun = self._folder.begin(path, size, os.O_DIRECT if self._direct else 0)
@@ -217,32 +237,26 @@ class DiskStore(Store):
         except BaseException:
             self._folder.abandon(temp)
             raise
-        finally:
-            os.close(fd)
         if self._fsync:
-            folder = os.open((self.root / path).parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            self._root.sync_folder_of(path)
         return True
 
     def _can_bypass_page_cache(self) -> bool:
-        probe = self.root / WRITING / f"probe-{secrets.token_hex(8)}"
+        probe = f"{WRITING}/{secrets.token_hex(8)}"
         try:
-            fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
+            fd = self._root.open_file(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT)
             try:
-                probe.unlink()  # before it has a size: nobody counts it
+                self._root.unlink(probe)  # before it has a size: it is not counted
                 write_file(fd, [memoryview(bytes(BLOCK))], direct=True)
             finally:
                 os.close(fd)
         except OSError as error:
+            with suppress(OSError):
+                self._root.unlink(probe)
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
             log.warning("no direct I/O under %s: the page cache will hold a second copy of what is read", self.root)
             return False
-        finally:
-            probe.unlink(missing_ok=True)
         return True
 
     @contextmanager

@@ -7,54 +7,77 @@ Layout::
     <root>/.kvlab/writing/                         files in the making; each locked by its living writer
     <root>/.kvlab/broken/                          files set aside; the first to go when room is needed
 
-Everything below is counted; other files are neither counted nor touched.
+Files with such names are counted; others are neither counted nor touched. No link is followed (`kvlab.stores.root`).
 """
 
 import errno
 import fcntl
 import logging
 import os
+import re
 import secrets
 import stat
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
 from kvlab.stores.eviction import EvictionPolicy
+from kvlab.stores.forks import ForkAware
 from kvlab.stores.ledger import Ledger
-from kvlab.stores.names import FANOUT, is_cut_short, key_of
+from kvlab.stores.names import BROKEN, FANOUT, HEAD_BYTES, PRIVATE, WRITING, is_cut_short, is_own
+from kvlab.stores.root import Root
 
 log = logging.getLogger(__name__)
 
-PRIVATE = ".kvlab"
-WRITING = f"{PRIVATE}/writing"
-BROKEN = f"{PRIVATE}/broken"
 KEPT_BROKEN = 8
 KEPT_REASONS = 1 << 16  # keys whose reason of leaving is remembered
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE, errno.EISDIR, errno.ENXIO}
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}  # no file of ours is there, whatever else is
 
 
-class Folder:
-    """Who may write when, what leaves when room is needed, and why something is not there any more.
+class Folder(ForkAware):
+    """Which process may write when, what leaves when room is needed, and why something is not there any more.
 
     `count` is told of events by counter name: ``evictions``, ``evicted_bytes``, ``dropped``. Methods raise OSError.
+    A file counts until it is really gone: one that cannot be removed stays in the book, and the next is tried.
     """
 
     def __init__(
-        self, root: Path, max_bytes: int, policy: EvictionPolicy, count: Callable[..., None], *, check: bool
+        self,
+        root: Root,
+        max_bytes: int,
+        make_policy: Callable[[], EvictionPolicy],
+        count: Callable[..., None],
+        *,
+        check: bool,
     ) -> None:
         self.root = root
         self.max_bytes = max_bytes
         self.gone: dict[str, str] = {}  # path -> why it left
         self.touched: deque[str] = deque(maxlen=KEPT_REASONS)  # readers only append here: no lock on their way
-        self._policy = policy
+        self._make_policy = make_policy
+        self._policy = make_policy()
         self._count = count
         self._check = check
-        self.book = Ledger(root / PRIVATE / "journal", self._scan, self._added, self._removed)
-        with self.book.locked():
-            for folder in (WRITING, BROKEN):
-                (root / folder).mkdir(mode=0o700, exist_ok=True)
-            self._make_room(0)
+        self._in_making: dict[str, int] = {}  # files this process writes, and their descriptors
+        self.book = Ledger(root, self._scan, self._added, self._removed)
+        self.watch_forks()
+        try:
+            with self.book.locked():
+                self._make_room(0)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.book.close()
+        self.root.close()
+
+    def after_fork_in_child(self) -> None:
+        """The book is read anew; files that the parent is writing are locked as long as a descriptor is open."""
+        self._policy = self._make_policy()
+        for fd in self._in_making.values():
+            os.close(fd)
+        self._in_making.clear()
 
     def paths(self) -> list[str]:
         """Objects held now."""
@@ -66,60 +89,59 @@ class Folder:
             return self.book.used
 
     def begin(self, path: str, size: int, flags: int) -> tuple[str, int] | None:
-        """Make room for `path` and open a file in the making, counted from now on: its name and descriptor.
+        """Make room for `path` and open a file in the making, counted from now on: its name and descriptor, for
+        `publish` or `abandon`.
 
-        None if no room can be made; then nothing has left either.
+        None if no room can be made.
         """
         temp = f"{WRITING}/{secrets.token_hex(8)}"
         with self.book.locked():
             if not self._make_room(size, replacing=path):
                 return None
-            flags |= os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self.book.add(temp, size)  # before it is there: who dies in between has counted too much, not too little
+            self.book.add(temp, size)  # before it is there: a death in between has counted too much, not too little
             fd = -1
             try:
                 try:
-                    fd = os.open(self.root / temp, flags, 0o600)
-                except FileNotFoundError:  # somebody removed our folder
-                    (self.root / WRITING).mkdir(mode=0o700, parents=True, exist_ok=True)
-                    fd = os.open(self.root / temp, flags, 0o600)
+                    fd = self.root.open_file(temp, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                except FileNotFoundError:  # the folder was removed
+                    self.root.make_folder(WRITING)
+                    fd = self.root.open_file(temp, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                self._in_making[temp] = fd
                 self._flock(fd, fcntl.LOCK_EX)  # as long as it is locked, its writer lives
-                os.ftruncate(fd, size)  # whoever counts the folder sees its full size
+                os.ftruncate(fd, size)  # a process that counts the folder sees its full size
             except BaseException:
-                if fd >= 0:
-                    os.close(fd)
-                self.unlink(temp, "failed")
+                self.abandon(temp)
                 raise
         return temp, fd
 
     def publish(self, temp: str, path: str, size: int) -> None:
-        target = self.root / path
+        """`temp` is complete: let readers see it as `path`."""
         with self.book.locked():
             try:
-                os.rename(self.root / temp, target)
-            except FileNotFoundError:
-                target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                os.rename(self.root / temp, target)
-            except (IsADirectoryError, NotADirectoryError):  # something foreign in the file's place
-                os.rename(target, self.root / BROKEN / f"{secrets.token_hex(4)}-folder")
-                os.rename(self.root / temp, target)
-            self.book.rename(temp, path, size, "published")
+                self.root.rename(temp, path)
+            except IsADirectoryError:  # another program's folder in the file's place
+                self.root.rename(path, f"{BROKEN}/{secrets.token_hex(4)}-folder")
+                self.root.rename(temp, path)
+            self.book.publish(temp, path, size)
+        os.close(self._in_making.pop(temp))
 
     def abandon(self, temp: str) -> None:
-        """A write failed; its file goes. Does not raise."""
+        """A write failed; its file goes, or counts until it can. Does not raise."""
         try:
             self.unlink(temp, "failed")
         except OSError as error:
-            log.warning("could not remove %s under %s: %s", temp, self.root, error)
+            log.warning("could not remove %s under %s: %s", temp, self.root.path, error)
+        if temp in self._in_making:
+            os.close(self._in_making.pop(temp))
 
     def unlink(self, path: str, why: str) -> bool:
         """Remove a file; True if it was there."""
         with self.book.locked():
             try:
-                os.unlink(self.root / path)
+                self.root.unlink(path)
                 there = True
             except OSError as error:
-                if error.errno not in ABSENT:
+                if error.errno not in _GONE:
                     raise
                 there = False
             self.book.remove(path, why)
@@ -128,25 +150,45 @@ class Folder:
     def forget(self, path: str) -> None:
         """A reader did not find it: take it out of the book, unless it has come back by now."""
         with self.book.locked():
-            if not os.path.isfile(self.root / path):
+            if not self._is_file(path):
                 self.book.remove(path, "vanished")
 
     def set_aside(self, path: str, why: str) -> bool:
         """Move a broken file out of the readers' sight, keeping the last few; True if it was there."""
-        aside = f"{BROKEN}/{secrets.token_hex(4)}-{Path(path).name}"
+        why = re.sub(r"[^\w:.-]", "_", why, flags=re.A)[:64]
+        aside = f"{BROKEN}/{secrets.token_hex(4)}-{path.rpartition('/')[2]}"
         with self.book.locked():
             try:
-                state = os.lstat(self.root / path)
-                os.rename(self.root / path, self.root / aside)
+                state = self.root.state(path)
+                if not stat.S_ISREG(state.st_mode):
+                    return self.unlink(path, why)
+                self.book.add(aside, state.st_size)  # as in `begin`
+                self.root.rename(path, aside)
             except OSError as error:
-                if error.errno in ABSENT:
+                self.book.remove(aside, "failed")
+                if error.errno in _GONE:
                     self.book.remove(path, why)
                     return False
                 return self.unlink(path, why)
-            if path in self.book.sizes:
-                self.book.rename(path, aside, state.st_size if stat.S_ISREG(state.st_mode) else 0, why)
+            self.book.remove(path, why)
             for other in [other for other in self.book.sizes if other.startswith(BROKEN)][:-KEPT_BROKEN]:
-                self.unlink(other, "evicted")
+                self._try_unlink(other, "evicted")
+            self._make_room(0)  # where the book did not know the file
+        return True
+
+    def _is_file(self, path: str) -> bool:
+        try:
+            return stat.S_ISREG(self.root.state(path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def _try_unlink(self, path: str, why: str) -> bool:
+        """Whether it is gone. A file that cannot be removed stays in the book."""
+        try:
+            self.unlink(path, why)
+        except OSError as error:
+            log.warning("could not remove %s under %s: %s", path, self.root.path, error)
+            return False
         return True
 
     def _make_room(self, size: int, replacing: str = "") -> bool:
@@ -162,27 +204,33 @@ class Folder:
             return False
         for path in [*[path for path in book.sizes if path.startswith(BROKEN)], replacing]:
             if path in book.sizes and book.used + size > self.max_bytes:
-                self.unlink(path, "replaced")
+                self._try_unlink(path, "replaced")
+        stuck: set[str] = set()
         while book.used + size > self.max_bytes:
-            victim = self._policy.victim()
+            victim = self._policy.victim(stuck)
             if victim is None:
                 return False
             held = book.sizes[str(victim)]
-            self.unlink(str(victim), "evicted")
-            self._count(evictions=1, evicted_bytes=held)
+            if self._try_unlink(str(victim), "evicted"):
+                self._count(evictions=1, evicted_bytes=held)
+            else:
+                stuck.add(str(victim))
         return True
 
     def _drop_dead_writers(self) -> None:
         for path in [path for path in self.book.sizes if path.startswith(WRITING)]:
-            try:
-                if self._writer_is_dead(path):
-                    self.unlink(path, "failed")
-            except FileNotFoundError:  # it died right after the rename
-                self.book.recount()
+            if path in self.book.sizes and self._writer_is_dead(path):
+                if self._is_file(path):
+                    self._try_unlink(path, "failed")
+                else:  # it died right after the rename
+                    self.book.recount()
 
     def _writer_is_dead(self, temp: str) -> bool:
-        """Whether nobody holds the lock of a file in the making."""
-        fd = os.open(self.root / temp, os.O_RDWR | os.O_CLOEXEC)
+        """Whether no process holds the lock of a file in the making."""
+        try:
+            fd = self.root.open_file(temp, os.O_RDWR)
+        except OSError as error:
+            return error.errno in _GONE
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -195,7 +243,7 @@ class Folder:
         try:
             fcntl.flock(fd, how)
         except OSError as error:
-            log.debug("no file locks under %s: %s", self.root, error)
+            log.debug("no file locks under %s: %s", self.root.path, error)
 
     def _added(self, path: str, size: int) -> None:
         if not path.startswith(PRIVATE):
@@ -214,25 +262,38 @@ class Folder:
         """Sizes by path, least recently used first. Leftovers of dead writers and broken files are removed."""
         found: list[tuple[int, str, int]] = []
         for top in (*FANOUT, WRITING, BROKEN):
-            for where, _, names in os.walk(self.root / top):
-                for name in names:
-                    path = os.path.relpath(os.path.join(where, name), self.root)
+            for path, state in self.root.files(top):
+                if not is_own(path):
+                    continue
+                if self._is_left_over(path, state.st_size):
                     try:
-                        state = os.lstat(self.root / path)
-                        if not stat.S_ISREG(state.st_mode):
-                            continue
-                        if self._is_left_over(path, state.st_size):
-                            os.unlink(self.root / path)
-                            self._count(dropped=1)
-                        elif path.startswith(PRIVATE) or key_of(path) is not None:
-                            found.append((state.st_mtime_ns, path, state.st_size))
+                        self.root.unlink(path)
+                        self._count(dropped=1)
+                        continue
                     except FileNotFoundError:
                         continue
+                    except OSError as error:
+                        log.warning("could not remove %s under %s: %s", path, self.root.path, error)
+                found.append((state.st_mtime_ns, path, state.st_size))
         return {path: size for _, path, size in sorted(found)}
 
     def _is_left_over(self, path: str, size: int) -> bool:
         if path.startswith(WRITING):
             return self._writer_is_dead(path)
-        if path.startswith(BROKEN) or key_of(path) is None or path in self.book.sizes:
+        if path.startswith(BROKEN) or path in self.book.sizes:
             return False
-        return size > self.max_bytes or (self._check and is_cut_short(self.root / path, size))
+        if size > self.max_bytes or not self._check:
+            return size > self.max_bytes
+        try:
+            return is_cut_short(self._head(path), size)
+        except OSError:  # what cannot be read takes room all the same
+            return False
+
+    def _head(self, path: str) -> bytes:
+        """The file's first bytes, as many as a container's header says it has."""
+        fd = self.root.open_file(path, os.O_RDONLY)
+        try:
+            head = os.pread(fd, 8, 0)
+            return os.pread(fd, min(8 + int.from_bytes(head, "little"), HEAD_BYTES), 0)
+        finally:
+            os.close(fd)

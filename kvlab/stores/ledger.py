@@ -1,8 +1,11 @@
 """The book of a folder: what lies in it and how many bytes that is, agreed upon by every process that uses it.
 
 Each process keeps the book in memory. Changes are made under one file lock and appended to a journal, of which
-everybody reads the new end before acting; whoever finds the journal odd counts the folder anew. A process that
-dies can leave the book counting too much for a while, never too little.
+each process reads the new end before it acts; a process that finds the journal odd counts the folder anew. The journal
+says which files came and went, and only the file system how long they are. A process that dies, or a journal that
+cannot be written, can leave the book counting too much for a while, never too little.
+
+A line is ``+ <path>`` or ``- <why> <path>``; the first one names the journal, which then is not begun anew by others.
 """
 
 import errno
@@ -11,47 +14,56 @@ import logging
 import os
 import re
 import secrets
+import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+
+from kvlab.stores.forks import ForkAware
+from kvlab.stores.names import BROKEN, PRIVATE, WRITING, is_own
+from kvlab.stores.root import RefusedError, Root
 
 log = logging.getLogger(__name__)
 
+JOURNAL = f"{PRIVATE}/journal"
 JOURNAL_BYTES = 1 << 20  # beyond this it starts afresh
 _EPOCH_BYTES = 18
 _EPOCH = re.compile(rb"# [0-9a-f]{15}\n")  # the journal's first line
+_WHY = re.compile(r"[\w:.-]{1,64}", re.A)
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
-class Ledger:
-    """Sizes by path. What changes it is called within `locked`.
+class Ledger(ForkAware):
+    """Sizes by path. What changes it is called within `locked`. Methods raise OSError.
 
     Parameters
     ----------
-    journal : the file that is lock and journal; its folder and that one's are made, for their owner alone.
+    root : the folder; `JOURNAL` beneath it is lock and journal.
     scan : counts the folder: sizes by path, least recently used first.
     added, removed : told of every change, also those other processes made: (path, size), (path, why).
     """
 
     def __init__(
         self,
-        journal: Path,
+        root: Root,
         scan: Callable[[], dict[str, int]],
         added: Callable[[str, int], None],
         removed: Callable[[str, str], None],
     ) -> None:
-        self.journal = journal
         self.sizes: dict[str, int] = {}
         self.used = 0
+        self._root = root
         self._scan, self._added, self._removed = scan, added, removed
+        # What other processes announced, path -> why it left or "" if it came; the file system is asked under the lock.
+        self._announced: dict[str, str] = {}
+        self._owed = ""  # lines the journal could not take yet
         self._thread_lock = threading.RLock()
         self._depth = 0
         self._fd = -1
-        self._pid = 0
         self._offset = 0
-        self._epoch = b""
-        self._shared = True
+        self._epoch = b""  # of the journal as far as this process has read it; empty if it must count anew
+        self._has_locks = True
+        self.watch_forks()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -68,7 +80,7 @@ class Ledger:
                     self._unlock()
 
     def catch_up(self) -> bool:
-        """Bring the book up to date without the folder's lock, from what others have appended; whether it is.
+        """Bring `holds` up to date without the folder's lock, from what others have appended; whether it is.
 
         For readers that must not wait, with few calls to the system: while an engine computes, a thread that comes
         back from one waits up to 5 ms for the interpreter.
@@ -80,13 +92,165 @@ class Ledger:
                 if not self._lock(wait=False):
                     return False
                 self._unlock()
-            return self._shared
+            return self._has_locks
         finally:
             self._thread_lock.release()
 
+    def holds(self, path: str) -> bool:
+        """Whether a file is there, by what is known without the lock."""
+        why = self._announced.get(path)
+        return path in self.sizes if why is None else not why
+
+    def add(self, path: str, size: int) -> None:
+        """Count a file before it is there. If the journal cannot be written this raises, and nothing is counted."""
+        self._tell(f"+ {path}\n")
+        self._add(path, size)
+
+    def remove(self, path: str, why: str) -> None:
+        """A file is gone."""
+        if path in self.sizes:
+            self._remove(path, why)
+            self._tell_or_owe(f"- {why} {path}\n")
+
+    def publish(self, temp: str, path: str, size: int) -> None:
+        """`temp` has become `path`; one record, so that a death in between cannot count it twice. While the others have
+        not heard of it, they count `temp` for it."""
+        self._remove(temp, "published")
+        self._add(path, size)
+        self._tell_or_owe(f"- published {temp}\n+ {path}\n")
+
+    def recount(self) -> None:
+        """Take the folder's word over the book's, and start the journal afresh."""
+        self._count()
+        with suppress(OSError):  # a full disk: an empty journal says the same, that each process must count
+            self._begin()
+
+    def close(self) -> None:
+        with self._thread_lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = -1
+
+    def after_fork_in_child(self) -> None:
+        """The descriptor is the parent's: its lock would be both processes'. The book may be half written."""
+        self._thread_lock, self._depth = threading.RLock(), 0
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._epoch, self._owed = -1, b"", ""
+        self.sizes, self.used, self._announced = {}, 0, {}
+
+    # ---- the book
+
+    def _add(self, path: str, size: int) -> None:
+        self.used += size - self.sizes.get(path, 0)
+        self.sizes[path] = size
+        self._announced.pop(path, None)
+        self._added(path, size)
+
+    def _remove(self, path: str, why: str) -> None:
+        self._announced.pop(path, None)
+        if path in self.sizes:
+            self.used -= self.sizes.pop(path)
+            self._removed(path, why)
+
+    def _count(self) -> None:
+        found = self._scan()
+        self._announced.clear()
+        self._owed = ""
+        for path in [path for path in self.sizes if path not in found]:
+            self._remove(path, "vanished")
+        for path, size in found.items():
+            if self.sizes.get(path) != size:
+                self._add(path, size)
+
+    def _settle(self) -> None:
+        """Ask the file system for what others announced. What is not there was moved or removed by a process that died
+        before it could tell: the folder is counted anew."""
+        for path, why in list(self._announced.items()):
+            try:
+                state = self._root.state(path)
+                is_file = stat.S_ISREG(state.st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                is_file = False
+            if is_file:
+                self._add(path, state.st_size)
+            elif why:
+                self._remove(path, why)
+            else:
+                self.recount()
+                break
+
+    # ---- lock
+
+    def _open(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)  # of a deleted folder
+            self._fd = -1
+        self._root.open()
+        for folder in (PRIVATE, WRITING, BROKEN):
+            try:
+                self._root.make_folder(folder)
+            except NotADirectoryError:
+                raise RefusedError(f"{self._root.path / folder} is in the place of a folder; remove it") from None
+        journal = self._root.path / JOURNAL
+        try:
+            fd = self._root.open_file(JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise
+            raise RefusedError(f"{journal} is in the place of a plain file; remove it") from None
+        try:
+            state = os.fstat(fd)
+            if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
+                raise RefusedError(f"{journal} is no file of its own, but a pipe, a device or a hard link; remove it")
+            self._root.check(state, journal)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd, self._offset, self._epoch = fd, 0, b""
+
+    def _lock(self, wait: bool = True) -> bool:
+        if self._fd < 0:
+            self._open()
+        try:
+            self._flock(fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        try:
+            while os.fstat(self._fd).st_nlink == 0:  # the folder was removed
+                self._open()
+                self._flock(fcntl.LOCK_EX)
+            self._catch_up(os.fstat(self._fd).st_size)
+            self._settle()
+        except BaseException:
+            self._epoch = b""
+            self._unlock()
+            raise
+        return True
+
+    def _flock(self, how: int) -> None:
+        try:
+            if self._has_locks:
+                fcntl.flock(self._fd, how)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            self._has_locks = False
+            log.warning("no file locks under %s: the budget is kept by each process for itself", self._root.path)
+
+    def _unlock(self) -> None:
+        if self._has_locks and self._fd >= 0:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+            except OSError:
+                self.close()  # which gives the lock up in any case
+                raise
+
+    # ---- journal
+
     def _read_on(self) -> bool:
         """Replay whole lines that came since; False if that takes the lock: the journal is not the one we know."""
-        if self._fd < 0 or self._pid != os.getpid():
+        if self._fd < 0 or not self._epoch:
             return False
         state = os.fstat(self._fd)
         if not state.st_nlink or not self._offset <= state.st_size <= JOURNAL_BYTES:
@@ -99,130 +263,77 @@ class Ledger:
         try:
             self._replay(text)
         except ValueError:
-            self._epoch = b""  # whoever takes the lock next counts anew
+            self._epoch = b""  # at the next lock the folder is counted anew
             return False
         return True
-
-    def add(self, path: str, size: int) -> None:
-        self._append(f"+ {size} {path}\n")
-        self._add(path, size)
-
-    def remove(self, path: str, why: str) -> None:
-        if path in self.sizes:
-            self._append(f"- {why} {path}\n")
-            self._remove(path, why)
-
-    def rename(self, old: str, new: str, size: int, why: str) -> None:
-        """`old` has become `new`; one record, so that a death in between cannot count it twice."""
-        self._append(f"- {why} {old}\n+ {size} {new}\n")
-        self._remove(old, why)
-        self._add(new, size)
-
-    def recount(self) -> None:
-        """Take the folder's word over the book's, and start the journal afresh."""
-        self._count()
-        os.ftruncate(self._fd, 0)
-        self._epoch = f"# {secrets.token_hex(8)[:15]}\n".encode()
-        os.write(self._fd, self._epoch)
-        self._offset = len(self._epoch)
-
-    def close(self) -> None:
-        with self._thread_lock:
-            if self._fd >= 0:
-                os.close(self._fd)
-            self._fd = -1
-
-    def _add(self, path: str, size: int) -> None:
-        self.used += size - self.sizes.get(path, 0)
-        self.sizes[path] = size
-        self._added(path, size)
-
-    def _remove(self, path: str, why: str) -> None:
-        if path in self.sizes:
-            self.used -= self.sizes.pop(path)
-            self._removed(path, why)
-
-    def _open(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)  # of a deleted folder, or inherited by a forked child that needs its own
-            self._fd = -1
-        for folder in (self.journal.parent.parent, self.journal.parent):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._fd = os.open(self.journal, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._pid, self._offset, self._epoch = os.getpid(), 0, b""
-
-    def _lock(self, wait: bool = True) -> bool:
-        if self._fd < 0 or self._pid != os.getpid():
-            self._open()
-        try:
-            self._flock(fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        while os.fstat(self._fd).st_nlink == 0:  # somebody removed the folder
-            self._open()
-            self._flock(fcntl.LOCK_EX)
-        try:
-            self._catch_up(os.fstat(self._fd).st_size)
-        except BaseException:
-            self._unlock()
-            raise
-        return True
-
-    def _flock(self, how: int) -> None:
-        try:
-            if self._shared:
-                fcntl.flock(self._fd, how)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            self._shared = False
-            log.warning("no file locks at %s: the budget is kept by each process for itself", self.journal)
-
-    def _unlock(self) -> None:
-        if self._shared and self._fd >= 0:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def _catch_up(self, size: int) -> None:
-        """Read what others appended since. A journal that somebody else began is carried on and not begun anew: or each
-        would make the others count the folder at every call."""
+        """Read what others appended since. A journal that another process began is carried on and not begun anew: or
+        each would make the others count the folder at every call."""
         epoch = os.pread(self._fd, _EPOCH_BYTES, 0)
         if size > JOURNAL_BYTES or not _EPOCH.fullmatch(epoch):
             self.recount()
-        elif epoch == self._epoch:
+        elif epoch == self._epoch and size >= self._offset:
             text = os.pread(self._fd, size - self._offset, self._offset) if size > self._offset else b""
             self._offset = size
             try:
                 self._replay(text)
             except ValueError:
                 self.recount()
-        elif os.pread(self._fd, 1, size - 1) != b"\n":  # whoever wrote last died over it
+        elif os.pread(self._fd, 1, size - 1) != b"\n":  # the last writer died over it
             self.recount()
         else:
             self._count()
             self._epoch, self._offset = epoch, size
 
-    def _count(self) -> None:
-        found = self._scan()
-        for path in [path for path in self.sizes if path not in found]:
-            self._remove(path, "vanished")
-        for path, size in found.items():
-            if self.sizes.get(path) != size:
-                self._add(path, size)
-
     def _replay(self, text: bytes) -> None:
+        """ValueError if these are not whole lines about files of ours."""
         if text and not text.endswith(b"\n"):
             raise ValueError("cut off")
-        for line in text.decode().splitlines():
-            sign, what, path = line.split(" ", 2)
-            if sign == "+":
-                self._add(path, int(what))
-            elif sign == "-":
-                self._remove(path, what)
-            else:
+        for line in text.decode("ascii").split("\n")[:-1]:
+            sign, _, rest = line.partition(" ")
+            why, _, path = rest.partition(" ") if sign == "-" else ("added", "", rest)
+            if sign not in ("+", "-") or not _WHY.fullmatch(why) or not is_own(path):
                 raise ValueError(line)
+            if sign == "+":
+                self._announced[path] = ""
+            elif path in self.sizes:
+                self._announced[path] = why
+            elif self._announced.pop(path, None) is not None:
+                self._removed(path, why)
 
-    def _append(self, text: str) -> None:
-        raw = text.encode()
-        if os.write(self._fd, raw) != len(raw):
-            raise OSError(errno.ENOSPC, "the journal could not be written", str(self.journal))
+    def _begin(self) -> None:
+        """Empty the journal and give it a new name."""
+        self._epoch, self._offset, self._owed = b"", 0, ""
+        os.ftruncate(self._fd, 0)
+        epoch = f"# {secrets.token_hex(8)[:15]}\n".encode()
+        if os.write(self._fd, epoch) == len(epoch):
+            self._epoch, self._offset = epoch, len(epoch)
+
+    def _tell(self, text: str) -> None:
+        """Append for the others, after what is owed. If that fails the journal is as before, or counted anew by all."""
+        if not self._epoch:
+            self._begin()
+        raw = (self._owed + text).encode()
+        written = 0
+        try:
+            written = os.write(self._fd, raw)
+        finally:
+            if written != len(raw):
+                try:
+                    os.ftruncate(self._fd, self._offset)
+                except OSError:
+                    self._epoch = b""
+        if written != len(raw):
+            raise OSError(errno.ENOSPC, "the journal could not be written", JOURNAL)
         self._offset += len(raw)
+        self._owed = ""
+
+    def _tell_or_owe(self, text: str) -> None:
+        """For changes that were made already. What others do not hear of yet makes them count too much."""
+        try:
+            self._tell(text)
+        except OSError:
+            self._owed += text
+            if len(self._owed) > JOURNAL_BYTES // 2:
+                self._epoch, self._owed = b"", ""

@@ -10,18 +10,20 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlab.stores.arena import PAGE, Arena, Region, cuda_is_in_use
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_fits
+from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_fits, fits_key
 from kvlab.stores.eviction import get_policy
+from kvlab.stores.forks import ForkAware
 from kvlab.stores.url import StoreURL
 
 KEPT_REASONS = 1 << 16  # keys whose reason of leaving is remembered
 
 
-class MemoryStore(Store):
+class MemoryStore(Store, ForkAware):
     """Values in one arena of this process's memory, in whole pages, at most `max_bytes` of them.
 
     Copies run outside the lock. What is being read or written is leased and neither evicted nor overwritten; a `put`
-    that needs such room waits up to `wait_s` for it and is then refused.
+    that needs such room waits up to `wait_s` for it and is then refused. A forked child has a copy of its own; what
+    other threads of the parent had leased stays leased there.
 
     Parameters
     ----------
@@ -48,6 +50,7 @@ class MemoryStore(Store):
         self._leased: set[str] = set()
         self._gone: dict[str, str] = {}
         self._lock = threading.Condition()
+        self.watch_forks()
 
     @classmethod
     def from_url(cls, url: StoreURL) -> Self:
@@ -64,7 +67,7 @@ class MemoryStore(Store):
         pieces = buffers(value)
         size = sum(piece.nbytes for piece in pieces)
         with self._lock:
-            region = self._make_room(size, key)
+            region = self._make_room(size, key) if fits_key(key) else None
             if region is None:
                 self.stats_.refused += 1
                 return False
@@ -130,9 +133,11 @@ class MemoryStore(Store):
         with self._lock:
             return self._drop(key, "deleted")
 
-    def set_aside(self, key: str, reason: str) -> None:
+    def _set_aside(self, key: str, reason: str) -> bool:
         with self._lock:
-            self.stats_.dropped += self._drop(key, f"set_aside:{'_'.join(reason.split())}")
+            there = self._drop(key, f"set_aside:{'_'.join(reason.split())}")
+            self.stats_.dropped += there
+        return there
 
     def keys(self) -> Iterator[str]:
         with self._lock:
@@ -156,6 +161,15 @@ class MemoryStore(Store):
 
     def close(self) -> None:
         self._arena.close()
+
+    def before_fork(self) -> None:
+        self._lock.acquire()  # the child's copy is of a moment between two changes
+
+    def after_fork_in_parent(self) -> None:
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        self._lock = threading.Condition()
 
     def _read(self, key: str, out: memoryview | None) -> memoryview | None:
         start = time.perf_counter()

@@ -1,14 +1,21 @@
 """File names of keys: readable by people, harmless whatever the key, and back again."""
 
 import json
+import re
 import zlib
 from functools import lru_cache
-from pathlib import Path
 from urllib.parse import quote, unquote_to_bytes
 
 SUFFIX = ".safetensors"
 FANOUT = [f"{n:02x}" for n in range(256)]
 NAME_CHARS = 200  # longer names are split into folders; file systems allow 255 bytes
+HEAD_BYTES = 8 + (1 << 20)  # a header of more is no container's
+PRIVATE = ".kvlab"
+WRITING = f"{PRIVATE}/writing"
+BROKEN = f"{PRIVATE}/broken"
+_PRIVATE_FILE = re.compile(
+    rf"{re.escape(WRITING)}/[0-9a-f]{{16}}|{re.escape(BROKEN)}/[0-9a-f]{{8}}-[\w.%:@+=,~-]{{1,240}}", re.A
+)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -25,7 +32,7 @@ def path_of(key: str) -> str:
 
 
 def key_of(path: str) -> str | None:
-    """The key that lies at `path`; None if no key lies there, because somebody else put the file."""
+    """The key that lies at `path`; None if no key's file has this path: another program made it."""
     if not path.endswith(SUFFIX):
         return None
     try:
@@ -35,22 +42,29 @@ def key_of(path: str) -> str | None:
     return key if path_of(key) == path else None
 
 
-def is_cut_short(path: Path, size: int) -> bool:
-    """Whether a file is empty, or starts like a safetensors file but is not as long as its header says.
+def is_own(path: str) -> bool:
+    """Whether a store gives files this path: an object, a file in the making, or one set aside. Nothing else is ever
+    counted, moved or removed.
 
-    That is what a power cut leaves. Bytes of other kinds are none of our business: a reader checks them.
+    >>> is_own("../../home/thesis.txt"), is_own(".kvlab/writing/00112233aabbccdd")
+    (False, True)
+    """
+    return _PRIVATE_FILE.fullmatch(path) is not None or key_of(path) is not None
+
+
+def is_cut_short(head: bytes, size: int) -> bool:
+    """Whether a file of `size` bytes is empty, or starts like a safetensors file but is not as long as its header says;
+    `head` is its beginning, at most `HEAD_BYTES`.
+
+    That is what a power cut leaves. Bytes of other kinds are not judged here: a reader checks them.
     """
     if size == 0:
         return True
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= 1 << 20:
-            return False
-        header = file.read(length)
-    if not header.startswith(b"{"):
+    length = int.from_bytes(head[:8], "little")
+    if not 2 <= length <= HEAD_BYTES - 8 or head[8:9] != b"{":
         return False
     try:
-        parts = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        parts = [entry for name, entry in json.loads(head[8 : 8 + length]).items() if name != "__metadata__"]
         return bool(8 + length + max((entry["data_offsets"][1] for entry in parts), default=0) != size)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return True

@@ -1,7 +1,6 @@
 """A tier in Redis (or Valkey): one key per object, shared by every process that can reach the server."""
 
 import logging
-import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,31 +8,27 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 from kvlab.errors import StoreError
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers, check_fits, cut
+from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
+from kvlab.stores.direct import aligned_buffer
+from kvlab.stores.forks import Lock
 from kvlab.stores.redis_node import Node, NodeDownError
+from kvlab.stores.redis_replies import PREFIX, memory_facts, name_of, scanned, told_limit
 from kvlab.stores.redis_topology import Topology, make_topology
 from kvlab.stores.redis_url import RedisPlace
-from kvlab.stores.resp import Reply, ReplyError, Room, Wire, many, one
+from kvlab.stores.resp import ProtocolError, ReplyError, Room, Wire, flag, many, number, ok, one
 from kvlab.stores.url import StoreURL
 from kvlab.units import format_bytes, parse_bytes
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PREFIX = b"kvlab:"
-FOREIGN = b"kvlab::"  # keys that do not start with PREFIX are stored under this
 KEPT_PUTS = 1 << 16
-UNKNOWN_LIMIT = 512 << 20  # Redis' own default of proto-max-bulk-len
+DEFAULT_LIMIT = 512 << 20  # Redis' own default of proto-max-bulk-len
+LISTING = 60  # times the deadline of a call: how long a list of all keys may take
+MOST_LISTED_BYTES = 1 << 29  # of names; a server that goes on naming keys is not listened to for ever
 
 
-def name_of(key: str) -> bytes:
-    """The Redis key of `key`: itself if it is one of kvlab's, else marked, so that nothing else is ever touched."""
-    raw = key.encode("utf-8", "surrogatepass")
-    return raw if raw.startswith(PREFIX) and not raw.startswith(FOREIGN) else FOREIGN + raw
-
-
-def key_of(name: bytes) -> str:
-    return (name[len(FOREIGN) :] if name.startswith(FOREIGN) else name).decode("utf-8", "surrogatepass")
+_NOT_OURS = frozenset({"wrongtype"})  # another program's list or hash: no value of ours is there
 
 
 class RedisStore(Store):
@@ -47,7 +42,8 @@ class RedisStore(Store):
     Parameters
     ----------
     ttl_s : seconds a value lives on the server; 0 for ever.
-    limit : values over this many bytes are refused before anything is sent; None asks the server for its own limit.
+    limit : values over this many bytes are refused before anything is sent, and not read either; None is 512 MiB, or
+        the server's own limit if that is less.
     """
 
     def __init__(
@@ -68,10 +64,11 @@ class RedisStore(Store):
         self._timeout_s = timeout_s
         self._ttl_ms = round(ttl_s * 1000)
         self._limit = limit
+        self._most = limit or DEFAULT_LIMIT
         self._server: dict[str, int] = {}
         self._put_before: OrderedDict[str, None] = OrderedDict()
         self._gone: OrderedDict[str, str] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @classmethod
     def from_url(cls, url: StoreURL) -> Self:
@@ -90,10 +87,12 @@ class RedisStore(Store):
         pieces = buffers(value)
         size = sum(piece.nbytes for piece in pieces)
         command: list[Any] = ["SET", name_of(key), pieces, *(["PX", str(self._ttl_ms)] if self._ttl_ms else [])]
+        if not fits_key(key):
+            return self._refuse("key_too_long")
         try:
             if size > self._value_limit():
                 return self._refuse("too_large")
-            self._run(key, lambda deadline: one(command, deadline))
+            self._run(key, lambda deadline: one(command, deadline, ok))
         except ReplyError as error:
             if error.reason == "oom":
                 return self._refuse("maxmemory")
@@ -113,7 +112,7 @@ class RedisStore(Store):
         return True
 
     def get(self, key: str) -> Buffer | None:
-        got = self._read(key, lambda size: [memoryview(bytearray(size))])
+        got = self._read(key, lambda size: [aligned_buffer(size)[:size]])
         return None if got is None else got[0]
 
     def get_into(self, key: str, out: memoryview) -> int | None:
@@ -129,40 +128,56 @@ class RedisStore(Store):
 
     def size_of(self, key: str) -> int | None:
         name = name_of(key)
-        there, size = self._asked(
-            key, lambda deadline: many([["EXISTS", name], ["STRLEN", name]], deadline), default=[0, 0]
-        )
+        commands = [["EXISTS", name], ["STRLEN", name]]
+        nothing: list[int | ReplyError] = [0, 0]
+        there, size = self._asked(key, lambda deadline: many(commands, deadline, number, _NOT_OURS), default=nothing)
         return size if there == 1 and isinstance(size, int) else None
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
         """One round trip per server, however many keys."""
-        return [answer == 1 for answer in self._pipelined("EXISTS", keys)]
+        return [answer is True for answer in self._pipelined("EXISTS", keys)]
 
     def touch(self, keys: Iterable[str]) -> None:
         self._pipelined("TOUCH", list(keys))
 
     def delete(self, key: str) -> bool:
         name = name_of(key)
-        there: int = self._asked(key, lambda deadline: one(["UNLINK", name], deadline), default=0)
+        there = self._asked(key, lambda deadline: one(["UNLINK", name], deadline, flag), default=False)
         if there:
             self._left(key, "deleted")
-        return there == 1
+        return there
 
-    def set_aside(self, key: str, reason: str) -> None:
-        if self.delete(key):
+    def set_aside(self, key: str, reason: str, is_sound: Callable[[Buffer], bool] | None = None) -> bool:
+        if is_sound is not None:
+            self._topology.renew()  # a connection out of step would give other keys' values again
+        return super().set_aside(key, reason, is_sound)
+
+    def _set_aside(self, key: str, reason: str) -> bool:
+        there = super()._set_aside(key, reason)
+        if there:
             self._left(key, f"set_aside:{'_'.join(reason.split())}")
-            self.stats_.dropped += 1
+        return there
 
     def keys(self) -> Iterator[str]:
+        """A server that lists for longer than 60 deadlines, or more than 512 MiB of names, has failed."""
         found: dict[str, None] = {}
-        for node in self._topology.nodes(self._deadline()):
-            cursor = b"0"
-            while True:
-                command = ["SCAN", cursor, "MATCH", PREFIX + b"*", "COUNT", "1000"]
-                cursor, names = node.run(one(command, self._deadline()), self._deadline())
-                found.update((key_of(bytes(name)), None) for name in names)
-                if bytes(cursor) == b"0":
-                    break
+        end, held = time.monotonic() + LISTING * self._timeout_s, 0
+        try:
+            for node in self._topology.nodes(self._deadline()):
+                cursor = b"0"
+                while True:
+                    deadline = min(self._deadline(), end)
+                    command = ["SCAN", cursor, "MATCH", PREFIX + b"*", "COUNT", "1000"]
+                    cursor, keys = node.run(one(command, deadline, scanned), deadline)
+                    held += sum(len(key) for key in keys)
+                    if held > MOST_LISTED_BYTES:
+                        raise ProtocolError(f"the server listed more than {format_bytes(MOST_LISTED_BYTES)} of names")
+                    found.update(dict.fromkeys(keys))
+                    if cursor == b"0":
+                        break
+        except StoreError as error:
+            self._failed(error)
+            raise
         return iter(found)
 
     @property
@@ -218,12 +233,14 @@ class RedisStore(Store):
     def _read(self, key: str, room: Room) -> Sequence[memoryview] | None:
         start = time.perf_counter()
         command = ["GET", name_of(key)]
+
+        def fetch(deadline: float) -> Callable[[Wire], Sequence[memoryview] | None]:
+            return lambda wire: wire.fetch(command, deadline, room, self._most)
+
         try:
-            value: Sequence[memoryview] | None = self._asked(
-                key, lambda deadline: one(command, deadline, room), default=None
-            )
+            value = self._asked(key, fetch, default=None)
         except ReplyError as error:
-            if error.reason != "wrongtype":  # somebody else's list or hash: not ours, so not here
+            if error.reason not in _NOT_OURS:
                 raise
             value = None
         with self._lock:
@@ -235,10 +252,10 @@ class RedisStore(Store):
                 self.stats_.get_s += time.perf_counter() - start
         return value
 
-    def _pipelined(self, command: str, keys: Sequence[str]) -> list[Any]:
+    def _pipelined(self, command: str, keys: Sequence[str]) -> list[bool | ReplyError | None]:
         """The answers to one command per key, None where a node of the cluster is down."""
         names = [name_of(key) for key in keys]
-        answers: list[Any] = [None] * len(keys)
+        answers: list[bool | ReplyError | None] = [None] * len(keys)
         deadline = self._deadline()
         try:
             groups = self._topology.group(names, deadline) if names else {}
@@ -249,15 +266,16 @@ class RedisStore(Store):
         for node, places in groups.items():
             try:
                 commands = [[command, names[place]] for place in places]
-                replies = node.run(many(commands, deadline), deadline)
+                replies = node.run(many(commands, deadline, flag, _NOT_OURS | {"moved", "ask"}), deadline)
             except StoreError as error:
                 self._failed(error)
                 failures.append(error)
                 continue
             for place, reply in zip(places, replies, strict=True):
-                if isinstance(reply, ReplyError) and reply.reason in ("moved", "ask"):
-                    reply = self._asked(keys[place], partial(one, [command, names[place]]), default=None)
                 answers[place] = reply
+                if isinstance(reply, ReplyError) and reply.reason in ("moved", "ask"):
+                    ask = partial(one, [command, names[place]], parse=flag)
+                    answers[place] = self._asked(keys[place], ask, default=None)
         if failures and len(failures) == len(groups):
             raise failures[0]
         return answers
@@ -277,12 +295,11 @@ class RedisStore(Store):
 
     def _memory_of(self, node: Node) -> dict[str, int]:
         deadline = self._deadline()
-        text = bytes(node.run(one(["INFO", "memory"], deadline), deadline)).decode()
-        facts = dict(line.split(":", 1) for line in text.split("\r\n") if ":" in line)
-        maxmemory = int(facts.get("maxmemory", 0))
+        facts = node.run(one(["INFO", "memory"], deadline, memory_facts), deadline)
+        maxmemory = facts.get("maxmemory", 0)
         return {
-            "used_bytes": int(facts.get("used_memory", 0)),
-            "max_bytes": maxmemory or int(facts.get("total_system_memory", 0)),
+            "used_bytes": facts.get("used_memory", 0),
+            "max_bytes": maxmemory or facts.get("total_system_memory", 0),
             "unbounded": int(not maxmemory),
         }
 
@@ -291,10 +308,10 @@ class RedisStore(Store):
             deadline = self._deadline()
             try:
                 node = self._topology.nodes(deadline)[0]
-                found: Reply = node.run(one(["CONFIG", "GET", "proto-max-bulk-len"], deadline), deadline)
-                self._limit = int(bytes(found[1]))
-            except (ReplyError, IndexError):  # not allowed to ask
-                self._limit = UNKNOWN_LIMIT
+                told = node.run(one(["CONFIG", "GET", "proto-max-bulk-len"], deadline, told_limit), deadline)
+                self._limit = min(told or DEFAULT_LIMIT, DEFAULT_LIMIT)
+            except ReplyError:  # not allowed to ask
+                self._limit = DEFAULT_LIMIT
             except StoreError as error:
                 self._failed(error)
                 raise

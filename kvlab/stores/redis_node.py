@@ -1,22 +1,17 @@
-"""One Redis server: its idle connections and its health."""
+"""One Redis server: its connections and its health."""
 
 import logging
 import socket
 import ssl
-import threading
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
-
-import redis.exceptions
-from redis.backoff import NoBackoff
-from redis.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
-from redis.retry import Retry
 
 from kvlab.errors import StoreError
 from kvlab.stores.backoff import Backoff
 from kvlab.stores.base import ValueTooLongError
-from kvlab.stores.resp import ReplyError, Wire
+from kvlab.stores.forks import ForkAware, Lock
+from kvlab.stores.redis_url import Login
+from kvlab.stores.resp import ReplyError, Wire, ok, time_left
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +21,21 @@ FATAL_REPLIES = {"loading", "masterdown", "noauth", "wrongpass", "clusterdown", 
 
 
 class NodeDownError(StoreError):
-    """The server does not answer, answers too late, or does not let us in."""
+    """The server does not answer, answers too late or not to the point, or does not let us in."""
 
 
-class Node:
+class Node(ForkAware):
     """A server at an address. Calls raise NodeDownError with its reason, at once while the server is left alone."""
 
-    def __init__(self, address: tuple[str, int] | str, options: dict[str, Any], health: Backoff) -> None:
+    def __init__(self, address: tuple[str, int] | str, login: Login, health: Backoff) -> None:
         self.address = address
         self.health = health
         self.last_reason = ""
-        self._options = options
+        self._login = login
         self._idle: list[Wire] = []
-        self._lock = threading.Lock()
+        self._open: set[Wire] = set()
+        self._lock = Lock()
+        self.watch_forks()
 
     def __str__(self) -> str:
         return self.address if isinstance(self.address, str) else f"{self.address[0]}:{self.address[1]}"
@@ -58,16 +55,16 @@ class Node:
                 self.health.succeeded()
                 raise
             except ValueTooLongError:
-                wire.close()  # the rest of the value is still on its way
+                self._drop(wire)  # the rest of the value is still on its way
                 raise
             except ConnectionError as error:
-                wire.close()
+                self._drop(wire)
                 if was_idle:
-                    self._close_idle()
+                    self.close_idle()
                     continue
                 raise self._down("disconnected", error) from error
             except BaseException as error:
-                wire.close()
+                self._drop(wire)
                 if isinstance(error, OSError):
                     raise self._down(_reason(error), error) from error
                 raise
@@ -77,79 +74,110 @@ class Node:
             return result
 
     def close(self) -> None:
-        self._close_idle()
+        self.close_idle()
+
+    def close_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for wire in idle:
+            self._drop(wire)
+
+    def after_fork_in_child(self) -> None:
+        """Two processes on one connection would read each other's replies."""
+        for wire in self._open:
+            wire.drop()
+        self._open, self._idle = set(), []
 
     def _take(self, deadline: float) -> tuple[Wire, bool]:
         with self._lock:
             if self._idle:
                 return self._idle.pop(), True
         try:
-            return Wire(_connect(self.address, self._options, deadline - time.monotonic())), False
-        except (redis.exceptions.RedisError, OSError, ValueError) as error:
+            wire = _connect(self.address, self._login, deadline)
+        except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
             raise self._down(_reason(error), error) from error
+        self._open.add(wire)
+        return wire, False
 
     def _give_back(self, wire: Wire) -> None:
         with self._lock:
             if len(self._idle) < IDLE_CONNECTIONS:
                 self._idle.append(wire)
                 return
-        wire.close()
+        self._drop(wire)
 
-    def _close_idle(self) -> None:
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for wire in idle:
-            wire.close()
+    def _drop(self, wire: Wire) -> None:
+        self._open.discard(wire)
+        wire.close()
 
     def _down(self, reason: str, error: BaseException) -> NodeDownError:
         self.last_reason = reason
-        self._close_idle()
+        self.close_idle()
         if self.health.failed():
             log.warning("Redis at %s failed (%s): %s", self, reason, error)
         return NodeDownError(f"Redis at {self} failed ({reason}): {error}", reason=reason)
 
 
-def _connect(address: tuple[str, int] | str, options: dict[str, Any], timeout_s: float) -> AbstractConnection:
-    if timeout_s <= 0:
-        raise TimeoutError("the deadline passed before connecting")
-    arguments = {key: value for key, value in options.items() if key != "tls"} | {
-        "socket_timeout": timeout_s,
-        "protocol": 2,  # no push messages between replies
-        "retry": Retry(NoBackoff(), 0),
-    }
-    connection: AbstractConnection
+def _connect(address: tuple[str, int] | str, login: Login, deadline: float) -> Wire:
+    """A connection that is let in, by `deadline` (but for the system's own look-up of a host name)."""
+    sock = _reach(address, deadline)
+    try:
+        if login.tls is not None and not isinstance(address, str):
+            sock.settimeout(time_left(deadline))  # of the whole handshake
+            sock = login.tls.wrap_socket(sock, server_hostname=address[0])
+        wire = Wire(sock, [login.password.reveal()] if login.password else [])
+        _log_in(wire, login, deadline)
+    except BaseException:
+        sock.close()
+        raise
+    return wire
+
+
+def _reach(address: tuple[str, int] | str, deadline: float) -> socket.socket:
     if isinstance(address, str):
-        connection = UnixDomainSocketConnection(path=address, **arguments)
+        places: list[tuple[int, Any]] = [(socket.AF_UNIX, address)]
     else:
-        kind: type[Connection] = SSLConnection if options.get("tls") else Connection
-        connection = kind(host=address[0], port=address[1], socket_connect_timeout=timeout_s, **arguments)
-    connection.connect()
-    sock: socket.socket = vars(connection)["_sock"]
-    if not isinstance(address, str):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return connection
+        places = [(found[0], found[4]) for found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
+    refused: OSError = ConnectionRefusedError(f"no address of {address}")
+    for tried, (family, place) in enumerate(places):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(time_left(deadline) / (len(places) - tried))  # one that is silent leaves time for the next
+            sock.connect(place)
+            if family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except OSError as error:
+            sock.close()
+            refused = error
+    raise refused
 
 
-def _reason(error: BaseException | None) -> str:
-    """One word for counters; causes are looked at first, for redis-py wraps what happened."""
-    seen = error
-    while seen is not None:
-        if isinstance(seen, ssl.SSLError) and not isinstance(seen, TimeoutError):
-            return "tls"
-        if isinstance(seen, redis.exceptions.AuthenticationError | redis.exceptions.AuthorizationError):
-            return "auth"
-        if isinstance(seen, TimeoutError | redis.exceptions.TimeoutError):
-            return "timeout"
-        if isinstance(seen, ConnectionRefusedError | FileNotFoundError | socket.gaierror):
-            return "unreachable"
-        if isinstance(seen, redis.exceptions.BusyLoadingError):
-            return "loading"
-        if isinstance(seen, StoreError):
-            return seen.reason
-        seen = seen.__cause__ or seen.__context__
-    text = str(error).upper()
-    if "CERTIFICATE" in text or "SSL" in text:
+def _log_in(wire: Wire, login: Login, deadline: float) -> None:
+    commands: list[list[str]] = []
+    if login.password is not None:
+        commands.append(["AUTH", *([login.user] if login.user else []), login.password.reveal()])
+    if login.db:
+        commands.append(["SELECT", str(login.db)])
+    for command, reply in zip(commands, wire.calls(commands, deadline) if commands else [], strict=True):
+        if not isinstance(reply, ReplyError):
+            ok(reply)
+        elif reply.reason in ("loading", "masterdown", "busy"):
+            raise reply
+        elif command[0] == "AUTH":  # the server's words might repeat the command's
+            raise StoreError("the server refused the user or password", reason="auth")
+        else:
+            raise StoreError(f"the server refused database {login.db}: {reply}", reason=reply.reason)
+
+
+def _reason(error: BaseException) -> str:
+    """One word for counters."""
+    if isinstance(error, StoreError):
+        return error.reason
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    if isinstance(error, ssl.SSLError):
         return "tls"
-    if "WRONGPASS" in text or "NOAUTH" in text or "AUTH" in text:
-        return "auth"
+    if isinstance(error, ConnectionRefusedError | FileNotFoundError | socket.gaierror | ValueError):
+        return "unreachable"
     return "disconnected"

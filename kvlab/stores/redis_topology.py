@@ -1,19 +1,24 @@
 """Which server holds a key: one server, the master that sentinels name, or a cluster's node of the key's slot."""
 
+import binascii
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
-
-from redis.crc import key_slot
 
 from kvlab.stores.backoff import Backoff
 from kvlab.stores.redis_node import Node, NodeDownError
 from kvlab.stores.redis_url import RedisPlace
-from kvlab.stores.resp import ReplyError, Wire, one
+from kvlab.stores.resp import ProtocolError, Reply, ReplyError, Wire, array, number, one, text
 
 T = TypeVar("T")
+Address = tuple[str, int]
 MOST_REDIRECTS = 5
+MOST_NODES = 1024  # of a cluster, or masters that sentinels name; a server that names ever others is not followed
+NUM_SLOTS = 16384
+_HOST = re.compile(r"[0-9A-Za-z_.:%-]{1,253}")
 
 
 class Topology(ABC):
@@ -39,8 +44,13 @@ class Topology(ABC):
     def known(self) -> list[Node]:
         """The servers talked to so far; asks nobody."""
 
-    def _node(self, address: tuple[str, int] | str) -> Node:
-        return Node(address, self.place.options, Backoff(*self._waits))
+    def _node(self, address: Address | str) -> Node:
+        return Node(address, self.place.login, Backoff(*self._waits))
+
+    def renew(self) -> None:
+        """Let the next calls make connections of their own."""
+        for node in self.known():
+            node.close_idle()
 
     def close(self) -> None:
         for node in self.known():
@@ -72,8 +82,8 @@ class Sentinel(Topology):
 
     def __init__(self, place: RedisPlace, first_wait_s: float, longest_wait_s: float) -> None:
         super().__init__(place, first_wait_s, longest_wait_s)
-        self._sentinels = [Node(host, place.sentinel_options, Backoff(0.05, 1.0)) for host in place.hosts]
-        self._by_address: dict[tuple[str, int], Node] = {}
+        self._sentinels = [Node(host, place.sentinel_login, Backoff(0.05, 1.0)) for host in place.hosts]
+        self._by_address: dict[Address, Node] = {}
         self._master: Node | None = None
 
     def group(self, keys: list[bytes], deadline: float) -> dict[Node, list[int]]:
@@ -101,15 +111,17 @@ class Sentinel(Topology):
             return self._master
         for sentinel in list(self._sentinels):
             share = min(deadline, time.monotonic() + max(0.05, (deadline - time.monotonic()) / 3))
+            question = ["SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.place.master]
             try:
-                named = sentinel.run(one(["SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.place.master], share), share)
+                address = sentinel.run(one(question, share, _master), share)
             except (NodeDownError, ReplyError):
                 continue
-            if named:
+            if address is not None:
                 others = [other for other in self._sentinels if other is not sentinel]
                 self._sentinels = [sentinel, *others]  # the one that answered is asked first next time
-                address = (bytes(named[0]).decode(), int(bytes(named[1])))
                 if address not in self._by_address:
+                    while len(self._by_address) >= MOST_NODES:
+                        self._by_address.pop(next(iter(self._by_address))).close()
                     self._by_address[address] = self._node(address)
                 self._master = self._by_address[address]
                 return self._master
@@ -121,8 +133,9 @@ class Cluster(Topology):
 
     def __init__(self, place: RedisPlace, first_wait_s: float, longest_wait_s: float) -> None:
         super().__init__(place, first_wait_s, longest_wait_s)
-        self._by_address: dict[tuple[str, int], Node] = {}
+        self._by_address: dict[Address, Node] = {}
         self._slots: list[Node | None] = []
+        self._gaps = Backoff(first_wait_s, longest_wait_s)  # slots of no node: when to ask whether they have one by now
 
     def group(self, keys: list[bytes], deadline: float) -> dict[Node, list[int]]:
         groups: dict[Node, list[int]] = {}
@@ -142,9 +155,8 @@ class Cluster(Topology):
             except ReplyError as error:
                 if error.reason not in ("moved", "ask"):
                     raise
-                host, _, port = error.text.split(" ")[2].rpartition(":")
                 asking = error.reason == "ask"
-                was, node = node, self._at((host or _host_of(node), int(port)))
+                was, node = node, self._at(_redirected(error, node))
                 if not asking:
                     self._learn(deadline, first=was)
             except NodeDownError:
@@ -158,14 +170,24 @@ class Cluster(Topology):
     def known(self) -> list[Node]:
         return list(self._by_address.values())
 
-    def _at(self, address: tuple[str, int]) -> Node:
-        if address not in self._by_address:
-            self._by_address[address] = self._node(address)
-        return self._by_address[address]
+    def _at(self, address: Address) -> Node:
+        node = self._by_address.get(address)
+        if node is None:
+            if len(self._by_address) >= MOST_NODES:  # whatever the cluster is, it is to be learnt anew
+                self.close()
+                self._by_address, self._slots = {}, []
+            node = self._by_address[address] = self._node(address)
+        return node
 
     def _owner(self, key: bytes, deadline: float) -> Node:
         slot = key_slot(key)
         node = (self._slots or self._learn(deadline))[slot]
+        if node is None and self._gaps.may_ask():
+            node = self._learn(deadline)[slot]
+            if node is None:
+                self._gaps.failed()
+            else:
+                self._gaps.succeeded()
         if node is None:
             raise NodeDownError(f"no node of the cluster serves slot {slot}", reason="clusterdown")
         return node
@@ -175,13 +197,12 @@ class Cluster(Topology):
         for node in dict.fromkeys(sorted(candidates, key=lambda node: not node.health.is_up)):
             share = min(deadline, time.monotonic() + max(0.05, (deadline - time.monotonic()) / 3))
             try:
-                ranges = node.run(one(["CLUSTER", "SLOTS"], share), share)
+                ranges = node.run(one(["CLUSTER", "SLOTS"], share, partial(_ranges, own_host=_host_of(node))), share)
             except (NodeDownError, ReplyError):
                 continue
-            slots: list[Node | None] = [None] * 16384
-            for low, high, owner, *_ in ranges:
-                host = bytes(owner[0]).decode() or _host_of(node)
-                slots[low : high + 1] = [self._at((host, owner[1]))] * (high + 1 - low)
+            slots: list[Node | None] = [None] * NUM_SLOTS
+            for low, high, address in ranges:
+                slots[low : high + 1] = [self._at(address)] * (high + 1 - low)
             self._slots = slots  # at once: other threads read it
             return slots
         raise NodeDownError("no node of the cluster answers", reason="unreachable")
@@ -190,6 +211,50 @@ class Cluster(Topology):
 def make_topology(place: RedisPlace, first_wait_s: float, longest_wait_s: float) -> Topology:
     kinds: dict[str, type[Topology]] = {"single": Single, "sentinel": Sentinel, "cluster": Cluster}
     return kinds[place.kind](place, first_wait_s, longest_wait_s)
+
+
+def key_slot(key: bytes) -> int:
+    """The cluster's slot of a key, or of the part in its first braces: CRC16 (XMODEM) modulo 16,384.
+
+    >>> key_slot(b"123456789"), key_slot(b"x{123456789}y")
+    (12739, 12739)
+    """
+    start = key.find(b"{") + 1
+    end = key.find(b"}", start) if start else -1
+    return binascii.crc_hqx(key[start:end] if end > start else key, 0) % NUM_SLOTS
+
+
+def _address(host: str, port: int) -> Address:
+    if not _HOST.fullmatch(host) or not 0 < port < 1 << 16:
+        raise ProtocolError(f"the server named {ascii(host)[:60]} at port {port}, which is no address")
+    return host, port
+
+
+def _master(reply: Reply) -> Address | None:
+    if reply is None:
+        return None
+    host, port = map(text, array(reply, 2)[:2])
+    return _address(host, int(port) if port.isascii() and port.isdigit() and len(port) < 6 else 0)
+
+
+def _ranges(reply: Reply, own_host: str) -> list[tuple[int, int, Address]]:
+    """What CLUSTER SLOTS says: first slot, last slot, owner. A node that does not know its own name leaves it empty."""
+    found = []
+    for entry in array(reply):
+        low, high, owner = array(entry, 3)[:3]
+        host, port = array(owner, 2)[:2]
+        if number(low, NUM_SLOTS - 1) > number(high, NUM_SLOTS - 1):
+            raise ProtocolError(f"the server named slots from {low} to {high}")
+        found.append((low, high, _address((text(host) if host is not None else "") or own_host, number(port))))
+    if len({address for _, _, address in found}) > MOST_NODES:
+        raise ProtocolError(f"the server named more than {MOST_NODES} nodes")
+    return found
+
+
+def _redirected(error: ReplyError, node: Node) -> Address:
+    """Where MOVED or ASK points to."""
+    host, _, port = (error.words[2] if len(error.words) > 2 else "").rpartition(":")
+    return _address(host or _host_of(node), int(port) if port.isascii() and port.isdigit() and len(port) < 6 else 0)
 
 
 def _host_of(node: Node) -> str:

@@ -2,78 +2,92 @@
 
 import ssl
 from dataclasses import dataclass, field
-from typing import Any
-from urllib.parse import unquote
 
 from kvlab.errors import ConfigError
-from kvlab.stores.url import StoreURL
+from kvlab.stores.url import Secret, StoreURL
 
 DEFAULT_PORTS = {"redis": 6379, "rediss": 6379, "redis-sentinel": 26379, "redis-cluster": 6379}
+PASSWORD = "KVLAB_REDIS_PASSWORD"  # of servers whose URL gives none, like the next for sentinels
+SENTINEL_PASSWORD = "KVLAB_REDIS_SENTINEL_PASSWORD"
 
 
-@dataclass
+@dataclass(frozen=True)
+class Login:
+    """What a connection begins with."""
+
+    user: str = ""
+    password: Secret | None = None
+    db: int = 0
+    tls: ssl.SSLContext | None = None
+
+
+@dataclass(frozen=True)
 class RedisPlace:
     """Where the server is and how to get in.
 
-    `options` are redis-py connection arguments that hold for every node (credentials, db, TLS); `hosts` are where to
-    begin: the server, the sentinels, or some nodes of the cluster.
+    `hosts` are where to begin: the server, the sentinels, or some nodes of the cluster. `login` holds for every node
+    that keeps values, `sentinel_login` for sentinels.
     """
 
     kind: str  # "single", "sentinel", "cluster"
     hosts: list[tuple[str, int]] = field(default_factory=list)
     socket_path: str = ""
     master: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    sentinel_options: dict[str, Any] = field(default_factory=dict)
+    login: Login = field(default_factory=Login)
+    sentinel_login: Login = field(default_factory=Login)
 
     @classmethod
     def from_url(cls, url: StoreURL) -> "RedisPlace":
-        user, _, hosts = url.netloc.rpartition("@")
-        name, _, password = user.partition(":")
-        options: dict[str, Any] = {}
-        if name:
-            options["username"] = unquote(name)
-        if password:
-            options["password"] = unquote(password)
+        kind = {"redis-sentinel": "sentinel", "redis-cluster": "cluster"}.get(url.scheme, "single")
         path = url.path.strip("/")
-        place = cls(
-            {"redis-sentinel": "sentinel", "redis-cluster": "cluster"}.get(url.scheme, "single"), options=options
-        )
+        password = url.take_secret("password", url.password, variable=PASSWORD)
+        if url.user and password is None:
+            ways = (
+                f"user:password@host, password_file=, or {PASSWORD} in the environment; a password alone is :password@"
+            )
+            raise ConfigError(f"a user needs a password in {url.shown!r}: {ways}")
         db = url.take("db", "0") if url.scheme in ("unix", "redis-sentinel") else path or "0"
-        if url.scheme == "unix":
-            if not path:
-                raise ConfigError(f"a unix socket needs its path, like unix:///run/redis.sock, got {url.shown!r}")
-            place.socket_path = url.path
-        else:
-            place.hosts = [_host(text, url) for text in hosts.split(",")]
-        if place.kind == "sentinel":
+        if url.scheme == "unix" and not path:
+            raise ConfigError(f"a unix socket needs its path, like unix:///run/redis.sock, got {url.shown!r}")
+        hosts = [] if url.scheme == "unix" else [_host(text, url) for text in url.netloc.split(",")]
+        sentinel_password = None
+        if kind == "sentinel":
             if not path or "/" in path:
                 raise ConfigError(f"name the master, like redis-sentinel://host:26379/mymaster, got {url.shown!r}")
-            place.master = path
-            secret = url.take("sentinel_password", "")
-            place.sentinel_options = {"password": secret} if secret else {}
-        if not db.isdigit() or (place.kind == "cluster" and db != "0"):
+            sentinel_password = url.take_secret("sentinel_password", variable=SENTINEL_PASSWORD)
+        if not (db.isascii() and db.isdigit() and len(db) < 10) or (kind == "cluster" and db != "0"):
             raise ConfigError(f"a database must be a number (a cluster has only 0), got {db!r} in {url.shown!r}")
-        options["db"] = int(db)
-        if url.scheme == "rediss" or url.take_bool("tls", False):
-            tls = _tls(url)
-            options |= tls
-            place.sentinel_options |= tls if place.kind == "sentinel" else {}
-        return place
+        tls = _tls(url) if url.scheme == "rediss" or url.take_bool("tls", False) else None
+        return cls(
+            kind,
+            hosts,
+            socket_path=url.path if url.scheme == "unix" else "",
+            master=path if kind == "sentinel" else "",
+            login=Login(url.user, password, int(db), tls),
+            sentinel_login=Login("", sentinel_password, 0, tls),
+        )
 
 
 def _host(text: str, url: StoreURL) -> tuple[str, int]:
     host, _, port = text.rpartition(":") if not text.endswith("]") and ":" in text else (text, "", "")
-    if not host or (port and not (port.isdigit() and 0 < int(port) < 1 << 16)):
-        raise ConfigError(f"a server must be given as host or host:port, got {text!r} in {url.shown!r}")
+    if not host or (port and not 0 < int(port) < 1 << 16):
+        raise ConfigError(f"a server must be given as host or host:port in {url.shown!r}")
     return host.strip("[]"), int(port) if port else DEFAULT_PORTS[url.scheme]
 
 
-def _tls(url: StoreURL) -> dict[str, Any]:
-    options: dict[str, Any] = {"tls": True, "ssl_min_version": ssl.TLSVersion.TLSv1_2}
-    for option, argument in (("ca", "ssl_ca_certs"), ("cert", "ssl_certfile"), ("key", "ssl_keyfile")):
-        if value := url.take(option, ""):
-            options[argument] = value
-    if not url.take_bool("verify", True):
-        options |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
-    return options
+def _tls(url: StoreURL) -> ssl.SSLContext:
+    ca, cert, key = (url.take(option, "") for option in ("ca", "cert", "key"))
+    verify = url.take_bool("verify", True)
+    secret = url.take_secret("key_password")
+    try:
+        context = ssl.create_default_context(cafile=ca or None)
+        if cert or key:  # the empty password keeps OpenSSL from asking for one at the terminal
+            context.load_cert_chain(cert or key, key or None, password=secret.reveal() if secret else "")
+    except (OSError, ValueError) as error:
+        what = "; an encrypted key needs key_password_file" if key or cert else ""
+        raise ConfigError(f"cannot use the ca, cert or key of {url.shown!r}: {error}{what}") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context

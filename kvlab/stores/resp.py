@@ -1,75 +1,135 @@
 """Redis' protocol for large values: one connection, a deadline per call, replies read into the caller's buffer.
 
-redis-py makes the connection (TCP, unix, TLS, authentication) and is then stepped around: it joins a value with its
-command before sending and collects a reply in pieces before joining them, which copies 14 MiB three times.
-benchmarks/stores.py shows both ways side by side.
+Client libraries join a value with its command before sending and collect a reply in pieces before joining them, which
+copies 14 MiB three times. benchmarks/stores.py shows both ways side by side.
 
 Without TLS the kernel keeps the deadline and moves a whole value in one call. With Python's own timeouts a value takes
 many calls, and beside a busy engine a thread waits up to 5 ms for the interpreter after each: 14 MiB then took 14 ms
 instead of 8.
+
+A reply is believed to be neither well formed nor of the kind that was asked for: numbers, nesting, items and bytes have
+limits, and each command's reply is checked (`ok`, `number`, `bulk`, `array`) before the connection is used again.
 """
 
+import re
 import socket
 import ssl
 import struct
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
-
-from redis.connection import AbstractConnection
+from contextlib import suppress
+from typing import Any, TypeAlias, TypeVar
 
 from kvlab.errors import StoreError
 
-Reply: TypeAlias = Any  # int, bytes, None, a list of those, or a ReplyError among them
+Reply: TypeAlias = Any  # int, Status, memoryview (a bulk string), None, a list of those, or a ReplyError among them
 Room: TypeAlias = Callable[[int], Sequence[memoryview]]
+T = TypeVar("T")
 
 CHUNK = 1 << 16
-MAX_BULK = 1 << 40  # a reply that claims more is broken; nothing is allocated for it
 JOIN_BYTES = 1 << 14  # smaller arguments are sent together
+MOST_DEPTH = 8  # of arrays in arrays; CLUSTER SLOTS has 4
+MOST_ITEMS = 1 << 19  # of a reply; a cluster whose slots all lie apart has 330,000
+MOST_BYTES = 16 << 20  # of a reply's strings, values aside
+MOST_TEXT = 200  # of an error reply is kept
+_NUMBER = re.compile(rb"-?[0-9]{1,19}")
+_LENGTH = re.compile(rb"-1|[0-9]{1,15}")
+# The first words of error replies that are counted as they are. A server may answer anything; counters are few.
+_REASONS = {
+    *("ask", "busy", "clusterdown", "crossslot", "err", "loading", "masterdown", "misconf", "moved", "noauth"),
+    *("noperm", "noreplicas", "noscript", "oom", "readonly", "tryagain", "wrongpass", "wrongtype", "unkillable"),
+}
+
+
+class ProtocolError(StoreError):
+    """The server answered something that is no reply to what it was asked. The connection is of no use any more."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason="protocol")
 
 
 class ReplyError(StoreError):
-    """The server answered with an error; the first word (OOM, MOVED, WRONGTYPE...) is its `reason`."""
+    """The server answered with an error; its first word (OOM, MOVED, WRONGTYPE...) is the `reason` if Redis has it.
+    `words` are those of a redirection, for others none."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text, reason=text.split(" ", 1)[0].lower())
-        self.text = text
+    def __init__(self, message: str, words: Sequence[str] = ()) -> None:
+        word = message.split(" ", 1)[0].lower()
+        super().__init__(message or "an error without words", reason=word if word in _REASONS else "refused")
+        self.words = words
+
+
+class Status(bytes):
+    """A simple string, which no value is."""
 
 
 class Wire:
-    """A connected, authenticated redis-py connection, spoken to directly. Used by one thread at a time.
+    """A connected socket, spoken to directly. Used by one thread at a time.
 
     Whatever goes wrong in the middle of a call (deadline, lost peer, odd reply) leaves it unusable: `close` it.
+    `hidden` are secrets, which are starred out of error replies: servers repeat the commands they refuse.
     """
 
-    def __init__(self, connection: AbstractConnection) -> None:
-        self._connection = connection
-        self._socket: socket.socket = vars(connection)["_sock"]  # redis-py keeps it to itself
-        self._kernel_waits = not isinstance(self._socket, ssl.SSLSocket)
+    def __init__(self, sock: socket.socket, hidden: Sequence[str] = ()) -> None:
+        self._socket = sock
+        self._hidden = [secret.encode() for secret in hidden]
+        self._kernel_waits = not isinstance(sock, ssl.SSLSocket)
         if self._kernel_waits:
-            self._socket.settimeout(None)
+            sock.settimeout(None)
         self._buffer = bytearray(CHUNK)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
-        self.used = False  # whether it has answered before: a dead peer is only found out by the next call
+        self._items = self._bytes = 0
 
-    def call(self, args: Sequence[Any], deadline: float, room: Room | None = None) -> Reply:
-        """Send one command and read its reply; an error reply is raised. `room(size)` gives buffers for the reply's
-        bulk string, which fill one after the other; without it one is made."""
-        reply = self.calls([args], deadline, room)[0]
+    def call(self, args: Sequence[Any], deadline: float) -> Reply:
+        """Send one command and read its reply; an error reply is raised."""
+        reply = self.calls([args], deadline)[0]
         if isinstance(reply, ReplyError):
             raise reply
         return reply
 
-    def calls(self, commands: Sequence[Sequence[Any]], deadline: float, room: Room | None = None) -> list[Reply]:
+    def calls(self, commands: Sequence[Sequence[Any]], deadline: float) -> list[Reply]:
         """Send all commands in one go and read their replies, error replies in their places."""
         self._send(commands, deadline)
-        replies = [self._reply(deadline, room) for _ in commands]
-        self.used = True
+        replies = []
+        for _ in commands:
+            self._items = self._bytes = 0
+            replies.append(self._reply(deadline, 0))
+        self._check_end()
         return replies
 
+    def fetch(self, args: Sequence[Any], deadline: float, room: Room, most: int) -> Sequence[memoryview] | None:
+        """Send a command whose reply is a value of at most `most` bytes: `room(size)` gives buffers for it, which fill
+        one after the other. None if there is none; an error reply is raised."""
+        self._send([args], deadline)
+        line = self._line(deadline)
+        if line[:1] == b"-":
+            self._check_end()
+            raise self._error(line[1:])
+        if line[:1] != b"$":
+            raise ProtocolError(f"the server answered {_shown(line)} where a value was asked for")
+        size = self._length(line)
+        if size < 0:
+            self._check_end()
+            return None
+        if size > most:
+            raise ProtocolError(f"the server announced a value of {size} bytes; the limit is {most}")
+        try:
+            into = room(size)
+        except MemoryError:
+            raise StoreError(f"no memory for a value of {size} bytes", reason="memory") from None
+        self._fill_all(into, deadline)
+        self._check_end()
+        return into
+
     def close(self) -> None:
-        self._connection.disconnect()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # also where a forked child has inherited the socket
+        self.drop()
+
+    def drop(self) -> None:
+        """Close this process's descriptor and say nothing to the server: in a child the connection is the parent's."""
+        with suppress(OSError):
+            self._socket.close()
 
     def _send(self, commands: Sequence[Sequence[Any]], deadline: float) -> None:
         small = bytearray()
@@ -111,36 +171,58 @@ class Wire:
 
     def _limit(self, option: int, deadline: float) -> None:
         """The next call to the socket ends at `deadline`."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the deadline passed")
+        left = time_left(deadline)
         if self._kernel_waits:
             seconds, rest = divmod(left, 1)
             self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(rest * 1e6) + 1))
         else:
             self._socket.settimeout(left)
 
-    def _reply(self, deadline: float, room: Room | None = None) -> Reply:
+    def _reply(self, deadline: float, depth: int) -> Reply:
         line = self._line(deadline)
-        kind, rest = line[:1], line[1:]
+        kind = line[:1]
+        self._items += 1
+        if self._items > MOST_ITEMS or depth > MOST_DEPTH:
+            raise ProtocolError("the server answered with more items, or deeper ones, than any reply has")
         if kind == b"-":
-            return ReplyError(rest.decode(errors="replace"))
+            return self._error(line[1:])
         if kind == b"+":
-            return rest
-        try:
-            number = int(rest)
-        except ValueError:
-            number, kind = 0, b""
-        if kind == b":":
-            return number
-        if kind == b"$" and -1 <= number <= MAX_BULK:
-            return None if number < 0 else self._bulk(number, deadline, room)
-        if kind == b"*" and -1 <= number <= MAX_BULK:
-            return None if number < 0 else [self._reply(deadline, room) for _ in range(number)]
-        raise StoreError(f"the server answered {line[:40]!r}, which is no Redis protocol", reason="protocol")
+            return Status(line[1:])
+        if kind == b":" and _NUMBER.fullmatch(line, 1):
+            return int(line[1:])
+        if kind == b"*":
+            length = self._length(line)
+            return None if length < 0 else [self._reply(deadline, depth + 1) for _ in range(length)]
+        if kind != b"$":
+            raise ProtocolError(f"the server answered {_shown(line)}, which is no Redis protocol")
+        length = self._length(line)
+        if length < 0:
+            return None
+        self._bytes += length
+        if self._bytes > MOST_BYTES:
+            raise ProtocolError(f"the server answered with more than {MOST_BYTES} bytes where no value was asked for")
+        into = memoryview(bytearray(length))
+        self._fill_all([into], deadline)
+        return into
 
-    def _bulk(self, size: int, deadline: float, room: Room | None) -> Sequence[memoryview] | memoryview:
-        into = [memoryview(bytearray(size))] if room is None else room(size)
+    def _length(self, line: bytes) -> int:
+        if not _LENGTH.fullmatch(line, 1):
+            raise ProtocolError(f"the server answered {_shown(line)}, which is no length")
+        return int(line[1:])
+
+    def _error(self, raw: bytes) -> ReplyError:
+        words = raw.decode(errors="replace").split(" ", 3) if raw.startswith((b"MOVED ", b"ASK ")) else []
+        for secret in self._hidden:
+            raw = raw.replace(secret, b"***")
+        text = raw[:MOST_TEXT].decode(errors="replace")
+        return ReplyError("".join(char if char.isprintable() else "?" for char in text), words)
+
+    def _check_end(self) -> None:
+        if self._start != self._end:
+            raise ProtocolError("the server sent more than it was asked for")
+
+    def _fill_all(self, into: Sequence[memoryview], deadline: float) -> None:
+        """A string's bytes, and the mark that ends it."""
         for piece in into:
             at = min(piece.nbytes, self._end - self._start)
             piece[:at] = self._view[self._start : self._start + at]
@@ -149,8 +231,9 @@ class Wire:
                 at += self._receive(piece[at:], deadline, whole=True)
         while self._end - self._start < 2:
             self._fill(deadline)
+        if self._buffer[self._start : self._start + 2] != b"\r\n":
+            raise ProtocolError("the server sent a string longer than it had announced")
         self._start += 2
-        return into[0] if room is None else into
 
     def _line(self, deadline: float) -> bytes:
         while (at := self._buffer.find(b"\r\n", self._start, self._end)) < 0:
@@ -164,18 +247,79 @@ class Wire:
             self._start = self._end = 0
         elif self._end == CHUNK:
             if self._start == 0:
-                raise StoreError("the server answered a line without end", reason="protocol")
+                raise ProtocolError("the server answered a line without end")
             rest = bytes(self._view[self._start : self._end])
             self._view[: len(rest)] = rest
             self._start, self._end = 0, len(rest)
         self._end += self._receive(self._view[self._end :], deadline, whole=False)
 
 
-def one(args: Sequence[Any], deadline: float, room: Room | None = None) -> Callable[[Wire], Reply]:
-    """The work of a single command, for whoever picks the connection."""
-    return lambda wire: wire.call(args, deadline, room)
+def time_left(deadline: float) -> float:
+    """Seconds until `deadline`; TimeoutError if there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the deadline passed")
+    return left
 
 
-def many(commands: Sequence[Sequence[Any]], deadline: float) -> Callable[[Wire], list[Reply]]:
-    """The work of several commands in one round trip."""
-    return lambda wire: wire.calls(commands, deadline)
+def one(args: Sequence[Any], deadline: float, parse: Callable[[Reply], T]) -> Callable[[Wire], T]:
+    """The work of a single command, for whatever picks the connection; `parse` raises ProtocolError on a lie."""
+    return lambda wire: parse(wire.call(args, deadline))
+
+
+def many(
+    commands: Sequence[Sequence[Any]], deadline: float, parse: Callable[[Reply], T], leave: frozenset[str]
+) -> Callable[[Wire], list[T | ReplyError]]:
+    """The work of several commands in one round trip. Error replies for the reasons `leave` stay in their places, any
+    other is raised."""
+
+    def work(wire: Wire) -> list[T | ReplyError]:
+        replies = wire.calls(commands, deadline)
+        found: list[T | ReplyError] = [reply if isinstance(reply, ReplyError) else parse(reply) for reply in replies]
+        for reply in found:
+            if isinstance(reply, ReplyError) and reply.reason not in leave:
+                raise reply
+        return found
+
+    return work
+
+
+def ok(reply: Reply) -> None:
+    if not isinstance(reply, Status) or reply != b"OK":
+        raise ProtocolError(f"the server answered {_shown(reply)} where OK was due")
+
+
+def number(reply: Reply, most: int = 1 << 62) -> int:
+    if not isinstance(reply, int) or not 0 <= reply <= most:
+        raise ProtocolError(f"the server answered {_shown(reply)} where a number from 0 to {most} was due")
+    return reply
+
+
+def flag(reply: Reply) -> bool:
+    return number(reply, 1) == 1
+
+
+def bulk(reply: Reply) -> bytes:
+    if not isinstance(reply, memoryview):
+        raise ProtocolError(f"the server answered {_shown(reply)} where a string was due")
+    return bytes(reply)
+
+
+def text(reply: Reply) -> str:
+    try:
+        return bulk(reply).decode()
+    except UnicodeDecodeError:
+        raise ProtocolError("the server answered with bytes that are no text") from None
+
+
+def array(reply: Reply, at_least: int = 0) -> list[Reply]:
+    if not isinstance(reply, list) or len(reply) < at_least:
+        raise ProtocolError(f"the server answered {_shown(reply)} where a list of {at_least} or more was due")
+    return reply
+
+
+def _shown(reply: Reply) -> str:
+    """A lie, in a few characters of ASCII."""
+    if isinstance(reply, memoryview):
+        reply = bytes(reply[:40])
+    return f"a list of {len(reply)}" if isinstance(reply, list) else ascii(reply)[:60]

@@ -1,6 +1,5 @@
 """Several tiers as one store: fast and small above, slow and large below."""
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
@@ -9,6 +8,7 @@ from kvlab.errors import ConfigError
 from kvlab.stores.background import BackgroundWriter
 from kvlab.stores.backoff import FIRST_WAIT_S, LONGEST_WAIT_S
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, cut
+from kvlab.stores.forks import Lock
 from kvlab.stores.sights import Sights
 from kvlab.stores.tier import Tier
 
@@ -58,7 +58,7 @@ class TieredStore(Store):
         self._promote = promote
         self._came_from: OrderedDict[str, Tier] = OrderedDict()
         self._sights = Sights()
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._writer = BackgroundWriter(self._carry_down, max_keys=max_queued) if write == "back" else None
 
     @property
@@ -141,23 +141,23 @@ class TieredStore(Store):
         for tier in self.tiers:
             tier.call(tier.store.touch, keys, default=None)
 
-    def set_aside(self, key: str, reason: str) -> None:
+    def set_aside(self, key: str, reason: str, is_sound: Callable[[Buffer], bool] | None = None) -> bool:
         """The tier the value last came from loses it, and those it was copied to; a good copy further down stays.
 
-        A value that was not read lately leaves every tier.
+        A value that was not read lately leaves every tier. With `is_sound` each of them reads it again first.
         """
         with self._lock:
             source = self._came_from.pop(key, None)
         if self._writer is not None:
             self._writer.cancel(key)
-        there = False
+        gone = False
         for tier in self.tiers:
-            there |= tier.call(tier.store.contains, key, default=False)
-            tier.call(tier.store.set_aside, key, reason, default=None)
+            gone |= tier.call(tier.store.set_aside, key, reason, is_sound, default=False)
             if tier is source:
                 break
         with self._lock:
-            self.stats_.dropped += there
+            self.stats_.dropped += gone
+        return gone
 
     def why_missing(self, key: str) -> str:
         """``tier_down`` if a tier that cannot be asked might have it, else what the first tier knows."""

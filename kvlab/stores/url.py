@@ -1,45 +1,115 @@
-"""Store URLs: ``scheme://place?option=value``, every option checked."""
+"""Store URLs: ``scheme://place?option=value``, every option checked, no secret shown."""
 
+import os
 import re
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from kvlab.errors import ConfigError
 from kvlab.units import parse_bytes
+
+MOST_SECRET_BYTES = 4096
+_HOST = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\[\]:,@]*)(:\d{1,5})?")
+_OPTION = re.compile(r"[a-z][a-z0-9_]{0,40}")
+
+
+class Secret:
+    """A password. No repr, message or log shows it; `reveal` is for the one who sends it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "***"
 
 
 @dataclass
 class StoreURL:
     """A parsed store URL. Options are taken one by one; `done` refuses those nobody took, so that a typo is an
-    error and not a default."""
+    error and not a default.
 
-    raw: str
+    `netloc` is without user and password. Options that sound like passwords are not in `options` but given by
+    `take_secret`.
+    Messages show a URL as `shown`: without user, password and options.
+    """
+
     scheme: str
     netloc: str
     path: str
-    options: dict[str, str]
-    _taken: set[str] = field(default_factory=set)
+    options: dict[str, str] = field(repr=False)
+    shown: str
+    user: str = field(default="", repr=False)
+    password: Secret | None = None
+    _secrets: dict[str, Secret] = field(default_factory=dict)
+    _taken: set[str] = field(default_factory=set, repr=False)
 
     @classmethod
     def parse(cls, raw: str) -> "StoreURL":
-        parts = urlsplit(raw)
+        shown = shown_url(raw)
+        parts = _split(raw)
+        if parts is None:  # raised here: an error from within would carry the URL along
+            raise ConfigError(
+                f"a store URL cannot be read: {shown!r}; write / ? # [ ] @ % in a password as %2F and so on"
+            )
         if not parts.scheme or "://" not in raw:
-            raise ConfigError(f"a store needs a URL like memory://?size=1GiB or file:///path?size=10GiB, got {raw!r}")
+            raise ConfigError(f"a store needs a URL like memory://?size=1GiB or file:///path?size=10GiB, got {shown!r}")
+        if parts.fragment or "@" in parts.query or ("@" in parts.path and parts.scheme not in ("file", "unix")):
+            hint = "write / ? # @ in a user or password as %2F %3F %23 %40"
+            raise ConfigError(f"a store URL has an @ or # in the wrong place: {shown!r}; {hint}")
         pairs = parse_qsl(parts.query, keep_blank_values=True)
         options = dict(pairs)
         if len(options) != len(pairs):
-            raise ConfigError(f"an option is given twice in {raw!r}")
-        return cls(raw, parts.scheme, parts.netloc, unquote(parts.path), options)
+            raise ConfigError(f"an option is given twice in {shown!r}")
+        for name, value in pairs:  # neither is shown: it may be a part of a password, or one in the place of its file
+            if not _OPTION.fullmatch(name):
+                raise ConfigError(f"an option of {shown!r} is no word of lower-case letters, as in ?size=10GiB")
+            if name.endswith("_file") and not value.startswith("/"):
+                raise ConfigError(f"{name} must be the absolute path of a file that holds the password")
+        login, _, netloc = parts.netloc.rpartition("@")
+        user, _, password = login.partition(":")
+        if login and parts.scheme in ("file", "memory"):
+            raise ConfigError(f"{parts.scheme}:// has no user or password: {shown!r}")
+        if not all(_HOST.fullmatch(host) for host in netloc.split(",")):
+            hint = "a login needs an @ behind it"
+            raise ConfigError(f"a server must be given as host or host:port in {shown!r}; {hint}")
+        secrets = {name: Secret(options.pop(name)) for name in list(options) if _is_secret(name)}
+        return cls(
+            parts.scheme,
+            netloc,
+            unquote(parts.path),
+            options,
+            shown,
+            unquote(user),
+            Secret(unquote(password)) if password else None,
+            secrets,
+        )
 
     @property
-    def shown(self) -> str:
-        """The URL for messages: passwords are starred out."""
-        text = re.sub(r"(://[^/@?]*:)[^/@?]+@", r"\1***@", self.raw)
-        return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", text)
+    def holds_secret(self) -> bool:
+        """Whether a password stands in the URL itself."""
+        return self.password is not None or bool(self._secrets)
 
     def take(self, option: str, default: str) -> str:
         self._taken.add(option)
         return self.options.get(option, default)
+
+    def take_secret(self, option: str, given: Secret | None = None, *, variable: str = "") -> Secret | None:
+        """A password by one of three ways: `given` or as the option itself, in the file that ``<option>_file`` names,
+        or in the environment's `variable`. The file's trailing line break is not part of it."""
+        self._taken.add(option)
+        given = given or self._secrets.get(option)
+        file = self.take(f"{option}_file", "")
+        if file:
+            if given is not None:
+                raise ConfigError(f"give the password in the URL or by {option}_file, not both, in {self.shown!r}")
+            return _read_secret(file, f"{option}_file")
+        value = os.environ.get(variable, "") if variable else ""
+        return given or (Secret(value) if value else None)
 
     def take_bytes(self, option: str, default: str) -> int:
         size = parse_bytes(self.take(option, default))
@@ -65,8 +135,59 @@ class StoreURL:
         return text in ("true", "1", "yes")
 
     def done(self) -> None:
-        unknown = sorted(set(self.options) - self._taken)
+        unknown = sorted({*self.options, *self._secrets} - self._taken)
         if unknown:
-            raise ConfigError(
-                f"unknown option {unknown[0]!r} in {self.shown!r}; known: {', '.join(sorted(self._taken))}"
-            )
+            known = ", ".join(sorted(self._taken))
+            raise ConfigError(f"unknown option {unknown[0]!r} in {self.shown!r}; known: {known}")
+
+
+def shown_url(raw: str) -> str:
+    """`raw`, which need not be a URL, for messages: without options, and without what is or might be a login.
+
+    >>> shown_url("redis://user:hunter2@10.0.0.1:6379/0?ttl_ms=5"), shown_url("redis://:hunt/er2@h/0")
+    ('redis://***@10.0.0.1:6379/0', 'redis://***@h/0')
+    """
+    scheme, mark, rest = raw.partition("://")
+    if not mark or not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*", scheme):
+        scheme, mark, rest = "", "", raw
+    _, at, rest = rest.rpartition("@")
+    rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+    if not mark and (at or (":" in rest and not rest.startswith(("file:", "memory:")))):
+        return "***"
+    hosts, slash, path = rest.partition("/")
+    if mark:
+        hosts = ",".join(host if _HOST.fullmatch(host) else "***" for host in hosts.split(","))
+    return f"{scheme}{mark}{'***@' if at else ''}{hosts}{slash}{path}"
+
+
+def hide_logins(text: str) -> str:
+    """`text`, such as a command line, with the logins of the URLs in it starred out.
+
+    >>> hide_logins("--redis-url redis://:hunter2@host:6379/0 --seed 1")
+    '--redis-url redis://***@host:6379/0 --seed 1'
+    """
+    return re.sub(r"(?i)(password=)[^&\s,]+", r"\1***", re.sub(r"(\w:/+)[^\s]*@", r"\1***@", text))
+
+
+def _is_secret(option: str) -> bool:
+    """Whether an option's value is not to be shown, misspelt names of passwords included."""
+    return re.search(r"pa?ss?w|pass|pwd|secret|token", option) is not None and not option.endswith("_file")
+
+
+def _split(raw: str) -> SplitResult | None:
+    try:
+        return urlsplit(raw)
+    except ValueError:
+        return None
+
+
+def _read_secret(file: str, option: str) -> Secret:
+    try:
+        with open(file, "rb") as stream:
+            raw = stream.read(MOST_SECRET_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {option} {file!r}: {error.strerror}") from error
+    text = raw.decode(errors="replace").rstrip("\r\n")
+    if not text or "�" in text or len(raw) > MOST_SECRET_BYTES:
+        raise ConfigError(f"{option} {file!r} must hold one password, in UTF-8, of at most {MOST_SECRET_BYTES} bytes")
+    return Secret(text)

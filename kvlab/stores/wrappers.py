@@ -1,13 +1,13 @@
 """Stores around a store: to count, to slow down as a network would, to fail as a medium would."""
 
 import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kvlab.errors import ConfigError, StoreError
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers
+from kvlab.stores.forks import Lock
 
 
 class WrapperStore(Store):
@@ -71,9 +71,9 @@ class WrapperStore(Store):
         self._around("touch", 0)
         self.inner.touch(keys)
 
-    def set_aside(self, key: str, reason: str) -> None:
+    def set_aside(self, key: str, reason: str, is_sound: Callable[[Buffer], bool] | None = None) -> bool:
         self._around("set_aside", 0)
-        self.inner.set_aside(key, reason)
+        return self.inner.set_aside(key, reason, is_sound)
 
     def why_missing(self, key: str) -> str:
         return self.inner.why_missing(key)
@@ -92,7 +92,7 @@ class CountingStore(WrapperStore):
         super().__init__(inner, name=name)
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def _around(self, method: str, num_bytes: int) -> None:
         with self._lock:
@@ -118,7 +118,7 @@ class LatencyStore(WrapperStore):
         self._latency_s = latency_s
         self._bytes_per_s = bytes_per_s
         self._line_free = 0.0
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def _around(self, method: str, num_bytes: int) -> None:
         with self._lock:
@@ -157,7 +157,7 @@ class FaultStore(WrapperStore):
         self.fail, self.corrupt, self.truncate, self.lose, self.slow_s = fail, corrupt, truncate, lose, slow_s
         self.injected: Counter[str] = Counter()
         self._random = random.Random(seed)
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._sleep = sleep
 
     def put(self, key: str, value: Value) -> bool:

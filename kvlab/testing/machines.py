@@ -1,6 +1,9 @@
 """Hypothesis machines that drive a store beside a dict, and what the suites share."""
 
+import os
+import signal
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +24,24 @@ KEYS = st.one_of(st.sampled_from(ODD_KEYS), st.text(max_size=40))
 def pattern(size: int, seed: int = 0) -> bytes:
     """`size` bytes that differ between seeds and positions, so that a shifted or foreign value is seen."""
     return bytes((at * 7 + at // 251 + seed * 31) & 0xFF for at in range(size))
+
+
+def in_child(work: Callable[[], None], *, limit_s: int = 60) -> int:
+    """Fork, run `work` in the child, and return its exit status: 0, 1 if it raised (printed), negative if it was killed
+    because it took longer than `limit_s`."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(limit_s)
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 class StoreMachine(RuleBasedStateMachine):

@@ -6,6 +6,7 @@ class TestMyStore(StoreTests):
 """
 
 import itertools
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import ClassVar
 
 import pytest
 
-from kvlab.stores.base import Buffer, Store, ValueTooLongError
+from kvlab.stores.base import MAX_KEY_BYTES, Buffer, Store, ValueTooLongError
 from kvlab.stores.direct import aligned_buffer
-from kvlab.testing.machines import ODD_KEYS, StoreMachine, drive, pattern, run_threads
+from kvlab.testing.machines import ODD_KEYS, StoreMachine, drive, in_child, pattern, run_threads
 
 MAX_BYTES = 1 << 20
 
@@ -159,6 +160,79 @@ class StoreTests(ABC):
         assert bytes(store.get("other") or b"") == b"good"
         assert store.put("k", b"new")
         assert bytes(store.get("k") or b"") == b"new"
+
+    def test_what_a_second_read_finds_sound_stays(self, store: Store) -> None:
+        """What was wrong may have been the way and not the object."""
+        store.put("k", b"good")
+        asked: list[bytes] = []
+
+        def is_sound(value: Buffer) -> bool:
+            asked.append(bytes(value))
+            return True
+
+        assert store.set_aside("k", "checksum", is_sound) is False
+        assert set(asked) == {b"good"}
+        assert bytes(store.get("k") or b"") == b"good"
+        assert store.stats_.dropped == 0
+        assert store.set_aside("k", "checksum", lambda value: bytes(value) != b"good") is True
+        assert store.get("k") is None
+        assert store.stats_.dropped == 1
+        assert store.set_aside("absent", "checksum", lambda value: True) is False
+        assert store.set_aside("absent", "checksum") is False
+
+    def test_a_key_that_is_too_long_is_refused(self, store: Store) -> None:
+        assert store.put("k" * MAX_KEY_BYTES, b"v") is True
+        for key in ("k" * (MAX_KEY_BYTES + 1), "\u9375" * MAX_KEY_BYTES, "k" * 1_000_000):
+            assert store.put(key, b"v") is False
+            assert store.get(key) is None
+            assert store.size_of(key) is None
+            assert store.contains_many([key, "k" * MAX_KEY_BYTES]) == [False, True]
+            assert store.delete(key) is False
+            store.touch([key])
+            store.set_aside(key, "test")
+        assert list(store.keys()) == ["k" * MAX_KEY_BYTES]
+
+    def test_a_forked_child_has_a_store_that_works(self, store: Store) -> None:
+        """While threads of the parent are in the middle of calls, which the child has no threads to end."""
+        values = {f"k{index}": pattern(3000 + 500 * index, index) for index in range(8)}
+        for key, value in values.items():
+            store.put(key, value)
+        stop = threading.Event()
+        wrong: list[str] = []
+
+        def use(seed: int) -> None:
+            for key in itertools.cycle(values):
+                if stop.is_set():
+                    break
+                if seed % 2:
+                    store.put(key, values[key])
+                got = store.get(key)
+                if got is not None and bytes(got) != values[key]:
+                    wrong.append(key)
+
+        def work() -> None:
+            for key in values:
+                got = store.get(key)
+                assert got is None or bytes(got) == values[key], key
+            assert store.put("of the child", b"c")
+            assert bytes(store.get("of the child") or b"") == b"c"
+            assert store.contains_many(["of the child", "absent"]) == [True, False]
+            assert store.delete("of the child")
+            assert store.used_bytes >= 0
+            store.close()
+
+        threads = [threading.Thread(target=use, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            codes = [in_child(work) for _ in range(4)]
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert codes == [0] * 4
+        assert wrong == []
+        assert all(bytes(store.get(key) or b"") == value for key, value in values.items())
 
     def test_odd_keys_are_keys_like_any_other(self, store: Store) -> None:
         for index, key in enumerate(ODD_KEYS):

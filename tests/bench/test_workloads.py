@@ -118,7 +118,7 @@ def test_backends_differ_in_their_cache_alone(name, tmp_path):
 def test_any_store_urls_are_a_backend():
     chosen = from_tiers(["memory://?size=1GiB", "redis://somewhere:6380?timeout_ms=50"])
     assert chosen.name == "kvlab memory+redis"
-    assert chosen.redis == "redis://somewhere:6380"
+    assert chosen.redis == "redis://somewhere:6380?timeout_ms=50"
     with pytest.raises(ConfigError):
         from_tiers(["memory//"])
 

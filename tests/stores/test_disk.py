@@ -158,7 +158,7 @@ def test_scan_counts_what_is_there_and_drops_what_is_broken(tmp_path):
     path = root / path_of("cut")
     path.write_bytes(path.read_bytes()[:-1])
     (root / path_of("empty")).write_bytes(b"")
-    (root / ".kvlab" / "writing" / "leftover").write_bytes(b"x" * 1000)
+    (root / ".kvlab" / "writing" / "0123456789abcdef").write_bytes(b"x" * 1000)
     (root / "mine.txt").write_bytes(b"not ours")
     (root / path_of("good")).with_name("also-not-ours.safetensors").write_bytes(b"foreign")
     with DiskStore(root, 1 << 20) as store:

@@ -13,8 +13,8 @@ from servers import Front, Server, free_port, running, wait_for
 from kvlab.errors import ConfigError, StoreError
 from kvlab.stores import open_store
 from kvlab.stores.direct import aligned_buffer
-from kvlab.stores.redis import name_of
 from kvlab.stores.redis_node import NodeDownError
+from kvlab.stores.redis_replies import name_of
 from kvlab.testing import StoreTests
 from kvlab.testing.machines import pattern
 
@@ -299,7 +299,7 @@ def test_a_server_that_trickles_costs_the_deadline_not_more(where):
     def serve():
         client, _ = listener.accept()
         with client, contextlib.suppress(OSError):
-            while b"ET\r\n" not in (asked := client.recv(4096)):  # before GET or SET comes redis-py's own greeting
+            while b"ET\r\n" not in (asked := client.recv(4096)):  # before GET or SET comes what the store asks
                 client.sendall(b"+OK\r\n" * asked.count(b"*"))
             client.sendall(b"$1000000\r\n" if where == "reading" else b"")
             while True:

@@ -1,0 +1,157 @@
+"""A folder whose file system refuses single calls, one at a time or many: the budget holds, the book never counts too
+little, nothing but StoreError comes out, and when the file system recovers so does the store."""
+
+import contextlib
+import errno
+import itertools
+import os
+import random
+
+import pytest
+
+from kvlab.errors import StoreError
+from kvlab.stores.disk import DiskStore
+
+BUDGET = 100_000
+CALLS = ("open", "write", "pwritev", "pread", "preadv", "ftruncate", "rename", "unlink", "stat", "fstat", "mkdir",
+         "scandir", "utime")  # fmt: skip
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
+
+
+class Faulty:
+    """`os` whose calls fail while `on`: where `fails(calls so far)` says so. A write may be cut short instead."""
+
+    def __init__(self, monkeypatch, fails, draw, partial=False):
+        self.on, self.calls, self.failed = False, 0, 0
+        self.fails, self.draw, self.partial = fails, draw, partial
+        for name in CALLS:
+            monkeypatch.setattr(os, name, self.around(name, getattr(os, name)))
+
+    def around(self, name, real):
+        def called(*args, **options):
+            if not self.on:
+                return real(*args, **options)
+            self.calls += 1
+            if not self.fails(self.calls):
+                return real(*args, **options)
+            self.failed += 1
+            if name == "write" and self.partial and len(args[1]) > 2:
+                return real(args[0], args[1][: self.draw.randrange(1, len(args[1]))])
+            raise OSError(self.draw.choice(ERRORS), f"injected into {name}")
+
+        return called
+
+
+def bytes_in(root):
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and path.name != "journal")
+
+
+def check(faulty, root, *stores):
+    faulty.on = False
+    assert bytes_in(root) <= BUDGET
+    for store in stores:
+        counted = store.used_bytes
+        assert counted >= bytes_in(root)
+    faulty.on = True
+
+
+def recovers(faulty, root, *stores):
+    faulty.on = False
+    with DiskStore(root, BUDGET, direct=False) as fresh:
+        assert fresh.used_bytes == bytes_in(root)
+    for index in range(30):
+        store = stores[index % len(stores)]
+        assert store.put(f"after{index}", bytes(9_000))
+        assert bytes_in(root) <= BUDGET
+    assert [store.used_bytes for store in stores] == [bytes_in(root)] * len(stores)
+    assert not list((root / ".kvlab" / "writing").iterdir())
+    assert all(bytes(store.get("after29")) == bytes(9_000) for store in stores)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_many_faults(tmp_path, monkeypatch, seed, partial):
+    root, draw = tmp_path / "kv", random.Random(seed)
+    faulty = Faulty(monkeypatch, lambda _: draw.random() < 0.04, draw, partial)
+    with DiskStore(root, BUDGET, direct=False) as one, DiskStore(root, BUDGET, direct=False) as two:
+        for _ in range(250):
+            faulty.on = True
+            store, key = draw.choice((one, two)), f"k{draw.randrange(25)}"
+            with contextlib.suppress(StoreError):
+                act = draw.random()
+                if act < 0.7:
+                    store.put(key, bytes(draw.randrange(1_000, 20_000)))
+                elif act < 0.8:
+                    store.delete(key)
+                elif act < 0.9:
+                    store.set_aside(key, "test")
+                else:
+                    store.get(key)
+            check(faulty, root, one, two)
+        assert faulty.failed > 50
+        recovers(faulty, root, one, two)
+
+
+def test_each_call_failing_alone(tmp_path, monkeypatch):
+    draw = random.Random(3)
+    for number in itertools.count(1):
+        root = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            faulty = Faulty(patch, lambda calls, number=number: calls == number, draw, partial=bool(number % 2))
+            with DiskStore(root, BUDGET, direct=False) as one, DiskStore(root, BUDGET, direct=False) as two:
+                faulty.on = True
+                for step in range(9):
+                    with contextlib.suppress(StoreError):
+                        one.put(f"k{step % 6}", bytes(18_000 + step))
+                    check(faulty, root, one, two)
+                for work in (lambda: one.get("k0"), lambda: one.set_aside("k1", "test"), lambda: one.delete("k2")):
+                    with contextlib.suppress(StoreError):
+                        work()
+                    check(faulty, root, one, two)
+                recovers(faulty, root, one, two)
+        if not faulty.failed:
+            break
+    assert number > 150, "it did nothing"
+
+
+def test_a_file_that_cannot_be_removed_goes_on_counting_and_others_leave(tmp_path, monkeypatch):
+    root, real = tmp_path / "kv", os.unlink
+    with DiskStore(root, BUDGET) as store:
+        for index in range(4):
+            assert store.put(f"k{index}", bytes(24_000))
+
+        def stuck(name, **options):
+            if name.startswith(("k0.", "k1.")):
+                raise PermissionError(errno.EPERM, "immutable", name)
+            real(name, **options)
+
+        monkeypatch.setattr(os, "unlink", stuck)
+        assert store.put("new", bytes(40_000))
+        assert sorted(store.keys()) == ["k0", "k1", "new"]
+        assert store.used_bytes == bytes_in(root) == 88_000
+        assert store.put("large", bytes(90_000)) is False
+        assert store.used_bytes == bytes_in(root) <= BUDGET
+        monkeypatch.setattr(os, "unlink", real)
+        assert store.put("large", bytes(90_000))
+        assert store.used_bytes == bytes_in(root) == 90_000
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_folder(tmp_path, monkeypatch):
+    root = tmp_path / "kv"
+    with DiskStore(root, BUDGET) as store:
+        for index in range(5):
+            store.put(f"k{index}", bytes(18_000))
+    for unreadable in (1, 3, 5):
+        with monkeypatch.context() as patch:
+            real, listed = os.scandir, itertools.count(1)
+
+            def scandir(fd, real=real, listed=listed, unreadable=unreadable):
+                if next(listed) == unreadable:
+                    raise PermissionError(errno.EACCES, "injected")
+                return real(fd)
+
+            patch.setattr(os, "scandir", scandir)
+            with pytest.raises(StoreError):
+                DiskStore(root, BUDGET)
+    with DiskStore(root, BUDGET) as store:
+        assert store.used_bytes == 90_000

@@ -1,0 +1,256 @@
+"""A password is planted in every way a URL can hold one; no error, repr, log, output or cause of an error shows it."""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import pickle
+import traceback
+
+import pytest
+from liars import Liar
+from servers import Server, running
+
+from kvlab.bench import origin, provenance
+from kvlab.connectors.config import ConnectorConfig, vllm_config
+from kvlab.errors import ConfigError, KVLabError, StoreError
+from kvlab.stores import StoreURL, open_store, open_stores
+from kvlab.stores.cli import main
+from kvlab.stores.redis_url import PASSWORD, SENTINEL_PASSWORD, RedisPlace
+from kvlab.stores.resp import Wire
+from kvlab.stores.url import Secret, hide_logins, shown_url
+
+MARK = "S3cr3t-hunter2"
+LOGINS = [
+    *(f"user:{MARK}", f":{MARK}", MARK, f"user:{MARK}:tail", f"{MARK}:pw", f":{MARK}%40x"),
+    *(f":{MARK}]b[", f"[{MARK}"),
+]
+SPLIT = [f"user:{MARK}{char}x" for char in "/?#@&%[] \t\n"] + [f":a{char}{MARK}" for char in "/?#@&=[]"]
+PLACES = [
+    *(
+        "127.0.0.1:1/0",
+        "h:99999999/0",
+        "h:1/zz",
+        "h:1/0?ttl=1",
+        "h:1/0?ttl_ms=x",
+        "h:1/0?limit=x",
+        "[::1/0",
+        "h:1,h2:zz",
+    ),
+    *("h:1/0?ttl_ms=1&ttl_ms=2", "h:1/0?tls=true&ca=/nonexistent", "h:1/0?password_file=/nonexistent"),
+]
+SCHEMES = ["redis", "rediss", "redis-sentinel", "redis-cluster", "unix", "redi", "file", "memory", "REDIS"]
+OPTIONS = ["password", "pass", "Password", "passwd", "password_file", "key_password_file"]
+URLS = sorted(
+    {
+        *(f"{scheme}://{login}@127.0.0.1:1/0" for scheme in SCHEMES for login in LOGINS),
+        *(f"{scheme}://{login}@127.0.0.1:1/0" for scheme in ("redis", "unix", "file") for login in SPLIT),
+        *(f"redis:/{login}@127.0.0.1:1/0" for login in LOGINS + SPLIT),
+        *(f"{login}@127.0.0.1:1" for login in LOGINS + SPLIT),
+        *(f"redis://user:{MARK}@{place}" for place in PLACES),
+        *(f"redis://h:1/0?{option}={MARK}" for option in OPTIONS),
+        *(f"redis://user:{MARK}", f"user:{MARK}", f"redis:user:{MARK}", f"redis://h:1,user:{MARK}/0"),
+        *(f"redis://h:1/0?{MARK}", f"redis://h:1/0?{MARK}=x", f"redis://:{MARK}@h:1/0?password_file=/etc/hostname"),
+        *(f"redis-sentinel://h:1/m?sentinel_password={MARK}&zz=1", f"redis-sentinel://h:1/m?sentinel_pasword={MARK}"),
+        *(f"redis-sentinel://127.0.0.1:1/m?sentinel_password={MARK}", f"redis-sentinel://h:1?sentinel_password={MARK}"),
+    }
+)
+
+
+def everything_of(error):
+    """All that a report of this error could print: the chain of causes, with arguments and attributes."""
+    seen, texts = set(), []
+    queue = [error]
+    while queue:
+        one = queue.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        texts += [str(one), repr(one), repr(one.args), repr(vars(one)), "".join(traceback.format_exception(one))]
+        queue += [one.__cause__, one.__context__]
+    return "\n".join(texts)
+
+
+def found(text, mark=MARK):
+    """A mark counts as shown if a good part of it is."""
+    return [part for part in (mark, mark[:7], mark[-7:]) if part in text]
+
+
+@pytest.fixture
+def attempt(caplog, monkeypatch):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.delenv(PASSWORD, raising=False)
+
+    def attempt(work):
+        caplog.clear()
+        out, caught = io.StringIO(), None
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            try:
+                work()
+            except (KVLabError, SystemExit) as error:
+                caught = error
+        shown = f"{everything_of(caught) if caught else ''}\n{caplog.text}\n{out.getvalue()}"
+        for record in caplog.records:
+            shown += repr(vars(record))
+        # The source lines of this test, which a traceback quotes, hold no mark: it is in a variable.
+        assert not found(shown), shown[:2000]
+        return caught
+
+    return attempt
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_no_error_shows_a_password(url, attempt):
+    def use():
+        with open_store(url) as store:
+            store.get("kvlab:x")
+
+    attempt(use)
+    attempt(lambda: open_stores(["memory://?size=1MiB", url]).close())
+    attempt(lambda: main(["ls", url]))
+    attempt(lambda: print(repr(ConnectorConfig.from_extra({"tiers": [url]}))))
+    two_serdes = ["memory://", f"{url}&serde=naive", "file:///x?serde=lossless"]
+    for tiers in ([url], url, [url, "memory://"], [url, 3], two_serdes):
+        attempt(lambda tiers=tiers: print(vllm_config(tiers)) if MARK not in str(vllm_config(tiers)) else None)
+    assert not found(shown_url(url))
+
+
+def test_nothing_that_holds_a_password_shows_it():
+    url = StoreURL.parse(f"redis-sentinel://user:{MARK}@h:1/m?sentinel_password={MARK}")
+    place = RedisPlace.from_url(url)
+    store = open_store(f"redis://user:{MARK}@127.0.0.1:1")
+    things = [url, place, place.login, place.sentinel_login, dataclasses.asdict(url), vars(url), vars(place.login)]
+    for thing in (*things, store):
+        assert not found(f"{thing!r} {thing!s}")
+    assert not found(repr([vars(store._topology), vars(store._topology.known()[0]), store.stats(), store.rows()]))
+    assert place.login.password.reveal() == MARK == place.sentinel_login.password.reveal()
+    assert (url.user, url.netloc, url.path) == ("user", "h:1", "/m")
+    assert pickle.loads(pickle.dumps(place.login.password)).reveal() == MARK
+
+
+def test_a_connector_takes_no_password_in_a_url():
+    """vLLM logs its arguments, and a command line is seen by all."""
+    for url in (f"redis://:{MARK}@h:1", f"redis-sentinel://h:1/m?sentinel_password={MARK}"):
+        with pytest.raises(ConfigError, match=r"no password.*password_file.*KVLAB_REDIS_PASSWORD"):
+            vllm_config([url])
+    config = vllm_config(["redis://user@h:1?password_file=/run/secrets/redis"])
+    assert config["kv_connector_extra_config"]["tiers"] == ["redis://user@h:1?password_file=/run/secrets/redis"]
+    assert (
+        ConnectorConfig.from_extra(config["kv_connector_extra_config"])
+        .lower_tiers[0]
+        .endswith("%2Frun%2Fsecrets%2Fredis")
+    )
+
+
+def test_command_lines_are_recorded_without_logins(monkeypatch):
+    urls = f"redis://u:{MARK}@h,redis://:{MARK}@g"
+    argv = ["stores.py", "--redis-url", f"redis://:{MARK}@h:1/0", f"--backends={urls}", f"x?password={MARK}"]
+    monkeypatch.setattr("sys.argv", argv)
+    assert not found(provenance.provenance()["command"])
+    origin.origin.cache_clear()
+    assert not found(origin.origin()["command"])
+    origin.origin.cache_clear()
+    assert hide_logins("--folder /data/a --seed 1") == "--folder /data/a --seed 1"
+
+
+ODD = "p:a/s?s#w@o]r[d %41é"
+
+
+def test_passwords_from_files_and_the_environment(tmp_path, monkeypatch):
+    users = (f"user kv on >{MARK} ~* +@all", "requirepass other")
+    file = tmp_path / "password"
+    file.write_text(MARK + "\n")
+    with running(Server(tmp_path / "s", *users)) as (server,):
+        at = f"kv@127.0.0.1:{server.port}"
+
+        def works(url):
+            with open_store(url) as store:
+                return store.put("k", b"v") and bytes(store.get("k")) == b"v"
+
+        assert works(f"redis://{at}?password_file={file}")
+        assert works(f"unix://kv@{server.socket_path}?password_file={file}")
+        with pytest.raises(ConfigError, match="a user needs a password"):
+            open_store(f"redis://{at}")
+        monkeypatch.setenv(PASSWORD, MARK)
+        assert works(f"redis://{at}")
+        monkeypatch.setenv(PASSWORD, "wrong")
+        assert works(f"redis://{at}?password_file={file}"), "a file goes before the environment"
+        assert works(f"redis://kv:{MARK}@127.0.0.1:{server.port}"), "and so does the URL"
+        with server.client(password="other") as client:
+            client.execute_command("ACL", "SETUSER", "odd", "on", ">" + ODD, "~*", "+@all")
+        file.write_bytes(ODD.encode() + b"\r\n")
+        assert works(f"redis://odd@127.0.0.1:{server.port}?password_file={file}")
+        with open_store(f"redis://odd:wrong@127.0.0.1:{server.port}") as store, pytest.raises(StoreError) as caught:
+            store.get("k")
+        assert caught.value.reason == "auth"
+
+
+def test_a_password_file_must_hold_a_password(tmp_path):
+    for content in (b"", b"\n", b"\xff\xfe", b"x" * 5000):
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(ConfigError, match="must hold one password"):
+            open_store(f"redis://h?password_file={tmp_path}/file")
+    with pytest.raises(ConfigError, match="No such file"):
+        open_store(f"redis://h?password_file={tmp_path}/none")
+    with pytest.raises(ConfigError, match="absolute path"):
+        open_store("redis://h?password_file=relative")
+
+
+def test_sentinels_have_a_password_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv(PASSWORD, "of-the-server")
+    monkeypatch.setenv(SENTINEL_PASSWORD, MARK)
+    place = RedisPlace.from_url(StoreURL.parse("redis-sentinel://h/m"))
+    assert (place.login.password.reveal(), place.sentinel_login.password.reveal()) == ("of-the-server", MARK)
+    (tmp_path / "file").write_text("from-file")
+    place = RedisPlace.from_url(StoreURL.parse(f"redis-sentinel://h/m?sentinel_password_file={tmp_path}/file"))
+    assert place.sentinel_login.password.reveal() == "from-file"
+
+
+def test_a_server_that_repeats_what_it_was_told_is_not_quoted(attempt):
+    """Old servers answer an unknown AUTH, or any other refused command, with its arguments."""
+
+    def repeat(liar, sock, args):
+        return b"-ERR unknown command, with args beginning with: " + b" ".join(args) + f" {MARK}".encode() + b"\r\n"
+
+    for commands in ((b"AUTH",), (b"GET",), (b"SELECT",), (b"SET", b"CONFIG")):
+        with Liar({command: repeat for command in commands}) as liar:
+
+            def use(url=f"redis://:{MARK}@127.0.0.1:{liar.port}/3?retry_ms=1"):
+                with open_store(url) as store:
+                    try:
+                        store.get("kvlab:a")
+                    finally:
+                        store.put("kvlab:a", b"v")
+
+            assert isinstance(attempt(use), StoreError)
+            attempt(lambda: main(["ls", f"redis://:{MARK}@127.0.0.1:{liar.port}/3"]))
+
+
+def test_a_secret_is_starred_out_of_error_replies_but_redirections_stay_readable():
+    wire = Wire.__new__(Wire)
+    wire._hidden = [b"1"]
+    error = wire._error(b"MOVED 3999 127.0.0.1:6381")
+    assert error.words == ["MOVED", "3999", "127.0.0.1:6381"]
+    assert "1" not in str(error)
+
+
+def test_an_encrypted_key_asks_nobody(tmp_path):
+    """OpenSSL would wait at the terminal for the passphrase."""
+    import trustme
+    from cryptography.hazmat.primitives import serialization
+
+    issued = trustme.CA().issue_cert("localhost")
+    key = serialization.load_pem_private_key(issued.private_key_pem.bytes(), None)
+    encryption = serialization.BestAvailableEncryption(MARK.encode())
+    form = serialization.PrivateFormat.PKCS8
+    (tmp_path / "key").write_bytes(key.private_bytes(serialization.Encoding.PEM, form, encryption))
+    (tmp_path / "cert").write_bytes(issued.cert_chain_pems[0].bytes())
+    (tmp_path / "password").write_text(MARK)
+    url = f"rediss://localhost:1?cert={tmp_path}/cert&key={tmp_path}/key"
+    with pytest.raises(ConfigError, match="an encrypted key needs key_password_file"):
+        open_store(url)
+    open_store(f"{url}&key_password_file={tmp_path}/password").close()
+
+
+def test_a_secret_is_no_string():
+    assert f"{Secret(MARK)} {Secret(MARK)!r} {[Secret(MARK)]}" == "*** *** [***]"
