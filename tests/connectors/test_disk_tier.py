@@ -118,7 +118,7 @@ def test_what_was_found_broken_and_is_there_again_is_served(disk, expected):
     generate(llm, [p])
     drain(llm)
     assert generate(llm, [p])[0].hit == 299
-    scheduler.absorb(WorkerReport(bad=set(block_hashes(p, BLOCK))))
+    scheduler.absorb(WorkerReport(absent=set(block_hashes(p, BLOCK))))
     for hit in (0, 299):
         answer = generate(llm, [p])[0]
         assert (answer.hit, answer.tokens) == (hit, expected(p))
