@@ -27,12 +27,13 @@ def company(*tiers, policy="recompute", others=(), **settings):
 
 
 def ours(llm):
-    return connector(llm).sub_connectors[-1]
+    """The last connector of several, or the only one."""
+    return getattr(connector(llm), "_connectors", [connector(llm)])[-1]
 
 
 def settle(llm) -> None:
     """Steps, until what was saved is in the lower tiers."""
-    scheduler = ours(llm).scheduler if hasattr(connector(llm), "sub_connectors") else connector(llm).scheduler
+    scheduler = ours(llm).scheduler
     for at in range(200):
         if not scheduler.saves.unsettled:
             return

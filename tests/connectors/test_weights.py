@@ -16,7 +16,7 @@ def change(model) -> None:
     with torch.no_grad():
         for name, weights in model.named_parameters():
             if "layernorm" in name:
-                weights.mul_(1 + 0.5 * torch.randn(weights.shape, generator=rng))
+                weights.mul_((1 + 0.5 * torch.randn(weights.shape, generator=rng)).to(weights.device))
 
 
 @pytest.fixture(scope="module")
