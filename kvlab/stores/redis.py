@@ -148,13 +148,12 @@ class RedisStore(Store):
             self._left(key, "deleted")
         return there
 
-    def set_aside(self, key: str, reason: str, is_sound: Callable[[Buffer], bool] | None = None) -> bool:
-        if is_sound is not None:
-            self._topology.renew()  # a connection out of step would give other keys' values again
-        return super().set_aside(key, reason, is_sound)
+    def renew(self) -> None:
+        """A connection that is out of step gives other keys' values for ever."""
+        self._topology.renew()
 
-    def _set_aside(self, key: str, reason: str) -> bool:
-        there = super()._set_aside(key, reason)
+    def set_aside(self, key: str, reason: str) -> bool:
+        there = super().set_aside(key, reason)
         if there:
             self._left(key, f"set_aside:{'_'.join(reason.split())}")
         return there
