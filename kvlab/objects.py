@@ -179,6 +179,8 @@ class ObjectCache:
         failed: Exception | None = None
         for _ in range(2):
             try:
+                if failed is not None:
+                    self.store_.renew()
                 value = self._read(key, out, expected)
                 if value is None:
                     break

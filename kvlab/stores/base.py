@@ -1,7 +1,7 @@
 """What a store is: bytes in a tier, within a budget."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -141,20 +141,12 @@ class Store(ABC):
     def touch(self, keys: Iterable[str]) -> None:  # noqa: B027 - a store without an order has nothing to do
         """Mark as used just now, without reading. Give a prompt's keys last-first: suffixes leave before prefixes."""
 
-    def set_aside(self, key: str, reason: str, is_sound: Callable[[Buffer], bool] | None = None) -> bool:
-        """A reader found this value broken: make it unreadable (and countable), keep it for a look if cheap.
+    def renew(self) -> None:  # noqa: B027 - a store without connections has nothing to do
+        """What was read last is broken: let the next read come by a way of its own, as that may be what is broken."""
 
-        With `is_sound` it is read once more first, and stays if that value is sound: what was wrong may have been the
-        way and not the object. True if it was set aside. Without `is_sound` the reader's word is taken.
-        """
-        if is_sound is not None:
-            again = self.get(key)
-            if again is None or is_sound(again):
-                return False
-        return self._set_aside(key, reason)
-
-    def _set_aside(self, key: str, reason: str) -> bool:
-        """`set_aside` of a value that is broken; True if it was there."""
+    def set_aside(self, key: str, reason: str) -> bool:
+        """A reader found this value broken, twice and with `renew` in between: make it unreadable (and countable), keep
+        it for a look if cheap. True if it was there."""
         if not self.delete(key):
             return False
         self.stats_.dropped += 1

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvlab.auth import auth_key
+from kvlab.auth import AuthKey, auth_key
 from kvlab.container import unpack
 from kvlab.errors import ConfigError, FormatError, StoreError
 from kvlab.stores import Store, StoreURL, open_store
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with open_store(_looking_only(arguments.url)) as store:
             return COMMANDS[arguments.command][1](store, arguments)
     except (ConfigError, StoreError) as error:
-        print(f"kvlab store: {error}", file=sys.stderr)
+        print(f"kvlab store: {_shown(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
@@ -98,22 +98,34 @@ def _verify(store: Store, arguments: argparse.Namespace) -> int:
     reasons: Counter[str] = Counter()
     num_bytes = sound = 0
     for key in sorted(store.keys()):
-        value = store.get(key)
-        if value is None:  # left meanwhile
-            continue
-        num_bytes += memoryview(value).nbytes
-        try:
-            unpack(value, key, auth=auth)
-            sound += 1
-        except FormatError as error:
+        size, error = _look(store, key, auth)
+        if error is not None:
+            store.renew()
+            size, error = _look(store, key, auth)
+        num_bytes += size or 0
+        if error is not None:
             reasons[error.reason] += 1
-            print(f"{error.reason}: {_shown(key)}: {error}")
+            print(f"{error.reason}: {_shown(key)}: {_shown(str(error))}")
             if arguments.set_aside:
                 store.set_aside(key, error.reason)
+        elif size is not None:
+            sound += 1
     broken = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     state = f"{sum(reasons.values())} broken" + (f" ({broken})" if broken else "")
     print(f"{sound} objects are sound, {state}; read {format_bytes(num_bytes)}")
     return 1 if reasons else 0
+
+
+def _look(store: Store, key: str, auth: AuthKey | None) -> tuple[int | None, FormatError | None]:
+    """The object's size in bytes, None if it left meanwhile, and what is wrong with it."""
+    value = store.get(key)
+    if value is None:
+        return None, None
+    try:
+        unpack(value, key, auth=auth)
+    except FormatError as error:
+        return memoryview(value).nbytes, error
+    return memoryview(value).nbytes, None
 
 
 def _evict(store: Store, arguments: argparse.Namespace) -> int:

@@ -147,7 +147,7 @@ class DiskStore(Store):
         with self._medium("remove a file"):
             return fits_key(key) and self._folder.unlink(path_of(key), "deleted")
 
-    def _set_aside(self, key: str, reason: str) -> bool:
+    def set_aside(self, key: str, reason: str) -> bool:
         """Move the broken file to ``.kvlab/broken``, where the last few are kept for a look."""
         with self._medium("set a file aside"):
             there = fits_key(key) and self._folder.set_aside(path_of(key), f"set_aside:{'_'.join(reason.split())}")

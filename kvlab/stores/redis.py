@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Self, TypeVar
 
+import numpy as np
+
 from kvlab.errors import StoreError
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
-from kvlab.stores.direct import aligned_buffer
 from kvlab.stores.forks import Lock
 from kvlab.stores.redis_node import Node, NodeDownError
 from kvlab.stores.redis_replies import PREFIX, memory_facts, name_of, scanned, told_limit
@@ -112,7 +113,7 @@ class RedisStore(Store):
         return True
 
     def get(self, key: str) -> Buffer | None:
-        got = self._read(key, lambda size: [aligned_buffer(size)[:size]])
+        got = self._read(key, lambda size: [np.empty(size, np.uint8).data])
         return None if got is None else got[0]
 
     def get_into(self, key: str, out: memoryview) -> int | None:
@@ -147,13 +148,12 @@ class RedisStore(Store):
             self._left(key, "deleted")
         return there
 
-    def set_aside(self, key: str, reason: str, is_sound: Callable[[Buffer], bool] | None = None) -> bool:
-        if is_sound is not None:
-            self._topology.renew()  # a connection out of step would give other keys' values again
-        return super().set_aside(key, reason, is_sound)
+    def renew(self) -> None:
+        """A connection that is out of step gives other keys' values for ever."""
+        self._topology.renew()
 
-    def _set_aside(self, key: str, reason: str) -> bool:
-        there = super()._set_aside(key, reason)
+    def set_aside(self, key: str, reason: str) -> bool:
+        there = super().set_aside(key, reason)
         if there:
             self._left(key, f"set_aside:{'_'.join(reason.split())}")
         return there

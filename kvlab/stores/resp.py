@@ -11,7 +11,6 @@ A reply is believed to be neither well formed nor of the kind that was asked for
 limits, and each command's reply is checked (`ok`, `number`, `bulk`, `array`) before the connection is used again.
 """
 
-import re
 import socket
 import ssl
 import struct
@@ -32,8 +31,7 @@ MOST_DEPTH = 8  # of arrays in arrays; CLUSTER SLOTS has 4
 MOST_ITEMS = 1 << 19  # of a reply; a cluster whose slots all lie apart has 330,000
 MOST_BYTES = 16 << 20  # of a reply's strings, values aside
 MOST_TEXT = 200  # of an error reply is kept
-_NUMBER = re.compile(rb"-?[0-9]{1,19}")
-_LENGTH = re.compile(rb"-1|[0-9]{1,15}")
+MOST_DIGITS = 20  # of a number
 # The first words of error replies that are counted as they are. A server may answer anything; counters are few.
 _REASONS = {
     *("ask", "busy", "clusterdown", "crossslot", "err", "loading", "masterdown", "misconf", "moved", "noauth"),
@@ -184,12 +182,12 @@ class Wire:
         self._items += 1
         if self._items > MOST_ITEMS or depth > MOST_DEPTH:
             raise ProtocolError("the server answered with more items, or deeper ones, than any reply has")
+        if kind == b":":
+            return self._number(line[1:])
         if kind == b"-":
             return self._error(line[1:])
         if kind == b"+":
             return Status(line[1:])
-        if kind == b":" and _NUMBER.fullmatch(line, 1):
-            return int(line[1:])
         if kind == b"*":
             length = self._length(line)
             return None if length < 0 else [self._reply(deadline, depth + 1) for _ in range(length)]
@@ -205,10 +203,16 @@ class Wire:
         self._fill_all([into], deadline)
         return into
 
+    def _number(self, digits: bytes) -> int:
+        if len(digits) > MOST_DIGITS or not (digits.isdigit() or (digits[:1] == b"-" and digits[1:].isdigit())):
+            raise ProtocolError(f"the server answered {_shown(digits)}, which is no number")
+        return int(digits)
+
     def _length(self, line: bytes) -> int:
-        if not _LENGTH.fullmatch(line, 1):
+        length = self._number(line[1:])
+        if length < -1:
             raise ProtocolError(f"the server answered {_shown(line)}, which is no length")
-        return int(line[1:])
+        return length
 
     def _error(self, raw: bytes) -> ReplyError:
         words = raw.decode(errors="replace").split(" ", 3) if raw.startswith((b"MOVED ", b"ASK ")) else []

@@ -141,10 +141,14 @@ class TieredStore(Store):
         for tier in self.tiers:
             tier.call(tier.store.touch, keys, default=None)
 
-    def set_aside(self, key: str, reason: str, is_sound: Callable[[Buffer], bool] | None = None) -> bool:
+    def renew(self) -> None:
+        for tier in self.tiers:
+            tier.call(tier.store.renew, default=None)
+
+    def set_aside(self, key: str, reason: str) -> bool:
         """The tier the value last came from loses it, and those it was copied to; a good copy further down stays.
 
-        A value that was not read lately leaves every tier. With `is_sound` each of them reads it again first.
+        A value that was not read lately leaves every tier.
         """
         with self._lock:
             source = self._came_from.pop(key, None)
@@ -152,7 +156,7 @@ class TieredStore(Store):
             self._writer.cancel(key)
         gone = False
         for tier in self.tiers:
-            gone |= tier.call(tier.store.set_aside, key, reason, is_sound, default=False)
+            gone |= tier.call(tier.store.set_aside, key, reason, default=False)
             if tier is source:
                 break
         with self._lock:

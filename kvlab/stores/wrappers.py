@@ -71,9 +71,12 @@ class WrapperStore(Store):
         self._around("touch", 0)
         self.inner.touch(keys)
 
-    def set_aside(self, key: str, reason: str, is_sound: Callable[[Buffer], bool] | None = None) -> bool:
+    def renew(self) -> None:
+        self.inner.renew()
+
+    def set_aside(self, key: str, reason: str) -> bool:
         self._around("set_aside", 0)
-        return self.inner.set_aside(key, reason, is_sound)
+        return self.inner.set_aside(key, reason)
 
     def why_missing(self, key: str) -> str:
         return self.inner.why_missing(key)

@@ -11,6 +11,7 @@ from kvlab.chunking import Chunker
 from kvlab.engine import CacheEngine
 from kvlab.stores import open_store, open_stores
 from kvlab.stores.redis_replies import name_of
+from kvlab.stores.wrappers import WrapperStore
 
 TOKENS = list(range(1000, 1128))
 
@@ -54,6 +55,34 @@ def test_through_death_and_return(server, kv):
         server.start()
         wait_for(lambda: engine.store(TOKENS, kv) == 128, "the engine to store again", 10)
         assert check(engine, kv) == 128
+
+
+class OutOfStep(WrapperStore):
+    """Every read gives the value that was asked for two reads before, as on a connection with stray replies, until it
+    is renewed."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.late = None
+
+    def get(self, key):
+        if self.late is None:
+            return self.inner.get(key)
+        self.late.append(self.inner.get(key))
+        return self.late.pop(0)
+
+    def renew(self):
+        self.late = None
+
+
+def test_a_connection_out_of_step_costs_nothing(kv):
+    store = OutOfStep(open_store("memory://?size=1MiB"))
+    engine = engine_on(store)
+    assert engine.store(TOKENS, kv) == 128
+    store.late = [b"of nobody", b"of nobody"]
+    assert check(engine, kv) == 128
+    assert store.contains_many(list(engine.lookup(TOKENS).keys)) == [True] * 4
+    assert engine.stats()["misses"] == 0
 
 
 def test_killed_and_restarted_in_the_middle(server, kv):
