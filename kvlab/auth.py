@@ -8,7 +8,9 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
+
+from blake3 import blake3
 
 from kvlab.errors import ConfigError
 
@@ -30,7 +32,6 @@ class AuthKey:
     def __init__(self, secret: bytes) -> None:
         if not MIN_BYTES <= len(secret) <= MAX_BYTES:
             raise ConfigError(f"an auth key must hold {MIN_BYTES} to {MAX_BYTES} random bytes, got {len(secret)}")
-        blake3 = _blake3()
         # Two keys of one secret: what is published as the id has nothing to do with what signs.
         self._key: bytes = blake3(secret, derive_key_context="kvlab 2026-07 object signatures").digest()
         self.id: str = blake3(secret, derive_key_context="kvlab 2026-07 key id").hexdigest(length=8)
@@ -60,7 +61,7 @@ class AuthKey:
 
     def mac(self, pieces: Iterable[Buffer]) -> str:
         """The MAC of `pieces` in a row, 64 hex digits. Lets go of the interpreter, once a piece."""
-        mac = _blake3()(key=self._key)
+        mac = blake3(key=self._key)
         for piece in pieces:
             mac.update(piece)
         found: str = mac.hexdigest(length=MAC_BYTES)
@@ -81,11 +82,3 @@ def auth_key(auth: "AuthKey | str | Path | None") -> AuthKey | None:
 def _without_waiting(path: str, flags: int) -> int:
     """To open a pipe would wait for its writer."""
     return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _blake3() -> Any:
-    try:
-        from blake3 import blake3
-    except ImportError as error:
-        raise ConfigError("auth needs an extra package: pip install 'kvlab[auth]'") from error
-    return blake3
