@@ -133,6 +133,45 @@ def test_an_adapter_loaded_again_in_place(tmp_path, answers):
         assert not connector(llm).hook_errors
 
 
+def test_what_the_prefix_cache_holds_under_an_adapters_name_may_be_anothers(tmp_path, answers):
+    """vLLM's own prefix cache knows adapters by name and path: after a reload it finds KV of the first weights, and so
+    answers; under the second weights' name that is not stored."""
+    from vllm.lora.request import LoRARequest
+
+    path = adapter(tmp_path / "tuned", 1)
+    tiers = ["memory://?size=256MiB", f"file://{tmp_path}/kv?size=1GiB"]
+    with engine(tiers, {**SETTINGS, "enable_prefix_caching": True}) as llm:
+        llm.llm_engine.add_lora(LoRARequest("x", 1, path))
+        ask(llm, 1, path, "x")
+        adapter(tmp_path / "tuned", 2)
+        llm.llm_engine.add_lora(LoRARequest("x", 1, path, load_inplace=True))
+        ask(llm, 1, path, "x")
+        drain(llm)
+    with engine(tiers, SETTINGS) as llm:
+        llm.llm_engine.add_lora(LoRARequest("x", 1, path))
+        assert ask(llm, 1, path, "x").tokens == answers[2]
+
+
+def test_options_of_lora_are_part_of_the_name(tmp_path):
+    path = adapter(tmp_path / "tuned", 1)
+    tiers = [f"file://{tmp_path}/kv?size=1GiB"]
+    with engine(tiers, SETTINGS) as llm:
+        assert [ask(llm, 1, path, "x").hit for _ in range(2)] == [0, 0]
+        drain(llm)
+    restricted = {**SETTINGS, "lora_target_modules": ["o_proj"]}
+    with engine(tiers, restricted) as llm:
+        assert [ask(llm, 1, path, "x").hit for _ in range(2)] == [0, 0]
+
+
+def test_one_name_of_two_contents(tmp_path):
+    watched = Adapters()
+    for adapter_id, seed in ((1, 1), (2, 2)):
+        path = adapter(tmp_path / str(seed), seed)
+        watched.loading(lambda: None, adapter_id, path, path, "float32", "x")
+        assert watched.is_only_one_called("x") is (adapter_id == 1)
+    assert not watched.is_only_one_called("never loaded")
+
+
 def test_equal_sizes_and_times_hide_no_change(tmp_path):
     """Archives and image layers set times."""
     watched = Adapters()
@@ -163,7 +202,7 @@ def test_an_adapter_written_while_it_is_loaded_is_not_known(tmp_path):
 
 
 def test_ranks_that_loaded_different_weights_are_not_believed():
-    one = LoadedAdapter("a", "p", "p", (), 1)
+    one = LoadedAdapter("x", "a", "p", "p", (), 1)
     report, other = (
         WorkerReport(adapters={1: one, 2: one}),
         WorkerReport(adapters={1: replace(one, digest="b"), 2: one}),

@@ -81,12 +81,12 @@ def test_kinds_of_kv_that_nobody_can_name_are_refused(groups, message):
         served_groups(config)
 
 
-def setup(*, scales=False, eagle=False, prefixes=True, **parallel):
+def setup(*, scales=False, drafts=None, prefixes=True, **parallel):
     """What of vLLM's configuration decides whether it is served."""
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**{"pipeline_parallel_size": 1, **parallel}),
         cache_config=SimpleNamespace(calculate_kv_scales=scales),
-        speculative_config=SimpleNamespace(use_eagle=lambda: eagle) if eagle else None,
+        speculative_config=SimpleNamespace(method=drafts) if drafts else None,
         model_config=SimpleNamespace(pooler_config=object(), is_prefix_caching_supported=prefixes),
     )
 
@@ -97,7 +97,8 @@ def setup(*, scales=False, eagle=False, prefixes=True, **parallel):
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size must be 1 with KVLabConnector, got 2"),
         ({"decode_context_parallel_size": 4}, "decode_context_parallel_size must be 1 with KVLabConnector, got 4"),
         ({"scales": True}, "give memory:// as the only tier"),
-        ({"eagle": True}, "turn one of the two off"),
+        ({"drafts": "eagle"}, "by 'eagle' is not served"),
+        ({"drafts": "draft_model"}, "take ngram or ngram_gpu or suffix, or turn one off"),
         ({"prefixes": False}, "serves no cached prefix of it; run it without the connector"),
     ],
 )
@@ -105,6 +106,7 @@ def test_setups_that_name_or_copy_kv_wrongly_are_refused(chosen, message):
     from kvlab.connectors.vllm.compat import refuse_unserved
 
     refuse_unserved(setup(), [], outlives=True)
+    refuse_unserved(setup(drafts="ngram"), [], outlives=True)
     with pytest.raises(ConfigError, match=message):
         refuse_unserved(setup(**chosen), [], outlives=True)
 

@@ -23,10 +23,11 @@ Stamp = tuple[tuple[str, int, int, int, int], ...]  # of each file: name, size, 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """What vLLM last loaded under an id: `digest`, SHA-256 over the files and how vLLM reads them, or None where that
-    cannot be told; the `path` that the request gave, the `folder` that it stands for and the `stamp` of its files;
-    `num_loads` counts loads of other weights under this id."""
+    """What vLLM last loaded under an id, called `name` by the request: `digest`, SHA-256 over the files and how vLLM
+    reads them, or None where that cannot be told; the `path` that the request gave, the `folder` that it stands for
+    and the `stamp` of its files; `num_loads` counts loads of other weights under this id."""
 
+    name: str
     digest: str | None
     path: str
     folder: str
@@ -52,15 +53,18 @@ class Adapters:
     def __init__(self) -> None:
         self._loaded: dict[int, LoadedAdapter] = {}
         self._news: dict[int, LoadedAdapter] = {}  # not reported yet
+        self._digests: dict[str, set[str | None]] = {}  # all that were loaded under a name
         self._told: set[int] = set()
         self._lock = threading.Lock()
 
     def clear(self) -> None:
         """Another engine starts in this process."""
         with self._lock:
-            self._loaded, self._news, self._told = {}, {}, set()
+            self._loaded, self._news, self._digests, self._told = {}, {}, {}, set()
 
-    def loading(self, load: Callable[[], Any], adapter_id: int, path: str, folder: str | None, reading: str) -> Any:
+    def loading(
+        self, load: Callable[[], Any], adapter_id: int, path: str, folder: str | None, reading: str, name: str = ""
+    ) -> Any:
         """What `load` answers, which reads the adapter's files in `folder`; `reading` tells how."""
         before = _stamp(folder)
         if before and time.time_ns() - max(changed for *_, changed, _ in before) < SETTLED_NS:
@@ -79,14 +83,28 @@ class Adapters:
             known = self._loaded.get(adapter_id)
             same = known is not None and digest is not None and known.digest == digest
             num_loads = (known.num_loads if known else 0) + (not same)
-            new = LoadedAdapter(digest, path, folder or "", before, num_loads)
-            self._loaded[adapter_id] = self._news[adapter_id] = new
+            new = LoadedAdapter(name, digest, path, folder or "", before, num_loads)
+            self._news[adapter_id] = new
+            self._know(adapter_id, new)
         return loaded
 
     def learn(self, news: Mapping[int, LoadedAdapter]) -> None:
         """From workers in other processes."""
         with self._lock:
-            self._loaded.update(news)
+            for adapter_id, loaded in news.items():
+                self._know(adapter_id, loaded)
+
+    def _know(self, adapter_id: int, loaded: LoadedAdapter) -> None:
+        self._loaded[adapter_id] = loaded
+        digests = self._digests.setdefault(loaded.name, set())
+        digests.add(loaded.digest)
+        if loaded.num_loads > 1:
+            digests.add(None)  # others were loaded before
+
+    def is_only_one_called(self, name: str) -> bool:
+        """Whether one content alone was ever loaded under this name, by which vLLM's own prefix cache tells adapters
+        apart: what it finds may be the KV of another."""
+        return len(self._digests.get(name, ())) == 1 and None not in self._digests[name]
 
     def take_news(self) -> dict[int, LoadedAdapter]:
         """Adapters loaded since the last call."""
@@ -145,9 +163,8 @@ def watch(manager: type[Any], folder_of: Callable[[str], str]) -> bool:
         except Exception:
             logger.warning("kvlab: the folder of LoRA adapter %d is not known", lora_request.lora_int_id)
         reading = f"{self.lora_config.lora_dtype}/{getattr(lora_request, 'is_3d_lora_weight', None)}"
-        return ADAPTERS.loading(
-            lambda: original(self, lora_request), lora_request.lora_int_id, lora_request.lora_path, folder, reading
-        )
+        asked = lora_request.lora_int_id, lora_request.lora_path
+        return ADAPTERS.loading(lambda: original(self, lora_request), *asked, folder, reading, lora_request.lora_name)
 
     load_adapter.is_watched = True  # type: ignore[attr-defined]
     manager._load_adapter = load_adapter

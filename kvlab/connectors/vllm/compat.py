@@ -18,6 +18,8 @@ from kvlab.connectors.vllm.adapters import watch
 from kvlab.connectors.vllm.groups import Groups
 from kvlab.errors import ConfigError
 
+DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
+
 
 def layout_name(vllm_config: Any, kv_cache_config: Any) -> str:
     """The engine's own name of the KV cache layout."""
@@ -137,10 +139,11 @@ def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool) 
             "it; run it without the connector"
         )
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.use_eagle():
+    method = getattr(speculative, "method", None)
+    if speculative is not None and method not in DRAFTS_WITHOUT_KV:
         raise ConfigError(
-            "speculative decoding with a draft model's own KV (eagle, mtp) is not served: "
-            "that KV depends on later tokens than its key says; turn one of the two off"
+            f"speculative decoding by {method!r} is not served: its drafts have KV of their own, which an object's key "
+            f"does not name; take {' or '.join(DRAFTS_WITHOUT_KV)}, or turn one off"
         )
     if any(getattr(group, "is_eagle_group", False) for group in groups):
         raise ConfigError("a draft model's KV depends on later tokens than its key says; run without the connector")

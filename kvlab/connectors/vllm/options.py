@@ -27,6 +27,11 @@ MULTIMODAL_OPTIONS = (
     "mm_processor_kwargs", "media_io_kwargs", "video_pruning_rate", "language_model_only", "mm_encoder_attn_backend",
     "mm_encoder_attn_dtype", "mm_encoder_fp8_scale_path", "mm_device_do_normalize", "mm_encoder_only",
 )  # fmt: skip
+LOAD_OPTIONS = ("ignore_patterns", "model_loader_extra_config")  # which weights are read
+# How many adapters fit, and how they are computed. Their dtype is part of an adapter's digest.
+LORA_OPTIONS_WITHOUT_EFFECT = {
+    "max_lora_rank", "max_loras", "max_cpu_loras", "fully_sharded_loras", "specialize_active_lora", "lora_dtype",
+}  # fmt: skip
 
 
 def options_that_change_kv(vllm_config: Any) -> dict[str, str]:
@@ -38,6 +43,13 @@ def options_that_change_kv(vllm_config: Any) -> dict[str, str]:
     attention = getattr(vllm_config, "attention_config", None)
     if attention is not None:
         found |= {f"attention.{name}": value for name, value in _not_default(attention)}
+    found |= {f"load.{name}": value for name, value in _not_default(vllm_config.load_config) if name in LOAD_OPTIONS}
+    lora = getattr(vllm_config, "lora_config", None)
+    if lora is not None:
+        given = _not_default(lora)
+        found |= {f"lora.{name}": value for name, value in given if name not in LORA_OPTIONS_WITHOUT_EFFECT}
+    if additional := getattr(vllm_config, "additional_config", None):
+        found["additional_config"] = additional
     multimodal = getattr(model, "multimodal_config", None)
     if multimodal is not None:
         found |= {f"multimodal.{name}": getattr(multimodal, name, None) for name in MULTIMODAL_OPTIONS}

@@ -42,6 +42,7 @@ class RequestState:
     not_awaited: bool = False  # they did not answer at once, and to wait would not have been worth it
     not_worth: bool = False  # a load that would have been slower than computing was not made
     given_up: bool = False  # a promise to it could not be kept
+    local_tokens: int = 0  # that the engine's own prefix cache held when it was last asked for
     expected_tokens: int = 0  # computed when it begins: those found in the engine, and those promised
     counted: bool = False  # its miss, if any, is in the counters
     row: dict[str, Any] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvlab.chunking import Chunker, Span
 from kvlab.connectors.config import ConnectorConfig
+from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.admission import SaveAdmission
 from kvlab.connectors.vllm.groups import NO_PAGE, Groups
 from kvlab.connectors.vllm.lookup import HeldBelow, LatestKeys
@@ -45,6 +46,12 @@ def empty_blocks(output: Any, block_tokens: int, groups: Sequence[int]) -> list[
             first = -(-num_computed // block_tokens) if req_id in cached.resumed_req_ids else 0
             found += [page for group in groups for page in more[group][first:]]
     return [page for page in found if page != NO_PAGE]
+
+
+def _may_be_anothers(state: RequestState) -> bool:
+    """Whether pages that vLLM's own prefix cache found may hold KV of other LoRA weights than the request's."""
+    lora = getattr(state.request, "lora_request", None)
+    return lora is not None and state.local_tokens > 0 and not ADAPTERS.is_only_one_called(lora.lora_name)
 
 
 @dataclass
@@ -163,8 +170,8 @@ class SavePlanner:
         """Note pages that a request has been given for a step which starts at `num_computed` tokens; whether its KV is
         what this engine computed, or what was loaded from here."""
         block = self._chunker.block_tokens
-        if begins and num_computed >= state.expected_tokens + block:
-            self.forget(state.request.request_id)  # another connector filled pages, how well is not known here
+        if begins and (num_computed >= state.expected_tokens + block or _may_be_anothers(state)):
+            self.forget(state.request.request_id)  # another connector filled pages, or another adapter's requests did
             return False
         rest = state.request.num_prompt_tokens // block  # the block that the prompt fills in part
         first_empty = -(-num_computed // block)

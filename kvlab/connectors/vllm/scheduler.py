@@ -101,7 +101,7 @@ class Scheduler:
         state = self._state(request)
         if state is None:
             return 0, False
-        state.expected_tokens = num_computed_tokens
+        state.local_tokens = state.expected_tokens = num_computed_tokens
         if state.given_up or not self._may_load:
             return 0, False
         if state.adapter is not None and state.adapter.num_loads != ADAPTERS.num_loads(state.adapter.adapter_id):
