@@ -8,6 +8,7 @@ from importlib import import_module
 
 from kvlab import __version__
 from kvlab.errors import KVLabError
+from kvlab.stores.url import hide_logins, shown_url
 
 COMMANDS = {  # name -> ("module:function taking the remaining arguments", one line of help)
     "profile": ("kvlab.connectors.profile_command:main", "make a model's tables for the cachegen serde"),
@@ -51,13 +52,13 @@ def _run(args: list[str]) -> int:
         print("usage: kvlab COMMAND ...\n\n" + "\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()))
         return 0 if args else 2
     if args[0] not in COMMANDS:
-        print(f"kvlab: unknown command {args[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"kvlab: unknown command {shown_url(args[0])!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module, _, function = COMMANDS[args[0]][0].partition(":")
     try:
         return int(getattr(import_module(module), function)(args[1:]))
     except KVLabError as e:
-        print(f"kvlab {args[0]}: {e}", file=sys.stderr)
+        print(hide_logins(f"kvlab {args[0]}: {e}"), file=sys.stderr)
         return 2
 
 

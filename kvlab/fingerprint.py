@@ -32,7 +32,9 @@ from kvlab.errors import ConfigError
 FORMAT = "kvlab-files/1"  # part of every digest; a change of anything below needs a new number
 PIECE_BYTES = 32 << 20
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors"})
-RACY_NS = 10 * 10**9  # a file changed this lately may change again within one tick of its file system's clock
+# A file changed this lately may change again and show no other time: within one tick of its file system's clock, or
+# through a mapping of a page that is still to be written back, which the system does within half a minute.
+RACY_NS = 60 * 10**9
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}(\.gguf)", re.IGNORECASE)
 _READ_BYTES = 1 << 20
 _MAX_THREADS = 64
@@ -70,7 +72,7 @@ class _State:
 
 
 def weight_files(model: Path) -> list[Path]:
-    """The files that decide what a model computes, sorted: weights, remote code and quantization settings.
+    """The files that decide what a model computes, sorted: weights, their index, remote code, quantization settings.
 
     `model` is a folder, searched with its subfolders except hidden ones, or a file: then also the other shards and the
     multimodal projector that GGUF keeps beside it. The config itself is not among them.
@@ -150,7 +152,8 @@ def _decides(file: Path) -> bool:
     name = file.name.lower()
     if name.startswith("kvlab-"):  # tables that kvlab lays beside a model
         return False
-    return file.suffix.lower() in WEIGHT_SUFFIXES or name.endswith(".py") or ("quant" in name and ".json" in name)
+    settings = name.endswith(".index.json") or ("quant" in name and ".json" in name)  # an index chooses among files
+    return file.suffix.lower() in WEIGHT_SUFFIXES or name.endswith(".py") or settings
 
 
 def _unreadable(error: OSError) -> NoReturn:

@@ -105,7 +105,7 @@ def _encode_extras(extras: Iterable[Extra]) -> bytes:
     out = bytearray()
     for tag, value in extras:
         for text in (tag, value):
-            raw = text.encode()
+            raw = text.encode("utf-8", "surrogatepass")  # a salt may be any string
             out += len(raw).to_bytes(4, "little") + raw
     return bytes(out)
 

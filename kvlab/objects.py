@@ -225,9 +225,16 @@ class ObjectCache:
     def _read_whole(self, key: str, expected: Expected) -> Buffer | None:
         """The object in memory of its own, unless it is larger than any object of what is expected."""
         size, most = self.store_.size_of(key), _most_bytes(expected.max_bytes)
-        if size is not None and size > most:
+        if size is None:
+            return None
+        if size > most:
             raise FormatError(f"object {key!r} has {size} bytes, at most {most} are expected", reason="too_large")
-        return self.store_.get(key)
+        memory = aligned_buffer(size)
+        try:
+            length = self.store_.get_into(key, memory)  # at most `size`, whatever lies under the key by now
+        except ValueTooLongError:
+            raise FormatError(f"object {key!r} grew while it was read", reason="too_large") from None
+        return None if length is None else memory[:length]
 
     def _decode(
         self, value: Buffer | Sequence[memoryview], key: str, out: torch.Tensor | None, expected: Expected

@@ -98,7 +98,7 @@ def test_a_failing_tier_costs_misses_only(engine, monkeypatch):
     def down(*_a, **_k):
         raise StoreError("tier is down", reason="eio")
 
-    monkeypatch.setattr(engine.store_, "get", down)
+    monkeypatch.setattr(engine.store_, "get_into", down)
     assert engine.retrieve(ids) == (0, None)
     assert engine.stats_.misses == {"tier_eio": 1}
     monkeypatch.setattr(engine.store_, "put", down)

@@ -79,3 +79,9 @@ def test_namespaces_say_in_what_they_differ():
 def test_bad_tokens_are_one_clear_error(bad):
     with pytest.raises(ConfigError, match="token ids must be integers"):
         block_hashes(bad, 1)
+
+
+def test_a_salt_may_be_any_string():
+    odd, plain = block_hashes(range(16), 16, extras={0: [("cache_salt", "\ud800")]}), block_hashes(range(16), 16)
+    assert odd != plain
+    assert odd != block_hashes(range(16), 16, extras={0: [("cache_salt", "\ud801")]})

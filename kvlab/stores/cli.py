@@ -5,20 +5,27 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from kvlab.auth import AuthKey, auth_key
 from kvlab.container import unpack
 from kvlab.errors import ConfigError, FormatError, StoreError
 from kvlab.stores import Store, StoreURL, open_store
+from kvlab.stores.url import hide_logins
 from kvlab.units import format_bytes, parse_bytes
 
 EPILOG = """URLs: file:///path, redis://host:6379/0, unix:///run/redis.sock, redis-sentinel://..., redis-cluster://...
 A folder is opened with its present size as budget unless the URL gives one (?size=10GiB), so looking evicts nothing."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # which repeats what was typed
+        super().error(hide_logins(message))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 fine, 1 something is broken, 2 wrong use or no access."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kvlab store", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -16,6 +16,7 @@ import re
 import secrets
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 JOURNAL = f"{PRIVATE}/journal"
 JOURNAL_BYTES = 1 << 20  # beyond this it starts afresh
+LOCK_WAIT_S = 10.0  # changes under the lock take milliseconds; counting a large folder anew takes seconds
 _EPOCH_BYTES = 18
 _EPOCH = re.compile(rb"# [0-9a-f]{15}\n")  # the journal's first line
 _WHY = re.compile(r"[\w:.-]{1,64}", re.A)
@@ -212,14 +214,16 @@ class Ledger(ForkAware):
     def _lock(self, wait: bool = True) -> bool:
         if self._fd < 0:
             self._open()
-        try:
-            self._flock(fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not self._flock(LOCK_WAIT_S if wait else 0.0):
+            if wait:
+                raise TimeoutError(
+                    errno.ETIMEDOUT, f"another process has held its lock for {LOCK_WAIT_S:.0f} s", JOURNAL
+                )
             return False
         try:
             while os.fstat(self._fd).st_nlink == 0:  # the folder was removed
                 self._open()
-                self._flock(fcntl.LOCK_EX)
+                self._flock(LOCK_WAIT_S)
             self._catch_up(os.fstat(self._fd).st_size)
             self._settle()
         except BaseException:
@@ -228,15 +232,24 @@ class Ledger(ForkAware):
             raise
         return True
 
-    def _flock(self, how: int) -> None:
-        try:
-            if self._has_locks:
-                fcntl.flock(self._fd, how)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            self._has_locks = False
-            log.warning("no file locks under %s: the budget is kept by each process for itself", self._root.path)
+    def _flock(self, wait_s: float) -> bool:
+        """Whether the lock could be had. Asked again and again: a process that was stopped may hold it for ever."""
+        deadline, pause_s = time.monotonic() + wait_s, 0.0002
+        while self._has_locks:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 0.005)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                self._has_locks = False
+                log.warning("no file locks under %s: the budget is kept by each process for itself", self._root.path)
+        return True
 
     def _unlock(self) -> None:
         if self._has_locks and self._fd >= 0:

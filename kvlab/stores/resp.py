@@ -88,10 +88,8 @@ class Wire:
     def calls(self, commands: Sequence[Sequence[Any]], deadline: float) -> list[Reply]:
         """Send all commands in one go and read their replies, error replies in their places."""
         self._send(commands, deadline)
-        replies = []
-        for _ in commands:
-            self._items = self._bytes = 0
-            replies.append(self._reply(deadline, 0))
+        self._items = self._bytes = 0  # of all replies together: they are kept until the last one is here
+        replies = [self._reply(deadline, 0) for _ in commands]
         self._check_end()
         return replies
 

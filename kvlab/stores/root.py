@@ -164,5 +164,13 @@ class Root:
             pass
 
     def _open_to_group(self, folder: str | Path, at: int | None = None) -> None:
-        if self.shared:
-            os.chmod(folder, os.stat(folder, dir_fd=at).st_mode & 0o7000 | 0o770, dir_fd=at)
+        """Of a folder just made. By descriptor: by its name another may be found by now."""
+        if not self.shared:
+            return
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+        try:
+            state = os.fstat(fd)
+            if state.st_uid == os.geteuid() and stat.S_IMODE(state.st_mode) & 0o777 == 0o700 and not os.listdir(fd):
+                os.fchmod(fd, state.st_mode & 0o7000 | 0o770)
+        finally:
+            os.close(fd)

@@ -130,3 +130,16 @@ def test_slots_given_away_while_they_are_read_are_lost(worker, monkeypatch):
     assert load(worker) == set(range(3 * BLOCKS, OBJECTS * BLOCKS))
     report = worker.take_report()
     assert (report.broken, report.absent, report.rows[0].num_tokens) == ({3}, set(), 96)
+
+
+def test_a_load_that_a_reset_overtakes_is_lost(worker, monkeypatch):
+    """The weights may have changed meanwhile."""
+    original = worker.transfer.load_and_wait
+
+    def overtaken(slots, pages, after=None):
+        original(slots, pages, after)
+        worker.begin(StepMetadata(version="another"))
+
+    monkeypatch.setattr(worker.transfer, "load_and_wait", overtaken)
+    assert load(worker) == set(range(OBJECTS * BLOCKS))
+    assert worker.take_report().rows[0].num_tokens == 0

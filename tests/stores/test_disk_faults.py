@@ -3,6 +3,7 @@ little, nothing but StoreError comes out, and when the file system recovers so d
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import random
@@ -10,6 +11,7 @@ import random
 import pytest
 
 from kvlab.errors import StoreError
+from kvlab.stores import ledger, open_store
 from kvlab.stores.disk import DiskStore
 
 BUDGET = 100_000
@@ -155,3 +157,17 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_folder(tmp_path, monkeypatch
                 DiskStore(root, BUDGET)
     with DiskStore(root, BUDGET) as store:
         assert store.used_bytes == 90_000
+
+
+def test_a_lock_that_is_never_given_up_is_a_failure_with_its_reason(tmp_path, monkeypatch):
+    """Its holder was stopped, say."""
+    store = open_store(f"file://{tmp_path}/kv?size=1MiB")
+    assert store.put("kvlab:m:1", b"x" * 10)
+    monkeypatch.setattr(ledger, "LOCK_WAIT_S", 0.05)
+    with (tmp_path / "kv" / ledger.JOURNAL).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match="has held its lock for"):
+            store.put("kvlab:m:2", b"y" * 10)
+        assert bytes(store.get("kvlab:m:1")) == b"x" * 10
+    assert store.put("kvlab:m:2", b"y" * 10)
+    store.close()

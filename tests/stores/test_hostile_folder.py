@@ -2,6 +2,7 @@
 
 import os
 import stat
+from contextlib import suppress
 
 import pytest
 
@@ -245,3 +246,24 @@ def test_keys_lead_nowhere_else(tmp_path):
             assert store.put(key, b"v")
             assert bytes(store.get(key)) == b"v"
     assert [path.name for path in tmp_path.iterdir()] == ["kv"]
+
+
+def test_a_link_put_in_a_new_folders_place_opens_nothing_to_the_group(tmp_path, monkeypatch):
+    """Between the making of a folder and the change of its mode."""
+    private = tmp_path / "private"
+    private.mkdir(0o700)
+    shared = tmp_path / "kv"
+    original = os.mkdir
+
+    def swapped(path, mode=0o777, *, dir_fd=None):
+        original(path, mode, dir_fd=dir_fd)
+        if dir_fd is not None:
+            os.rmdir(path, dir_fd=dir_fd)
+            os.symlink(private, path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "mkdir", swapped)
+    with suppress(StoreError, ConfigError):
+        store = open_store(f"file://{shared}?size=1MiB&shared=true")
+        store.put("kvlab:m:1", b"x")
+    assert private.stat().st_mode & 0o777 == 0o700
+    assert not list(private.iterdir())

@@ -6,6 +6,7 @@ import io
 import logging
 import pickle
 import traceback
+from contextlib import suppress
 
 import pytest
 from liars import Liar
@@ -254,3 +255,25 @@ def test_an_encrypted_key_asks_nobody(tmp_path):
 
 def test_a_secret_is_no_string():
     assert f"{Secret(MARK)} {Secret(MARK)!r} {[Secret(MARK)]}" == "*** *** [***]"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [f"redis://:{MARK}@h/0"],
+        ["store", f"redis://:{MARK}@h/0", "ls"],
+        ["store", "ls", "file:///none", f"redis://:{MARK}@h/0"],
+        ["store", "evict", "file:///none", f"--to=redis://:{MARK}@h"],
+        ["bench", f"redis://:{MARK}@h/0"],
+        ["simulate", "rounds", f"--redis://:{MARK}@h/0"],
+        ["size", "none", f"redis://:{MARK}@h/0"],
+    ],
+)
+def test_a_url_in_the_wrong_place_of_a_command_is_not_repeated(argv, capsys):
+    from kvlab.__main__ import main
+
+    with suppress(SystemExit):
+        assert main(argv) != 0
+    out = "".join(capsys.readouterr())
+    assert out
+    assert MARK not in out

@@ -137,6 +137,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 at_once=ranks == 1 and alone and not self._writes_early,
                 unfilled_groups=compat.unfilled_groups(kv_cache_config),
                 role=self._kv_transfer_config.kv_role,
+                in_company=has_kv_transfer_group() and not alone,
             )
             self._increments = Increments(self.scheduler.counters)
 

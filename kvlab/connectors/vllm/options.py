@@ -27,7 +27,7 @@ MULTIMODAL_OPTIONS = (
     "mm_processor_kwargs", "media_io_kwargs", "video_pruning_rate", "language_model_only", "mm_encoder_attn_backend",
     "mm_encoder_attn_dtype", "mm_encoder_fp8_scale_path", "mm_device_do_normalize", "mm_encoder_only",
 )  # fmt: skip
-LOAD_OPTIONS = ("ignore_patterns", "model_loader_extra_config")  # which weights are read
+LOAD_OPTIONS = ("load_format", "ignore_patterns", "model_loader_extra_config")  # which of a folder's weights are read
 # How many adapters fit, and how they are computed. Their dtype is part of an adapter's digest.
 LORA_OPTIONS_WITHOUT_EFFECT = {
     "max_lora_rank", "max_loras", "max_cpu_loras", "fully_sharded_loras", "specialize_active_lora", "lora_dtype",

@@ -48,12 +48,6 @@ def empty_blocks(output: Any, block_tokens: int, groups: Sequence[int]) -> list[
     return [page for page in found if page != NO_PAGE]
 
 
-def _may_be_anothers(state: RequestState) -> bool:
-    """Whether pages that vLLM's own prefix cache found may hold KV of other LoRA weights than the request's."""
-    lora = getattr(state.request, "lora_request", None)
-    return lora is not None and state.local_tokens > 0 and not ADAPTERS.is_only_one_called(lora.lora_name)
-
-
 @dataclass
 class Write:
     """An object on its way to the secondary tiers, whose slots are leased until all ranks have answered."""
@@ -80,6 +74,7 @@ class SavePlanner:
         below: HeldBelow,
         bad: LatestKeys,
         counters: Counter[str],
+        in_company: bool = False,
     ) -> None:
         self._config = config
         self._chunker = chunker
@@ -92,6 +87,7 @@ class SavePlanner:
         self._counters = counters
         self._admission = SaveAdmission(config.after_sights)
         self._states: dict[str, RequestState] = {}  # requests that may still have something to save
+        self._in_company = in_company
         self.version = ""  # of the namespace
         self.unsettled: dict[int, Write] = {}  # by generation
 
@@ -170,7 +166,7 @@ class SavePlanner:
         """Note pages that a request has been given for a step which starts at `num_computed` tokens; whether its KV is
         what this engine computed, or what was loaded from here."""
         block = self._chunker.block_tokens
-        if begins and (num_computed >= state.expected_tokens + block or _may_be_anothers(state)):
+        if begins and (num_computed >= state.expected_tokens + block or self._may_be_anothers(state)):
             self.forget(state.request.request_id)  # another connector filled pages, or another adapter's requests did
             return False
         rest = state.request.num_prompt_tokens // block  # the block that the prompt fills in part
@@ -182,6 +178,13 @@ class SavePlanner:
                 state.rest_is_clean = rest >= first_empty
                 unclean += [table[rest]] if state.rest_is_clean else []
         return True
+
+    def _may_be_anothers(self, state: RequestState) -> bool:
+        """Whether pages that vLLM's own prefix cache found may hold KV of other LoRA weights than the request's, or
+        such as another connector loaded."""
+        lora = getattr(state.request, "lora_request", None)
+        others = lora is not None and not ADAPTERS.is_only_one_called(lora.lora_name)
+        return state.local_tokens > 0 and (others or self._in_company)
 
     def _save_request(self, state: RequestState, before: int, num_computed: int, saves: list[SaveOp]) -> None:
         """Save the objects whose last block is computed by the end of this step, which began with `before` tokens."""

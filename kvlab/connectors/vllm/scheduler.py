@@ -35,7 +35,7 @@ class Scheduler:
     """One per engine. `lower` may be None; `namespaces` holds one namespace per worker rank. `load_now` carries out
     loads at once and answers the pages it could not fill; without `at_once` all loads run between steps. Pages of
     `unfilled_groups` have bytes that no token writes. `role` is vLLM's ``kv_role``: a consumer stores nothing, a
-    producer loads nothing."""
+    producer loads nothing. `in_company`: other connectors may have filled pages that the prefix cache finds."""
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class Scheduler:
         at_once: bool,
         unfilled_groups: Sequence[int] = (),
         role: str = "kv_both",
+        in_company: bool = False,
     ) -> None:
         self.config = config
         self.chunker = chunker
@@ -80,6 +81,7 @@ class Scheduler:
             below=self._below,
             bad=self._bad,
             counters=self.counters,
+            in_company=in_company,
         )
         self._planner = Planner(index, chunker, keeps_memory=config.keeps_memory)
         self._lookup = Lookup(
@@ -104,8 +106,13 @@ class Scheduler:
         state.local_tokens = state.expected_tokens = num_computed_tokens
         if state.given_up or not self._may_load:
             return 0, False
-        if state.adapter is not None and state.adapter.num_loads != ADAPTERS.num_loads(state.adapter.adapter_id):
-            return 0, False  # other weights came under its adapter while it waited
+        if state.adapter is not None:
+            loaded = request_adapter(request)
+            if loaded is None or loaded.num_loads != state.adapter.num_loads:
+                return (
+                    0,
+                    False,
+                )  # other weights came under its adapter while it waited, or would if it were loaded again
         state.extend_hashes(self.chunker)
         block = self.chunker.block_tokens
         usable = request.num_tokens - 1  # the last token must be computed
@@ -235,7 +242,7 @@ class Scheduler:
         if total > len(output.num_scheduled_tokens):  # in most steps each request decodes one
             prefills = sum(count for count in output.num_scheduled_tokens.values() if count > MOST_DECODED)
         unclean = empty_blocks(output, block, self._unfilled_groups) if self._unfilled_groups else []
-        metadata = StepMetadata(between, [], total, prefills, new_blocks, unclean)
+        metadata = StepMetadata(between, [], total, prefills, new_blocks, unclean, self.saves.version)
         if (self.loads.in_flight or self._waiting) and not loads and total == 0:
             time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the threads it waits for from running
         self._waiting = False

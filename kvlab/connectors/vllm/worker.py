@@ -84,6 +84,7 @@ class Worker:
         self._owner: list[int | None] = [None] * num_slots  # generations
         self._report = WorkerReport()
         self._saves = True
+        self._version = ""  # of the namespace
         self._lost_blocks: set[int] = set()
         self._finished: set[str] = set()
         self._lost_requests: set[str] = set()
@@ -104,6 +105,7 @@ class Worker:
 
     def begin(self, metadata: StepMetadata) -> None:
         """The step's forward pass comes next (some versions of vLLM start loads only after it)."""
+        self._version = metadata.version
         self.transfer.before_writes(metadata.new_blocks)
         if metadata.unclean_blocks:
             self._clear(metadata.unclean_blocks)
@@ -251,6 +253,8 @@ class Worker:
             elif slots:
                 clock = self.transfer.load(slots, pages)
             taken = list(takewhile(self._present, held))  # their slots were not given away while they were read
+            if load.is_async and load.version != self._version:
+                taken = []  # the weights may have changed since
             pages = pages[: sum(len(op.block_ids) for op in taken)]
             tokens = sum(op.num_tokens for op in taken)
             tiers = dict.fromkeys("lower" if op.fetch else "memory" for op in taken)
