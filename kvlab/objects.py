@@ -19,6 +19,7 @@ from kvlab.serde.wire import Expected, from_parts, to_parts, token_range
 from kvlab.stores import Store, open_store
 from kvlab.stores.base import Buffer, ValueTooLongError, cut
 from kvlab.stores.direct import aligned_buffer
+from kvlab.stores.forks import Lock
 
 logger = logging.getLogger("kvlab")
 HEADROOM_BYTES = 64 << 10  # of an object over its KV: the header, and what a codec adds where it cannot compress
@@ -64,7 +65,7 @@ class ObjectCache:
         self.store_ = open_store(store) if isinstance(store, str) else store
         self._owns_store = isinstance(store, str)
         self._serdes: dict[str, Serde] = {self.serde.name: self.serde}
-        self._lock = threading.Lock()
+        self._lock = Lock()  # which a forked child finds open
         self._rooms = threading.local()
 
     def save_object(

@@ -321,7 +321,9 @@ def array(reply: Reply, at_least: int = 0) -> list[Reply]:
 
 
 def _shown(reply: Reply) -> str:
-    """A lie, in a few characters of ASCII."""
-    if isinstance(reply, memoryview):
-        reply = bytes(reply[:40])
-    return f"a list of {len(reply)}" if isinstance(reply, list) else ascii(reply)[:60]
+    """A lie by its kind and length: a server may repeat a password in it."""
+    if isinstance(reply, list):
+        return f"a list of {len(reply)}"
+    if isinstance(reply, memoryview | bytes):
+        return f"a string of {len(reply)} bytes"
+    return "nothing" if reply is None else f"a {type(reply).__name__}"

@@ -138,6 +138,10 @@ class StoreURL:
         unknown = sorted({*self.options, *self._secrets} - self._taken)
         if unknown:
             known = ", ".join(sorted(self._taken))
+            if self._secrets:  # the rest of a password with an unescaped & looks like an option
+                raise ConfigError(
+                    f"an option of {self.shown!r} is unknown; known: {known}; write & in a password as %26"
+                )
             raise ConfigError(f"unknown option {unknown[0]!r} in {self.shown!r}; known: {known}")
 
 

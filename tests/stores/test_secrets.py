@@ -5,6 +5,8 @@ import dataclasses
 import io
 import logging
 import pickle
+import socket
+import time
 import traceback
 from contextlib import suppress
 
@@ -18,7 +20,7 @@ from kvlab.errors import ConfigError, KVLabError, StoreError
 from kvlab.stores import StoreURL, open_store, open_stores
 from kvlab.stores.cli import main
 from kvlab.stores.redis_url import PASSWORD, SENTINEL_PASSWORD, RedisPlace
-from kvlab.stores.resp import Wire
+from kvlab.stores.resp import Wire, ok
 from kvlab.stores.url import Secret, hide_logins, shown_url
 
 MARK = "S3cr3t-hunter2"
@@ -277,3 +279,19 @@ def test_a_url_in_the_wrong_place_of_a_command_is_not_repeated(argv, capsys):
     out = "".join(capsys.readouterr())
     assert out
     assert MARK not in out
+
+
+@pytest.mark.parametrize("reply", [b"+%s\r\n", b"$14\r\n%s\r\n", b"*1\r\n+%s\r\n", b"-ERR no %s\r\n"])
+def test_a_server_that_repeats_the_password_is_not_quoted(reply):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(reply % MARK.encode())
+        with pytest.raises(StoreError) as raised:
+            ok(Wire(ours, [MARK]).call([b"AUTH", MARK.encode()], time.monotonic() + 10))
+        assert MARK not in "".join(traceback.format_exception(raised.value))
+
+
+def test_half_of_a_password_is_no_options_name():
+    with pytest.raises(ConfigError, match="write & in a password as %26") as raised:
+        open_store("redis://h/0?password=correct&horsebattery")
+    assert "horse" not in str(raised.value)
