@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=Path, default=Path("data/measured/fingerprint.csv"))
     options = parser.parse_args()
+    load = round(os.getloadavg()[0], 2)  # of the machine before the run: other work takes cores and memory bandwidth
     with tempfile.TemporaryDirectory(prefix="kvlab-fingerprint-") as place:
         model, known, none = (Path(place) / name for name in ("model", "known", "none"))
         model.mkdir()
@@ -70,7 +71,8 @@ def main() -> None:
             {"start": start, "num_bytes": num_bytes, "files": len(files), "seconds": round(seconds, 5),
              "gb_per_s": round(num_bytes / seconds / 1e9, 2) if start != "second" else "",
              "seconds_per_15_gb": round(15e9 * seconds / num_bytes, 3) if start != "second" else "",
-             "repeats": options.repeats}
+             "repeats": options.repeats,
+             "load": load}
             for start, seconds in (("read", ceiling), ("first", first), ("second", second))
         ]  # fmt: skip
     for row in rows:
