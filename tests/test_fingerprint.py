@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvlab import fingerprint
 from kvlab.errors import ConfigError
 from kvlab.fingerprint import WEIGHT_SUFFIXES, all_files, files_fingerprint, weight_files
+from kvlab.serde import tables
 
 OLD_NS = 10**18  # 2001: long past any racy window
 
@@ -109,16 +110,17 @@ def test_code_and_quantization_settings_count_and_notes_do_not(tmp_path: Path) -
     folder = model(tmp_path, model__safetensors=b"x")
     before = digest(folder)
     model(folder, README__md=b"hello", tokenizer__json=b"{}", config__json=b"{}")
-    (folder / "kvlab-cachegen.safetensors").write_bytes(b"tables made from this model")
+    assert fingerprint.TABLES == tables.FILE
+    (folder / tables.FILE).write_bytes(b"tables made from this model")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "part.bin").write_bytes(b"half a download")
     assert digest(folder) == before
-    model(folder, modeling_x__py=b"pass")
-    second = digest(folder)
-    model(folder, hf_quant_config__json=b"{}")
-    third = digest(folder)
-    (folder / "model.safetensors.index.json").write_bytes(b'{"weight_map": {}}')  # which of the files are read
-    assert len({before, second, third, digest(folder)}) == 4
+    seen = {before}
+    index = "model.safetensors.index.json"  # which of the files are read
+    for name in ("modeling_x.py", "hf_quant_config.json", index, "kvlab-merge.safetensors"):
+        (folder / name).write_bytes(b"{}")
+        seen.add(digest(folder))
+    assert len(seen) == 5
 
 
 def test_what_is_in_which_file_counts(tmp_path: Path) -> None:
