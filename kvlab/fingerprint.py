@@ -2,8 +2,9 @@
 
 Two models that differ in one byte must not share a namespace, so nothing is sampled. A file is read in pieces by one
 thread per core; its digest is BLAKE3 over the digests of its pieces, and a fingerprint is BLAKE3 over the name, size
-and digest of each file. A plain checksum (xxh3) is twice as fast on two cores, but adapters may come from tenants, and
-a second file with the checksum of a first can be made; with this digest it cannot.
+and digest of each file. Pieces are hashed with BLAKE3, or, where `fast`, with 128 bits of XXH3: less than half the
+work, and chance takes two models for one as rarely. But a second file with the XXH3 of a first can be made on purpose,
+so `fast` is for a model that the operator chose, not for adapters, which may come from tenants.
 
 Digests are kept in the user's cache, so that a second start reads nothing. An entry counts for one state of one file
 (path, device, inode, size, times of the last change of content and of inode). The cache is believed only where
@@ -22,16 +23,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from blake3 import blake3
+from xxhash import xxh3_128
 
 from kvlab.errors import ConfigError
 
-FORMAT = "kvlab-files/1"  # part of every digest; a change of anything below needs a new number
+FORMATS = {False: "kvlab-files/blake3/1", True: "kvlab-files/xxh3/1"}  # by `fast`; part of every digest
 PIECE_BYTES = 32 << 20
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors"})
+TABLES = "kvlab-cachegen.safetensors"  # what `kvlab profile` lays beside a model; no weights
 # A file changed this lately may change again and show no other time: within one tick of its file system's clock, or
 # through a mapping of a page that is still to be written back, which the system does within half a minute.
 RACY_NS = 60 * 10**9
@@ -103,17 +107,19 @@ def all_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def files_fingerprint(files: Sequence[Path], *, root: Path | None = None, cache: Path | None = None) -> Fingerprint:
+def files_fingerprint(
+    files: Sequence[Path], *, root: Path | None = None, cache: Path | None = None, fast: bool = False
+) -> Fingerprint:
     """The fingerprint of `files`, named relative to `root` (the name alone, without it).
 
     cache: folder of known digests; `cache_folder()` by default.
+    fast: hash pieces with XXH3, which does not resist files that were made to collide.
     Raises ConfigError where a file cannot be read, is none, or changes while it is read.
     """
     if not files:
         raise ConfigError("there is no file to fingerprint; give the files of a model or an adapter")
-    known = _Cache(
-        cache if cache is not None else cache_folder(), now_ns=time.time_ns()
-    )  # before any file is looked at
+    now_ns = time.time_ns()  # before any file is looked at
+    known = _Cache(cache if cache is not None else cache_folder(), FORMATS[fast], now_ns=now_ns)
     states = [_state(file) for file in files]
     digests = {state: digest for state in set(states) if (digest := known.get(state))}
     num_read = 0
@@ -122,10 +128,10 @@ def files_fingerprint(files: Sequence[Path], *, root: Path | None = None, cache:
             digests.update({state: digest for state in missing if (digest := known.get(state))})
             missing = [state for state in missing if state not in digests]
             num_read = sum(state.size for state in missing)
-            for state, digest in zip(missing, _read(missing), strict=True):
+            for state, digest in zip(missing, _read(missing, fast=fast), strict=True):
                 digests[state] = digest
                 known.put(state, digest)
-    whole = blake3(FORMAT.encode())
+    whole = blake3(FORMATS[fast].encode())
     names = [file.relative_to(root).as_posix() if root else file.name for file in files]
     for name, state in sorted(zip(names, states, strict=True), key=lambda pair: pair[0]):
         entry = json.dumps([name, state.size, digests[state]]).encode()
@@ -150,7 +156,7 @@ def _is_shard_of(file: Path, stem: str) -> bool:
 
 def _decides(file: Path) -> bool:
     name = file.name.lower()
-    if name.startswith("kvlab-"):  # tables that kvlab lays beside a model
+    if name == TABLES:
         return False
     settings = name.endswith(".index.json") or ("quant" in name and ".json" in name)  # an index chooses among files
     return file.suffix.lower() in WEIGHT_SUFFIXES or name.endswith(".py") or settings
@@ -178,24 +184,24 @@ def _state_of(path: str, found: os.stat_result) -> _State:
     return _State(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def _read(states: Sequence[_State]) -> list[str]:
+def _read(states: Sequence[_State], *, fast: bool) -> list[str]:
     """The digest of each file, all pieces of all files spread over the cores."""
     pieces = [(state, start) for state in states for start in range(0, max(state.size, 1), PIECE_BYTES)]
     threads = min(len(os.sched_getaffinity(0)), len(pieces), _MAX_THREADS)
     with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="kvlab-fingerprint") as pool:
-        digests = iter(list(pool.map(_piece_digest, pieces)))
+        digests = iter(list(pool.map(partial(_piece_digest, fast=fast), pieces)))
     result = []
     for state in states:
-        whole = blake3(f"{FORMAT} {state.size}\0".encode())
+        whole = blake3(f"{FORMATS[fast]} {state.size}\0".encode())
         for _ in range(0, max(state.size, 1), PIECE_BYTES):
             whole.update(next(digests))
         result.append(whole.hexdigest())
     return result
 
 
-def _piece_digest(piece: tuple[_State, int]) -> bytes:
+def _piece_digest(piece: tuple[_State, int], *, fast: bool) -> bytes:
     state, start = piece
-    digest, left = blake3(), min(PIECE_BYTES, state.size - start)
+    digest, left = xxh3_128() if fast else blake3(), min(PIECE_BYTES, state.size - start)
     buffer = memoryview(bytearray(min(_READ_BYTES, left)))
     try:
         descriptor = os.open(state.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -216,8 +222,9 @@ def _piece_digest(piece: tuple[_State, int]) -> bytes:
 class _Cache:
     """Digests by state of a file, one small file each. Anything odd about an entry means that it is not there."""
 
-    def __init__(self, folder: Path | None, *, now_ns: int) -> None:
+    def __init__(self, folder: Path | None, digest_format: str, *, now_ns: int) -> None:
         self._folder = folder if folder is not None and _make_private(folder) else None
+        self._format = digest_format
         self._now_ns = now_ns
 
     def get(self, state: _State) -> str | None:
@@ -232,7 +239,7 @@ class _Cache:
             if check.decode() != blake3(body).hexdigest():
                 return None
             entry = json.loads(body)
-            if entry["format"] == FORMAT and entry["state"] == list(vars(state).values()):
+            if entry["format"] == self._format and entry["state"] == list(vars(state).values()):
                 return str(entry["digest"])
         return None
 
@@ -240,7 +247,7 @@ class _Cache:
         """Keep `digest`, unless the file changed so lately that its times would not show the next change."""
         if self._folder is None or self._now_ns - state.changed_ns < RACY_NS:
             return
-        body = json.dumps({"format": FORMAT, "state": list(vars(state).values()), "digest": digest}).encode()
+        body = json.dumps({"format": self._format, "state": list(vars(state).values()), "digest": digest}).encode()
         entry = self._entry(state)
         part = entry.with_name(f".{entry.name}.{secrets.token_hex(8)}")
         try:
@@ -271,7 +278,7 @@ class _Cache:
 
     def _entry(self, state: _State) -> Path:
         assert self._folder is not None
-        return self._folder / blake3(os.fsencode(state.path)).hexdigest()[:32]
+        return self._folder / blake3(os.fsencode(f"{self._format}\0{state.path}")).hexdigest()[:32]
 
 
 def _take(descriptor: int) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvlab import fingerprint
 from kvlab.errors import ConfigError
 from kvlab.fingerprint import WEIGHT_SUFFIXES, all_files, files_fingerprint, weight_files
+from kvlab.serde import tables
 
 OLD_NS = 10**18  # 2001: long past any racy window
 
@@ -53,16 +54,20 @@ def rewrite(file: Path, content: bytes, *, mtime_ns: int | None = None, replace:
             return
 
 
-def digest(folder: Path) -> str:
-    return files_fingerprint(weight_files(folder), root=folder).digest
+def digest(folder: Path, *, fast: bool = False) -> str:
+    return files_fingerprint(weight_files(folder), root=folder, fast=fast).digest
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    size=st.integers(1, 5000), position=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), seed=st.binary()
+    size=st.integers(1, 5000),
+    position=st.floats(0, 1, exclude_max=True),
+    flip=st.integers(1, 255),
+    seed=st.binary(),
+    fast=st.booleans(),
 )
 def test_any_byte_changed_is_another_digest(
-    tmp_path_factory: pytest.TempPathFactory, size: int, position: float, flip: int, seed: bytes
+    tmp_path_factory: pytest.TempPathFactory, size: int, position: float, flip: int, seed: bytes, fast: bool
 ) -> None:
     """With pieces of 1,024 bytes, read 256 at a time, so that every boundary is crossed."""
     folder = tmp_path_factory.mktemp("model")
@@ -70,21 +75,22 @@ def test_any_byte_changed_is_another_digest(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fingerprint, "PIECE_BYTES", 1024)
         patch.setattr(fingerprint, "_READ_BYTES", 256)
-        before = digest(model(folder, w__safetensors=bytes(content)))
+        before = digest(model(folder, w__safetensors=bytes(content)), fast=fast)
         content[int(position * size)] ^= flip
-        assert digest(model(folder, w__safetensors=bytes(content))) != before
+        assert digest(model(folder, w__safetensors=bytes(content)), fast=fast) != before
 
 
-def test_each_byte_of_a_file_of_several_pieces_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_each_byte_of_a_file_of_several_pieces_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
     monkeypatch.setattr(fingerprint, "PIECE_BYTES", 64)
     content = os.urandom(200)
-    seen = {digest(model(tmp_path, w__bin=content))}
+    seen = {digest(model(tmp_path, w__bin=content), fast=fast)}
     for position in range(len(content)):
-        seen.add(
-            digest(
-                model(tmp_path, w__bin=content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
-            )
-        )
+        edited = bytearray(content)
+        edited[position] ^= 1
+        seen.add(digest(model(tmp_path, w__bin=bytes(edited)), fast=fast))
     assert len(seen) == 201
 
 
@@ -104,16 +110,17 @@ def test_code_and_quantization_settings_count_and_notes_do_not(tmp_path: Path) -
     folder = model(tmp_path, model__safetensors=b"x")
     before = digest(folder)
     model(folder, README__md=b"hello", tokenizer__json=b"{}", config__json=b"{}")
-    (folder / "kvlab-cachegen.safetensors").write_bytes(b"tables made from this model")
+    assert fingerprint.TABLES == tables.FILE
+    (folder / tables.FILE).write_bytes(b"tables made from this model")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "part.bin").write_bytes(b"half a download")
     assert digest(folder) == before
-    model(folder, modeling_x__py=b"pass")
-    second = digest(folder)
-    model(folder, hf_quant_config__json=b"{}")
-    third = digest(folder)
-    (folder / "model.safetensors.index.json").write_bytes(b'{"weight_map": {}}')  # which of the files are read
-    assert len({before, second, third, digest(folder)}) == 4
+    seen = {before}
+    index = "model.safetensors.index.json"  # which of the files are read
+    for name in ("modeling_x.py", "hf_quant_config.json", index, "kvlab-merge.safetensors"):
+        (folder / name).write_bytes(b"{}")
+        seen.add(digest(folder))
+    assert len(seen) == 5
 
 
 def test_what_is_in_which_file_counts(tmp_path: Path) -> None:
@@ -147,11 +154,26 @@ def test_the_same_content_elsewhere_is_the_same_model(tmp_path: Path) -> None:
     assert other.stdout.strip() == digest(first)
 
 
-def test_a_known_digest(tmp_path: Path) -> None:
-    """A change of the format must be deliberate: it is a new number in FORMAT."""
+@pytest.mark.parametrize(
+    ("fast", "known"),
+    [
+        (False, "eea9562c3b9bad8ac7e943d6984b709427886186f591b379a13b263df6a388ee"),
+        (True, "f507428860f4bf92af61ca0ab6d9100dc8c1f477658848a572bbd40f4e3d201a"),
+    ],
+)
+def test_a_known_digest(tmp_path: Path, fast: bool, known: str) -> None:
+    """A change of the format must be deliberate: it is a new number in FORMATS."""
     folder = model(tmp_path, a__safetensors=b"abc", b__bin=b"")
-    assert fingerprint.FORMAT == "kvlab-files/1"
-    assert digest(folder) == "32b4abad7d91090cddf5fe953ec34cb251afc253b2416a294e0e5a6636309455"
+    assert digest(folder, fast=fast) == known
+
+
+@pytest.mark.usefixtures("later")
+def test_the_two_digests_are_kept_apart(tmp_path: Path) -> None:
+    folder = model(tmp_path, a__safetensors=b"abc")
+    assert digest(folder) != digest(folder, fast=True)
+    assert digest(folder) != digest(folder, fast=True)  # both from the cache now
+    for fast in (False, True):
+        assert files_fingerprint(weight_files(folder), fast=fast).num_read_bytes == 0
 
 
 def test_gguf_shards_and_projector_belong_to_the_file(tmp_path: Path) -> None:
