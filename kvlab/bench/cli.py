@@ -5,14 +5,14 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from kvlab.bench import peers
 from kvlab.bench.serving import run
 from kvlab.bench.tables import read_rows, report, serving_block
 from kvlab.bench.workloads import KINDS
 from kvlab.errors import ConfigError
-from kvlab.stores.url import hide_logins
+from kvlab.stores.cli import Parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,13 +69,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # which repeats what was typed
-        super().error(hide_logins(message))
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="kvlab bench", description=__doc__, epilog="Flags after -- go to every server.")
+    parser = Parser(prog="kvlab bench", description=__doc__, epilog="Flags after -- go to every server.")
     add = parser.add_argument
     add("--backends", default="none,kvlab-memory", help=f"names or store URLs, with commas: {', '.join(peers.NAMES)}")
     add("--model", help="folder or hub id; default the small demo model")

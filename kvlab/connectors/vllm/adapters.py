@@ -6,7 +6,6 @@ adapter whose weights cannot be told so is served without the cache.
 """
 
 import functools
-import hashlib
 import logging
 import threading
 import time
@@ -14,6 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from kvlab.errors import ConfigError
+from kvlab.fingerprint import files_fingerprint
 
 logger = logging.getLogger("vllm.kvlab")
 SETTLED_NS = 20_000_000  # file times move in steps of up to 10 ms: a second change within one would not show
@@ -23,8 +25,8 @@ Stamp = tuple[tuple[str, int, int, int, int], ...]  # of each file: name, size, 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """What vLLM last loaded under an id, called `name` by the request: `digest`, SHA-256 over the files and how vLLM
-    reads them, or None where that cannot be told; the `path` that the request gave, the `folder` that it stands for
+    """What vLLM last loaded under an id, called `name` by the request: `digest`, of the files and how vLLM reads
+    them, or None where that cannot be told; the `path` that the request gave, the `folder` that it stands for
     and the `stamp` of its files; `num_loads` counts loads of other weights under this id."""
 
     name: str
@@ -36,10 +38,7 @@ class LoadedAdapter:
 
     def is_as_loaded(self) -> bool:
         """Whether the files are those that were loaded: vLLM may drop an adapter and load it again at any step."""
-        try:
-            return stamp_of(Path(self.folder)) == self.stamp
-        except OSError:
-            return False
+        return stamp_of(self.folder) == self.stamp
 
     def agreed(self, other: "LoadedAdapter") -> "LoadedAdapter":
         """What two ranks say of one id, or that it cannot be told."""
@@ -66,18 +65,18 @@ class Adapters:
         self, load: Callable[[], Any], adapter_id: int, path: str, folder: str | None, reading: str, name: str = ""
     ) -> Any:
         """What `load` answers, which reads the adapter's files in `folder`; `reading` tells how."""
-        before = _stamp(folder)
+        before = stamp_of(folder)
         if before and time.time_ns() - max(changed for *_, changed, _ in before) < SETTLED_NS:
             time.sleep(SETTLED_NS / 1e9)
-            before = _stamp(folder)
+            before = stamp_of(folder)
         loaded = load()
         digest: str | None = None
         if folder is not None and before:
             known = self._loaded.get(adapter_id)
             if known is not None and (known.folder, known.stamp) == (folder, before):
                 digest = known.digest
-            digest = digest or _digest(Path(folder), reading)
-            if _stamp(folder) != before:
+            digest = digest or _digest(folder, reading)
+            if stamp_of(folder) != before:
                 digest = None  # written while it was loaded
         with self._lock:
             known = self._loaded.get(adapter_id)
@@ -171,26 +170,23 @@ def watch(manager: type[Any], folder_of: Callable[[str], str]) -> bool:
     return True
 
 
-def stamp_of(folder: Path) -> Stamp:
-    """The state of the files in `folder`; raises OSError."""
-    stats = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+def stamp_of(folder: str | None) -> Stamp:
+    """The state of the files in `folder`; empty where there are none, or they cannot be looked at."""
+    if folder is None:
+        return ()
+    try:
+        stats = [(file.name, file.stat()) for file in _files(folder)]
+    except OSError:
+        return ()
     return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats)
 
 
-def _stamp(folder: str | None) -> Stamp:
-    try:
-        return stamp_of(Path(folder)) if folder is not None else ()
-    except OSError:
-        return ()
+def _files(folder: str) -> list[Path]:
+    return sorted(file for file in Path(folder).iterdir() if file.is_file())
 
 
-def _digest(folder: Path, reading: str) -> str | None:
-    digest = hashlib.sha256(reading.encode() + b"\0")
+def _digest(folder: str, reading: str) -> str | None:
     try:
-        for file in sorted(file for file in folder.iterdir() if file.is_file()):
-            digest.update(file.name.encode() + b"\0")
-            with file.open("rb") as source:
-                digest.update(hashlib.file_digest(source, "sha256").digest())
-    except OSError:
+        return f"{files_fingerprint(_files(folder), root=Path(folder)).digest}:{reading}"
+    except (ConfigError, OSError):
         return None
-    return digest.hexdigest()

@@ -100,13 +100,14 @@ class Scheduler:
         """Tokens that can be loaded beyond `num_computed_tokens`, and whether between steps; None: ask again."""
         if not self.enabled or wants_recompute(request):
             return 0, False
+        is_known = request.request_id in self._states
         state = self._state(request)
         if state is None:
             return 0, False
         state.local_tokens = state.expected_tokens = num_computed_tokens
         if state.given_up or not self._may_load:
             return 0, False
-        if state.adapter is not None:
+        if is_known and state.adapter is not None:
             loaded = request_adapter(request)
             if loaded is None or loaded.num_loads != state.adapter.num_loads:
                 return (
