@@ -10,7 +10,7 @@ env-demo env-test env-dev:
 	@$(PYTHON) scripts/setup_env.py $(@:env-%=%)
 
 model: env-demo
-	@$(VENV)/python -m kvlab.bench.demo_model $(MODEL)
+	@$(VENV)/python -m kvlab.datasets.demo_model $(MODEL)
 
 # make demo MODEL=path-or-hub-id runs it on a model you have.
 demo: model
@@ -19,7 +19,7 @@ demo: model
 	@$(VENV)/python scripts/show_table.py $(EXECUTED)/00_quickstart.ipynb
 
 test: env-test
-	@$(VENV)/python -m kvlab.bench.demo_model > /dev/null
+	@$(VENV)/python -m kvlab.datasets.demo_model > /dev/null
 	@$(NOTEBOOK_ENV) $(VENV)/python -m pytest --nbmake --nbmake-timeout=1200 tests notebooks --ignore=$(EXECUTED)
 
 lab: model

@@ -22,9 +22,9 @@ import torch
 import xxhash
 
 from kvlab.auth import AuthKey
-from kvlab.bench.provenance import append_rows
 from kvlab.container import Part, pack, packed_bytes, unpack
 from kvlab.engine import CacheEngine
+from kvlab.machine.provenance import append_rows
 from kvlab.stores import open_store
 
 PAGES = ("blocks", "layers", "page_bytes")

@@ -8,8 +8,8 @@ Every access is a block of 512 tokens; hits are counted per block. Rows go to da
 import json
 from pathlib import Path
 
-from kvlab.bench.provenance import provenance, write_rows
-from kvlab.bench.trace_files import find_traces
+from kvlab.machine.provenance import provenance, write_rows
+from kvlab.simulation.trace_files import find_traces
 from kvlab.stores.eviction import POLICIES, get_policy
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvlab import fingerprint
-from kvlab.bench.provenance import append_rows
 from kvlab.fingerprint import PIECE_BYTES, files_fingerprint, weight_files
+from kvlab.machine.provenance import append_rows
 
 SHARD_BYTES = 1 << 30
 

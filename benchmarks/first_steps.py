@@ -17,9 +17,9 @@ from pathlib import Path
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-from kvlab.bench.demo_model import demo_model
-from kvlab.bench.provenance import append_rows
+from kvlab.datasets.demo_model import demo_model
 from kvlab.hashing import Namespace, block_hashes
+from kvlab.machine.provenance import append_rows
 from kvlab.stores import open_store
 
 TOKENS = 900

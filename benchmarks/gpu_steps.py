@@ -92,7 +92,7 @@ def main() -> None:
     from vllm.distributed.kv_transfer.kv_transfer_state import get_kv_transfer_group
 
     import kvlab
-    from kvlab.bench.provenance import append_rows
+    from kvlab.machine.provenance import append_rows
 
     tiers = [f"memory://?size={options.size}", *([options.lower] if options.lower else [])]
     connector = KVTransferConfig(**kvlab.vllm_config(tiers, report=True))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from gpu_transfer_peers import LMCache, vllm_batch
 
-from kvlab.bench.provenance import append_rows
+from kvlab.machine.provenance import append_rows
 from kvlab.paged import gather, page_layout
 from kvlab.paged.batch import copies_between
 from kvlab.paged.driver import copy_batch

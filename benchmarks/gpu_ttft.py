@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from kvlab.bench.provenance import append_rows
+from kvlab.machine.provenance import append_rows
 from kvlab.units import parse_bytes
 
 BACKENDS = ("none", "vllm-prefix", "kvlab", "lmcache", "vllm-offload")

@@ -17,7 +17,7 @@ from pathlib import Path
 from gpu_ttft import arguments, prompt, start
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from kvlab.bench.provenance import append_rows
+from kvlab.machine.provenance import append_rows
 
 REQUEST = "request"
 HOOKS = (

@@ -53,8 +53,8 @@ def main() -> None:
     from vllm.config import KVTransferConfig
 
     import kvlab
-    from kvlab.bench.provenance import append_rows
     from kvlab.connectors.vllm import KVLabConnector
+    from kvlab.machine.provenance import append_rows
 
     seconds: dict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()

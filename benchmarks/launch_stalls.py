@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from kvlab.bench.provenance import append_rows
 from kvlab.chunking import Chunker
 from kvlab.connectors.vllm.metadata import SaveOp, StepMetadata
 from kvlab.connectors.vllm.worker import PATIENCE_S, Worker
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
+from kvlab.machine.provenance import append_rows
 from kvlab.paged import page_layout
 from kvlab.paged.transfer import CPUTransfer
 from kvlab.stores import open_store

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from kvlab.bench.provenance import append_rows
-from kvlab.bench.redis_server import RedisServer
 from kvlab.chunking import Chunker
 from kvlab.connectors.vllm.admission import LoadAdmission
 from kvlab.connectors.vllm.lookup import HeldBelow, Lookup
 from kvlab.connectors.vllm.requests import RequestState
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
+from kvlab.machine.provenance import append_rows
+from kvlab.machine.redis_server import RedisServer
 from kvlab.stores import open_store
 
 NUM_TOKENS, TOKEN_BYTES = 275, 57344

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from kvlab.bench.provenance import append_rows
 from kvlab.container import Part, pack
+from kvlab.machine.provenance import append_rows
 
 NUM_BYTES = 275 * 57344
 STALL_S = 1e-3

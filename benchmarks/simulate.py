@@ -13,13 +13,13 @@ import statistics
 import time
 from pathlib import Path
 
-from kvlab.bench.belady import belady
-from kvlab.bench.generate import generate_traffic
-from kvlab.bench.provenance import provenance, write_rows
-from kvlab.bench.replay import cut, find, replay
-from kvlab.bench.simulate import simulate
-from kvlab.bench.sweep import sweep
-from kvlab.bench.trace_files import load_traffic
+from kvlab.machine.provenance import provenance, write_rows
+from kvlab.simulation.belady import belady
+from kvlab.simulation.generate import generate_traffic
+from kvlab.simulation.replay import cut, find, replay
+from kvlab.simulation.simulate import simulate
+from kvlab.simulation.sweep import sweep
+from kvlab.simulation.trace_files import load_traffic
 from kvlab.stores.eviction import POLICIES, get_policy
 
 MEASURED = Path(__file__).resolve().parents[1] / "data" / "measured"

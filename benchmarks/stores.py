@@ -26,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kvlab.bench.provenance import provenance, write_rows
-from kvlab.bench.trace_files import find_traces
 from kvlab.hostmemory import populate, reserve
+from kvlab.machine.provenance import provenance, write_rows
+from kvlab.simulation.trace_files import find_traces
 from kvlab.stores import open_store
 from kvlab.stores.direct import aligned_buffer
 from kvlab.stores.eviction import POLICIES, get_policy

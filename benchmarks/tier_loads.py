@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvlab.bench.provenance import append_rows
-from kvlab.bench.redis_server import RedisServer
 from kvlab.chunking import Chunker
 from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, StepMetadata
 from kvlab.connectors.vllm.worker import PAGE_AXES, Worker
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
+from kvlab.machine.provenance import append_rows
+from kvlab.machine.redis_server import RedisServer
 from kvlab.paged import page_layout
 from kvlab.paged.transfer import CPUTransfer
 from kvlab.stores import open_store

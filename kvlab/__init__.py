@@ -7,14 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvlab.bench.simulate import simulate as simulate
-    from kvlab.bench.sweep import sweep as sweep
     from kvlab.chunking import Chunker as Chunker
     from kvlab.connectors import vllm_config as vllm_config
     from kvlab.connectors.transformers import capture as capture
     from kvlab.engine import CacheEngine as CacheEngine
     from kvlab.geometry import KVGeometry as KVGeometry
     from kvlab.serde import get_serde as get_serde
+    from kvlab.simulation.simulate import simulate as simulate
+    from kvlab.simulation.sweep import sweep as sweep
     from kvlab.sizing import compare_sizes as compare_sizes
     from kvlab.sizing import size_calculator as size_calculator
     from kvlab.stores import open_store as open_store
@@ -29,9 +29,9 @@ _HOME = {
     "compare_sizes": "kvlab.sizing",
     "get_serde": "kvlab.serde",
     "open_store": "kvlab.stores",
-    "simulate": "kvlab.bench.simulate",
+    "simulate": "kvlab.simulation.simulate",
     "size_calculator": "kvlab.sizing",
-    "sweep": "kvlab.bench.sweep",
+    "sweep": "kvlab.simulation.sweep",
     "vllm_config": "kvlab.connectors",
 }
 __all__ = [*_HOME]

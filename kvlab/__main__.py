@@ -11,11 +11,11 @@ from kvlab.errors import KVLabError
 from kvlab.stores.url import hide_logins, shown_url
 
 COMMANDS = {  # name -> ("module:function taking the remaining arguments", one line of help)
-    "profile": ("kvlab.connectors.profile_command:main", "make a model's tables for the cachegen serde"),
-    "size": ("kvlab.sizing.cli:main", "how big the KV cache of a model is, and why"),
-    "simulate": ("kvlab.bench.simulate_cli:main", "what a cache would do for given traffic"),
-    "bench": ("kvlab.bench.cli:main", "serving benchmarks: backends side by side, first and second run"),
-    "store": ("kvlab.stores.cli:main", "look into a tier: list, verify, evict, clear"),
+    "profile": ("kvlab.cli.profile:main", "make a model's tables for the cachegen serde"),
+    "size": ("kvlab.cli.size:main", "how big the KV cache of a model is, and why"),
+    "simulate": ("kvlab.cli.simulate:main", "what a cache would do for given traffic"),
+    "bench": ("kvlab.cli.bench:main", "serving benchmarks: backends side by side, first and second run"),
+    "store": ("kvlab.cli.store:main", "look into a tier: list, verify, evict, clear"),
 }
 
 

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def demo_model_path() -> str:
-    from kvlab.bench.demo_model import demo_model
+    from kvlab.datasets.demo_model import demo_model
 
     return demo_model()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvlab.connectors.profile_command import main as profile_main
+from kvlab.cli.profile import main as profile_main
 from kvlab.errors import ConfigError
 
 KVLAB = [sys.executable, "-m", "kvlab"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import kvlab
-from kvlab.bench.demo_model import demo_model
+from kvlab.datasets.demo_model import demo_model
 
 BLOCK = 32
 MAX_TOKENS = 12

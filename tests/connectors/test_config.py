@@ -49,7 +49,7 @@ def test_an_unknown_key_stops_the_start(monkeypatch):
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
-    from kvlab.bench.demo_model import demo_model
+    from kvlab.datasets.demo_model import demo_model
 
     with pytest.raises(Exception, match="unknown connector setting 'tier_policy'"):
         LLM(demo_model(), **SETTINGS, kv_transfer_config=KVTransferConfig(**config))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvlab.bench.redis_server import RedisServer
+from kvlab.machine.redis_server import RedisServer
 from tests.connectors.engine import connector, empty_memory, engine, generate, prompt, worker
 from tests.connectors.test_disk_tier import drain
 

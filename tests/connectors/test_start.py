@@ -16,7 +16,7 @@ ENGINE = """
 from vllm import LLM
 from vllm.config import KVTransferConfig
 from tests.connectors.engine import SETTINGS
-from kvlab.bench.demo_model import demo_model
+from kvlab.datasets.demo_model import demo_model
 
 if __name__ == "__main__":
     transfer = KVTransferConfig(

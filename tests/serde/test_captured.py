@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvlab
+from kvlab.cli.profile import main as profile_main
 from kvlab.connectors.captured import KV
-from kvlab.connectors.profile_command import main as profile_main
 from kvlab.connectors.transformers import from_cache, to_cache
 from kvlab.errors import ConfigError, FormatError
 from kvlab.geometry import AXES

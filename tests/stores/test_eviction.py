@@ -6,9 +6,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvlab.bench.generate import generate_traffic
-from kvlab.bench.trace_files import find_traces, load_traffic
 from kvlab.errors import ConfigError
+from kvlab.simulation.generate import generate_traffic
+from kvlab.simulation.trace_files import find_traces, load_traffic
 from kvlab.stores import open_store
 from kvlab.stores.eviction import POLICIES, get_policy
 from kvlab.stores.eviction.line import Line

@@ -6,9 +6,9 @@ from contextlib import suppress
 
 import pytest
 
+from kvlab.cli.store import main
 from kvlab.errors import ConfigError, StoreError
 from kvlab.stores import open_store
-from kvlab.stores.cli import main
 from kvlab.stores.disk import DiskStore
 from kvlab.stores.names import is_own, path_of
 from kvlab.testing.machines import ODD_KEYS, pattern

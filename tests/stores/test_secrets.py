@@ -14,11 +14,12 @@ import pytest
 from liars import Liar
 from servers import Server, running
 
-from kvlab.bench import origin, provenance
+from kvlab.cli.store import main
 from kvlab.connectors.config import ConnectorConfig, vllm_config
 from kvlab.errors import ConfigError, KVLabError, StoreError
+from kvlab.machine.provenance import provenance
+from kvlab.serving.provenance import serving_provenance
 from kvlab.stores import StoreURL, open_store, open_stores
-from kvlab.stores.cli import main
 from kvlab.stores.redis_url import PASSWORD, SENTINEL_PASSWORD, RedisPlace
 from kvlab.stores.resp import Wire, ok
 from kvlab.stores.url import Secret, hide_logins, shown_url
@@ -149,10 +150,10 @@ def test_command_lines_are_recorded_without_logins(monkeypatch):
     urls = f"redis://u:{MARK}@h,redis://:{MARK}@g"
     argv = ["stores.py", "--redis-url", f"redis://:{MARK}@h:1/0", f"--backends={urls}", f"x?password={MARK}"]
     monkeypatch.setattr("sys.argv", argv)
-    assert not found(provenance.provenance()["command"])
-    origin.origin.cache_clear()
-    assert not found(origin.origin()["command"])
-    origin.origin.cache_clear()
+    assert not found(provenance()["command"])
+    serving_provenance.cache_clear()
+    assert not found(serving_provenance()["command"])
+    serving_provenance.cache_clear()
     assert hide_logins("--folder /data/a --seed 1") == "--folder /data/a --seed 1"
 
 

@@ -1,9 +1,9 @@
 import pytest
 from servers import Server, running
 
+from kvlab.cli.store import main
 from kvlab.container import Part, pack
 from kvlab.stores import open_store
-from kvlab.stores.cli import main
 from kvlab.stores.names import path_of
 
 KEYS = [f"kvlab:org-Model:00{ns}:{index:032x}" for ns in ("aa", "bb") for index in range(3)]

@@ -1,0 +1,1 @@
+"""Models and prompts to try things on."""

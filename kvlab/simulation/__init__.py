@@ -1,0 +1,1 @@
+"""What a cache would do for given traffic: replay, eviction, cost."""

@@ -1,0 +1,108 @@
+"""Replay traffic through several tiers, and with admission: as `CacheEngine` over a write-through `TieredStore`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvlab.errors import ConfigError
+from kvlab.simulation.replay import Objects, Replay, TierCount, find
+from kvlab.stores.eviction import EvictionPolicy
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What is worth storing: objects seen for at least the `sights`-th time, of prompts of `min_tokens` or more.
+
+    A sight is a prompt that holds the object; every object ever seen is remembered.
+    """
+
+    sights: int = 1
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sights < 1 or self.min_tokens < 0:
+            raise ConfigError(
+                f"admission needs sights >= 1 and min_tokens >= 0, got {self.sights} and {self.min_tokens}"
+            )
+
+
+class _Tier:
+    def __init__(self, policy: EvictionPolicy, capacity: int) -> None:
+        self.policy, self.capacity, self.used = policy, capacity, 0
+        self.held: dict[int, int] = {}
+        self.count = TierCount([], [])
+
+    def put(self, key: int, size: int) -> bool:
+        if size > self.capacity:
+            return False
+        while self.used + size > self.capacity:
+            gone: Any = self.policy.evict()  # something is held, so something leaves
+            gone_size = self.held.pop(gone)
+            self.used -= gone_size
+            self.count.evictions += 1
+            self.count.evicted_size += gone_size
+        self.held[key] = size
+        self.used += size
+        self.policy.admit(key, size)
+        self.count.puts += 1
+        self.count.put_size += size
+        return True
+
+
+def replay_tiers(
+    objects: Objects,
+    tiers: Sequence[tuple[EvictionPolicy, int]],
+    sizes: list[int],
+    num_tokens: Sequence[int],
+    admission: Admission | None = None,
+) -> Replay:
+    """Replay through `tiers` (policy, capacity), fastest first.
+
+    What is stored goes to every tier; what is read comes from the first tier that has it and is copied to those above.
+    """
+    admission = admission or Admission()
+    stack = [_Tier(policy, capacity) for policy, capacity in tiers]
+    sights: dict[int, int] = {}
+    result = Replay([], [tier.count for tier in stack])
+    step = objects.step
+    for ids, keys, tokens in zip(objects.block_ids, objects.keys, num_tokens, strict=True):
+        if len(stack) == 1:
+            found, hit = find(ids, keys, step, stack[0].held)
+        else:
+            candidates = ids if step > 1 else keys
+            found, hit = find(ids, keys, step, {key: 1 for key in candidates if any(key in t.held for t in stack)})
+        for tier in stack:
+            tier.policy.touch_all(reversed(found))
+        loaded, num_loads = [0] * len(stack), [0] * len(stack)
+        for index, key in enumerate(found):
+            blocks = min(step, hit - index * step)
+            for level, tier in enumerate(stack):
+                if key in tier.held:
+                    tier.policy.touch(key)
+                    loaded[level] += sizes[blocks]
+                    num_loads[level] += 1
+                    for above in stack[:level]:
+                        above.put(key, sizes[blocks])
+                    break
+            else:  # what was copied upwards has just pushed it out of the only tier that had it
+                hit = index * step
+                break
+        result.hit_blocks.append(hit)
+        for level, tier in enumerate(stack):
+            tier.count.loaded.append(loaded[level])
+            tier.count.num_loads.append(num_loads[level])
+        if admission.sights > 1:
+            for key in keys:
+                sights[key] = sights.get(key, 0) + 1
+        there = [any(key in tier.held for tier in stack) for key in keys]
+        for index, (key, present) in enumerate(zip(keys, there, strict=True)):
+            if present:
+                continue
+            if tokens < admission.min_tokens or (admission.sights > 1 and sights[key] < admission.sights):
+                break
+            size = sizes[min(step, len(ids) - index * step)]
+            if not any([tier.put(key, size) for tier in stack]):
+                break
+        for tier in stack:
+            tier.policy.touch_all(reversed(keys))
+    return result

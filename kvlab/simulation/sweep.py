@@ -1,0 +1,78 @@
+"""`sweep`: `simulate` over capacities, policies and serdes, on all cores."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from kvlab.errors import ConfigError
+from kvlab.simulation.simulate import Trace, as_traffic, simulate
+from kvlab.simulation.tiers import Tier
+from kvlab.simulation.traffic import Traffic
+from kvlab.simulation.workers import run_jobs
+from kvlab.sizing import KVSize, size_calculator
+
+Tiers = Tier | str | int | Sequence[Tier | str | int]
+
+
+def sweep(
+    trace: Trace,
+    capacities: Sequence[Tiers],
+    policies: Sequence[str] = ("lru", "fifo", "s3fifo", "arc", "belady"),
+    *,
+    serdes: Sequence[str | float | None] = (None,),
+    model: Any = None,
+    workers: int | None = None,
+    progress: bool = True,
+    **how: Any,
+) -> list[dict[str, Any]]:
+    """One row of `simulate` for every policy, capacity and serde, in this order.
+
+    Parameters
+    ----------
+    capacities : each one tier or a list of tiers, as `simulate` takes them.
+    workers : processes; as many as this process may use cores unless told.
+    progress : show a bar, if tqdm is installed.
+    how : the other arguments of `simulate`.
+    """
+    for name, values in (("capacities", capacities), ("policies", policies), ("serdes", serdes)):
+        if isinstance(values, str) or not values:
+            raise ConfigError(f"{name} must be a list with at least one entry, got {values!r}")
+    traffic = as_traffic(trace)
+    size = model if model is None or isinstance(model, KVSize) else size_calculator(model)
+    jobs = [(policy, tiers, serde) for policy in policies for tiers in capacities for serde in serdes]
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    shared = (traffic, {**how, "model": size})
+    rows: list[dict[str, Any]] = [{}] * len(jobs)
+    with _bar(len(jobs), progress) as bar:
+        for index, row in run_jobs("kvlab.simulation.sweep:one", shared, jobs, workers=workers):
+            rows[index] = row
+            bar.update()
+    return rows
+
+
+def one(shared: tuple[Traffic, dict[str, Any]], job: tuple[str, Tiers, str | float | None]) -> dict[str, Any]:
+    """One job of a sweep, in whichever process."""
+    (traffic, how), (policy, tiers, serde) = shared, job
+    return simulate(traffic, tiers, policy=policy, serde=serde, **how).row
+
+
+class _NoBar:
+    def __enter__(self) -> "_NoBar":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def update(self) -> None:
+        pass
+
+
+def _bar(total: int, progress: bool) -> Any:
+    if progress:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            pass
+        else:
+            return tqdm(total=total, desc="sweep", unit="run")
+    return _NoBar()
