@@ -13,7 +13,7 @@ from typing import Any
 
 from kvlab.errors import KVLabError
 from kvlab.sizing import size_calculator
-from kvlab.sizing.facts import flatten
+from kvlab.sizing.model_config import flatten
 
 CATALOG = Path(__file__).parents[1] / "kvlab" / "sizing" / "models.json"
 ABOUT = ("source", "source_kind", "also_seen", "unknown")

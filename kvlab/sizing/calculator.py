@@ -4,12 +4,12 @@ from fractions import Fraction
 from typing import Any
 
 from kvlab.errors import ConfigError
-from kvlab.sizing.answer import KVSize
-from kvlab.sizing.catalog import load_facts
+from kvlab.sizing.cache_specs import Conventions, IndexerKV, StateKV
+from kvlab.sizing.catalog import load_config
 from kvlab.sizing.dtypes import KVDtype, element_bytes, get_kv_dtype
-from kvlab.sizing.facts import Facts
-from kvlab.sizing.families import build_layers
-from kvlab.sizing.parts import IndexerKV, Rules, StateKV
+from kvlab.sizing.kv_size import KVSize
+from kvlab.sizing.layers import build_layers
+from kvlab.sizing.model_config import ModelConfig
 
 ENGINES = ("vllm", "transformers")
 
@@ -57,19 +57,19 @@ def size_calculator(
         raise ConfigError(f"factor must be a number from 1e-6 to 1e6 (stored bytes per raw byte), got {factor!r}")
     if encoder_tokens is not None and (not isinstance(encoder_tokens, int) or encoder_tokens < 0):
         raise ConfigError(f"encoder_tokens must be 0 or more, got {encoder_tokens!r}")
-    facts = load_facts(model, hub=hub)
+    config = load_config(model, hub=hub)
     try:
-        return _answer(facts, dtype, tp, pp, engine, state_dtype, Fraction(factor), mtp, encoder_tokens)
+        return _answer(config, dtype, tp, pp, engine, state_dtype, Fraction(factor), mtp, encoder_tokens)
     except ConfigError:
         raise
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         # a config is data from elsewhere: any field may hold anything
         why = f"a field of its config has an unexpected form ({error!r})"
-        raise ConfigError(f"cannot size {facts.name}: {why}"[:300]) from error
+        raise ConfigError(f"cannot size {config.name}: {why}"[:300]) from error
 
 
 def _answer(
-    facts: Facts,
+    config: ModelConfig,
     dtype: str,
     tp: int,
     pp: int,
@@ -79,50 +79,50 @@ def _answer(
     mtp: bool,
     encoder_tokens: int | None,
 ) -> KVSize:
-    layers = tuple(build_layers(facts, mtp=mtp, encoder_tokens=encoder_tokens))
-    before = list(facts.notes)
-    rules = Rules(
-        kv=_kv_dtype(facts, dtype, engine),
-        model_bytes=element_bytes(_model_dtype(facts, engine), "the model's dtype"),
-        state_bytes=element_bytes(_state_dtype(facts, state_dtype), "state_dtype"),
+    layers = tuple(build_layers(config, mtp=mtp, encoder_tokens=encoder_tokens))
+    before = list(config.notes)
+    conventions = Conventions(
+        kv=_kv_dtype(config, dtype, engine),
+        model_bytes=element_bytes(_model_dtype(config, engine), "the model's dtype"),
+        state_bytes=element_bytes(_state_dtype(config, state_dtype), "state_dtype"),
         engine=engine,
     )
-    if dtype != "auto" and not any(isinstance(p, StateKV | IndexerKV) for layer in layers for p in layer.parts):
-        facts.notes[:] = before  # nothing here depends on the model's own dtype
-    size = KVSize(facts, layers, rules, tp, pp, factor.limit_denominator(10**6))
+    if dtype != "auto" and not any(isinstance(p, StateKV | IndexerKV) for layer in layers for p in layer.specs):
+        config.notes[:] = before  # nothing here depends on the model's own dtype
+    size = KVSize(config, layers, conventions, tp, pp, factor.limit_denominator(10**6))
     size.rank_bytes(1)  # a tp, pp or dtype that does not fit is refused here, not at the first use
     return size
 
 
-def _model_dtype(facts: Facts, engine: str) -> str:
-    name = facts.get("dtype", "torch_dtype")
+def _model_dtype(config: ModelConfig, engine: str) -> str:
+    name = config.get("dtype", "torch_dtype")
     if name is None:
-        facts.note("the config gives no dtype: bf16 assumed")
+        config.note("the config gives no dtype: bf16 assumed")
         return "bf16"
     if engine == "vllm" and get_kv_dtype(name).name == "fp32":
-        facts.note("the checkpoint is fp32, which vLLM serves as bf16: bf16 counted; pass dtype='fp32' for the other")
+        config.note("the checkpoint is fp32, which vLLM serves as bf16: bf16 counted; pass dtype='fp32' for the other")
         return "bf16"
     return str(name)
 
 
-def _kv_dtype(facts: Facts, dtype: str, engine: str) -> KVDtype:
+def _kv_dtype(config: ModelConfig, dtype: str, engine: str) -> KVDtype:
     if dtype != "auto":
         return get_kv_dtype(dtype)
-    algo, scheme = facts.get("kv_cache_quant_algo"), facts.get("kv_cache_scheme")
-    nested = facts.get("quantization_config")
+    algo, scheme = config.get("kv_cache_quant_algo"), config.get("kv_cache_scheme")
+    nested = config.get("quantization_config")
     scheme = scheme or (nested.get("kv_cache_scheme") if isinstance(nested, dict) else None)
     if algo is None and isinstance(scheme, str):
         algo = scheme
     if isinstance(algo, str) and algo.lower() in ("fp8", "nvfp4"):
-        facts.note(f"the checkpoint asks for a {algo} KV cache: dtype auto means {algo.lower()}")
+        config.note(f"the checkpoint asks for a {algo} KV cache: dtype auto means {algo.lower()}")
         return get_kv_dtype(algo)
     if isinstance(scheme, dict) and scheme.get("num_bits") == 8:
-        facts.note("the checkpoint asks for an 8-bit KV cache (kv_cache_scheme): dtype auto means fp8")
+        config.note("the checkpoint asks for an 8-bit KV cache (kv_cache_scheme): dtype auto means fp8")
         return get_kv_dtype("fp8")
-    return get_kv_dtype(_model_dtype(facts, engine))
+    return get_kv_dtype(_model_dtype(config, engine))
 
 
-def _state_dtype(facts: Facts, state_dtype: str) -> str:
+def _state_dtype(config: ModelConfig, state_dtype: str) -> str:
     if state_dtype != "auto":
         return state_dtype
-    return str(facts.get("mamba_ssm_cache_dtype", "mamba_ssm_dtype") or "fp32")
+    return str(config.get("mamba_ssm_cache_dtype", "mamba_ssm_dtype") or "fp32")

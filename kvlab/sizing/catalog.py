@@ -1,4 +1,4 @@
-"""Where facts come from: a name in models.json, a dict, a config.json or its folder, a transformers config, the hub."""
+"""Where a config comes from: a name in models.json, a dict, a file or its folder, a transformers config, the hub."""
 
 import difflib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlab.errors import ConfigError, UnknownModelError
-from kvlab.sizing.facts import Facts, flatten
+from kvlab.sizing.model_config import ModelConfig, flatten
 
 _ABOUT = ("source", "source_kind", "also_seen", "unknown")
 _SUFFIX = re.compile(
@@ -29,8 +29,8 @@ def catalog() -> dict[str, dict[str, Any]]:
     return models
 
 
-def load_facts(model: Any, *, hub: bool = False) -> Facts:
-    """Facts of `model`: a name, a mapping, a path to a config.json or its folder, or a transformers config object.
+def load_config(model: Any, *, hub: bool = False) -> ModelConfig:
+    """The config of `model`: a name, a mapping, a path to a config.json or its folder, or a transformers config object.
 
     hub: whether a name that is not in the catalog may be fetched from the Hugging Face hub (its config.json only).
     Raises UnknownModelError naming the nearest names, or ConfigError for a file that is no model config.
@@ -42,10 +42,12 @@ def load_facts(model: Any, *, hub: bool = False) -> Facts:
     if isinstance(model, str):
         return _from_name(model, hub=hub)
     if callable(getattr(model, "to_dict", None)):
-        config = model.to_dict()
-        facts = _from_config(str(config.get("_name_or_path") or config.get("model_type") or "this config"), config)
-        facts.source, facts.source_kind = f"{type(model).__name__} object", "transformers_config"
-        return facts
+        raw_config = model.to_dict()
+        config = _from_config(
+            str(raw_config.get("_name_or_path") or raw_config.get("model_type") or "this config"), raw_config
+        )
+        config.source, config.source_kind = f"{type(model).__name__} object", "transformers_config"
+        return config
     raise ConfigError(
         f"model must be a name, a dict, a path or a transformers config, got {type(model).__name__}; "
         "try 'Qwen2.5-7B' or a path to config.json"
@@ -57,40 +59,40 @@ def _is_path(text: str) -> bool:
     return text.endswith(".json") or text.startswith((".", "/", "~")) or (Path(text) / "config.json").is_file()
 
 
-def _from_config(name: str, config: Mapping[str, Any], **about: Any) -> Facts:
-    if not config:
+def _from_config(name: str, raw_config: Mapping[str, Any], **about: Any) -> ModelConfig:
+    if not raw_config:
         raise ConfigError("the model config is empty; give at least num_hidden_layers, heads and head_dim")
-    own = {key: config[key] for key in _ABOUT if key in config}
-    fields = {key: value for key, value in config.items() if key not in _ABOUT}
+    own = {key: raw_config[key] for key in _ABOUT if key in raw_config}
+    fields = {key: value for key, value in raw_config.items() if key not in _ABOUT}
     about = {**about, **{key: own[key] for key in ("source", "source_kind") if key in own}}
     unknown = own.get("unknown") or ()
     if not isinstance(unknown, list | tuple) or not all(isinstance(field, str) for field in unknown):
         raise ConfigError(f"cannot size {name}: 'unknown' must be a list of field names, got {unknown!r}"[:300])
-    return Facts(name, flatten(fields), unknown=frozenset(unknown), **about)
+    return ModelConfig(name, flatten(fields), unknown=frozenset(unknown), **about)
 
 
-def _from_path(path: Path) -> Facts:
+def _from_path(path: Path) -> ModelConfig:
     path = path.expanduser()
     file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        raw_config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"cannot read {file}: {e.strerror}; give a config.json or the folder that holds it") from e
     except ValueError as e:
         raise ConfigError(f"{file} is not JSON ({e}); give a model's config.json") from e
-    if not isinstance(config, dict):
+    if not isinstance(raw_config, dict):
         raise ConfigError(
-            f"{file} holds a JSON {type(config).__name__}, not a model config; give a model's config.json"
+            f"{file} holds a JSON {type(raw_config).__name__}, not a model config; give a model's config.json"
         )
     quant = file.parent / "hf_quant_config.json"  # NVIDIA ModelOpt keeps the KV dtype beside the config
     if quant.is_file():
         algo = json.loads(quant.read_text(encoding="utf-8")).get("quantization", {}).get("kv_cache_quant_algo")
-        config = {**config, "kv_cache_quant_algo": algo}
+        raw_config = {**raw_config, "kv_cache_quant_algo": algo}
     name = file.parent.resolve().name if file.name == "config.json" else file.stem
-    return _from_config(name, config, source=str(file), source_kind="config_json")
+    return _from_config(name, raw_config, source=str(file), source_kind="config_json")
 
 
-def _from_name(name: str, *, hub: bool) -> Facts:
+def _from_name(name: str, *, hub: bool) -> ModelConfig:
     entry, note = find_entry(name)
     if entry is None:
         if hub:
@@ -99,10 +101,10 @@ def _from_name(name: str, *, hub: bool) -> Facts:
         raise UnknownModelError(
             f"no model is called {name!r}; nearest: {', '.join(near) or 'none'}; or give a config.json, or hub=True"
         )
-    facts = _from_config(entry, catalog()[entry])
+    config = _from_config(entry, catalog()[entry])
     if note:
-        facts.note(note)
-    return facts
+        config.note(note)
+    return config
 
 
 def find_entry(name: str) -> tuple[str | None, str]:
@@ -145,7 +147,7 @@ def nearest_names(name: str, count: int = 3) -> list[str]:
     return [by_last[hit] for hit in difflib.get_close_matches(last, by_last, n=count, cutoff=0.5)]
 
 
-def _from_hub(name: str) -> Facts:
+def _from_hub(name: str) -> ModelConfig:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as e:
@@ -156,6 +158,6 @@ def _from_hub(name: str) -> Facts:
         raise UnknownModelError(
             f"the hub gave no config.json for {name!r}: {type(e).__name__}; check name and token"
         ) from e
-    facts = _from_path(Path(path))
-    facts.name, facts.source, facts.source_kind = name, f"hub:{name}", "hub"
-    return facts
+    config = _from_path(Path(path))
+    config.name, config.source, config.source_kind = name, f"hub:{name}", "hub"
+    return config

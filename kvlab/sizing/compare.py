@@ -6,8 +6,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from kvlab.errors import ConfigError
-from kvlab.sizing.answer import KVSize
 from kvlab.sizing.calculator import size_calculator
+from kvlab.sizing.kv_size import KVSize
 from kvlab.units import format_bytes, parse_tokens
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Comparison:
                 "windows": "; ".join(f"{per_token:,} within {window:,}" for window, per_token in size.windows.items()),
                 "fixed_bytes": size.fixed_bytes,
                 **{f"bytes_at_{n}": size.at(n) for n in self.lengths},
-                "source_kind": size.facts.source_kind,
+                "source_kind": size.config.source_kind,
             }
             for size in self.sizes
         ]

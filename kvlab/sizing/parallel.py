@@ -1,7 +1,7 @@
 """How layers are spread over pipeline stages, as vLLM 0.32 `distributed/utils.py` (get_pp_indices) does it."""
 
 from kvlab.errors import ConfigError
-from kvlab.sizing.parts import Layer
+from kvlab.sizing.cache_specs import Layer
 
 
 def stages_of(layers: list[Layer], pp: int) -> list[list[Layer]]:

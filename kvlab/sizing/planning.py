@@ -1,13 +1,10 @@
 """From bytes to plans: what fits a tier, where loading beats recomputing, what keeping costs."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kvlab.errors import ConfigError
-from kvlab.sizing.facts import hidden_size, num_heads
-
-if TYPE_CHECKING:
-    from kvlab.sizing.answer import KVSize
+from kvlab.sizing.curve import KVCurve
+from kvlab.sizing.model_config import hidden_size, num_heads
 
 REDIS_VALUE_LIMIT = 512 * 2**20  # proto-max-bulk-len, the largest value a Redis server accepts by default
 SECONDS_PER_MONTH = 30 * 24 * 3600
@@ -29,7 +26,7 @@ class TierPlan:
     fits_redis_value: bool
 
 
-def plan_tier(size: "KVSize", tier: str, size_bytes: int, session_tokens: int, chunk: int) -> TierPlan:
+def plan_tier(size: KVCurve, tier: str, size_bytes: int, session_tokens: int, chunk: int) -> TierPlan:
     """Fill one tier. A session is stored as full chunks and a tail; each ends with a state where there are states.
 
     `fits_redis_value` tells whether one chunk stays within Redis's default 512 MB value limit.
@@ -79,7 +76,7 @@ class Breakeven:
 
 
 def breakeven(
-    size: "KVSize",
+    size: KVCurve,
     prefill_tokens_per_s: float | None = None,
     *,
     tokens: int = 4096,
@@ -108,12 +105,12 @@ def breakeven(
     return Breakeven(tokens, prefill_s, size.at(tokens), latency_s)
 
 
-def _attention_width(size: "KVSize") -> int:
+def _attention_width(size: KVCurve) -> int:
     """Sum over fully attending layers of heads x head_dim, the factor of the n^2 term."""
     full = sum(1 for layer in size.layers if layer.kind.startswith(("full", "MLA", "MTP")))
-    facts = size.facts
-    width = facts.get("head_dim")
-    return full * (num_heads(facts) * width if isinstance(width, int) else hidden_size(facts))
+    config = size.config
+    width = config.get("head_dim")
+    return full * (num_heads(config) * width if isinstance(width, int) else hidden_size(config))
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ class Cost:
 
 
 def cost(
-    size: "KVSize", tokens: int, *, per_gb_month: float, per_gpu_hour: float, prefill_tokens_per_s: float, gpus: int = 1
+    size: KVCurve, tokens: int, *, per_gb_month: float, per_gpu_hour: float, prefill_tokens_per_s: float, gpus: int = 1
 ) -> Cost:
     """Prices in any currency: `per_gb_month` for 10^9 bytes kept a month, `per_gpu_hour` for each of `gpus`."""
     for label, value in (

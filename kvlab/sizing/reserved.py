@@ -6,15 +6,12 @@ Models vLLM 0.32: `v1/core/kv_cache_utils.py` (grouping, pages), `v1/kv_cache_in
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from kvlab.errors import ConfigError
+from kvlab.sizing.cache_specs import CacheSpec, HeadsKV, LatentKV, StateKV
+from kvlab.sizing.curve import KVCurve
 from kvlab.sizing.parallel import stages_of
-from kvlab.sizing.parts import HeadsKV, LatentKV, Part, StateKV
 from kvlab.units import parse_bytes
-
-if TYPE_CHECKING:
-    from kvlab.sizing.answer import KVSize
 
 ENGINE_VERSION = "vLLM 0.32"
 DEFAULT_BLOCK = 16
@@ -26,7 +23,7 @@ class Page:
     """One block of one layer. kind: ``full``, ``sliding``, ``chunked`` or ``state``; page_bytes with its padding."""
 
     kind: str
-    part: Part
+    spec: CacheSpec
     block_size: int
     page_bytes: int
     window: int = 0
@@ -87,7 +84,7 @@ class Reserved:
 
 
 def reserve(
-    size: "KVSize",
+    size: KVCurve,
     tokens: int,
     *,
     block_size: int = DEFAULT_BLOCK,
@@ -103,9 +100,9 @@ def reserve(
     mamba_cache_mode: ``none`` keeps one state per sequence, ``align`` (prefix caching of hybrids, vLLM's default for
     them) two, and a third where prefill leaves a checkpoint.
     """
-    if size.rules.engine != "vllm":
+    if size.conventions.engine != "vllm":
         raise ConfigError(
-            f"reserved figures model vLLM; size_calculator(..., engine='vllm'), got {size.rules.engine!r}"
+            f"reserved figures model vLLM; size_calculator(..., engine='vllm'), got {size.conventions.engine!r}"
         )
     for label, value in (
         ("tokens", tokens),
@@ -119,15 +116,17 @@ def reserve(
     in_flight = max_num_batched_tokens * max_concurrent_batches
     plans = []
     for stage in stages_of(list(size.layers), size.pp):
-        parts = [part.shard(size.tp) for layer in stage for part in layer.parts]
-        if parts:
-            plans.append(_plan(size, parts, tokens, block_size, in_flight, mamba_cache_mode == "align"))
+        specs = [spec.shard(size.tp) for layer in stage for spec in layer.specs]
+        if specs:
+            plans.append(_plan(size, specs, tokens, block_size, in_flight, mamba_cache_mode == "align"))
     return max(plans, key=lambda plan: plan.bytes_per_block)
 
 
-def _plan(size: "KVSize", parts: list[Part], tokens: int, block_size: int, in_flight: int, aligned: bool) -> Reserved:
-    block = _hybrid_block_size(size, parts, block_size)
-    pages = [_page(size, part, block) for part in parts]
+def _plan(
+    size: KVCurve, specs: list[CacheSpec], tokens: int, block_size: int, in_flight: int, aligned: bool
+) -> Reserved:
+    block = _hybrid_block_size(size, specs, block_size)
+    pages = [_page(size, spec, block) for spec in specs]
     if block != block_size:  # hybrid: states are padded to the attention page
         widest = max(page.page_bytes for page in pages if page.kind != "state")
         pages = [replace(p, page_bytes=max(p.page_bytes, widest)) if p.kind == "state" else p for p in pages]
@@ -141,23 +140,23 @@ def _plan(size: "KVSize", parts: list[Part], tokens: int, block_size: int, in_fl
     )
 
 
-def _hybrid_block_size(size: "KVSize", parts: list[Part], block_size: int) -> int:
+def _hybrid_block_size(size: KVCurve, specs: list[CacheSpec], block_size: int) -> int:
     """Tokens per block: raised until one attention page holds one recurrent state."""
-    state = max((p.fixed_bytes(size.rules) for p in parts if isinstance(p, StateKV)), default=0)
-    per_token = max((p.token_bytes(size.rules) for p in parts if isinstance(p, HeadsKV | LatentKV)), default=0)
+    state = max((p.fixed_bytes(size.conventions) for p in specs if isinstance(p, StateKV)), default=0)
+    per_token = max((p.token_bytes(size.conventions) for p in specs if isinstance(p, HeadsKV | LatentKV)), default=0)
     if not state or not per_token:
         return block_size
-    step = max(block_size, 128) if any(isinstance(p, LatentKV) for p in parts) else block_size
+    step = max(block_size, 128) if any(isinstance(p, LatentKV) for p in specs) else block_size
     return max(block_size, step * -(-state // (step * per_token)))
 
 
-def _page(size: "KVSize", part: Part, block_size: int) -> Page:
-    if isinstance(part, StateKV):
-        return Page("state", part, block_size, part.fixed_bytes(size.rules))
-    kind = "cross" if part.fixed_tokens is not None else "full"
-    if part.window:
-        kind = "chunked" if part.chunked else "sliding"
-    return Page(kind, part, block_size, block_size * part.token_bytes(size.rules), part.window or 0)
+def _page(size: KVCurve, spec: CacheSpec, block_size: int) -> Page:
+    if isinstance(spec, StateKV):
+        return Page("state", spec, block_size, spec.fixed_bytes(size.conventions))
+    kind = "cross" if spec.fixed_tokens is not None else "full"
+    if spec.window:
+        kind = "chunked" if spec.chunked else "sliding"
+    return Page(kind, spec, block_size, block_size * spec.token_bytes(size.conventions), spec.window or 0)
 
 
 def _groups(pages: list[Page]) -> tuple[Group, ...]:
@@ -190,10 +189,10 @@ def _equal_pages(pages: list[Page]) -> list[Page]:
 def _blocks(page: Page, tokens: int, in_flight: int, aligned: bool) -> int:
     """Blocks of one sequence in a group of such pages."""
     if page.kind == "state":
-        return 1 if not aligned else 2 + (page.part.name in CHECKPOINTED if isinstance(page.part, StateKV) else 0)
+        return 1 if not aligned else 2 + (page.spec.name in CHECKPOINTED if isinstance(page.spec, StateKV) else 0)
     if page.kind == "sliding":  # + 1: a window need not begin at a block's edge
         return -(-min(page.window - 1 + in_flight, tokens) // page.block_size) + 1
     if page.kind == "chunked":
         return -(-min(page.window + in_flight, tokens) // page.block_size)
-    held = page.part.fixed_tokens if page.part.fixed_tokens is not None else tokens
+    held = page.spec.fixed_tokens if page.spec.fixed_tokens is not None else tokens
     return -(-held // page.block_size)

@@ -1,8 +1,8 @@
 """Fields that change what a cache holds and that no rule has read: the answer would be wrong and say nothing.
 
 A field's name tells whether it is about the structure of the layers: which kind each is, how often they run, what they
-share, which states they keep. `Facts.seen` tells what the rules asked for. What is left over is refused by name, unless
-the model's type is one whose rules were checked against an engine; then it is an assumption that `explain()` shows.
+share, which states they keep. `ModelConfig.seen` tells what the rules asked for. What is left over is refused by name,
+unless the rules of the model's type were checked against an engine; then `explain()` shows it as an assumption.
 """
 
 import re
@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvlab.errors import ConfigError
-from kvlab.sizing.facts import Facts
-from kvlab.sizing.parts import Layer, StateKV
+from kvlab.sizing.cache_specs import Layer, StateKV
+from kvlab.sizing.model_config import ModelConfig
 
 # Which kind a layer is. A list that names each layer's kind settles all of these.
 _KIND = re.compile(
@@ -75,26 +75,26 @@ KNOWN_TYPES = frozenset([
 ])  # fmt: skip
 
 
-def refuse_unread(facts: Facts, layers: list[Layer]) -> None:
+def refuse_unread(config: ModelConfig, layers: list[Layer]) -> None:
     """Raise ConfigError for fields that change the cache and that no rule has read; a note where the type is known."""
-    listed = any(facts.fields.get(name) for name in _SETTLED_BY)
-    has_state = any(isinstance(part, StateKV) for layer in layers for part in layer.parts)
+    listed = any(config.fields.get(name) for name in _SETTLED_BY)
+    has_state = any(isinstance(spec, StateKV) for layer in layers for spec in layer.specs)
     left = [
         name
-        for name, value in _named(facts.fields)
-        if name.rpartition(".")[2] not in facts.seen
+        for name, value in _named(config.fields)
+        if name.rpartition(".")[2] not in config.seen
         and _says_something(value)
         and _is_structure(name, listed, has_state)
     ]
     if not left:
         return
     names = ", ".join(repr(name) for name in sorted(left))
-    if facts.model_type in KNOWN_TYPES:
-        facts.note(f"not read: {names}")
+    if config.model_type in KNOWN_TYPES:
+        config.note(f"not read: {names}")
         return
     raise ConfigError(
-        f"cannot size {facts.name}: field {names} may change what the cache holds, and no rule for model_type "
-        f"{facts.model_type or None!r} reads it; leave it out if it does not"
+        f"cannot size {config.name}: field {names} may change what the cache holds, and no rule for model_type "
+        f"{config.model_type or None!r} reads it; leave it out if it does not"
     )
 
 

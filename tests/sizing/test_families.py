@@ -41,7 +41,7 @@ def test_window_from_max_window_layers_on() -> None:
 
 def test_window_at_or_beyond_the_context_is_none() -> None:
     assert sized(sliding_window=32_768).bytes_per_token == 4 * TOKEN
-    assert any("never filled" in note for note in sized(sliding_window=262_144).facts.notes)
+    assert any("never filled" in note for note in sized(sliding_window=262_144).config.notes)
 
 
 def test_window_in_every_layer() -> None:

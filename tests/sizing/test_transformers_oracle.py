@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from kvlab.sizing import size_calculator
-from kvlab.sizing.parts import part_bytes
+from kvlab.sizing.cache_specs import spec_bytes
 
 PREFILL = 11  # longer than the windows below, and not a multiple of anything
 
@@ -248,7 +248,7 @@ def test_cache_of_a_tiny_model_has_exactly_our_bytes(family: str, dtype: torch.d
     after_prefill, cache = _measure(model, None, input_ids=tokens)
     after_decode, _ = _measure(model, cache, input_ids=tokens[:, :1])
     for n, measured in ((PREFILL, after_prefill), (PREFILL + 1, after_decode)):
-        ours = [sum(part_bytes(part, n, size.rules) for part in layer.parts) for layer in size.layers]
+        ours = [sum(spec_bytes(spec, n, size.conventions) for spec in layer.specs) for layer in size.layers]
         measured += [0] * (len(ours) - len(measured))  # layers that share KV may have no slot of their own
         assert ours == measured
         assert size.at(n) == sum(measured)

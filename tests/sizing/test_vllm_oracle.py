@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from kvlab.sizing import KVSize, size_calculator
+from kvlab.sizing.cache_specs import StateKV
 from kvlab.sizing.catalog import catalog
-from kvlab.sizing.parts import StateKV
 
 SCRIPT = Path(__file__).with_name("vllm_specs.py")
 MEMORY, TOKENS = 80 << 30, 8192
@@ -89,9 +89,13 @@ def _ours(name: str) -> KVSize:
 def test_every_layer_agrees_with_vllm(judged: dict[str, dict[str, Any]], name: str) -> None:
     size = _ours(name)
     mine = [
-        (part.token_bytes(size.rules), part.fixed_bytes(size.rules) if isinstance(part, StateKV) else 0, part.window)
+        (
+            spec.token_bytes(size.conventions),
+            spec.fixed_bytes(size.conventions) if isinstance(spec, StateKV) else 0,
+            spec.window,
+        )
         for layer in size.layers
-        for part in layer.parts
+        for spec in layer.specs
     ]
     theirs = [(layer["token_bytes"], layer["state_bytes"], layer["window"]) for layer in judged[name]["layers"]]
     assert mine == theirs

@@ -1,4 +1,4 @@
-"""The facts of one model: config fields under any of their names, with errors that name what is missing."""
+"""The config of one model: fields under any of their names, with errors that name what is missing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ _FROM_OUTER = ("torch_dtype", "dtype", "quantization_config", "kv_cache_quant_al
 
 
 @dataclass
-class Facts:
+class ModelConfig:
     """Config fields of one model plus where they come from.
 
     unknown: fields that the source does not give and that must not be derived or filled from class defaults.
@@ -88,19 +88,19 @@ class Facts:
             self.notes.append(text)
 
 
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the language model's nested config (vision and audio models) brought to the top."""
+def flatten(raw_config: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw_config` with the language model's nested config (vision and audio models) brought to the top."""
     for nest in _NESTS:
-        inner = config.get(nest)
+        inner = raw_config.get(nest)
         if not isinstance(inner, Mapping) or not inner:
             continue
-        outer = {key: config[key] for key in _FROM_OUTER if config.get(key) is not None}
+        outer = {key: raw_config[key] for key in _FROM_OUTER if raw_config.get(key) is not None}
         merged = {**outer, **flatten(inner), "nested_in": nest}
-        if config.get("model_type"):
-            merged["outer_model_type"] = config["model_type"]
-            merged.setdefault("model_type", config["model_type"])
+        if raw_config.get("model_type"):
+            merged["outer_model_type"] = raw_config["model_type"]
+            merged.setdefault("model_type", raw_config["model_type"])
         return merged
-    return dict(config)
+    return dict(raw_config)
 
 
 # The decoder's own names first: in Whisper's config num_hidden_layers and num_attention_heads are the encoder's.
@@ -109,34 +109,34 @@ MAX_LAYERS = 10_000  # a limit before work
 _HEADS = ("decoder_attention_heads", "num_attention_heads", "n_head", "n_heads", "num_heads")
 
 
-def num_layers(facts: Facts) -> int:
+def num_layers(config: ModelConfig) -> int:
     """Decoder layers, counting those that keep nothing."""
-    count = _num_layers(facts)
+    count = _num_layers(config)
     if count > MAX_LAYERS:
         raise ConfigError(
-            f"cannot size {facts.name}: {count} layers are more than the {MAX_LAYERS:,} that any model has"
+            f"cannot size {config.name}: {count} layers are more than the {MAX_LAYERS:,} that any model has"
         )
     return count
 
 
-def _num_layers(facts: Facts) -> int:
-    if facts.model_type.startswith("longcat_flash") and facts.get("num_layers"):
-        return 2 * facts.count("num_layers")  # two attention sublayers in each
-    blocks = facts.get("layers_block_type", "hybrid_override_pattern", "mixer_types", "block_configs")
-    if blocks and facts.get(*_LAYERS) is None:
+def _num_layers(config: ModelConfig) -> int:
+    if config.model_type.startswith("longcat_flash") and config.get("num_layers"):
+        return 2 * config.count("num_layers")  # two attention sublayers in each
+    blocks = config.get("layers_block_type", "hybrid_override_pattern", "mixer_types", "block_configs")
+    if blocks and config.get(*_LAYERS) is None:
         return len(blocks)
-    return facts.count(*_LAYERS)
+    return config.count(*_LAYERS)
 
 
-def num_heads(facts: Facts) -> int:
-    return facts.count(*_HEADS)
+def num_heads(config: ModelConfig) -> int:
+    return config.count(*_HEADS)
 
 
-def hidden_size(facts: Facts) -> int:
-    return facts.count("hidden_size", "n_embd", "d_model")
+def hidden_size(config: ModelConfig) -> int:
+    return config.count("hidden_size", "n_embd", "d_model")
 
 
-def context_length(facts: Facts) -> int | None:
+def context_length(config: ModelConfig) -> int | None:
     """Longest context the config declares, or None."""
-    value = facts.get("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+    value = config.get("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
     return value if isinstance(value, int) and value > 0 else None

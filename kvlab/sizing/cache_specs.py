@@ -1,6 +1,6 @@
 """What one layer keeps per sequence: K/V heads, an MLA latent, indexer keys, or a fixed state.
 
-Each part answers three questions under given `Rules`: bytes per held token, how many tokens it holds at most, and
+Each part answers three questions under given `Conventions`: bytes per held token, how many tokens it holds at most, and
 bytes that do not depend on the length. `shard(tp)` is the part as one tensor-parallel rank keeps it.
 """
 
@@ -11,7 +11,7 @@ from kvlab.sizing.dtypes import KVDtype
 
 
 @dataclass(frozen=True)
-class Rules:
+class Conventions:
     """The conventions a figure follows.
 
     engine: ``vllm`` or ``transformers``; they differ in window edges, conv columns and the indexer's dtype.
@@ -35,14 +35,14 @@ class HeadsKV:
     chunked: bool = False
     fixed_tokens: int | None = None  # cross-attention: encoder tokens, written once
 
-    def token_bytes(self, rules: Rules) -> int:
-        return self.num_kv_heads * rules.kv.head_bytes(self.k_dim, self.v_dim)
+    def token_bytes(self, conventions: Conventions) -> int:
+        return self.num_kv_heads * conventions.kv.head_bytes(self.k_dim, self.v_dim)
 
-    def held_tokens(self, rules: Rules) -> int | None:
+    def held_tokens(self, conventions: Conventions) -> int | None:
         # transformers drops the token that the next query cannot see; vLLM's window counts the query itself.
-        return None if self.window is None else self.window - (rules.engine == "transformers")
+        return None if self.window is None else self.window - (conventions.engine == "transformers")
 
-    def fixed_bytes(self, rules: Rules) -> int:
+    def fixed_bytes(self, conventions: Conventions) -> int:
         return 0
 
     def shard(self, tp: int) -> "HeadsKV":
@@ -53,8 +53,8 @@ class HeadsKV:
             )
         return replace(self, num_kv_heads=max(1, self.num_kv_heads // tp))
 
-    def formula(self, rules: Rules) -> str:
-        kv = rules.kv
+    def formula(self, conventions: Conventions) -> str:
+        kv = conventions.kv
         widths = f"({self.k_dim} + {self.v_dim})"
         per_head = {1: f"{widths} x {kv.num} B"}.get(kv.per, f"{widths} / {kv.per} x {kv.num} B")
         if kv.head_extra:
@@ -72,23 +72,23 @@ class LatentKV:
     chunked = False
     fixed_tokens = None
 
-    def token_bytes(self, rules: Rules) -> int:
-        return rules.kv.latent_bytes(self.lora_rank, self.rope_dim)
+    def token_bytes(self, conventions: Conventions) -> int:
+        return conventions.kv.latent_bytes(self.lora_rank, self.rope_dim)
 
-    def held_tokens(self, rules: Rules) -> int | None:
+    def held_tokens(self, conventions: Conventions) -> int | None:
         return None
 
-    def fixed_bytes(self, rules: Rules) -> int:
+    def fixed_bytes(self, conventions: Conventions) -> int:
         return 0
 
     def shard(self, tp: int) -> "LatentKV":
         return self
 
-    def formula(self, rules: Rules) -> str:
-        if rules.kv.mla_only:
+    def formula(self, conventions: Conventions) -> str:
+        if conventions.kv.mla_only:
             return f"latent ({self.lora_rank} fp8 + {self.lora_rank // 128} fp32 scales + {self.rope_dim} 16-bit)"
-        return f"latent ({self.lora_rank} + {self.rope_dim}) x {rules.kv.num} B" + (
-            f" / {rules.kv.per}" if rules.kv.per > 1 else ""
+        return f"latent ({self.lora_rank} + {self.rope_dim}) x {conventions.kv.num} B" + (
+            f" / {conventions.kv.per}" if conventions.kv.per > 1 else ""
         )
 
 
@@ -108,28 +108,28 @@ class IndexerKV:
     chunked = False
     fixed_tokens = None
 
-    def token_bytes(self, rules: Rules) -> int:
-        if rules.engine == "vllm" and self.pool > 1:
+    def token_bytes(self, conventions: Conventions) -> int:
+        if conventions.engine == "vllm" and self.pool > 1:
             raise ConfigError(
                 f"cannot size an indexer under vLLM that keeps one key per {self.pool} tokens (field 'index_kpool' or "
                 "'indexer_compress_ratio'); use engine='transformers' for what transformers keeps"
             )
-        if rules.engine == "transformers" or not self.packed:
-            return self.dim * rules.model_bytes
+        if conventions.engine == "transformers" or not self.packed:
+            return self.dim * conventions.model_bytes
         return self.dim + 4 * -(-self.dim // 128)
 
-    def held_tokens(self, rules: Rules) -> int | None:
+    def held_tokens(self, conventions: Conventions) -> int | None:
         return None
 
-    def fixed_bytes(self, rules: Rules) -> int:
+    def fixed_bytes(self, conventions: Conventions) -> int:
         return 0
 
     def shard(self, tp: int) -> "IndexerKV":
         return self
 
-    def formula(self, rules: Rules) -> str:
-        if rules.engine == "transformers" or not self.packed:
-            return f"indexer {self.dim} x {rules.model_bytes} B"
+    def formula(self, conventions: Conventions) -> str:
+        if conventions.engine == "transformers" or not self.packed:
+            return f"indexer {self.dim} x {conventions.model_bytes} B"
         return f"indexer ({self.dim} fp8 + {-(-self.dim // 128)} fp32 scale)"
 
 
@@ -154,25 +154,25 @@ class StateKV:
     chunked = False
     fixed_tokens = None
 
-    def token_bytes(self, rules: Rules) -> int:
+    def token_bytes(self, conventions: Conventions) -> int:
         return 0
 
-    def held_tokens(self, rules: Rules) -> int | None:
+    def held_tokens(self, conventions: Conventions) -> int | None:
         return None
 
-    def _columns(self, rules: Rules) -> int:
+    def _columns(self, conventions: Conventions) -> int:
         # transformers keeps all K columns, vLLM the K - 1 that the next token needs
-        return self.kernel - (rules.engine != "transformers") if self.kernel else 0
+        return self.kernel - (conventions.engine != "transformers") if self.kernel else 0
 
     def _channels(self) -> int:
         return self.conv_channels + 2 * self.groups * self.group_width
 
-    def _recurrent_bytes(self, rules: Rules) -> int:
-        return rules.model_bytes if self.in_model_dtype else rules.state_bytes
+    def _recurrent_bytes(self, conventions: Conventions) -> int:
+        return conventions.model_bytes if self.in_model_dtype else conventions.state_bytes
 
-    def fixed_bytes(self, rules: Rules) -> int:
-        conv = self._columns(rules) * self._channels() * rules.model_bytes
-        return conv + self.heads * self.rows * self.cols * self._recurrent_bytes(rules)
+    def fixed_bytes(self, conventions: Conventions) -> int:
+        conv = self._columns(conventions) * self._channels() * conventions.model_bytes
+        return conv + self.heads * self.rows * self.cols * self._recurrent_bytes(conventions)
 
     def shard(self, tp: int) -> "StateKV":
         # A group is repeated so that every rank's heads find theirs: vLLM MambaStateShapeCalculator.
@@ -182,37 +182,37 @@ class StateKV:
                 raise ConfigError(f"tp must divide {count} {label} of a {self.name} layer, got tp={tp}")
         return replace(self, conv_channels=self.conv_channels // tp, groups=groups // tp, heads=self.heads // tp)
 
-    def formula(self, rules: Rules) -> str:
+    def formula(self, conventions: Conventions) -> str:
         terms = []
         if self.kernel:
             inner = (
                 f"{self.conv_channels} + 2 x {self.groups} x {self.group_width}" if self.groups else self._channels()
             )
-            terms.append(f"conv {self._columns(rules)} x ({inner}) x {rules.model_bytes} B")
+            terms.append(f"conv {self._columns(conventions)} x ({inner}) x {conventions.model_bytes} B")
         if self.heads:
-            terms.append(f"state {self.heads} x {self.rows} x {self.cols} x {self._recurrent_bytes(rules)} B")
+            terms.append(f"state {self.heads} x {self.rows} x {self.cols} x {self._recurrent_bytes(conventions)} B")
         return " + ".join(terms)
 
 
-Part = HeadsKV | LatentKV | IndexerKV | StateKV
+CacheSpec = HeadsKV | LatentKV | IndexerKV | StateKV
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its index, what kind it is in words, and the parts it keeps (none where it keeps nothing)."""
+    """One layer: its index, what kind it is in words, and the cache specs it keeps (none where it keeps nothing)."""
 
     index: int
     kind: str
-    parts: tuple[Part, ...] = ()
+    specs: tuple[CacheSpec, ...] = ()
 
 
-def part_bytes(part: Part, num_tokens: int, rules: Rules) -> int:
-    """Bytes that `part` keeps for a sequence of `num_tokens`."""
-    if part.fixed_tokens is not None:
-        return part.token_bytes(rules) * part.fixed_tokens
-    held = part.held_tokens(rules)
+def spec_bytes(spec: CacheSpec, num_tokens: int, conventions: Conventions) -> int:
+    """Bytes that `spec` keeps for a sequence of `num_tokens`."""
+    if spec.fixed_tokens is not None:
+        return spec.token_bytes(conventions) * spec.fixed_tokens
+    held = spec.held_tokens(conventions)
     kept = num_tokens if held is None else min(num_tokens, held)
-    return part.token_bytes(rules) * kept + part.fixed_bytes(rules)
+    return spec.token_bytes(conventions) * kept + spec.fixed_bytes(conventions)
 
 
 def _nearest_tp(heads: int, tp: int) -> str:
