@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kvlab"
 FLOORS = [
     ["errors", "units"],
     ["auth", "geometry", "hostmemory", "fingerprint"],
-    ["chunking", "hashing", "container", "sizing"],
+    ["chunking", "hashing", "container"],
     ["serde", "stores", "paged"],
-    ["objects", "machine"],
+    ["objects", "machine", "sizing"],
     ["engine", "datasets", "simulation"],
     ["connectors", "testing"],
     ["serving"],

@@ -30,9 +30,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("trace", help=f"a trace ({', '.join(FORMATS)}: JSON lines), or made-up traffic: {', '.join(KINDS)}")
     p.add_argument("--policy", default="lru", help="eviction policies, with commas; belady is the bound")
     p.add_argument(
-        "--capacity",
+        "--tiers",
         default="unbounded",
-        help="with commas: 10GiB, disk:1TiB, '10000 blocks', unbounded; + joins tiers: 10GiB+disk:1TiB",
+        help="URLs as stores take them, or sizes of host memory ('10GiB', '10000 blocks', unbounded), with commas; "
+        "+ stacks tiers: memory://?size=10GiB+file://?size=1TiB",
     )
     p.add_argument("--model", help="whose KV it is: a name or a config.json; needed where capacities are bytes")
     p.add_argument("--serde", default=None, help="ratios or serdes of a fixed ratio, with commas: 1.45,int4")
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print one row per policy, capacity and serde; raises KVLabError, which the dispatcher turns into one line."""
+    """Print one row per policy, tiers and serde; raises KVLabError, which the dispatcher turns into one line."""
     args = parser().parse_args(list(argv))
     if args.trace in KINDS:
         traffic = generate_traffic(args.trace, args.limit or 2000, reuse=args.reuse, seed=args.seed)
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     cost = None if rate is None else CostModel(Prefill.at_rate(rate), per_gpu_hour=args.per_gpu_hour)
     rows = sweep(
         traffic,
-        [[tier.strip() for tier in one.split("+")] for one in args.capacity.split(",")],
+        [[tier.strip() for tier in one.split("+")] for one in args.tiers.split(",")],
         args.policy.split(","),
         serdes=[_serde(one) for one in args.serde.split(",")] if args.serde else [None],
         model=args.model,

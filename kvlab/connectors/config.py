@@ -102,6 +102,7 @@ class ConnectorConfig:
                 put(self, "policy", url.take("policy", "lru"))
                 url.done()
                 continue
+            url.refuse_simulation_options()
             serdes.add(url.options.pop("serde", "naive"))
             key_files.add(url.options.pop("auth", ""))
             base = raw.partition("?")[0]

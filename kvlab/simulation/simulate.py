@@ -15,7 +15,7 @@ from kvlab.simulation.generate import KINDS, generate_traffic
 from kvlab.simulation.replay import Replay, TierCount, cut, replay
 from kvlab.simulation.replay_tiers import Admission, replay_tiers
 from kvlab.simulation.reuse import reuse_histogram
-from kvlab.simulation.tiers import Tier, as_tier
+from kvlab.simulation.tiers import Tier, tier_and_policy
 from kvlab.simulation.trace_files import load_traffic
 from kvlab.simulation.traffic import Traffic, traffic_of_prompts
 from kvlab.sizing import KVSize, size_calculator
@@ -63,7 +63,7 @@ def simulate(
     trace: Trace,
     tiers: Sequence[Tier | str | int] | Tier | str | int = "unbounded",
     *,
-    policy: str = "lru",
+    policy: str | None = None,
     model: Any = None,
     serde: str | float | None = None,
     chunk_tokens: int | None = None,
@@ -77,9 +77,11 @@ def simulate(
     ----------
     trace : a `Traffic`, the path of a published trace, a list of token prompts, or ``chat``, ``agent``, ``document``
         for made-up traffic.
-    tiers : fastest first: `Tier`, or text such as ``10GiB``, ``disk:1TiB``, ``10000 blocks``, ``unbounded``.
-    policy : an eviction policy of the stores, for all tiers, or ``belady``: the bound of
-        `kvlab.simulation.belady`, which is one on `block_hit_rate`; several tiers are one to it.
+    tiers : fastest first: `Tier`, or the URL that a store or vLLM's connector takes, such as ``memory://?size=10GiB``
+        or ``file:///kv?size=1TiB``, with ``gb_per_s``, ``latency_ms`` and ``per_gb_month`` among its options; or a bare
+        size of host memory: ``10GiB``, ``10000 blocks``, ``unbounded``.
+    policy : an eviction policy of the stores, for all tiers (None: what each URL says, else ``lru``), or ``belady``:
+        the bound of `kvlab.simulation.belady`, which is one on `block_hit_rate`; several tiers are one to it.
     model : what `size_calculator` takes, or a `KVSize`; needed where capacities are bytes.
     serde : raw bytes per stored byte (1.45), or the name of a serde whose ratio is fixed.
     chunk_tokens : tokens of a stored object, as `Chunker`'s; 256, or a block of the traffic if that is larger.
@@ -94,9 +96,11 @@ def simulate(
     traffic = as_traffic(trace)
     step_tokens = chunk_tokens or default_chunk(traffic)
     objects = cut(traffic, step_tokens)
-    stack = [as_tier(tier) for tier in ([tiers] if isinstance(tiers, Tier | str | int) else tiers)]
-    if not stack:
-        raise ConfigError("simulate needs at least one tier, such as '10GiB' or '10000 blocks'")
+    given = [tier_and_policy(tier) for tier in ([tiers] if isinstance(tiers, Tier | str | int) else tiers)]
+    if not given:
+        raise ConfigError("simulate needs at least one tier, such as 'memory://?size=10GiB' or '10000 blocks'")
+    stack = [tier for tier, _ in given]
+    policies = [policy or named or "lru" for _, named in given]
     ratio = serde_ratio(serde)
     sizes, in_bytes = _sizes(traffic.block_tokens, objects.step, model, ratio, object_bytes)
     capacities = [_capacity(tier, sizes, in_bytes) for tier in stack]
@@ -109,13 +113,13 @@ def simulate(
         nothing = [[0] * len(lent) for _ in stack[1:]]
         done = Replay(bound.hit_blocks, [TierCount(x, [int(y > 0) for y in x]) for x in (lent, *nothing)])
         whole = bound.hit_last
-    elif policy not in POLICIES:
-        raise ConfigError(f"policy must be one of {', '.join(sorted({*POLICIES, BOUND}))}; got {policy!r}")
+    elif unknown := [name for name in policies if name not in POLICIES]:
+        raise ConfigError(f"policy must be one of {', '.join(sorted({*POLICIES, BOUND}))}; got {unknown[0]!r}")
     else:
         if len(stack) == 1 and admission is None and capacities[0] >= max(sizes):
-            done = replay(objects, get_policy(policy), capacities[0], sizes)
+            done = replay(objects, get_policy(policies[0]), capacities[0], sizes)
         else:
-            pairs = [(get_policy(policy), capacity) for capacity in capacities]
+            pairs = [(get_policy(name), capacity) for name, capacity in zip(policies, capacities, strict=True)]
             done = replay_tiers(objects, pairs, sizes, traffic.num_tokens.tolist(), admission)
         whole = [hit == asked for hit, asked in zip(done.hit_blocks, traffic.num_blocks.tolist(), strict=True)]
     hit_blocks = np.array(done.hit_blocks, np.int64)
@@ -124,7 +128,7 @@ def simulate(
     hit_tokens: Ints = hit_blocks * traffic.block_tokens - np.where(np.array(whole, bool), short, 0)
     row: dict[str, Any] = {
         "traffic": traffic.name,
-        "policy": policy,
+        "policy": " + ".join(dict.fromkeys(policies)),
         "tiers": " + ".join(tier.label for tier in stack),
         "capacity": None if any(tier.capacity is None for tier in stack) else sum(capacities),
         "unit": "bytes" if in_bytes else "blocks",

@@ -16,7 +16,7 @@ Tiers = Tier | str | int | Sequence[Tier | str | int]
 
 def sweep(
     trace: Trace,
-    capacities: Sequence[Tiers],
+    tiers: Sequence[Tiers],
     policies: Sequence[str] = ("lru", "fifo", "s3fifo", "arc", "belady"),
     *,
     serdes: Sequence[str | float | None] = (None,),
@@ -29,17 +29,17 @@ def sweep(
 
     Parameters
     ----------
-    capacities : each one tier or a list of tiers, as `simulate` takes them.
+    tiers : each one tier or a list of tiers, as `simulate` takes them.
     workers : processes; as many as this process may use cores unless told.
     progress : show a bar, if tqdm is installed.
     how : the other arguments of `simulate`.
     """
-    for name, values in (("capacities", capacities), ("policies", policies), ("serdes", serdes)):
+    for name, values in (("tiers", tiers), ("policies", policies), ("serdes", serdes)):
         if isinstance(values, str) or not values:
             raise ConfigError(f"{name} must be a list with at least one entry, got {values!r}")
     traffic = as_traffic(trace)
     size = model if model is None or isinstance(model, KVSize) else size_calculator(model)
-    jobs = [(policy, tiers, serde) for policy in policies for tiers in capacities for serde in serdes]
+    jobs = [(policy, stack, serde) for policy in policies for stack in tiers for serde in serdes]
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     shared = (traffic, {**how, "model": size})
     rows: list[dict[str, Any]] = [{}] * len(jobs)

@@ -1,12 +1,14 @@
 """A tier as the simulator sees it: how much it holds, how fast it is, what it costs."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kvlab.errors import ConfigError
+from kvlab.stores.spec import TierSpec
 from kvlab.units import format_bytes, parse_bytes
 
 # GB/s and ms of known kinds, for first answers; measure your own and pass Tier(...) instead. Memory: one H100's
 # staged copies over PCIe 5 (data/published/h100_peers.json). Disk: one NVMe drive on PCIe 4. Redis: one TCP connection.
+KINDS = {"file": "disk", "rediss": "redis", "unix": "redis", "redis-sentinel": "redis", "redis-cluster": "redis"}
 SPEEDS = {"memory": (50.0, 0.1), "disk": (6.0, 0.5), "redis": (1.0, 1.0)}
 
 
@@ -46,28 +48,30 @@ class Tier:
 
 
 def as_tier(given: "Tier | str | int") -> Tier:
-    """A Tier, or from ``10GiB``, ``10000 blocks``, ``unbounded``, each with a kind before it: ``disk:1TiB``.
+    """A Tier, or from the URL of a tier, as stores and vLLM's connector take it, or from a bare size of host memory:
+    ``memory://?size=10GiB``, ``file:///kv?size=1TiB&gb_per_s=12``, ``10GiB``, ``10000 blocks``, ``unbounded``.
 
-    >>> as_tier("disk:1TiB").gb_per_s
+    >>> as_tier("file://?size=1TiB").gb_per_s
     6.0
     """
+    return tier_and_policy(given)[0]
+
+
+def tier_and_policy(given: "Tier | str | int") -> tuple[Tier, str | None]:
+    """A tier as `as_tier` reads it, and the eviction policy that its URL names, if any."""
     if isinstance(given, Tier):
-        return given
+        return given, None
     if isinstance(given, int):
-        return Tier(parse_bytes(given))
-    kind, colon, size = given.partition(":") if isinstance(given, str) else ("", "", "")
-    if not colon:
-        kind, size = "memory", str(given)
-    if kind not in SPEEDS:
-        raise ConfigError(f"kind of tier must be one of {', '.join(SPEEDS)}; got {kind!r} in {given!r}")
-    gb_per_s, latency_ms = SPEEDS[kind]
-    tier = Tier(None, kind, gb_per_s=gb_per_s, latency_ms=latency_ms)
-    size = size.strip()
-    if size in ("unbounded", "inf"):
-        return tier
-    number = size.removesuffix("blocks").strip()
-    if number != size:
-        if not number.isdigit():
-            raise ConfigError(f"a capacity in blocks must be like '10000 blocks', got {given!r}")
-        return replace(tier, capacity=int(number), in_blocks=True)
-    return replace(tier, capacity=parse_bytes(size))
+        return Tier(parse_bytes(given)), None
+    spec = TierSpec.parse(given)
+    if spec.serde is not None:
+        raise ConfigError(f"serde in the URL of {spec.name} has no place here: give serde=, which holds for all tiers")
+    kind = KINDS.get(spec.scheme, spec.scheme)
+    usual_gb_per_s, usual_latency_ms = SPEEDS.get(kind, (None, None))
+    gb_per_s = spec.gb_per_s if spec.gb_per_s is not None else usual_gb_per_s
+    latency_ms = spec.latency_ms if spec.latency_ms is not None else usual_latency_ms
+    if gb_per_s is None or latency_ms is None:
+        raise ConfigError(f"the speed of {spec.name} is not known: add gb_per_s=... and latency_ms=... to its URL")
+    in_blocks = spec.size_blocks is not None
+    capacity = spec.size_blocks if in_blocks else spec.size_bytes
+    return Tier(capacity, kind, in_blocks, gb_per_s, latency_ms, spec.per_gb_month or 0.0), spec.policy

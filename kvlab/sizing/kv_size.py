@@ -1,12 +1,14 @@
 """`KVSize`: how big the KV of one model is, with the ways to show it and to plan with it."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvlab.sizing.curve import KVCurve
 from kvlab.sizing.planning import Breakeven, Cost, TierPlan, breakeven, cost, plan_tier
 from kvlab.sizing.report import as_dict, explain, html, layer_row
 from kvlab.sizing.reserved import Reserved, reserve
-from kvlab.units import parse_bytes, parse_tokens
+from kvlab.stores.spec import TierSpec
+from kvlab.units import parse_tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,9 +25,16 @@ class KVSize(KVCurve):
         """What vLLM sets aside for one sequence of `tokens`; arguments as `kvlab.sizing.reserved.reserve`."""
         return reserve(self, parse_tokens(tokens), **engine)
 
-    def plan(self, tiers: dict[str, int | str], *, tokens: int | str = 4096, chunk: int = 256) -> list[TierPlan]:
-        """Sessions, chunks and tokens that each tier (name -> size) holds."""
-        return [plan_tier(self, tier, parse_bytes(size), parse_tokens(tokens), chunk) for tier, size in tiers.items()]
+    def plan(
+        self, tiers: Sequence[str] | str, *, tokens: int | str = 4096, chunk_tokens: int | str = 256
+    ) -> list[TierPlan]:
+        """Sessions of `tokens`, chunks and tokens that each tier holds. `tiers` are URLs with a ``size``, as stores and
+        vLLM's connector take them, or bare sizes of host memory. Raises ConfigError on a tier without a size in bytes.
+
+        >>> size.plan(["memory://?size=64GiB", "redis://10.0.0.1?size=1TiB"], tokens="32k")  # doctest: +SKIP
+        """
+        specs = [TierSpec.parse(tier) for tier in ([tiers] if isinstance(tiers, str) else tiers)]
+        return [plan_tier(self, spec, parse_tokens(tokens), parse_tokens(chunk_tokens)) for spec in specs]
 
     def breakeven(self, prefill_tokens_per_s: float | None = None, **how: Any) -> Breakeven:
         """Bandwidth above which loading beats recomputing; arguments as `kvlab.sizing.planning.breakeven`."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from kvlab.errors import ConfigError
 from kvlab.sizing.curve import KVCurve
 from kvlab.sizing.model_config import hidden_size, num_heads
+from kvlab.stores.spec import TierSpec
 
 REDIS_VALUE_LIMIT = 512 * 2**20  # proto-max-bulk-len, the largest value a Redis server accepts by default
 SECONDS_PER_MONTH = 30 * 24 * 3600
@@ -26,24 +27,27 @@ class TierPlan:
     fits_redis_value: bool
 
 
-def plan_tier(size: KVCurve, tier: str, size_bytes: int, session_tokens: int, chunk: int) -> TierPlan:
+def plan_tier(size: KVCurve, tier: TierSpec, session_tokens: int, chunk_tokens: int) -> TierPlan:
     """Fill one tier. A session is stored as full chunks and a tail; each ends with a state where there are states.
 
     `fits_redis_value` tells whether one chunk stays within Redis's default 512 MB value limit.
     """
-    if chunk < 1 or session_tokens < 1:
-        raise ConfigError(f"chunk and session must be at least one token, got {chunk} and {session_tokens}")
-    chunk_bytes = size.chunk_bytes(chunk)
-    full, tail = divmod(session_tokens, chunk)
+    if chunk_tokens < 1 or session_tokens < 1:
+        raise ConfigError(f"chunk and session must be at least one token, got {chunk_tokens} and {session_tokens}")
+    size_bytes = tier.size_bytes
+    if size_bytes is None:
+        raise ConfigError(f"{tier.name} needs a size in bytes to be planned, such as {tier.name}?size=64GiB")
+    chunk_bytes = size.chunk_bytes(chunk_tokens)
+    full, tail = divmod(session_tokens, chunk_tokens)
     session_bytes = full * chunk_bytes + (size.chunk_bytes(tail) if tail else 0)
     chunks = size_bytes // chunk_bytes
     return TierPlan(
-        tier=tier,
+        tier=tier.name,
         size_bytes=size_bytes,
-        chunk_tokens=chunk,
+        chunk_tokens=chunk_tokens,
         chunk_bytes=chunk_bytes,
         chunks=chunks,
-        tokens=chunks * chunk,
+        tokens=chunks * chunk_tokens,
         session_tokens=session_tokens,
         session_bytes=session_bytes,
         sessions=size_bytes // session_bytes,

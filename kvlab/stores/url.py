@@ -9,6 +9,7 @@ from kvlab.errors import ConfigError
 from kvlab.units import parse_bytes
 
 MOST_SECRET_BYTES = 4096
+SIMULATION_OPTIONS = ("gb_per_s", "latency_ms", "per_gb_month")  # of a tier that is not opened
 _HOST = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\[\]:,@]*)(:\d{1,5})?")
 _OPTION = re.compile(r"[a-z][a-z0-9_]{0,40}")
 
@@ -134,7 +135,18 @@ class StoreURL:
             raise ConfigError(f"{option} must be true or false, got {text!r} in {self.shown!r}")
         return text in ("true", "1", "yes")
 
+    def refuse_simulation_options(self) -> None:
+        """Raise ConfigError for options that describe a tier to the simulator alone."""
+        for option in SIMULATION_OPTIONS:
+            if option in self.options and option not in self._taken:
+                raise ConfigError(
+                    f"{option} in {self.shown!r} describes a tier for simulation; a real tier is as fast as its medium "
+                    "and costs what it costs, so leave it out"
+                )
+
     def done(self) -> None:
+        """Raise ConfigError if an option was given that was not taken."""
+        self.refuse_simulation_options()
         unknown = sorted({*self.options, *self._secrets} - self._taken)
         if unknown:
             known = ", ".join(sorted(self._taken))

@@ -37,7 +37,7 @@ def test_front_door_is_light():
 
 
 def test_rows_say_what_ran():
-    done = kvlab.simulate(SOME, ["1GiB", "disk:3GiB"], model="Qwen2.5-7B", serde=2.0, policy="s3fifo")
+    done = kvlab.simulate(SOME, ["1GiB", "file://?size=3GiB"], model="Qwen2.5-7B", serde=2.0, policy="s3fifo")
     assert done.row["tiers"] == "memory:1 GiB + disk:3 GiB"
     assert (done.row["policy"], done.row["unit"], done.row["serde_ratio"]) == ("s3fifo", "bytes", 2.0)
     assert [row["tier"] for row in done.rows()] == ["memory", "disk"]
@@ -84,6 +84,12 @@ def test_token_prompts_are_traffic():
         ({"tiers": "1GiB"}, "needs model"),
         ({"policy": "random"}, "policy must be one of arc, belady, fifo"),
         ({"tiers": []}, "at least one tier"),
+        ({"tiers": "disk:1TiB"}, "size must be"),
+        ({"tiers": "s3://bucket?size=1TiB"}, "the speed of s3://bucket is not known: add gb_per_s"),
+        ({"tiers": "file:///kv?sise=1TiB"}, "unknown option 'sise' in 'file:///kv'; known: auth, check"),
+        ({"tiers": "file:///kv?size=1TiB&serde=int4"}, "serde in the URL of file:///kv has no place here"),
+        ({"tiers": "file:///kv?size=10 blocks&gb_per_s=fast"}, "gb_per_s must be a number, got 'fast'"),
+        ({"tiers": "memory://?size=10 blocks&policy=best"}, "policy must be one of arc, belady, fifo"),
         ({"chunk_tokens": 100}, "chunk_tokens must be a multiple of the traffic's block_tokens=16, got 100"),
         ({"serde": 0.0}, "must be positive"),
         ({"serde": 2.0}, "give model"),
@@ -96,9 +102,23 @@ def test_bad_arguments_are_named(how, says):
         kvlab.simulate(SOME, **how)
 
 
+def test_the_url_of_a_store_is_a_tier(tmp_path):
+    """What was simulated can be given to vLLM and to a store, but for a speed, which they refuse with the reason."""
+    urls = ["memory://?size=1GiB&policy=s3fifo", f"file://{tmp_path}/kv?size=3GiB&shared=true&fsync=true"]
+    done = kvlab.simulate(SOME, urls, model="Qwen2.5-7B")
+    assert done.row["policy"] == "s3fifo + lru"
+    assert kvlab.vllm_config(urls)["kv_connector_extra_config"]["tiers"] == urls
+    kvlab.open_store(urls[1]).close()
+    fast = [urls[0], urls[1] + "&gb_per_s=12&latency_ms=0.1&per_gb_month=0.02"]
+    assert kvlab.simulate(SOME, fast, model="Qwen2.5-7B").row["loaded"] == done.row["loaded"]
+    for refuse in (kvlab.vllm_config, lambda tiers: kvlab.open_store(tiers[1])):
+        with pytest.raises(ConfigError, match="describes a tier for simulation"):
+            refuse(fast)
+
+
 def test_a_sweep_is_many_simulations_in_any_number_of_processes():
     what = {"policies": ["lru", "belady"], "serdes": [None, 4.0], "model": "Qwen2.5-7B", "progress": False}
-    capacities = ["1GiB", ["512MiB", "disk:4GiB"]]
+    capacities = ["1GiB", ["512MiB", "file:///kv?size=4GiB"]]
     two = kvlab.sweep(SOME, capacities, workers=2, **what)
     assert two == kvlab.sweep(SOME, capacities, workers=1, **what)
     assert [(row["policy"], row["tiers"], row["serde_ratio"]) for row in two[:3]] == [
@@ -107,7 +127,7 @@ def test_a_sweep_is_many_simulations_in_any_number_of_processes():
         ("lru", "memory:512 MiB + disk:4 GiB", 1.0),
     ]
     assert two[0] == kvlab.simulate(SOME, "1GiB", model="Qwen2.5-7B").row
-    with pytest.raises(ConfigError, match="capacities must be a list"):
+    with pytest.raises(ConfigError, match="tiers must be a list"):
         kvlab.sweep(SOME, "1GiB")
     with pytest.raises(ConfigError, match="policy must be one of"):
         kvlab.sweep(SOME, ["10 blocks", "20 blocks"], ["random"], workers=2, progress=False)
@@ -124,7 +144,15 @@ def test_what_a_worker_raises_is_raised_here(monkeypatch):
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "trace.jsonl"
     save_traffic(generate_traffic("chat", 60, block_tokens=512), path)
-    arguments = [str(path), "--policy", "lru,s3fifo", "--capacity", "1GiB,1GiB+disk:10GiB", "--model", "Qwen2.5-7B"]
+    arguments = [
+        str(path),
+        "--policy",
+        "lru,s3fifo",
+        "--tiers",
+        "1GiB,1GiB+file://?size=10GiB",
+        "--model",
+        "Qwen2.5-7B",
+    ]
     assert main(["simulate", *arguments, "--workers", "1", "--prefill-rate", "20000"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert "60 requests" in table[0]
@@ -135,6 +163,6 @@ def test_command_line(tmp_path, capsys):
     assert answer["rows"][0]["sights"] == 2
     assert main(["simulate", "agent", "--limit", "40", "--csv"]) == 0
     assert capsys.readouterr().out.startswith("traffic,policy,")
-    for bad in (["simulate"], ["simulate", "absent.jsonl"], ["simulate", "chat", "--capacity", "1GiB"]):
+    for bad in (["simulate"], ["simulate", "absent.jsonl"], ["simulate", "chat", "--tiers", "1GiB"]):
         assert main(bad) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1

@@ -73,11 +73,11 @@ def test_a_serde_factor_scales_and_rounds_up() -> None:
 
 
 def test_plan() -> None:
-    host, disk = size_calculator("Llama-3.1-8B").plan({"host": "50GiB", "disk": "1TB"}, tokens="32k")
+    host, disk = size_calculator("Llama-3.1-8B").plan(["memory://?size=50GiB", "file:///kv?size=1TB"], tokens="32k")
     assert (host.chunks, host.tokens, host.sessions) == (1600, 409_600, 12)
     assert disk.chunks == 10**12 // (32 * 2**20)
     assert host.fits_redis_value
-    assert not size_calculator("Qwen-72B", "bf16").plan({"redis": "1TB"})[0].fits_redis_value  # 640 MiB chunks
+    assert not size_calculator("Qwen-72B", "bf16").plan("redis://h?size=1TB")[0].fits_redis_value  # 640 MiB chunks
 
 
 def test_breakeven() -> None:
