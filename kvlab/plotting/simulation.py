@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvlab.simulation.prediction import NEAR
+from kvlab.simulation.prediction import TOLERANCE
 from kvlab.simulation.simulate import BOUND
 
 if TYPE_CHECKING:
@@ -58,18 +58,18 @@ def reuse_figure(histogram: Rows, title: str, block_tokens: int) -> "go.Figure":
     return figure.update_layout(title=title)
 
 
-def foretold_figure(rows: Rows, title: str) -> "go.Figure":
-    """TTFT against prompt length, measured and foretold (rows of `foretell`); bars span 15% about what was measured."""
+def predicted_figure(rows: Rows, title: str) -> "go.Figure":
+    """TTFT against prompt length, measured and predicted (rows of `predict`); bars span 15% about what was measured."""
     import plotly.graph_objects as go
     from plotly.colors import DEFAULT_PLOTLY_COLORS
 
     figure = go.Figure()
     for color, (how, mine) in zip(DEFAULT_PLOTLY_COLORS, _grouped(rows, "how").items(), strict=False):
         tokens = [row["tokens"] for row in mine]
-        told, seen = ([row[f"{name}_ms"] for row in mine] for name in ("foretold", "measured"))
-        near = {"type": "percent", "value": 100 * NEAR}
+        told, seen = ([row[f"{name}_ms"] for row in mine] for name in ("predicted", "measured"))
+        near = {"type": "percent", "value": 100 * TOLERANCE}
         open_mark, full_mark = ({"symbol": s, "size": 9, "color": color} for s in ("circle-open", "circle"))
-        figure.add_scatter(x=tokens, y=told, name=f"{how}, foretold", mode="markers", marker=open_mark)
+        figure.add_scatter(x=tokens, y=told, name=f"{how}, predicted", mode="markers", marker=open_mark)
         figure.add_scatter(x=tokens, y=seen, name=f"{how}, measured", mode="markers", marker=full_mark, error_y=near)
     lengths = sorted({row["tokens"] for row in rows})
     figure.update_xaxes(type="log", title="tokens of the prompt", tickvals=lengths)

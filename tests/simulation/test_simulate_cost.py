@@ -11,7 +11,7 @@ import kvlab
 from kvlab.errors import ConfigError
 from kvlab.simulation.cost import CostModel, Prefill, fit_prefill, fit_tier, waits
 from kvlab.simulation.generate import generate_traffic
-from kvlab.simulation.prediction import foretell, latest
+from kvlab.simulation.prediction import predict, latest
 from kvlab.simulation.simulate import simulate
 from kvlab.simulation.tiers import Tier, as_tier
 
@@ -70,13 +70,13 @@ def test_money():
     assert row["ttft_saved_ms"] == pytest.approx(row["ttft_without_ms"] - row["ttft_ms"])
 
 
-def test_computed_prompts_on_an_h100_are_foretold_within_15_percent():
+def test_computed_prompts_on_an_h100_are_predicted_within_15_percent():
     """From two lengths, a third. The shortest is left out: its median is a third above its least (see below)."""
     seen = measured("computed")
     prefill, overhead_ms, mfu = fit_prefill([(n, seen[n]) for n in (2048, 8192)], SIZE, PARAMS, PEAK)
     assert 0.5 < mfu < 0.9
-    foretold = overhead_ms + 1e3 * float(prefill.seconds(np.array(15_000)))
-    assert foretold == pytest.approx(seen[15_000], rel=0.15)
+    predicted = overhead_ms + 1e3 * float(prefill.seconds(np.array(15_000)))
+    assert predicted == pytest.approx(seen[15_000], rel=0.15)
     least = measured("computed", "least")
     prefill, overhead_ms, _ = fit_prefill([(n, least[n]) for n in (2048, 8192)], SIZE, PARAMS, PEAK)
     for tokens in (776, 15_000):
@@ -84,7 +84,7 @@ def test_computed_prompts_on_an_h100_are_foretold_within_15_percent():
 
 
 @pytest.mark.parametrize("how", ["vLLM OffloadingConnector", "LMCache 0.5.2"])
-def test_the_link_alone_does_not_foretell_what_a_hit_costs(how):
+def test_the_link_alone_does_not_predict_what_a_hit_costs(how):
     """Where the model is wrong: engines took over twice as long as link and prefill explain."""
     seen = measured("computed")
     prefill, overhead_ms, _ = fit_prefill(sorted(seen.items()), SIZE, PARAMS, PEAK)
@@ -96,7 +96,7 @@ def test_the_link_alone_does_not_foretell_what_a_hit_costs(how):
     assert (served.ttft_s * 1e3 < 0.5 * told).all()
 
 
-def test_a_measured_tier_foretells_the_loads_between():
+def test_a_measured_tier_predicts_the_loads_between():
     """Speed and latency from the shortest and the longest load; LMCache's between them within 15%."""
     seen = measured("computed")
     prefill, overhead_ms, _ = fit_prefill(sorted(seen.items()), SIZE, PARAMS, PEAK)
@@ -133,30 +133,30 @@ def test_bad_arguments_are_named(make, says):
         make()
 
 
-def test_what_was_measured_on_an_h100_is_foretold_or_said_why():
+def test_what_was_measured_on_an_h100_is_predicted_or_said_why():
     """Each computed and each loaded row, whatever was measured last: within 15 %, or a sentence."""
     rows = list(csv.DictReader((DATA / "measured" / "gpu_ttft.csv").open()))
     seen = measured("computed")
     prefill, overhead_ms, _ = fit_prefill([(n, seen[n]) for n in (2048, 8192)], SIZE, PARAMS, PEAK)
     floor = min(float(row["ttft_ms_min"]) for row in latest(rows, "vllm-prefix"))
     link = Tier(gb_per_s=PEERS["link_gb_per_s"]["host_to_device_1GiB_pinned"], latency_ms=floor - overhead_ms)
-    told = foretell(rows, CostModel(prefill, overhead_ms), link, SIZE)
+    told = predict(rows, CostModel(prefill, overhead_ms), link, SIZE)
     assert len(told) == len(latest(rows, "none", "kvlab")) >= 8
     assert {row["how"] for row in told} == {"computed", "loaded"}
     for row in told:
         assert (abs(row["error"]) > 0.15) == bool(row["why"])
-        assert row["foretold_ms"] / row["measured_ms"] - 1 == pytest.approx(row["error"])
+        assert row["predicted_ms"] / row["measured_ms"] - 1 == pytest.approx(row["error"])
 
 
 @pytest.mark.parametrize(
     ("backend", "median", "least", "says"),
     [
-        ("none", 1010, 1000, ""),  # foretold: 10 ms, and 1 ms per token
+        ("none", 1010, 1000, ""),  # predicted: 10 ms, and 1 ms per token
         ("none", 1500, 1000, "noise: the least of 9 repeats, 1000.0 ms, is +1% off; their median is 50% above it"),
         ("none", 1190, 1170, "not in the model: even the least of 9 repeats took 160.0 ms more than computing"),
         ("none", 1500, 1400, "not in the model: even the least of 9 repeats took 390.0 ms more than computing"),
         ("none", 510, 500, "computing was 2.00 times as fast"),
-        ("kvlab", 161, 160, ""),  # foretold: 10 ms, 50 ms of latency, 99.2 ms for 992 tokens, 8 tokens computed
+        ("kvlab", 161, 160, ""),  # predicted: 10 ms, 50 ms of latency, 99.2 ms for 992 tokens, 8 tokens computed
         ("kvlab", 120, 115, "overlap: the model adds the fixed 60.0 ms and the load's 107.2 ms; both fit"),
         ("kvlab", 90, 85, "loading was 3.57 times as fast"),
         ("kvlab", 55, 50, "the fixed cost is too high here: it is 60.0 ms, the whole request took 55.0 ms"),
@@ -166,7 +166,7 @@ def test_why_is_said_from_the_row_itself(backend, median, least, says):
     row = {"backend": backend, "tokens": 1000, "ttft_ms_median": median, "ttft_ms_min": least, "repeats": 9}
     other = {**row, "ttft_ms_median": 1, "ttft_ms_min": 1}  # measured before: not looked at
     tier = Tier(gb_per_s=SIZE.bytes_per_token / 1e5, latency_ms=50)  # 0.1 ms per token
-    told = foretell([other, row], CostModel(Prefill(1e-3), overhead_ms=10), tier, SIZE)
+    told = predict([other, row], CostModel(Prefill(1e-3), overhead_ms=10), tier, SIZE)
     assert len(told) == 1
     assert told[0]["why"].startswith(says)
     assert bool(told[0]["why"]) == bool(says)

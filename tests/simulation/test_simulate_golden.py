@@ -127,12 +127,12 @@ def test_reuse_distances_equal_a_plain_stack(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_distances_foretell_what_lru_answers(name):
+def test_distances_predict_what_lru_answers(name):
     """A distance below C is a hit in C blocks."""
     some = traffic(name)
     distances = reuse_distances(some)
     longest = int(some.num_blocks.max())
     for capacity in (longest, 4 * longest, 16 * longest):
         rate = simulate(some, f"{capacity} blocks", chunk_tokens=some.block_tokens).row["block_hit_rate"]
-        foretold = float(np.mean((distances >= 0) & (distances < capacity)))
-        assert rate == pytest.approx(foretold, abs=1e-12)
+        predicted = float(np.mean((distances >= 0) & (distances < capacity)))
+        assert rate == pytest.approx(predicted, abs=1e-12)
