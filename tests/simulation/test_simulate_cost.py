@@ -11,7 +11,7 @@ import kvlab
 from kvlab.errors import ConfigError
 from kvlab.simulation.cost import CostModel, Prefill, fit_prefill, fit_tier, waits
 from kvlab.simulation.generate import generate_traffic
-from kvlab.simulation.prediction import predict, latest
+from kvlab.simulation.prediction import latest, predict
 from kvlab.simulation.simulate import simulate
 from kvlab.simulation.tiers import Tier, as_tier
 
