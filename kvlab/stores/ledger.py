@@ -244,10 +244,8 @@ class Ledger(ForkAware):
 
     def _lock_patiently(self) -> None:
         health = self._lock_health
-        if health.is_up:
-            wait_s = LOCK_WAIT_S
-        else:
-            wait_s = RETRY_WAIT_S if health.may_ask() else 0.0
+        again_s = RETRY_WAIT_S if health.may_ask() else 0.0
+        wait_s = LOCK_WAIT_S if health.is_up else again_s
         if self._lock(wait_s):
             if health.succeeded():
                 log.warning("the lock of %s can be had again", self._root.path)

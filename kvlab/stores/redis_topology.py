@@ -244,7 +244,7 @@ def _master(reply: Reply) -> Address | None:
 def _ranges(reply: Reply, own_host: str) -> list[tuple[int, int, Address]]:
     """What CLUSTER SLOTS says: first slot, last slot, owner. A node that does not know its own name leaves it empty.
 
-    Each slot has one owner, so there are no more ranges than slots, and together they hold no more slots than there are.
+    Each slot has one owner, so the ranges hold no more slots together than there are.
     """
     found: list[tuple[int, int, Address]] = []
     num_slots = 0

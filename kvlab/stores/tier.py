@@ -15,8 +15,8 @@ T = TypeVar("T")
 class Tier:
     """Calls a store; a call that raises answers with its default, and the store is left alone for a growing while.
 
-    A write that fails keeps the next writes away and no reads: a full disk can be read, and so can a folder that another
-    process has locked. Going down is logged once per outage, coming back too.
+    A write that fails keeps the next writes away and no reads: a full disk can be read, and so can a folder that
+    another process has locked. Going down is logged once per outage, coming back too.
     """
 
     def __init__(

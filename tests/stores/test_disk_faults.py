@@ -207,7 +207,7 @@ def test_only_the_first_call_waits_for_a_lock_that_is_never_given_up(tmp_path, m
         assert store.size_of("kvlab:m:1") == 10
         assert store.why_missing("kvlab:m:2") == "never_stored"
         assert store.stats()["used_bytes"] >= 10
-        assert "kvlab:m:1" in store.keys()
+        assert "kvlab:m:1" in list(store.keys())
         assert slept == []
     assert store.put("kvlab:m:2", b"y")
     assert store.get("kvlab:m:gone") is None

@@ -312,7 +312,7 @@ def test_a_limit_that_no_server_has_is_not_believed_and_none_for_ever(told, monk
 
 def test_a_put_that_fails_asks_for_the_limit_again():
     """A server whose limit was lowered hangs up on a value that is too long for it."""
-    with Liar() as liar, open_store("redis://127.0.0.1:{}?timeout_ms=10000&retry_ms=1".format(liar.port)) as store:
+    with Liar() as liar, open_store(f"redis://127.0.0.1:{liar.port}?timeout_ms=10000&retry_ms=1") as store:
         assert store.put("kvlab:p", bytes(2 << 20))
         liar.lies = {
             b"CONFIG": b"*2\r\n" + bulk(b"proto-max-bulk-len") + bulk(b"1048576"),
