@@ -13,11 +13,7 @@ from vllm import envs
 
 from kvlab.connectors.vllm_plugin import FILES_BEFORE_LOAD
 from kvlab.errors import ConfigError
-<<<<<<< HEAD
-from kvlab.fingerprint import WEIGHT_SUFFIXES, FileState, file_states, files_fingerprint, weight_files
-=======
-from kvlab.fingerprint import WEIGHT_SUFFIXES, all_files, files_fingerprint, weight_files
->>>>>>> stores
+from kvlab.fingerprint import WEIGHT_SUFFIXES, FileState, all_files, file_states, files_fingerprint, weight_files
 from kvlab.units import format_bytes
 
 logger = logging.getLogger("vllm.kvlab")
@@ -32,23 +28,15 @@ _JSON_WITHOUT_EFFECT = frozenset({"config.json", "generation_config.json", "chat
 _OBJECT_STORAGE = ("s3://", "gs://", "az://", "http://", "https://")
 
 
-<<<<<<< HEAD
 def weights_name(vllm_config: Any, *, outlives: bool, named: bool, loaded_here: bool) -> str:
-    """A name that two engines share only if their weights are the same, byte for byte.
-
-    outlives: whether a tier outlives this process. Without one, keys never leave the process: nothing is read.
-    named: whether the user's own `namespace` keeps this model apart where its weights cannot be read.
-    loaded_here: whether this process loaded them: then the files must be those that it loaded.
-    Raises ConfigError where the weights have no name, or other ones than were loaded, and a tier outlives the process.
-=======
-def weights_name(vllm_config: Any, *, outlives: bool, named: bool) -> str:
     """A name that two engines share only if their weights are the same, byte for byte, and, where they take images,
     videos or sound, all that makes embeddings of these.
 
     outlives: whether a tier outlives this process. Without one, keys never leave the process: nothing is read.
     named: whether the user's own `namespace` keeps this model apart where its weights cannot be read.
-    Raises ConfigError where one of them has no name and a tier outlives the process.
->>>>>>> stores
+    loaded_here: whether this process loaded them: then the files must be those that it loaded.
+    Raises ConfigError where weights or processor have no name, or the files are not those that were loaded, and a tier
+    outlives the process.
     """
     model, load = vllm_config.model_config, vllm_config.load_config
     is_dummy = "dummy" in str(load.load_format)
@@ -57,7 +45,7 @@ def weights_name(vllm_config: Any, *, outlives: bool, named: bool) -> str:
     found = []
     for what, name in (("weights", _weights), ("processor", _processor)):
         try:
-            found.append(f"dummy:{model.seed}" if is_dummy and name is _weights else name(model, load))
+            found.append(f"dummy:{model.seed}" if is_dummy and name is _weights else name(vllm_config, loaded_here))
         except _Unnamed as reason:
             if not named:
                 raise ConfigError(
@@ -69,8 +57,8 @@ def weights_name(vllm_config: Any, *, outlives: bool, named: bool) -> str:
     return "+".join(filter(None, found))
 
 
-def _weights(model: Any, load: Any) -> str:
-    places = _places(model, load)
+def _weights(vllm_config: Any, loaded_here: bool) -> str:
+    places = _places(vllm_config.model_config, vllm_config.load_config)
     started = time.monotonic()
     prints = [files_fingerprint(weight_files(place), root=_root(place), fast=True) for place in places]
     if loaded_here:
@@ -111,13 +99,14 @@ def _process_start_ns() -> int:
         ticks = int(source.read().rpartition(b")")[2].split()[19])  # since boot
     return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + ticks * 10**9 // os.sysconf("SC_CLK_TCK")
 =======
-def _processor(model: Any, _load: Any) -> str:
+def _processor(vllm_config: Any, _loaded_here: bool) -> str:
     """A name of what makes embeddings of images, videos and sound; empty for a model of texts.
 
     vLLM names an image by the model's path, the image and options that were given, and its processors read what files
     they like: so every JSON file beside the model counts, but for those known to have no effect. Code and weights are
     `_weights`.
     """
+    model = vllm_config.model_config
     multimodal = getattr(model, "multimodal_config", None)
     if multimodal is None:
         return ""
