@@ -72,7 +72,6 @@ def _weights(vllm_config: Any, loaded_here: bool) -> str:
     return "+".join(found.digest for found in prints)
 
 
-<<<<<<< HEAD
 def model_files(model: Any, load: Any) -> tuple[FileState, ...]:
     """The state of each file that decides what this model computes, in the order that `weights_name` reads them."""
     return file_states([file for place in _places(model, load) for file in weight_files(place)])
@@ -98,7 +97,8 @@ def _process_start_ns() -> int:
     with open("/proc/self/stat", "rb") as source:
         ticks = int(source.read().rpartition(b")")[2].split()[19])  # since boot
     return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + ticks * 10**9 // os.sysconf("SC_CLK_TCK")
-=======
+
+
 def _processor(vllm_config: Any, _loaded_here: bool) -> str:
     """A name of what makes embeddings of images, videos and sound; empty for a model of texts.
 
@@ -125,7 +125,6 @@ def _processor(vllm_config: Any, _loaded_here: bool) -> str:
 def _revision(model: Any, source: str) -> str | None:
     revision: str | None = model.revision if source == model.model else getattr(model, "tokenizer_revision", None)
     return revision
->>>>>>> stores
 
 
 class _Unnamed(Exception):
