@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="whose KV it is: a name or a config.json; needed where capacities are bytes")
     p.add_argument("--serde", default=None, help="ratios or serdes of a fixed ratio, with commas: 1.45,int4")
     p.add_argument("--chunk-tokens", type=int, default=None, help="tokens of a stored object")
-    p.add_argument("--sights", type=int, default=1, help="store at the n-th sight only")
+    p.add_argument("--store-threshold", type=int, default=1, help="store at the n-th sight only")
     p.add_argument("--min-tokens", type=int, default=0, help="store prompts of so many tokens or more only")
     p.add_argument("--format", default="auto", choices=("auto", *FORMATS))
     p.add_argument("--block-tokens", type=int, default=None, help="tokens per block, where not the format's own")
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         traffic = as_traffic(args.trace)
     else:
         traffic = load_traffic(args.trace, args.format, block_tokens=args.block_tokens, limit=args.limit)
-    gate = args.sights != 1 or args.min_tokens
+    gate = args.store_threshold != 1 or args.min_tokens
     rate = args.prefill_rate
     cost = None if rate is None else CostModel(Prefill.at_rate(rate), per_gpu_hour=args.per_gpu_hour)
     rows = sweep(
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         serdes=[_serde(one) for one in args.serde.split(",")] if args.serde else [None],
         model=args.model,
         chunk_tokens=args.chunk_tokens,
-        admission=Admission(args.sights, args.min_tokens) if gate else None,
+        admission=Admission(args.store_threshold, args.min_tokens) if gate else None,
         cost=cost,
         workers=args.workers,
         progress=sys.stderr.isatty(),

@@ -11,18 +11,17 @@ from kvlab.stores.eviction import EvictionPolicy
 
 @dataclass(frozen=True)
 class Admission:
-    """What is worth storing: objects seen for at least the `sights`-th time, of prompts of `min_tokens` or more.
-
-    A sight is a prompt that holds the object; every object ever seen is remembered.
+    """What is worth storing: objects that at least `store_threshold` prompts have held, of prompts of `min_tokens` or
+    more. Every object ever seen is remembered.
     """
 
-    sights: int = 1
+    store_threshold: int = 1
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.sights < 1 or self.min_tokens < 0:
+        if self.store_threshold < 1 or self.min_tokens < 0:
             raise ConfigError(
-                f"admission needs sights >= 1 and min_tokens >= 0, got {self.sights} and {self.min_tokens}"
+                f"admission needs sights >= 1 and min_tokens >= 0, got {self.store_threshold} and {self.min_tokens}"
             )
 
 
@@ -62,7 +61,7 @@ def replay_tiers(
     """
     admission = admission or Admission()
     stack = [_Tier(policy, capacity) for policy, capacity in tiers]
-    sights: dict[int, int] = {}
+    uses: dict[int, int] = {}
     result = Replay([], [tier.count for tier in stack])
     step = objects.step
     for ids, keys, tokens in zip(objects.block_ids, objects.keys, num_tokens, strict=True):
@@ -91,14 +90,15 @@ def replay_tiers(
         for level, tier in enumerate(stack):
             tier.count.loaded.append(loaded[level])
             tier.count.num_loads.append(num_loads[level])
-        if admission.sights > 1:
+        if admission.store_threshold > 1:
             for key in keys:
-                sights[key] = sights.get(key, 0) + 1
+                uses[key] = uses.get(key, 0) + 1
         there = [any(key in tier.held for tier in stack) for key in keys]
         for index, (key, present) in enumerate(zip(keys, there, strict=True)):
             if present:
                 continue
-            if tokens < admission.min_tokens or (admission.sights > 1 and sights[key] < admission.sights):
+            too_new = admission.store_threshold > 1 and uses[key] < admission.store_threshold
+            if too_new or tokens < admission.min_tokens:
                 break
             size = sizes[min(step, len(ids) - index * step)]
             if not any([tier.put(key, size) for tier in stack]):

@@ -105,7 +105,7 @@ def simulate(
     sizes, in_bytes = _sizes(traffic.block_tokens, objects.step, model, ratio, object_bytes)
     capacities = [_capacity(tier, sizes, in_bytes) for tier in stack]
     if isinstance(admission, int):
-        admission = Admission(sights=admission)
+        admission = Admission(store_threshold=admission)
     per_block = min(size / blocks for blocks, size in enumerate(sizes) if blocks)
     if policy == BOUND:
         bound = belady(traffic, int(min(sum(capacities), UNBOUNDED) // per_block))
@@ -134,7 +134,7 @@ def simulate(
         "unit": "bytes" if in_bytes else "blocks",
         "serde_ratio": ratio,
         "chunk_tokens": step_tokens,
-        "sights": admission.sights if admission else 1,
+        "sights": admission.store_threshold if admission else 1,
         "requests": len(traffic.requests),
         "block_hit_rate": float(hit_blocks.sum() / traffic.num_blocks.sum()),
         "token_hit_rate": float(hit_tokens.sum() / traffic.num_tokens.sum()),

@@ -157,7 +157,7 @@ def test_command_line(tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert "60 requests" in table[0]
     assert len(table) == 6
-    assert main(["simulate", *arguments, "--workers", "1", "--json", "--sights", "2"]) == 0
+    assert main(["simulate", *arguments, "--workers", "1", "--json", "--store-threshold", "2"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert [row["policy"] for row in answer["rows"]] == ["lru", "lru", "s3fifo", "s3fifo"]
     assert answer["rows"][0]["sights"] == 2

@@ -43,7 +43,7 @@ def churn(root, budget, seed, seconds):
                 elif act < 0.7:
                     store.delete(key)
                 elif act < 0.75:
-                    store.set_aside(key, "test")
+                    store.quarantine(key, "test")
                 elif act < 0.95:
                     value = store.get(key)
                     if value is not None:
@@ -84,8 +84,8 @@ def main(seconds):
         with DiskStore(root, budget) as witness:
             while left:
                 try:
-                    with witness._folder.book.locked():  # or files counted twice on their way would be an error
-                        held, counted = bytes_in(root), witness._folder.book.used
+                    with witness._folder.index.locked():  # or files counted twice on their way would be an error
+                        held, counted = bytes_in(root), witness._folder.index.used
                     most, looks = max(most, held), looks + 1
                     assert held <= counted <= budget, f"{held} bytes, counted as {counted}, in a budget of {budget}"
                 except OSError as error:

@@ -12,7 +12,8 @@ import time
 import pytest
 
 from kvlab.errors import StoreError
-from kvlab.stores import ledger, open_store
+from kvlab.stores import index as folder_index
+from kvlab.stores import open_store
 from kvlab.stores.disk import DiskStore
 from kvlab.stores.names import WRITING, path_of
 
@@ -88,7 +89,7 @@ def test_many_faults(tmp_path, monkeypatch, seed, partial):
                 elif act < 0.8:
                     store.delete(key)
                 elif act < 0.9:
-                    store.set_aside(key, "test")
+                    store.quarantine(key, "test")
                 else:
                     store.get(key)
             check(faulty, root, one, two)
@@ -108,7 +109,7 @@ def test_each_call_failing_alone(tmp_path, monkeypatch):
                     with contextlib.suppress(StoreError):
                         one.put(f"k{step % 6}", bytes(18_000 + step))
                     check(faulty, root, one, two)
-                for work in (lambda: one.get("k0"), lambda: one.set_aside("k1", "test"), lambda: one.delete("k2")):
+                for work in (lambda: one.get("k0"), lambda: one.quarantine("k1", "test"), lambda: one.delete("k2")):
                     with contextlib.suppress(StoreError):
                         work()
                     check(faulty, root, one, two)
@@ -165,8 +166,8 @@ def test_a_lock_that_is_never_given_up_is_a_failure_with_its_reason(tmp_path, mo
     """Its holder was stopped, say."""
     store = open_store(f"file://{tmp_path}/kv?size=1MiB")
     assert store.put("kvlab:m:1", b"x" * 10)
-    monkeypatch.setattr(ledger, "LOCK_WAIT_S", 0.05)
-    with (tmp_path / "kv" / ledger.JOURNAL).open("rb") as held:
+    monkeypatch.setattr(folder_index, "LOCK_WAIT_S", 0.05)
+    with (tmp_path / "kv" / folder_index.JOURNAL).open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(StoreError, match="has held its lock for") as caught:
             store.put("kvlab:m:2", b"y" * 10)
@@ -179,18 +180,20 @@ def test_a_lock_that_is_never_given_up_is_a_failure_with_its_reason(tmp_path, mo
 def test_only_the_first_call_waits_for_a_lock_that_is_never_given_up(tmp_path, monkeypatch):
     """The next ones are refused at once, what needs no lock goes on, and the first call after it is free succeeds."""
     slept = []
-    monkeypatch.setattr(ledger.time, "sleep", lambda seconds, sleep=time.sleep: (slept.append(seconds), sleep(seconds)))
+    monkeypatch.setattr(
+        folder_index.time, "sleep", lambda seconds, sleep=time.sleep: (slept.append(seconds), sleep(seconds))
+    )
     store = open_store(f"file://{tmp_path}/kv?size=1MiB")
     for key in ("kvlab:m:1", "kvlab:m:gone"):
         assert store.put(key, b"x" * 10)
     (tmp_path / "kv" / path_of("kvlab:m:gone")).unlink()
-    monkeypatch.setattr(ledger, "LOCK_WAIT_S", 0.3)
+    monkeypatch.setattr(folder_index, "LOCK_WAIT_S", 0.3)
     needs_lock = {
         "put": lambda: store.put("kvlab:m:2", b"y"),
         "delete": lambda: store.delete("kvlab:m:1"),
-        "set_aside": lambda: store.set_aside("kvlab:m:1", "test"),
+        "quarantine": lambda: store.quarantine("kvlab:m:1", "test"),
     }
-    with (tmp_path / "kv" / ledger.JOURNAL).open("rb") as held:
+    with (tmp_path / "kv" / folder_index.JOURNAL).open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(StoreError):
             store.put("kvlab:m:2", b"y")
@@ -218,11 +221,11 @@ def test_only_the_first_call_waits_for_a_lock_that_is_never_given_up(tmp_path, m
 
 def test_reads_wait_for_no_lock(tmp_path, monkeypatch):
     """Not even the first one that finds a file gone of which the book knows."""
-    monkeypatch.setattr(ledger.time, "sleep", lambda _seconds: pytest.fail("waited"))
+    monkeypatch.setattr(folder_index.time, "sleep", lambda _seconds: pytest.fail("waited"))
     with open_store(f"file://{tmp_path}/kv?size=1MiB") as store:
         assert store.put("kvlab:m:1", b"x")
         (tmp_path / "kv" / path_of("kvlab:m:1")).unlink()
-        with (tmp_path / "kv" / ledger.JOURNAL).open("r+b") as held:
+        with (tmp_path / "kv" / folder_index.JOURNAL).open("r+b") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
             assert store.get("kvlab:m:1") is None
             held.truncate()  # the journal is begun anew, which takes the lock to read

@@ -63,7 +63,7 @@ def test_a_childs_end_does_not_end_the_parents_connections(tmp_path):
         store.put("k", b"v")
         with server.client() as client:
             before = client.info("stats")["total_connections_received"]
-            inherited = [wire._socket.fileno() for wire in store._topology.known()[0]._open]
+            inherited = [connection._socket.fileno() for connection in store._topology.known()[0]._open]
 
             def work():
                 for fd in inherited:
@@ -93,7 +93,7 @@ def test_a_folder_is_locked_by_each_process_for_itself(tmp_path):
                 on_disk = sum(path.stat().st_size for path in (tmp_path / "kv").glob("??/*") if path.exists())
                 assert on_disk <= budget
 
-        with store._folder.book.locked():  # of the parent; the child waits for it and not for itself
+        with store._folder.index.locked():  # of the parent; the child waits for it and not for itself
             child = threading.Thread(target=lambda: codes.append(in_child(write)))
             codes = []
             child.start()
