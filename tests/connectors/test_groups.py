@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kvlab.hashing import block_hashes
 from kvlab.stores.wrappers import LatencyStore
 from tests.connectors.engine import BLOCK, connector, core, empty_memory, engine, generate, prompt, worker
 from tests.connectors.test_disk_tier import cut_short, drain, flip_a_bit, objects
@@ -237,6 +238,44 @@ def test_one_group_of_windows(tmp_path):
             assert first.tokens == second.tokens == tokens
             assert second.hit == len(p) - 1
         assert not connector(llm).hook_errors
+
+
+@pytest.mark.parametrize("fault", ["removed", "rotted"])
+def test_one_group_of_windows_loses_a_load_as_a_whole(tmp_path, fault):
+    """Behind a window the engine was given no pages before those that the hit's end sees: what it computed from the
+    lost page on would read none, and be stored under the right name."""
+    settings = gemma(tmp_path, ["sliding_attention"] * 3)
+    prompts = [prompt(64), prompt(300), prompt(480)]
+    tiers = [f"file://{tmp_path}/kv?size=1GiB"]
+    with engine(None, settings) as llm:
+        expected = [ask(llm, p)[0].tokens for p in prompts]
+    with engine(tiers, settings) as llm:
+        assert connector(llm).groups.windows == (WINDOW,)
+        assert [ask(llm, p)[0].tokens for p in prompts] == expected
+        drain(llm)
+        for p in prompts[1:]:
+            last_full = block_hashes(p, 32)[len(p) // 64 * 2 - 1].hex()
+            (file,) = [file for file in objects(tmp_path / "kv") if last_full in file.name]
+            file.unlink() if fault == "removed" else flip_a_bit(file, [])
+        assert [ask(llm, p)[0].tokens for p in prompts] == expected
+        assert connector(llm).scheduler.counters["bad_objects"] == 2
+        drain(llm)
+    with engine(tiers, settings) as llm:
+        answers = [ask(llm, p)[0] for p in prompts]
+        assert [answer.tokens for answer in answers] == expected
+        assert [answer.hit for answer in answers] == [len(p) - 1 for p in prompts]
+
+
+def test_a_load_from_memory_under_a_window_is_lost_as_a_whole(tmp_path):
+    settings = gemma(tmp_path, ["sliding_attention"] * 3)
+    with engine(None, settings) as llm:
+        expected = ask(llm, prompt(480))[0].tokens
+    with engine(MEMORY, settings) as llm:
+        assert ask(llm, prompt(480))[0].tokens == expected
+        present, asked = worker(llm)._present, []
+        worker(llm)._present = lambda op: (asked.append(op), present(op) and len(asked) != 7)[1]
+        assert ask(llm, prompt(480))[0].tokens == expected
+        assert len(asked) >= 7, "nothing was lost"
 
 
 def test_versions_that_hear_of_failures_by_block_only_are_refused(settings, monkeypatch):

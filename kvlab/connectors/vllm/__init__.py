@@ -139,7 +139,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 secondary,
                 namespaces,
                 self._load_now,
-                at_once=ranks == 1 and alone and not self._writes_early,
+                at_once=ranks == 1 and alone and not self._writes_early and not self.groups.fail_whole,
                 unfilled_groups=compat.unfilled_groups(kv_cache_config),
                 role=self._kv_transfer_config.kv_role,
                 in_company=has_kv_transfer_group() and not alone,
@@ -208,13 +208,13 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         return None, (self.worker.take_finished()[0] or None) if self.worker is not None else None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        """Asked in place of `get_finished` by versions that have it. Several groups' failures are told by request."""
+        """Asked in place of `get_finished` by versions that have it, which hear of a failed load by request."""
         finished, failed = self.worker.take_finished() if self.worker is not None else (set(), set())
-        return compat.transfer_results(finished, failed if self.groups.are_several else set())
+        return compat.transfer_results(finished, failed if self.groups.fail_whole else set())
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         lost = self.worker.take_lost_blocks() if self.worker is not None else set()
-        return set() if self.groups.are_several else lost
+        return set() if self.groups.fail_whole else lost
 
     def build_connector_worker_meta(self) -> WorkerReport | None:
         return self.worker.take_report() if self.worker is not None else None

@@ -41,8 +41,6 @@ def served_groups(kv_cache_config: Any) -> Groups:
     kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups) or "none"
     what = f"this model has {len(groups)} KV cache groups ({kinds})"
     instead = "Run it without the connector, or with --disable-hybrid-kv-cache-manager where the model allows it"
-    if len(groups) != 1 and not (groups and hasattr(KVConnectorBase_V1, "get_transfer_results")):
-        raise ConfigError(f"{what}; with this version of vLLM kvlab serves models with one. {instead}")
     specs = [_specs(group) for group in groups]
     if not all(_follows_from_what_is_before(spec) for each in specs for spec in each):
         raise ConfigError(f"{what}; kvlab serves layers that see the whole prefix or a sliding window. {instead}")
@@ -54,7 +52,10 @@ def served_groups(kv_cache_config: Any) -> Groups:
         raise ConfigError(
             f"{what}, blocks of {sorted(sizes)} tokens; kvlab needs one size and one window each. {instead}"
         )
-    return Groups(tuple(of_group.pop() for of_group in windows), sizes.pop())
+    found = Groups(tuple(of_group.pop() for of_group in windows), sizes.pop())
+    if found.fail_whole and not hasattr(KVConnectorBase_V1, "get_transfer_results"):
+        raise ConfigError(f"{what}; with this version of vLLM kvlab serves one, of layers without a window. {instead}")
+    return found
 
 
 def _specs(group: Any) -> list[Any]:

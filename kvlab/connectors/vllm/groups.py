@@ -39,6 +39,21 @@ class Groups:
     def have_windows(self) -> bool:
         return any(self.windows)
 
+    @property
+    def fail_whole(self) -> bool:
+        """Whether a load that lost a page is lost as a whole. Told of the page alone, the engine computes from there on
+        and reads what is before: of several groups it cannot tell which one lost the page, and under a window it was
+        given no pages before those that the hit's end sees."""
+        return self.are_several or self.have_windows
+
+    def shows_gap(self, block_ids: Tables, num_tokens: int) -> bool:
+        """Whether a page is missing that the token behind `num_tokens` computed ones sees: what is computed then is not
+        the prompt's KV."""
+        used = -(-num_tokens // self.block_tokens)
+        return any(
+            NO_PAGE in table[self.first_block(group, num_tokens) : used] for group, table in enumerate(block_ids)
+        )
+
     def first_block(self, group: int, num_tokens: int) -> int:
         """The first block that the token behind `num_tokens` computed ones sees. The engine keeps it and what follows,
         and loads nothing before it (get_num_skipped_tokens in vllm/v1/core/single_type_kv_cache_manager.py)."""

@@ -54,32 +54,26 @@ class LoadPlanner:
         state.secondary_tokens = 0
         at = first
         for ref in used:
+            stop = min(ref.span.end_block, usable)
+            blocks, served = range(at, stop), min(stop * block, ref.end_token, end) - at * block
+            tokens = (ref.span.first_block * block, ref.end_token, served)
+            at = stop
+            slots = range(self.num_slots(ref))
+            if not groups.pick(ref.span, ref.end_token, slots, block_ids, blocks, end)[1]:
+                load.ops.append(LoadOp(ref.hash, 0, (), (), (), *tokens))  # left behind by every window: nothing moves
+                continue
             entry = self._index.get(ref.hash)
             fetch = entry is None
             if entry is None:
                 entry = self._index.reserve(ref.hash, self.num_slots(ref), ready=False)
                 if entry is None:
+                    at = blocks.start
                     break
                 self._index.lease(entry)
                 leased.append(entry)
-            stop = min(ref.span.end_block, usable)
-            served = min(stop * block, ref.end_token, end) - at * block
             state.secondary_tokens += served if fetch else 0
-            picked, pages = groups.pick(ref.span, ref.end_token, entry.slots, block_ids, range(at, stop), end)
-            load.ops.append(
-                LoadOp(
-                    ref.hash,
-                    entry.generation,
-                    entry.slots,
-                    picked,
-                    pages,
-                    ref.span.first_block * block,
-                    ref.end_token,
-                    served,
-                    fetch,
-                )
-            )
-            at = stop
+            picked, pages = groups.pick(ref.span, ref.end_token, entry.slots, block_ids, blocks, end)
+            load.ops.append(LoadOp(ref.hash, entry.generation, entry.slots, picked, pages, *tokens, fetch))
         load.lost_blocks = groups.needed(block_ids, range(at, usable), end)
         state.given_up = bool(load.lost_blocks)
 

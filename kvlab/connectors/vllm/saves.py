@@ -149,6 +149,9 @@ class SavePlanner:
             return
         for req_id, before in computed.items():
             state = self._states[req_id]
+            if self._groups.have_windows and self._groups.shows_gap(state.block_ids, before):
+                del self._states[req_id]  # it reads pages that hold nothing: what it computes is not saved
+                continue
             num_computed = before + output.num_scheduled_tokens[req_id]
             self._save_request(state, before, num_computed, saves)
             if num_computed >= state.request.num_prompt_tokens and not self._config.save_generated:

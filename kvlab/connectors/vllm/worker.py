@@ -257,7 +257,7 @@ class Worker:
                 taken = []  # the weights may have changed since
             pages = pages[: sum(len(op.block_ids) for op in taken)]
             tokens = sum(op.num_tokens for op in taken)
-            tiers = dict.fromkeys("secondary" if op.fetch else "memory" for op in taken)
+            tiers = dict.fromkeys("secondary" if op.fetch else "memory" for op in taken if op.picked)
         except Exception:
             pages, tokens = [], 0
             self._failed("load", *load.ops)
