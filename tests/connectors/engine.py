@@ -12,6 +12,7 @@ import torch
 
 import kvlab
 from kvlab.bench.demo_model import demo_model
+from tests.support.starts import check_may_start
 
 BLOCK = 32
 MAX_TOKENS = 12
@@ -52,6 +53,7 @@ def engine(tiers: Sequence[str] | None, settings: dict[str, Any] | None = None, 
     from vllm.config import KVTransferConfig
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    check_may_start("engine")
     close_shared()
     gc.collect()  # the last engine: its user has let go of it only now, and vLLM must see no memory come free at start
     if torch.cuda.is_available():
