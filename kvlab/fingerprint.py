@@ -49,18 +49,23 @@ _LOCK_WAIT_S = 300.0
 class Fingerprint:
     """`digest` names the content of the files; `num_read_bytes` of `num_bytes` were read, the rest was in the cache.
 
-    changed_ns: the latest change of any of the files, as time.time_ns() counts.
+    states: of the files, in the order that they were given.
     """
 
     digest: str
     num_files: int
     num_bytes: int
     num_read_bytes: int
-    changed_ns: int
+    states: tuple["FileState", ...]
+
+    @property
+    def changed_ns(self) -> int:
+        """The latest change of any of the files, as time.time_ns() counts."""
+        return max(state.changed_ns for state in self.states)
 
 
 @dataclass(frozen=True)
-class _State:
+class FileState:
     """One state of one file; another state may have other content."""
 
     path: str
@@ -120,7 +125,7 @@ def files_fingerprint(
         raise ConfigError("there is no file to fingerprint; give the files of a model or an adapter")
     now_ns = time.time_ns()  # before any file is looked at
     known = _Cache(cache if cache is not None else cache_folder(), FORMATS[fast], now_ns=now_ns)
-    states = [_state(file) for file in files]
+    states = file_states(files)
     digests = {state: digest for state in set(states) if (digest := known.get(state))}
     num_read = 0
     if missing := [state for state in dict.fromkeys(states) if state not in digests]:
@@ -136,8 +141,12 @@ def files_fingerprint(
     for name, state in sorted(zip(names, states, strict=True), key=lambda pair: pair[0]):
         entry = json.dumps([name, state.size, digests[state]]).encode()
         whole.update(len(entry).to_bytes(8, "little") + entry)
-    total, changed = sum(state.size for state in states), max(state.changed_ns for state in states)
-    return Fingerprint(whole.hexdigest(), len(files), total, num_read, changed)
+    return Fingerprint(whole.hexdigest(), len(files), sum(state.size for state in states), num_read, states)
+
+
+def file_states(files: Sequence[Path]) -> tuple[FileState, ...]:
+    """What `stat` says of each file; links are followed. Raises ConfigError where one cannot be looked at."""
+    return tuple(_state(file) for file in files)
 
 
 def cache_folder() -> Path | None:
@@ -170,7 +179,7 @@ def _cannot_read(path: object, error: OSError) -> str:
     return f"cannot read {path}: {error.strerror}; make the files of the model readable"
 
 
-def _state(file: Path) -> _State:
+def _state(file: Path) -> FileState:
     try:
         path = os.path.realpath(file, strict=True)
         return _state_of(path, os.stat(path))
@@ -178,13 +187,13 @@ def _state(file: Path) -> _State:
         raise ConfigError(_cannot_read(file, error)) from error
 
 
-def _state_of(path: str, found: os.stat_result) -> _State:
+def _state_of(path: str, found: os.stat_result) -> FileState:
     if not stat.S_ISREG(found.st_mode):
         raise ConfigError(f"{path} is not a regular file; a model's weights must be files")
-    return _State(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return FileState(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def _read(states: Sequence[_State], *, fast: bool) -> list[str]:
+def _read(states: Sequence[FileState], *, fast: bool) -> list[str]:
     """The digest of each file, all pieces of all files spread over the cores."""
     pieces = [(state, start) for state in states for start in range(0, max(state.size, 1), PIECE_BYTES)]
     threads = min(len(os.sched_getaffinity(0)), len(pieces), _MAX_THREADS)
@@ -199,7 +208,7 @@ def _read(states: Sequence[_State], *, fast: bool) -> list[str]:
     return result
 
 
-def _piece_digest(piece: tuple[_State, int], *, fast: bool) -> bytes:
+def _piece_digest(piece: tuple[FileState, int], *, fast: bool) -> bytes:
     state, start = piece
     digest, left = xxh3_128() if fast else blake3(), min(PIECE_BYTES, state.size - start)
     buffer = memoryview(bytearray(min(_READ_BYTES, left)))
@@ -227,7 +236,7 @@ class _Cache:
         self._format = digest_format
         self._now_ns = now_ns
 
-    def get(self, state: _State) -> str | None:
+    def get(self, state: FileState) -> str | None:
         if self._folder is None:
             return None
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -243,7 +252,7 @@ class _Cache:
                 return str(entry["digest"])
         return None
 
-    def put(self, state: _State, digest: str) -> None:
+    def put(self, state: FileState, digest: str) -> None:
         """Keep `digest`, unless the file changed so lately that its times would not show the next change."""
         if self._folder is None or self._now_ns - state.changed_ns < RACY_NS:
             return
@@ -276,7 +285,7 @@ class _Cache:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def _entry(self, state: _State) -> Path:
+    def _entry(self, state: FileState) -> Path:
         assert self._folder is not None
         return self._folder / blake3(os.fsencode(f"{self._format}\0{state.path}")).hexdigest()[:32]
 

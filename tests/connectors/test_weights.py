@@ -1,10 +1,17 @@
 """Weights, and what vLLM derives from its options: KV that other ones computed is never served, nor stored under a
 name that is not its own."""
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
+from kvlab.connectors.vllm_plugin import FILES_BEFORE_LOAD
+from kvlab.errors import ConfigError
 from tests.connectors.engine import connector, engine, generate, prompt
+from tests.connectors.stress import tiny_model
 from tests.connectors.test_disk_tier import drain
 
 PROMPT, NEW = prompt(300), prompt(480, ending=0)
@@ -100,3 +107,28 @@ def test_longrope_with_another_longest_prompt_is_another_model(tmp_path):
             answer = generate(llm, [NEW])[0]
             assert (answer.hit, answer.tokens) == (hit, right)
             drain(llm)
+
+
+@pytest.mark.parametrize("plugin", [True, False], ids=["seen by the plugin", "by the time of change alone"])
+def test_weights_replaced_while_they_load_stop_the_start(tmp_path, monkeypatch, plugin):
+    """Their name would be that of the new files, their KV that of the old ones."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    model = Path(tiny_model(tmp_path / "model", "llama"))
+    settings = {"model": str(model), "skip_tokenizer_init": True, "max_model_len": 448}
+    tiers = ["memory://?size=64MiB", f"file://{tmp_path}/tier?size=1GiB"]
+    load_weights = DefaultModelLoader.load_weights
+
+    def load_and_replace(*args, **kwargs):
+        load_weights(*args, **kwargs)
+        weights = model / "model.safetensors"
+        shutil.copy(weights, tmp_path / "new")
+        os.replace(tmp_path / "new", weights)
+        if not plugin:
+            FILES_BEFORE_LOAD.clear()
+
+    with engine(tiers, settings):
+        pass
+    monkeypatch.setattr(DefaultModelLoader, "load_weights", load_and_replace)
+    with pytest.raises(ConfigError, match="changed while the engine loaded them"), engine(tiers, settings):
+        pass

@@ -27,7 +27,7 @@ def config(model: str, *, load_format: str = "auto", **fields: Any) -> Any:
 
 
 def name(vllm_config: Any, *, outlives: bool = True, named: bool = False) -> str:
-    return weights_name(vllm_config, outlives=outlives, named=named)
+    return weights_name(vllm_config, outlives=outlives, named=named, loaded_here=False)
 
 
 def checkpoint(folder: Path, content: bytes = b"weights", file: str = "model.safetensors") -> Path:

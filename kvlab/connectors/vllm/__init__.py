@@ -106,7 +106,12 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 "use naive or lossless"
             )
         named = engine_namespace(
-            vllm_config, kv_cache_config, extra=self.config.namespace, serde=self.config.serde, outlives=outlives
+            vllm_config,
+            kv_cache_config,
+            extra=self.config.namespace,
+            serde=self.config.serde,
+            outlives=outlives,
+            loaded_here=role == KVConnectorRole.WORKER,
         )
         auth = self.config.auth
         self.namespace = cache_namespace(

@@ -13,10 +13,13 @@ from kvlab.connectors.vllm.weights import weights_name
 from kvlab.hashing import Namespace
 
 
-def engine_namespace(vllm_config: Any, kv_cache_config: Any, *, extra: str, serde: str, outlives: bool) -> Namespace:
+def engine_namespace(
+    vllm_config: Any, kv_cache_config: Any, *, extra: str, serde: str, outlives: bool, loaded_here: bool
+) -> Namespace:
     """Everything but the tokens (and the rank) that makes this engine's KV differ from another's.
 
     outlives: whether a tier outlives this process.
+    loaded_here: whether this process loaded the weights.
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     served = compat.served_groups(kv_cache_config)
@@ -27,7 +30,7 @@ def engine_namespace(vllm_config: Any, kv_cache_config: Any, *, extra: str, serd
     pages = {layer: size for group in groups for layer, size in compat.page_bytes(group).items()}
     fields: dict[str, str | int | None] = {
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
-        "weights": weights_name(vllm_config, outlives=outlives, named=bool(extra)),
+        "weights": weights_name(vllm_config, outlives=outlives, named=bool(extra), loaded_here=loaded_here),
         "quantization": str(model.quantization),
         "dtype": str(model.dtype),
         "kv_dtype": str(cache.cache_dtype),

@@ -11,8 +11,9 @@ from typing import Any
 
 from vllm import envs
 
+from kvlab.connectors.vllm_plugin import FILES_BEFORE_LOAD
 from kvlab.errors import ConfigError
-from kvlab.fingerprint import WEIGHT_SUFFIXES, files_fingerprint, weight_files
+from kvlab.fingerprint import WEIGHT_SUFFIXES, FileState, file_states, files_fingerprint, weight_files
 from kvlab.units import format_bytes
 
 logger = logging.getLogger("vllm.kvlab")
@@ -25,12 +26,13 @@ FILE_FORMATS = frozenset(
 _OBJECT_STORAGE = ("s3://", "gs://", "az://", "http://", "https://")
 
 
-def weights_name(vllm_config: Any, *, outlives: bool, named: bool) -> str:
+def weights_name(vllm_config: Any, *, outlives: bool, named: bool, loaded_here: bool) -> str:
     """A name that two engines share only if their weights are the same, byte for byte.
 
     outlives: whether a tier outlives this process. Without one, keys never leave the process: nothing is read.
     named: whether the user's own `namespace` keeps this model apart where its weights cannot be read.
-    Raises ConfigError where the weights have no name and a tier outlives the process.
+    loaded_here: whether this process loaded them: then the files must be those that it loaded.
+    Raises ConfigError where the weights have no name, or other ones than were loaded, and a tier outlives the process.
     """
     model, load = vllm_config.model_config, vllm_config.load_config
     if "dummy" in str(load.load_format):
@@ -49,6 +51,8 @@ def weights_name(vllm_config: Any, *, outlives: bool, named: bool) -> str:
         ) from None
     started = time.monotonic()
     prints = [files_fingerprint(weight_files(place), root=_root(place), fast=True) for place in places]
+    if loaded_here:
+        _check_loaded(vllm_config, tuple(state for found in prints for state in found.states))
     read = sum(found.num_read_bytes for found in prints)
     whole = sum(found.num_bytes for found in prints)
     logger.info(
@@ -56,6 +60,33 @@ def weights_name(vllm_config: Any, *, outlives: bool, named: bool) -> str:
         format_bytes(whole), format_bytes(read), time.monotonic() - started,
     )  # fmt: skip
     return "+".join(found.digest for found in prints)
+
+
+def model_files(model: Any, load: Any) -> tuple[FileState, ...]:
+    """The state of each file that decides what this model computes, in the order that `weights_name` reads them."""
+    return file_states([file for place in _places(model, load) for file in weight_files(place)])
+
+
+def _check_loaded(vllm_config: Any, now: tuple[FileState, ...]) -> None:
+    """Raise ConfigError where the files changed since vLLM began to load them: their name would be the new weights',
+    the KV the old ones'."""
+    model = vllm_config.model_config
+    before = FILES_BEFORE_LOAD.get((vllm_config.instance_id, model.model))
+    if before == now:
+        return
+    hint = "start again"
+    if before is None:  # vLLM did not call the plugin: what changed before this process began is old enough
+        if max(state.changed_ns for state in now) < _process_start_ns():
+            return
+        hint = "or earlier in its process; start again, with kvlab among VLLM_PLUGINS"
+    raise ConfigError(f"the files of {model.model!r} changed while the engine loaded them; {hint}")
+
+
+def _process_start_ns() -> int:
+    """On the clock of files' times, not later than the true start."""
+    with open("/proc/self/stat", "rb") as source:
+        ticks = int(source.read().rpartition(b")")[2].split()[19])  # since boot
+    return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + ticks * 10**9 // os.sysconf("SC_CLK_TCK")
 
 
 class _Unnamed(Exception):
