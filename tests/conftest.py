@@ -11,6 +11,10 @@ import pytest
 
 from tests.support import starts
 
+# One thread for each engine, on any core: several threads wait for each other in every small operation, which takes a
+# scheduler's time slice (5 ms, 200 times a token) wherever another process computes too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -21,7 +25,8 @@ hypothesis.settings.load_profile("kvlab")
 sys.addaudithook(starts.watch)
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ["slow", "engine", "server", "notebook"]  # cheap tests first, then in this order
+# Cheap tests first. Servers before engines, because they take longest in one piece.
+KINDS = ["", "slow", "server", "notebook", "engine"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,15 +38,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         else:
             for kind in starts.started_by(item):
                 item.add_marker(kind)
-        # Of what `-n 2 --dist loadgroup` runs at once: a file's tests stay together, engines never meet.
-        heavy = kind_of(item) > KINDS.index("slow")
-        item.add_marker(pytest.mark.xdist_group("one at a time" if heavy else item.nodeid.split("::")[0]))
-    items.sort(key=kind_of)
+        # With `-n 2 --dist loadgroup`, tests of one file and kind stay in one process, and so do all that start servers:
+        # these are several processes themselves.
+        kind = kind_of(item)
+        file = item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group("servers" if kind in ("server", "notebook") else f"{file} {kind}"))
+    items.sort(key=lambda item: KINDS.index(kind_of(item)))
 
 
-def kind_of(item: pytest.Item) -> int:
-    """Place of the test's last kind in `KINDS`, -1 if it has none."""
-    return max((at for at, kind in enumerate(KINDS) if item.get_closest_marker(kind)), default=-1)
+def kind_of(item: pytest.Item) -> str:
+    """The last of `KINDS` that the test is marked with."""
+    return next((kind for kind in reversed(KINDS) if kind and item.get_closest_marker(kind)), "")
 
 
 @pytest.hookimpl(wrapper=True)

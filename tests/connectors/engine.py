@@ -21,7 +21,8 @@ SETTINGS = {
     "enforce_eager": "KVLAB_TEST_GRAPHS" not in os.environ,  # CUDA graphs cost minutes of compilation
     "distributed_executor_backend": "uni",
     "kv_cache_memory_bytes": 160 << 20,
-    "gpu_memory_utilization": 0.3,  # must be free at the start, though the line above says what is used
+    # Must be free at the start, though the line above says what is used. On a CPU another engine may run beside.
+    "gpu_memory_utilization": 0.3 if torch.cuda.is_available() else 0.15,
     "max_model_len": 1024,
     "max_num_seqs": 8,
     "block_size": BLOCK,
