@@ -116,7 +116,8 @@ class CacheEngine(ObjectCache):
     ) -> int:
         """Save the KV of a prompt: `kv` has the axes (layers, tokens, kv_heads, kv, head_dim), one entry per token.
 
-        Returns the number of tokens that are in the store now, from the start and without holes.
+        Returns the number of tokens that are in the store now, from the start and without holes. What is there already
+        is left as it is, unless this engine has read it and found that it has another shape.
         """
         if kv.dim() != len(AXES) or kv.shape[TOKENS_AXIS] != len(token_ids):
             raise ConfigError(f"kv must have axes {AXES} and {len(token_ids)} tokens, got shape {tuple(kv.shape)}")
@@ -132,7 +133,8 @@ class CacheEngine(ObjectCache):
         saved = 0
         for span, key, present in zip(spans, keys, held, strict=True):
             first, end = span.first_block * block, span.end_block * block
-            if not present and not self.save_object(key, kv[:, first:end], AXES, first_token=first, end_token=end):
+            is_due = not present or key in self._misfits
+            if is_due and not self.save_object(key, kv[:, first:end], AXES, first_token=first, end_token=end):
                 break
             saved = end
         self._touch(keys)

@@ -8,20 +8,22 @@ so `fast` is for a model that the operator chose, not for adapters, which may co
 
 Digests are kept in the user's cache, so that a second start reads nothing. An entry counts for one state of one file
 (path, device, inode, size, times of the last change of content and of inode). The cache is believed only where
-nobody but the user can write to it. The names of blobs in a hub cache are not used: they say what was downloaded once,
-not what the file holds now.
+nobody but the user can write to it, and only for files on file systems whose times can be relied on. The names of blobs
+in a hub cache are not used: they say what was downloaded once, not what the file holds now.
 """
 
+import ctypes
 import fcntl
 import json
 import os
 import re
 import secrets
 import stat
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,12 @@ TABLES = "kvlab-cachegen.safetensors"  # what `kvlab profile` lays beside a mode
 # A file changed this lately may change again and show no other time: within one tick of its file system's clock, or
 # through a mapping of a page that is still to be written back, which the system does within half a minute.
 RACY_NS = 60 * 10**9
+# Magic numbers of the file systems that give a file another time whenever it is changed, also through a shared mapping:
+# ext2 to 4, xfs, btrfs, f2fs, zfs, overlay; erofs, squashfs and iso9660, which are never written to. A tmpfs, ramfs or
+# hugetlbfs takes writes to a mapping without one; network file systems and fuse show what a server says, or said once.
+RELIABLE = frozenset(
+    {0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0x794C7630, 0xE0F5E1E2, 0x73717368, 0x9660}
+)  # fmt: skip
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}(\.gguf)", re.IGNORECASE)
 _READ_BYTES = 1 << 20
 _MAX_THREADS = 64
@@ -129,7 +137,8 @@ def files_fingerprint(
     digests = {state: digest for state in set(states) if (digest := known.get(state))}
     num_read = 0
     if missing := [state for state in dict.fromkeys(states) if state not in digests]:
-        with known.lock():  # the ranks of an engine start together: the first reads, the others find its digests
+        # The ranks of an engine start together: the first reads, the others find its digests, if they are kept.
+        with known.lock() if any(known.takes(state) for state in missing) else nullcontext():
             digests.update({state: digest for state in missing if (digest := known.get(state))})
             missing = [state for state in missing if state not in digests]
             num_read = sum(state.size for state in missing)
@@ -156,6 +165,21 @@ def cache_folder() -> Path | None:
         root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
         return root / "kvlab" / "fingerprints"
     return None
+
+
+def file_system(path: str) -> int | None:
+    """The magic number of the file system that `path` lies on (statfs(2)); None where the system does not tell. In the
+    list of mounts a path is not found for sure: files of btrfs and overlay show other devices than their mounts.
+    """
+    if sys.platform != "linux":
+        return None
+    buffer = ctypes.create_string_buffer(
+        1024
+    )  # of 120 bytes or less, which begin with the number, a word or half of one
+    if ctypes.CDLL(None, use_errno=True).statfs(os.fsencode(path), buffer):
+        return None
+    word = ctypes.c_uint if os.uname().machine == "s390x" else ctypes.c_ulong
+    return word.from_buffer(buffer).value & 0xFFFFFFFF
 
 
 def _is_shard_of(file: Path, stem: str) -> bool:
@@ -235,9 +259,16 @@ class _Cache:
         self._folder = folder if folder is not None and _make_private(folder) else None
         self._format = digest_format
         self._now_ns = now_ns
+        self._reliable: dict[int, bool] = {}  # by device
+
+    def takes(self, state: FileState) -> bool:
+        """Whether the times of the file tell of each of its changes."""
+        if state.device not in self._reliable:
+            self._reliable[state.device] = file_system(state.path) in RELIABLE
+        return self._reliable[state.device]
 
     def get(self, state: FileState) -> str | None:
-        if self._folder is None:
+        if self._folder is None or not self.takes(state):
             return None
         with suppress(OSError, ValueError, KeyError, TypeError):
             descriptor = os.open(self._entry(state), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -254,7 +285,7 @@ class _Cache:
 
     def put(self, state: FileState, digest: str) -> None:
         """Keep `digest`, unless the file changed so lately that its times would not show the next change."""
-        if self._folder is None or self._now_ns - state.changed_ns < RACY_NS:
+        if self._folder is None or not self.takes(state) or self._now_ns - state.changed_ns < RACY_NS:
             return
         body = json.dumps({"format": self._format, "state": list(vars(state).values()), "digest": digest}).encode()
         entry = self._entry(state)

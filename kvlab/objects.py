@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +25,10 @@ logger = logging.getLogger("kvlab")
 HEADROOM_BYTES = 64 << 10  # of an object over its KV: the header, and what a codec adds where it cannot compress
 MOST_GROWTH = 4  # times its KV an object may take besides: small chunks with tables of their own come near it
 MAX_TOKEN_BYTES = 16 << 20  # of KV where nothing says how much a token has; models with the most have some 5 MiB
+MOST_MISFITS = 1 << 16
+# Reasons that say what this reader lacks: one of another version, or with other packages or tables, may read it.
+_OF_THE_READER = frozenset({"version", "serde", "table", "error"})
+_OF_ITS_EXPECTATION = frozenset({"wrong_shape", "wrong_dtype", "too_large"})
 
 
 @dataclass
@@ -65,6 +69,7 @@ class ObjectCache:
         self.store_ = open_store(store) if isinstance(store, str) else store
         self._owns_store = isinstance(store, str)
         self._serdes: dict[str, Serde] = {self.serde.name: self.serde}
+        self._misfits: OrderedDict[str, None] = OrderedDict()  # which `store` replaces
         self._lock = Lock()  # which a forked child finds open
         self._rooms = threading.local()
 
@@ -101,6 +106,7 @@ class ObjectCache:
             self._save_failed("no_room", key, None)
             return False
         with self._lock:
+            self._misfits.pop(key, None)
             self.stats_.saved += 1
             self.stats_.saved_bytes += packed_bytes(value)
             self.stats_.save_s += time.perf_counter() - start
@@ -174,8 +180,9 @@ class ObjectCache:
         return Expected(axes, tuple(shape), dtype, max_bytes, tokens)
 
     def _load(self, key: str, out: torch.Tensor | None, expected: Expected) -> torch.Tensor | None:
-        """`load_object` with what is expected. An object is set aside only when a second read finds it broken too: a
-        tier that answers with another object's bytes holds this one all the same."""
+        """`load_object` with what is expected. An object is set aside only when it is broken for every reader, and a
+        second read finds it broken too: a tier that answers with another object's bytes holds this one all the same.
+        """
         start = time.perf_counter()
         failed: Exception | None = None
         for _ in range(2):
@@ -191,6 +198,8 @@ class ObjectCache:
                 return None
             except Exception as error:  # also what a serde of another package raises: it must not reach an engine
                 failed = error
+                if _reason_of(error) in ("version", "serde", "table"):
+                    break  # which a second read would not change
                 continue
             with self._lock:
                 self.stats_.hits += 1
@@ -200,11 +209,23 @@ class ObjectCache:
         if failed is None:
             self._missed(self.store_.why_missing(key), key, None)
             return None
-        reason = failed.reason if isinstance(failed, FormatError) else "error"
+        reason = _reason_of(failed)
         self._missed(reason, key, failed)
-        if not isinstance(failed, MemoryError):
+        if reason in _OF_ITS_EXPECTATION and out is None:
+            with self._lock:
+                self._misfits[key] = None
+                if len(self._misfits) > MOST_MISFITS:
+                    self._misfits.popitem(last=False)
+        elif self._is_broken_for_all(reason):
             self._set_aside(key, reason)
         return None
+
+    def _is_broken_for_all(self, reason: str) -> bool:
+        """Whether no reader that looks under this key can use the object. What differs between readers and is not in
+        the namespace says nothing of the object; of memory given by the caller, the namespace says the shape."""
+        if reason == "auth":
+            return self.auth is not None and self.namespace.fields.get("auth") == self.auth.id
+        return reason not in _OF_THE_READER
 
     def _read(self, key: str, out: torch.Tensor | None, expected: Expected) -> Buffer | list[memoryview] | None:
         """The object of KV for `out`: bytes as they are go to where they belong, behind a header of the usual length;
@@ -284,6 +305,10 @@ class ObjectCache:
             first = self.stats_.save_failures[reason] == 1
         if first:
             logger.warning("kvlab: %s was not saved (%s): %s", key, reason, error or "the tier cannot hold it")
+
+
+def _reason_of(error: Exception) -> str:
+    return error.reason if isinstance(error, FormatError) else "error"
 
 
 def _check_tokens(kv: torch.Tensor, axes: tuple[str, ...], first_token: int, end_token: int) -> None:

@@ -1,9 +1,11 @@
 """Every byte of every file counts, a second look reads nothing, and a cache that cannot be trusted is not."""
 
 import json
+import mmap
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from kvlab.fingerprint import WEIGHT_SUFFIXES, all_files, files_fingerprint, wei
 from kvlab.serde import tables
 
 OLD_NS = 10**18  # 2001: long past any racy window
+EXT = 0xEF53
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +35,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock far from the times of the files written here, so that digests are kept."""
     now = time.time_ns() + 100 * fingerprint.RACY_NS
     monkeypatch.setattr(fingerprint.time, "time_ns", lambda: now)
+    monkeypatch.setattr(fingerprint, "file_system", lambda _path: EXT, raising=False)  # wherever tests run
 
 
 def model(folder: Path, **files: bytes) -> Path:
@@ -220,10 +224,54 @@ def test_a_change_that_hides_size_and_mtime_is_seen(tmp_path: Path, replace: boo
 def test_a_file_that_changed_just_now_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model(tmp_path, a__safetensors=b"1" * 100)
     changed_ns = files_fingerprint(weight_files(folder)).changed_ns
+    monkeypatch.setattr(fingerprint, "file_system", lambda _path: EXT, raising=False)
     for age_ns, kept in ((-5, False), (0, False), (fingerprint.RACY_NS - 1, False), (fingerprint.RACY_NS, True)):
         monkeypatch.setattr(fingerprint.time, "time_ns", lambda now=changed_ns + age_ns: now)
         files_fingerprint(weight_files(folder))
         assert (files_fingerprint(weight_files(folder)).num_read_bytes == 0) is kept
+
+
+def test_a_write_through_a_mapping_is_seen_where_it_changes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tmpfs takes writes to a shared mapping without a change of the file's times."""
+    now = time.time_ns() + 100 * fingerprint.RACY_NS
+    monkeypatch.setattr(fingerprint.time, "time_ns", lambda: now)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        file = model(Path(folder), a__safetensors=b"1" * 8192) / "a.safetensors"
+        with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapped:
+            mapped[0:1] = b"2"
+            before, state = digest(Path(folder)), file.stat()
+            mapped[1:2] = b"3"  # of a page that no write to a disk makes clean
+            assert (file.stat().st_mtime_ns, file.stat().st_ctime_ns) == (state.st_mtime_ns, state.st_ctime_ns)
+            assert digest(Path(folder)) != before
+
+
+KINDS = {
+    "ext4": (EXT, True), "xfs": (0x58465342, True), "btrfs": (0x9123683E, True), "overlay": (0x794C7630, True),
+    "tmpfs": (0x01021994, False), "ramfs": (0x858458F6, False), "hugetlbfs": (0x958458F6, False),
+    "nfs": (0x6969, False), "9p": (0x01021997, False), "fuse": (0x65735546, False), "cifs": (0xFF534D42, False),
+    "of a later kernel": (0x12345678, False), "unknown": (None, False),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("later")
+@pytest.mark.parametrize("kind", KINDS)
+def test_digests_are_kept_only_for_file_systems_whose_times_can_be_relied_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    magic, kept = KINDS[kind]
+    folder = model(tmp_path, a__safetensors=b"1" * 100)
+    digest(folder)  # an entry is there: it is not believed either
+    monkeypatch.setattr(fingerprint, "file_system", lambda _path: magic)
+    assert (files_fingerprint(weight_files(folder)).num_read_bytes == 0) is kept
+    assert (files_fingerprint(weight_files(folder)).num_read_bytes == 0) is kept
+
+
+def test_the_system_tells_which_file_system_it_is(tmp_path: Path) -> None:
+    kinds = {"/proc": 0x9FA0, "/sys": 0x62656572, "/dev/shm": 0x01021994}
+    assert {path: fingerprint.file_system(path) for path in kinds} == kinds
+    said = subprocess.run(["stat", "-f", "-c", "%t", tmp_path], capture_output=True, text=True, check=True, timeout=60)
+    assert fingerprint.file_system(str(tmp_path)) == int(said.stdout, 16)
+    assert fingerprint.file_system(str(tmp_path / "absent")) is None
 
 
 @pytest.mark.usefixtures("later")

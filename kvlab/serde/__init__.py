@@ -58,7 +58,7 @@ def serde_to_read(name: str) -> Serde:
         raise FormatError(f"no serde is called {name!r}", reason="serde")
     try:
         return get_serde(name)
-    except ConfigError as error:
+    except (ConfigError, ImportError) as error:  # ImportError: a package that it needs is not installed
         raise FormatError(f"objects of {name} are not read here: {error}", reason="serde") from error
 
 

@@ -4,18 +4,21 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from kvlab.auth import AuthKey, auth_key
-from kvlab.container import unpack
+from kvlab.container import parse_json, unpack
 from kvlab.errors import ConfigError, FormatError, StoreError
 from kvlab.stores import Store, StoreURL, open_store
+from kvlab.stores.base import Buffer
 from kvlab.stores.url import hide_logins
 from kvlab.units import format_bytes, parse_bytes
 
 EPILOG = """URLs: file:///path, redis://host:6379/0, unix:///run/redis.sock, redis-sentinel://..., redis-cluster://...
 A folder is opened with its present size as budget unless the URL gives one (?size=10GiB), so looking evicts nothing."""
+OF_OTHERS = frozenset({"version", "other_auth"})  # readers of another version, with another key or none, can use it
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,6 +108,7 @@ def _info(store: Store, arguments: argparse.Namespace) -> int:
 def _verify(store: Store, arguments: argparse.Namespace) -> int:
     auth = auth_key(arguments.auth)
     reasons: Counter[str] = Counter()
+    of_others: Counter[str] = Counter()
     num_bytes = sound = 0
     for key in sorted(store.keys()):
         size, error = _look(store, key, auth)
@@ -113,16 +117,23 @@ def _verify(store: Store, arguments: argparse.Namespace) -> int:
             size, error = _look(store, key, auth)
         num_bytes += size or 0
         if error is not None:
-            reasons[error.reason] += 1
+            is_broken = error.reason not in OF_OTHERS
+            (reasons if is_broken else of_others)[error.reason] += 1
             print(f"{error.reason}: {_shown(key)}: {_shown(str(error))}")
-            if arguments.set_aside:
+            if arguments.set_aside and is_broken:
                 store.set_aside(key, error.reason)
         elif size is not None:
             sound += 1
-    broken = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-    state = f"{sum(reasons.values())} broken" + (f" ({broken})" if broken else "")
-    print(f"{sound} objects are sound, {state}; read {format_bytes(num_bytes)}")
+    states = [f"{sound} objects are sound", f"{sum(reasons.values())} broken{_listed(reasons)}"]
+    if of_others:
+        states.append(f"{sum(of_others.values())} for other readers{_listed(of_others)}")
+    print(f"{', '.join(states)}; read {format_bytes(num_bytes)}")
     return 1 if reasons else 0
+
+
+def _listed(reasons: Counter[str]) -> str:
+    listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    return f" ({listed})" if listed else ""
 
 
 def _look(store: Store, key: str, auth: AuthKey | None) -> tuple[int | None, FormatError | None]:
@@ -133,8 +144,18 @@ def _look(store: Store, key: str, auth: AuthKey | None) -> tuple[int | None, For
     try:
         unpack(value, key, auth=auth)
     except FormatError as error:
+        if error.reason == "auth" and auth is not None and not _is_of(value, key, auth):
+            error = FormatError(str(error), reason="other_auth")
         return memoryview(value).nbytes, error
     return memoryview(value).nbytes, None
+
+
+def _is_of(value: Buffer, key: str, auth: AuthKey) -> bool:
+    """Whether an object says that its readers want it to be signed with this key."""
+    with suppress(FormatError, KeyError, ValueError, RecursionError):
+        namespace = parse_json(unpack(value, key).metadata["namespace"])
+        return isinstance(namespace, dict) and namespace.get("auth") == auth.id
+    return True
 
 
 def _evict(store: Store, arguments: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from kvlab.stores.direct import BLOCK, aligned_buffer, read_file, write_file
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.folder import ABSENT, Folder
 from kvlab.stores.forks import Lock
+from kvlab.stores.ledger import FolderLockedError
 from kvlab.stores.names import WRITING, key_of, path_of
 from kvlab.stores.root import RefusedError, Root
 from kvlab.stores.url import StoreURL
@@ -269,6 +270,8 @@ class DiskStore(Store):
         except OSError as error:
             self._count(errors=1)
             reason = errno.errorcode.get(error.errno or 0, "failed").lower()  # enospc, eacces, erofs, ...
+            if isinstance(error, FolderLockedError):
+                reason = "locked"
             raise StoreError(f"could not {doing} under {self.root}: {error}", reason=reason) from error
 
     def _count(self, **amounts: float) -> None:

@@ -19,10 +19,11 @@ import secrets
 import stat
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from kvlab.stores.eviction import EvictionPolicy
 from kvlab.stores.forks import ForkAware
-from kvlab.stores.ledger import Ledger
+from kvlab.stores.ledger import FolderLockedError, Ledger
 from kvlab.stores.names import BROKEN, FANOUT, HEAD_BYTES, PRIVATE, WRITING, is_cut_short, is_own
 from kvlab.stores.root import Root
 
@@ -80,13 +81,16 @@ class Folder(ForkAware):
         self._in_making.clear()
 
     def paths(self) -> list[str]:
-        """Objects held now."""
-        with self.book.locked():
-            return [path for path in self.book.sizes if not path.startswith(PRIVATE)]
+        """Objects held now; as last heard where another process does not give the lock up."""
+        with suppress(FolderLockedError), self.book.locked():
+            pass
+        return [path for path in list(self.book.sizes) if not path.startswith(PRIVATE)]
 
     def used_bytes(self) -> int:
-        with self.book.locked():
-            return self.book.used
+        """As `paths`."""
+        with suppress(FolderLockedError), self.book.locked():
+            pass
+        return self.book.used
 
     def begin(self, path: str, size: int, flags: int) -> tuple[str, int] | None:
         """Make room for `path` and open a file in the making, counted from now on: its name and descriptor, for
@@ -107,7 +111,7 @@ class Folder(ForkAware):
                     self.root.make_folder(WRITING)
                     fd = self.root.open_file(temp, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL)
                 self._in_making[temp] = fd
-                self._flock(fd, fcntl.LOCK_EX)  # as long as it is locked, its writer lives
+                self._flock(fd)  # as long as it is locked, its writer lives
                 os.ftruncate(fd, size)  # a process that counts the folder sees its full size
             except BaseException:
                 self.abandon(temp)
@@ -148,9 +152,10 @@ class Folder(ForkAware):
             return there
 
     def forget(self, path: str) -> None:
-        """A reader did not find it: take it out of the book, unless it has come back by now."""
-        with self.book.locked():
-            if not self._is_file(path):
+        """A reader did not find it: take it out of the book, unless it has come back by now. Readers wait for no lock;
+        if another has it, the next reader does this."""
+        with self.book.locked_at_once() as alone:
+            if alone and not self._is_file(path):
                 self.book.remove(path, "vanished")
 
     def set_aside(self, path: str, why: str) -> bool:
@@ -239,9 +244,11 @@ class Folder(ForkAware):
             os.close(fd)
         return True
 
-    def _flock(self, fd: int, how: int) -> None:
+    def _flock(self, fd: int) -> None:
         try:
-            fcntl.flock(fd, how)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # in a shared folder others can lock any file, and keep it locked
+            raise
         except OSError as error:
             log.debug("no file locks under %s: %s", self.root.path, error)
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from kvlab.stores.backoff import Backoff
 from kvlab.stores.forks import ForkAware
 from kvlab.stores.names import BROKEN, PRIVATE, WRITING, is_own
 from kvlab.stores.root import RefusedError, Root
@@ -29,10 +30,15 @@ log = logging.getLogger(__name__)
 JOURNAL = f"{PRIVATE}/journal"
 JOURNAL_BYTES = 1 << 20  # beyond this it starts afresh
 LOCK_WAIT_S = 10.0  # changes under the lock take milliseconds; counting a large folder anew takes seconds
+RETRY_WAIT_S = 0.1  # where nobody could have the lock for LOCK_WAIT_S
 _EPOCH_BYTES = 18
 _EPOCH = re.compile(rb"# [0-9a-f]{15}\n")  # the journal's first line
 _WHY = re.compile(r"[\w:.-]{1,64}", re.A)
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+class FolderLockedError(TimeoutError):
+    """Another process holds the folder's lock and does not give it up."""
 
 
 class Ledger(ForkAware):
@@ -65,21 +71,46 @@ class Ledger(ForkAware):
         self._offset = 0
         self._epoch = b""  # of the journal as far as this process has read it; empty if it must count anew
         self._has_locks = True
+        self._lock_health = Backoff()
         self.watch_forks()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone on this folder, among threads and processes, with the book up to date. Re-entrant."""
+        """Alone on this folder, among threads and processes, with the book up to date. Re-entrant.
+
+        Raises FolderLockedError where another process does not give the lock up: after `LOCK_WAIT_S`, and then at once
+        until the lock can be had. Each call tries; now and then one waits for a moment.
+        """
         with self._thread_lock:
             if self._depth == 0:
-                self._lock()
-            self._depth += 1
-            try:
+                self._lock_patiently()
+            with self._held():
                 yield
-            finally:
-                self._depth -= 1
-                if self._depth == 0:
-                    self._unlock()
+
+    @contextmanager
+    def locked_at_once(self) -> Iterator[bool]:
+        """As `locked` where that takes no waiting; whether it is."""
+        if not self._thread_lock.acquire(blocking=False):
+            yield False
+            return
+        try:
+            if self._depth == 0 and not self._lock(0.0):
+                yield False
+                return
+            with self._held():
+                yield True
+        finally:
+            self._thread_lock.release()
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._unlock()
 
     def catch_up(self) -> bool:
         """Bring `holds` up to date without the folder's lock, from what others have appended; whether it is.
@@ -91,7 +122,7 @@ class Ledger(ForkAware):
             return False
         try:
             if self._depth == 0 and not self._read_on():
-                if not self._lock(wait=False):
+                if not self._lock(0.0):
                     return False
                 self._unlock()
             return self._has_locks
@@ -211,19 +242,30 @@ class Ledger(ForkAware):
             raise
         self._fd, self._offset, self._epoch = fd, 0, b""
 
-    def _lock(self, wait: bool = True) -> bool:
+    def _lock_patiently(self) -> None:
+        health = self._lock_health
+        again_s = RETRY_WAIT_S if health.may_ask() else 0.0
+        wait_s = LOCK_WAIT_S if health.is_up else again_s
+        if self._lock(wait_s):
+            if health.succeeded():
+                log.warning("the lock of %s can be had again", self._root.path)
+            return
+        if wait_s:
+            health.failed()
+        about = "is left alone" if wait_s < LOCK_WAIT_S else f"has held its lock for {LOCK_WAIT_S:g} s"
+        raise FolderLockedError(errno.ETIMEDOUT, f"another process {about}; it does not give the lock up", JOURNAL)
+
+    def _lock(self, wait_s: float) -> bool:
+        """Whether the lock could be had within `wait_s`; then the book is up to date."""
         if self._fd < 0:
             self._open()
-        if not self._flock(LOCK_WAIT_S if wait else 0.0):
-            if wait:
-                raise TimeoutError(
-                    errno.ETIMEDOUT, f"another process has held its lock for {LOCK_WAIT_S:.0f} s", JOURNAL
-                )
+        if not self._flock(wait_s):
             return False
         try:
             while os.fstat(self._fd).st_nlink == 0:  # the folder was removed
                 self._open()
-                self._flock(LOCK_WAIT_S)
+                if not self._flock(wait_s):
+                    return False
             self._catch_up(os.fstat(self._fd).st_size)
             self._settle()
         except BaseException:

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 KEPT_PUTS = 1 << 16
 DEFAULT_LIMIT = 512 << 20  # Redis' own default of proto-max-bulk-len
+LEAST_LIMIT = 1 << 20  # no server takes less for it
+LIMIT_KEPT_S = 30.0  # what a server said; CONFIG SET and a restart change it
 LISTING = 60  # times the deadline of a call: how long a list of all keys may take
 MOST_LISTED_BYTES = 1 << 29  # of names; a server that goes on naming keys is not listened to for ever
 
@@ -65,6 +67,7 @@ class RedisStore(Store):
         self._timeout_s = timeout_s
         self._ttl_ms = round(ttl_s * 1000)
         self._limit = limit
+        self._told: tuple[int, float] | None = None  # the server's own limit, and until when to go by it
         self._most = limit or DEFAULT_LIMIT
         self._server: dict[str, int] = {}
         self._put_before: OrderedDict[str, None] = OrderedDict()
@@ -90,15 +93,18 @@ class RedisStore(Store):
         command: list[Any] = ["SET", name_of(key), pieces, *(["PX", str(self._ttl_ms)] if self._ttl_ms else [])]
         if not fits_key(key):
             return self._refuse("key_too_long")
+        deadline = self._deadline()
         try:
-            if size > self._value_limit():
+            if size > self._value_limit(deadline):
                 return self._refuse("too_large")
-            self._run(key, lambda deadline: one(command, deadline, ok))
+            self._run(key, lambda deadline: one(command, deadline, ok), deadline)
         except ReplyError as error:
             if error.reason == "oom":
                 return self._refuse("maxmemory")
+            self._told = None
             raise
         except NodeDownError:
+            self._told = None  # it may have hung up because the value is too long for it by now
             if self._others_answer():
                 return self._refuse("node_down")
             raise
@@ -211,8 +217,9 @@ class RedisStore(Store):
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout_s
 
-    def _run(self, key: str, work: Callable[[float], Callable[[Wire], T]]) -> T:
-        deadline = self._deadline()
+    def _run(self, key: str, work: Callable[[float], Callable[[Wire], T]], deadline: float | None = None) -> T:
+        """`work` of a deadline, on the server of `key`. A call of several questions gives the deadline of them all."""
+        deadline = self._deadline() if deadline is None else deadline
         try:
             return self._topology.run(name_of(key), work(deadline), deadline)
         except ValueTooLongError:
@@ -221,10 +228,12 @@ class RedisStore(Store):
             self._failed(error)
             raise
 
-    def _asked(self, key: str, work: Callable[[float], Callable[[Wire], T]], default: T) -> T:
+    def _asked(
+        self, key: str, work: Callable[[float], Callable[[Wire], T]], default: T, deadline: float | None = None
+    ) -> T:
         """Like `_run`, with `default` for keys of a cluster's failed node."""
         try:
-            return self._run(key, work)
+            return self._run(key, work, deadline)
         except NodeDownError:
             if self._others_answer():
                 return default
@@ -275,7 +284,7 @@ class RedisStore(Store):
                 answers[place] = reply
                 if isinstance(reply, ReplyError) and reply.reason in ("moved", "ask"):
                     ask = partial(one, [command, names[place]], parse=flag)
-                    answers[place] = self._asked(keys[place], ask, default=None)
+                    answers[place] = self._asked(keys[place], ask, default=None, deadline=deadline)
         if failures and len(failures) == len(groups):
             raise failures[0]
         return answers
@@ -283,9 +292,10 @@ class RedisStore(Store):
     def _ask_server(self) -> None:
         """Refresh what is known of the servers; whoever does not answer keeps its last numbers."""
         totals: Counter[str] = Counter()
+        deadline = self._deadline()
         try:
-            for node in self._topology.nodes(self._deadline()):
-                totals.update(self._memory_of(node))
+            for node in self._topology.nodes(deadline):
+                totals.update(self._memory_of(node, deadline))
         except StoreError as error:
             self._failed(error)
             return
@@ -293,8 +303,7 @@ class RedisStore(Store):
             log.warning("Redis has no maxmemory: it will grow; set maxmemory and maxmemory-policy allkeys-lru")
         self._server |= totals
 
-    def _memory_of(self, node: Node) -> dict[str, int]:
-        deadline = self._deadline()
+    def _memory_of(self, node: Node, deadline: float) -> dict[str, int]:
         facts = node.run(one(["INFO", "memory"], deadline, memory_facts), deadline)
         maxmemory = facts.get("maxmemory", 0)
         return {
@@ -303,20 +312,24 @@ class RedisStore(Store):
             "unbounded": int(not maxmemory),
         }
 
-    def _value_limit(self) -> int:
-        if self._limit is None:
-            deadline = self._deadline()
+    def _value_limit(self, deadline: float) -> int:
+        """The longest value that is sent. What a server says of itself is asked for again, and believed only where a
+        server can have such a limit: a wrong one would refuse every value."""
+        if self._limit is not None:
+            return self._limit
+        told = self._told
+        if told is None or time.monotonic() >= told[1]:
             try:
                 node = self._topology.nodes(deadline)[0]
-                told = node.run(one(["CONFIG", "GET", "proto-max-bulk-len"], deadline, told_limit), deadline)
-                self._limit = min(told or DEFAULT_LIMIT, DEFAULT_LIMIT)
+                limit = node.run(one(["CONFIG", "GET", "proto-max-bulk-len"], deadline, told_limit), deadline)
             except ReplyError:  # not allowed to ask
-                self._limit = DEFAULT_LIMIT
+                limit = 0
             except StoreError as error:
                 self._failed(error)
                 raise
-            log.debug("Redis takes values of up to %s", format_bytes(self._limit))
-        return self._limit
+            limit = min(limit, DEFAULT_LIMIT) if limit >= LEAST_LIMIT else DEFAULT_LIMIT
+            told = self._told = (limit, time.monotonic() + LIMIT_KEPT_S)
+        return told[0]
 
     def _refuse(self, reason: str) -> bool:
         with self._lock:

@@ -1,10 +1,11 @@
 """What a store's keys are called on a Redis server, and what its commands' replies must look like."""
 
 from kvlab.stores.base import fits_key
-from kvlab.stores.resp import Reply, array, bulk, text
+from kvlab.stores.resp import ProtocolError, Reply, array, bulk, text
 
 PREFIX = b"kvlab:"
 FOREIGN = b"kvlab::"  # keys that do not start with PREFIX are stored under this
+MOST_FACTS_BYTES = 64 << 10  # of INFO's part on memory, which has some 3 KiB
 
 
 def name_of(key: str) -> bytes:
@@ -31,7 +32,10 @@ def scanned(reply: Reply) -> tuple[bytes, list[str]]:
 
 def memory_facts(reply: Reply) -> dict[str, int]:
     """The whole numbers of INFO."""
-    pairs = (line.partition(":") for line in text(reply).split("\r\n"))
+    facts = text(reply)
+    if len(facts) > MOST_FACTS_BYTES:
+        raise ProtocolError(f"the server told {len(facts)} characters about its memory")
+    pairs = (line.partition(":") for line in facts.split("\r\n"))
     return {name: int(value) for name, _, value in pairs if _is_count(value)}
 
 

@@ -110,6 +110,8 @@ class Sentinel(Topology):
         if self._master is not None and self._master.health.is_up:
             return self._master
         for sentinel in list(self._sentinels):
+            if time.monotonic() >= deadline:  # as in a cluster
+                break
             share = min(deadline, time.monotonic() + max(0.05, (deadline - time.monotonic()) / 3))
             question = ["SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.place.master]
             try:
@@ -195,6 +197,8 @@ class Cluster(Topology):
     def _learn(self, deadline: float, first: Node | None = None) -> list[Node | None]:
         candidates = [*([first] if first else []), *self.known(), *map(self._at, self.place.hosts)]
         for node in dict.fromkeys(sorted(candidates, key=lambda node: not node.health.is_up)):
+            if time.monotonic() >= deadline:  # nobody is to blame who was not asked
+                raise NodeDownError("no node of the cluster answered in time", reason="timeout")
             share = min(deadline, time.monotonic() + max(0.05, (deadline - time.monotonic()) / 3))
             try:
                 ranges = node.run(one(["CLUSTER", "SLOTS"], share, partial(_ranges, own_host=_host_of(node))), share)
@@ -238,13 +242,20 @@ def _master(reply: Reply) -> Address | None:
 
 
 def _ranges(reply: Reply, own_host: str) -> list[tuple[int, int, Address]]:
-    """What CLUSTER SLOTS says: first slot, last slot, owner. A node that does not know its own name leaves it empty."""
-    found = []
+    """What CLUSTER SLOTS says: first slot, last slot, owner. A node that does not know its own name leaves it empty.
+
+    Each slot has one owner, so the ranges hold no more slots together than there are.
+    """
+    found: list[tuple[int, int, Address]] = []
+    num_slots = 0
     for entry in array(reply):
         low, high, owner = array(entry, 3)[:3]
         host, port = array(owner, 2)[:2]
         if number(low, NUM_SLOTS - 1) > number(high, NUM_SLOTS - 1):
             raise ProtocolError(f"the server named slots from {low} to {high}")
+        num_slots += high + 1 - low
+        if num_slots > NUM_SLOTS:
+            raise ProtocolError(f"the server named more than {NUM_SLOTS} slots")
         found.append((low, high, _address((text(host) if host is not None else "") or own_host, number(port))))
     if len({address for _, _, address in found}) > MOST_NODES:
         raise ProtocolError(f"the server named more than {MOST_NODES} nodes")

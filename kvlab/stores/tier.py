@@ -15,7 +15,8 @@ T = TypeVar("T")
 class Tier:
     """Calls a store; a call that raises answers with its default, and the store is left alone for a growing while.
 
-    Going down is logged once per outage, coming back too.
+    A write that fails keeps the next writes away and no reads: a full disk can be read, and so can a folder that
+    another process has locked. Going down is logged once per outage, coming back too.
     """
 
     def __init__(
@@ -23,6 +24,7 @@ class Tier:
     ) -> None:
         self.store = store
         self.health = Backoff(first_wait_s, longest_wait_s)
+        self.write_health = Backoff(first_wait_s, longest_wait_s)
         self.last_error = ""
 
     @property
@@ -31,7 +33,14 @@ class Tier:
 
     def call(self, method: Callable[..., T], *args: object, default: T) -> T:
         """``method(*args)`` of this tier's store, or `default` if it fails or is left alone."""
-        if not self.health.may_ask():
+        return self._call(self.health, "", method, args, default)
+
+    def write(self, method: Callable[..., T], *args: object, default: T) -> T:
+        """As `call`, for a method that changes what the store holds."""
+        return self._call(self.write_health, "'s writes", method, args, default)
+
+    def _call(self, health: Backoff, what: str, method: Callable[..., T], args: tuple[object, ...], default: T) -> T:
+        if not health.may_ask():
             return default
         try:
             result = method(*args)
@@ -39,18 +48,19 @@ class Tier:
             raise  # the caller's affair
         except Exception as error:  # a stack must outlive whatever a tier of somebody else's raises
             self.last_error = f"{type(error).__name__}: {error}"
-            if self.health.failed():
-                log.warning("tier %s failed, going on without it: %s", self.store.name, self.last_error)
+            if health.failed():
+                log.warning("tier %s%s failed, going on without: %s", self.store.name, what, self.last_error)
             return default
-        if self.health.succeeded():
-            log.warning("tier %s is back", self.store.name)
+        if health.succeeded():
+            log.warning("tier %s%s: back again", self.store.name, what)
         return result
 
     def row(self) -> dict[str, int | float | str]:
         """How it has fared, for pandas."""
         return {
             "up": int(self.is_up),
-            "outages": self.health.outages,
-            "failures": self.health.failures,
+            "takes_writes": int(self.write_health.is_up),
+            "outages": self.health.outages + self.write_health.outages,
+            "failures": self.health.failures + self.write_health.failures,
             "last_error": self.last_error,
         }

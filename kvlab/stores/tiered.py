@@ -72,13 +72,13 @@ class TieredStore(Store):
     def put(self, key: str, value: Value) -> bool:
         """True if at least one tier holds it now."""
         first = self.tiers[0]
-        stored = first.call(first.store.put, key, value, default=False)
+        stored = first.write(first.store.put, key, value, default=False)
         if self._is_due(key) or not stored:
             if stored and self._writer is not None:
                 self._writer.add(key)
             else:
                 for tier in self.tiers[1:]:
-                    stored |= tier.call(tier.store.put, key, value, default=False)
+                    stored |= tier.write(tier.store.put, key, value, default=False)
         with self._lock:
             self.stats_.puts += stored
             self.stats_.refused += not stored
@@ -129,7 +129,7 @@ class TieredStore(Store):
     def delete(self, key: str) -> bool:
         if self._writer is not None:
             self._writer.cancel(key)  # or it would come back
-        return any([tier.call(tier.store.delete, key, default=False) for tier in self.tiers])
+        return any([tier.write(tier.store.delete, key, default=False) for tier in self.tiers])
 
     def keys(self) -> Iterator[str]:
         nothing: list[str] = []
@@ -156,7 +156,7 @@ class TieredStore(Store):
             self._writer.cancel(key)
         gone = False
         for tier in self.tiers:
-            gone |= tier.call(tier.store.set_aside, key, reason, default=False)
+            gone |= tier.write(tier.store.set_aside, key, reason, default=False)
             if tier is source:
                 break
         with self._lock:
@@ -200,13 +200,13 @@ class TieredStore(Store):
                 self._came_from.popitem(last=False)
         if self._promote:
             for tier in self.tiers[:level]:
-                tier.call(tier.store.put, key, value, default=False)
+                tier.write(tier.store.put, key, value, default=False)
         if level == 0 and self._after_sights > 1 and self._is_due(key, exactly=True):
             if self._writer is not None:
                 self._writer.add(key)
             else:
                 for tier in self.tiers[1:]:
-                    tier.call(tier.store.put, key, value, default=False)
+                    tier.write(tier.store.put, key, value, default=False)
 
     def _missed(self) -> None:
         with self._lock:
@@ -228,4 +228,4 @@ class TieredStore(Store):
                 self._writer.dropped += 1
             return
         for tier in self.tiers[1:]:
-            tier.call(tier.store.put, key, value, default=False)
+            tier.write(tier.store.put, key, value, default=False)

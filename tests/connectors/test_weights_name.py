@@ -20,6 +20,7 @@ def config(model: str, *, load_format: str = "auto", **fields: Any) -> Any:
     """What `weights_name` reads of a VllmConfig."""
     load = {"load_format": load_format, "download_dir": None, "model_loader_extra_config": {}}
     own = {"model": model, "model_weights": "", "revision": None, "seed": 0, "hf_config": SimpleNamespace()}
+    own |= {"multimodal_config": None, "tokenizer": model}
     return SimpleNamespace(
         model_config=SimpleNamespace(**{**own, **{k: v for k, v in fields.items() if k in own}}),
         load_config=SimpleNamespace(**{**load, **{k: v for k, v in fields.items() if k in load}}),
@@ -141,6 +142,85 @@ def test_host_memory_alone_reads_no_weights(tmp_path: Path, monkeypatch: pytest.
 def test_random_weights_are_named_by_their_seed() -> None:
     assert name(config("org/absent", load_format="dummy")) == "dummy:0"
     assert name(config("org/absent", load_format="dummy", seed=1)) == "dummy:1"
+
+
+SEES = SimpleNamespace(mm_encoder_fp8_scale_path=None)  # the multimodal_config of a model that takes images
+READ_BY_PROCESSORS = [
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer_config.json"),
+    *("params.json", "tekken.json", "audio/preprocessor_config.json", "of_a_later_version.json"),
+]
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize("file", READ_BY_PROCESSORS)
+def test_what_an_image_becomes_is_in_the_name(tmp_path: Path, file: str, load_format: str) -> None:
+    """vLLM's own name of an image holds the model's path, the image and given options: no content of these files."""
+    folders = [checkpoint(tmp_path / x) for x in "abcd"]
+    for folder, content in zip(folders, ("1", "1", "2", None), strict=True):
+        (folder / file).parent.mkdir(exist_ok=True)
+        if content:
+            (folder / file).write_text(content)
+    a, b, c, without = (
+        name(config(str(folder), multimodal_config=SEES, load_format=load_format)) for folder in folders
+    )
+    assert a == b
+    assert len({a, c, without}) == 3
+    texts = {name(config(str(folder), load_format=load_format)) for folder in folders}
+    assert len(texts) == 1, "a model of texts reads none of them"
+
+
+def test_files_that_change_no_image_are_not_in_the_name(tmp_path: Path) -> None:
+    """The config's content is a field of its own; the others decide what is asked and what is generated."""
+    names = set()
+    for x in "ab":
+        folder = checkpoint(tmp_path / x)
+        for file in ("config.json", "generation_config.json", "chat_template.json", "README.md"):
+            (folder / file).write_text(f'"{x}"')
+        names.add(name(config(str(folder), multimodal_config=SEES)))
+    assert len(names) == 1
+
+
+def test_processors_are_found_where_vllm_finds_them(tmp_path: Path) -> None:
+    """In the hub's own cache, also where the weights lie in another or are pulled from object storage; and in the
+    tokenizer's place, if it has one."""
+    in_hub(tmp_path / "elsewhere", "org/model", b"1")
+    in_hub(tmp_path / "hub", "org/model", b"1")
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / "c0ffee"
+    pulled = checkpoint(tmp_path / "pulled")
+    (pulled / "model.safetensors").unlink()
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    cases = {
+        snapshot: {"model": "org/model", "download_dir": str(tmp_path / "elsewhere")},
+        pulled: {"model": str(pulled), "model_weights": "s3://bucket/model"},
+        tokenizer: {"model": str(checkpoint(tmp_path / "m")), "tokenizer": str(tokenizer)},
+    }
+    for place, fields in cases.items():
+        names = set()
+        for content in "12":
+            (place / "preprocessor_config.json").write_text(content)
+            names.add(name(config(**fields, multimodal_config=SEES), named=True))
+        assert len(names) == 2, place
+
+
+def test_a_processor_that_has_no_name(tmp_path: Path) -> None:
+    model = str(checkpoint(tmp_path / "m"))
+    seeing = config(model, multimodal_config=SEES, tokenizer="org/absent")
+    with pytest.raises(ConfigError, match=r"cannot be fingerprinted .*set namespace="):
+        name(seeing)
+    assert name(seeing, named=True) != name(config(model), named=True)
+    assert name(seeing, outlives=False).startswith("process:")
+    assert name(config(model, tokenizer="org/absent")) == name(config(model)), "a text's tokens are in the keys"
+
+
+def test_scales_of_an_encoder_are_in_the_name(tmp_path: Path) -> None:
+    model, scales = str(checkpoint(tmp_path / "m")), tmp_path / "scales.json"
+    seeing = config(model, multimodal_config=SimpleNamespace(mm_encoder_fp8_scale_path=str(scales)))
+    names = set()
+    for content in "12":
+        scales.write_text(content)
+        names.add(name(seeing))
+    assert len(names) == 2
 
 
 def test_modelscope_keeps_models_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

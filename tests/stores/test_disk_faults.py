@@ -7,12 +7,14 @@ import fcntl
 import itertools
 import os
 import random
+import time
 
 import pytest
 
 from kvlab.errors import StoreError
 from kvlab.stores import ledger, open_store
 from kvlab.stores.disk import DiskStore
+from kvlab.stores.names import WRITING, path_of
 
 BUDGET = 100_000
 CALLS = ("open", "write", "pwritev", "pread", "preadv", "ftruncate", "rename", "unlink", "stat", "fstat", "mkdir",
@@ -166,8 +168,86 @@ def test_a_lock_that_is_never_given_up_is_a_failure_with_its_reason(tmp_path, mo
     monkeypatch.setattr(ledger, "LOCK_WAIT_S", 0.05)
     with (tmp_path / "kv" / ledger.JOURNAL).open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(StoreError, match="has held its lock for"):
+        with pytest.raises(StoreError, match="has held its lock for") as caught:
             store.put("kvlab:m:2", b"y" * 10)
+        assert caught.value.reason == "locked"
         assert bytes(store.get("kvlab:m:1")) == b"x" * 10
     assert store.put("kvlab:m:2", b"y" * 10)
     store.close()
+
+
+def test_only_the_first_call_waits_for_a_lock_that_is_never_given_up(tmp_path, monkeypatch):
+    """The next ones are refused at once, what needs no lock goes on, and the first call after it is free succeeds."""
+    slept = []
+    monkeypatch.setattr(ledger.time, "sleep", lambda seconds, sleep=time.sleep: (slept.append(seconds), sleep(seconds)))
+    store = open_store(f"file://{tmp_path}/kv?size=1MiB")
+    for key in ("kvlab:m:1", "kvlab:m:gone"):
+        assert store.put(key, b"x" * 10)
+    (tmp_path / "kv" / path_of("kvlab:m:gone")).unlink()
+    monkeypatch.setattr(ledger, "LOCK_WAIT_S", 0.3)
+    needs_lock = {
+        "put": lambda: store.put("kvlab:m:2", b"y"),
+        "delete": lambda: store.delete("kvlab:m:1"),
+        "set_aside": lambda: store.set_aside("kvlab:m:1", "test"),
+    }
+    with (tmp_path / "kv" / ledger.JOURNAL).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StoreError):
+            store.put("kvlab:m:2", b"y")
+        assert sum(slept) >= 0.2
+        slept.clear()
+        for _ in range(20):
+            for call in needs_lock.values():
+                with pytest.raises(StoreError, match="is left alone") as caught:
+                    call()
+                assert caught.value.reason == "locked"
+        assert bytes(store.get("kvlab:m:1")) == b"x" * 10
+        assert store.get("kvlab:m:gone") is None
+        assert store.contains_many(["kvlab:m:1", "kvlab:m:2"]) == [True, False]
+        assert store.size_of("kvlab:m:1") == 10
+        assert store.why_missing("kvlab:m:2") == "never_stored"
+        assert store.stats()["used_bytes"] >= 10
+        assert "kvlab:m:1" in list(store.keys())
+        assert slept == []
+    assert store.put("kvlab:m:2", b"y")
+    assert store.get("kvlab:m:gone") is None
+    assert store.used_bytes == 11
+    assert store.why_missing("kvlab:m:gone") == "vanished"
+    store.close()
+
+
+def test_reads_wait_for_no_lock(tmp_path, monkeypatch):
+    """Not even the first one that finds a file gone of which the book knows."""
+    monkeypatch.setattr(ledger.time, "sleep", lambda _seconds: pytest.fail("waited"))
+    with open_store(f"file://{tmp_path}/kv?size=1MiB") as store:
+        assert store.put("kvlab:m:1", b"x")
+        (tmp_path / "kv" / path_of("kvlab:m:1")).unlink()
+        with (tmp_path / "kv" / ledger.JOURNAL).open("r+b") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            assert store.get("kvlab:m:1") is None
+            held.truncate()  # the journal is begun anew, which takes the lock to read
+            assert store.contains_many(["kvlab:m:1"]) == [False]
+            assert store.get("kvlab:m:1") is None
+
+
+def test_a_file_in_the_making_that_another_has_locked_is_not_waited_for(tmp_path):
+    """In a shared folder others can lock any file."""
+    with open_store(f"file://{tmp_path}/kv?size=1MiB") as store:
+        others = []
+        open_file = store._root.open_file
+
+        def open_and_lose_the_race(path, flags):
+            fd = open_file(path, flags)
+            if path.startswith(WRITING) and flags & os.O_CREAT:
+                others.append((tmp_path / "kv" / path).open("rb"))
+                fcntl.flock(others[-1], fcntl.LOCK_EX)
+            return fd
+
+        store._root.open_file = open_and_lose_the_race
+        with pytest.raises(StoreError) as caught:
+            store.put("kvlab:m:1", b"x")
+        assert caught.value.reason == "eagain"
+        store._root.open_file = open_file
+        for other in others:
+            other.close()
+        assert store.put("kvlab:m:1", b"x")

@@ -4,6 +4,7 @@ and its connection is not used again."""
 import contextlib
 import random
 import threading
+import time
 import tracemalloc
 
 import pytest
@@ -11,9 +12,10 @@ from liars import Liar, bulk
 from servers import wait_for
 
 from kvlab.errors import StoreError
-from kvlab.stores import open_store, redis_topology, resp
+from kvlab.stores import open_store, redis, redis_topology, resp
 from kvlab.stores.redis_topology import key_slot
 from kvlab.stores.redis_url import PASSWORD
+from kvlab.stores.resp import ProtocolError
 
 OPTIONS = "timeout_ms=300&retry_ms=1&longest_retry_ms=1&limit=1MiB"
 URLS = {
@@ -292,6 +294,111 @@ def test_ever_new_nodes_are_not_remembered_for_ever(monkeypatch):
             assert len(store._topology._by_address) <= 8
             liar.lies = {}
             recovers(store)
+
+
+@pytest.mark.parametrize("told", [b"1", b"0", b"1048575", b"-1", b"x", b"1048576", b"4611686018427387904"])
+def test_a_limit_that_no_server_has_is_not_believed_and_none_for_ever(told, monkeypatch):
+    """Redis' own least is 1 MiB. A limit that may be one holds for a while: CONFIG SET and restarts change it."""
+    monkeypatch.setattr(redis, "LIMIT_KEPT_S", 0.2, raising=False)
+    lie = b"*2\r\n" + bulk(b"proto-max-bulk-len") + bulk(told)
+    url = "redis://127.0.0.1:{}?timeout_ms=10000"
+    with Liar({b"CONFIG": lie}) as liar, open_store(url.format(liar.port)) as store:
+        assert store.put("kvlab:p", bytes(1 << 20))
+        assert store.put("kvlab:p", bytes((1 << 20) + 1)) is (told != b"1048576")
+        liar.lies = {}
+        wait_for(lambda: store.put("kvlab:p", bytes((1 << 20) + 1)), "the limit to be asked for again", 5)
+        assert sum(asked[0] == b"CONFIG" for asked in liar.asked) <= 4, "not with every put"
+
+
+def test_a_put_that_fails_asks_for_the_limit_again():
+    """A server whose limit was lowered hangs up on a value that is too long for it."""
+    with Liar() as liar, open_store(f"redis://127.0.0.1:{liar.port}?timeout_ms=10000&retry_ms=1") as store:
+        assert store.put("kvlab:p", bytes(2 << 20))
+        liar.lies = {
+            b"CONFIG": b"*2\r\n" + bulk(b"proto-max-bulk-len") + bulk(b"1048576"),
+            b"SET": lambda liar, sock, args: None,
+        }
+        with pytest.raises(StoreError):
+            store.put("kvlab:p", bytes(2 << 20))
+        time.sleep(0.01)
+        assert store.put("kvlab:p", bytes(2 << 20)) is False
+        assert store.errors["too_large"] == 1
+
+
+def slots(*ranges):
+    here = b"*2\r\n$9\r\n127.0.0.1\r\n:1\r\n"
+    return b"*%d\r\n" % len(ranges) + b"".join(b"*3\r\n:%d\r\n:%d\r\n" % place + here for place in ranges)
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        [(0, 16383)] * 20_000,
+        [(0, 16383)] * 3_000,
+        [(slot % 16384, slot % 16384) for slot in range(20_000)],
+        [(0, 16383), (5, 5)],
+    ],
+    ids=["20,000 whole ones", "3,000 whole ones", "20,000 of one slot", "one in another"],
+)
+def test_more_slots_than_there_are_is_a_lie(ranges):
+    """16,384 slots have one owner each; so what a topology costs to take in is bounded."""
+    reply = [[low, high, [memoryview(b"h"), 1]] for low, high in ranges]
+    with pytest.raises(ProtocolError, match="slots"):
+        redis_topology._ranges(reply, "h")
+    with Liar({b"CLUSTER": slots(*ranges)}) as liar, open_store(URLS["cluster"].format(liar.port)) as store:
+        with pytest.raises(StoreError) as caught:
+            store.get("kvlab:a")
+        assert caught.value.reason in ("unreachable", "timeout")
+        liar.lies = {}
+        recovers(store)
+
+
+def test_slots_that_all_lie_apart_are_a_cluster():
+    reply = [[slot, slot, [memoryview(b"h"), 1 + slot % 3]] for slot in range(16384)]
+    assert len(redis_topology._ranges(reply, "h")) == 16384
+
+
+@pytest.mark.parametrize("call", ["contains_many", "touch", "put", "used_bytes"])
+def test_a_call_of_many_questions_has_one_deadline(call):
+    """Each answer comes in time for a deadline of its own."""
+    moved, waited = iter(range(8)), []
+
+    def late(liar, sock, args):
+        if args[0] in (b"EXISTS", b"TOUCH") and next(moved, None) is not None:
+            return b"-MOVED 5 127.0.0.1:%d\r\n" % liar.port
+        waited.append(args)
+        liar.closed.wait(0.3)
+        return liar.honest(args)
+
+    def two_nodes(liar, sock, args):
+        entry = b"*3\r\n:%d\r\n:%d\r\n*2\r\n" + b"%s:%d\r\n"
+        entries = ((0, 8191, bulk(b"127.0.0.1"), liar.port), (8192, 16383, bulk(b"localhost"), liar.port))
+        return b"*2\r\n" + b"".join(entry % place for place in entries)
+
+    lies = {**dict.fromkeys((b"EXISTS", b"TOUCH", b"CONFIG", b"SET", b"INFO"), late), b"CLUSTER": two_nodes}
+    url = "redis-cluster://127.0.0.1:{}?timeout_ms=400&retry_ms=1&longest_retry_ms=1"
+    with Liar(lies) as liar, open_store(url.format(liar.port)) as store:
+        keys = [f"kvlab:{index}" for index in range(8)]
+        calls = {
+            "contains_many": lambda: store.contains_many(keys),
+            "touch": lambda: store.touch(keys),
+            "put": lambda: store.put("kvlab:p", b"z"),
+            "used_bytes": lambda: store.used_bytes,
+        }
+        with contextlib.suppress(StoreError):
+            calls[call]()
+        assert len(waited) <= 2
+        assert store.errors["timeout"] >= 1
+
+
+def test_facts_about_memory_are_short():
+    """What INFO says is taken apart line by line."""
+    with (
+        Liar({b"INFO": bulk(b"used_memory:1\r\n" * 100_000)}) as liar,
+        open_store(URLS["single"].format(liar.port)) as store,
+    ):
+        assert store.used_bytes == 0
+        assert store.errors == {"protocol": 1}
 
 
 def test_slots_are_those_of_redis():

@@ -1,7 +1,9 @@
 import pytest
 from servers import Server, running
 
+from kvlab.auth import AuthKey
 from kvlab.container import Part, pack
+from kvlab.hashing import Namespace
 from kvlab.stores import open_store
 from kvlab.stores.cli import main
 from kvlab.stores.names import path_of
@@ -50,6 +52,35 @@ def test_verify_names_what_is_broken(url, tmp_path, capsys):
     assert main(["verify", url, "--set-aside"]) == 1
     assert main(["verify", url]) == 0
     assert len(list((tmp_path / "kv" / ".kvlab" / "broken").iterdir())) == 2
+
+
+def test_set_aside_takes_only_what_is_broken_for_everyone(tmp_path, capsys):
+    """Not what another version wrote, nor what other keys signed, or none, under namespaces of their own."""
+    url = f"file://{tmp_path}/kv?size=10MiB"
+    (tmp_path / "key").write_bytes(bytes(32))
+    (tmp_path / "key").chmod(0o600)
+    ours, theirs = AuthKey(bytes(32)), AuthKey(bytes([1]) * 32)
+    part = {"kv": Part("U8", (1000,), memoryview(bytes(1000)))}
+
+    def signed(key, auth, signer):
+        fields = {} if auth is None else {"auth": auth.id}
+        return b"".join(pack(key, part, {"namespace": Namespace("m", fields).canonical}, auth=signer))
+
+    later = signed("later", ours, ours).replace(b'"kvlab":"2"', b'"kvlab":"3"', 1)
+    values = {
+        "ours": signed("ours", ours, ours), "theirs": signed("theirs", theirs, theirs),
+        "unsigned": signed("unsigned", None, None), "later": later, "forged": signed("forged", ours, None),
+    }  # fmt: skip
+    with open_store(url) as store:
+        for key, value in values.items():
+            store.put(key, value)
+    assert main(["verify", url, "--auth", str(tmp_path / "key"), "--set-aside"]) == 1
+    found = "1 objects are sound, 1 broken (1 auth), 3 for other readers (2 other_auth, 1 version)"
+    assert found in capsys.readouterr().out
+    with open_store(url) as store:
+        assert sorted(store.keys()) == ["later", "ours", "theirs", "unsigned"]
+    assert main(["verify", url]) == 0
+    assert "3 objects are sound, 0 broken, 1 for other readers (1 version)" in capsys.readouterr().out
 
 
 def test_evict_lets_the_least_recently_used_go(url, capsys):

@@ -20,7 +20,7 @@ MODEL_OPTIONS_WITHOUT_EFFECT = {
     "enable_sleep_mode", "sleep_preserve_parameter_names", "sleep_mode_backend", "sleep_mode_offload_cudagraph",
     "enable_nccl_comm_suspend", "enable_cumem_allocator", "renderer_num_workers", "spec_target_max_model_len",
     "max_seq_len_to_capture", "disable_cascade_attn", "pooler_config", "hf_config", "hf_text_config",
-    "hf_image_processor_config", "hf_overrides", "multimodal_config", "encoder_config", "original_max_model_len",
+    "hf_overrides", "multimodal_config", "encoder_config", "original_max_model_len",
 }  # fmt: skip
 CACHE_OPTIONS = ("sliding_window", "kv_cache_dtype_skip_layers", "kv_sharing_fast_prefill", "swa_bounded_replay")
 MULTIMODAL_OPTIONS = (

@@ -1,4 +1,4 @@
-"""Which weights did the engine load? A name for them by content, or the reason why there is none."""
+"""Which weights did the engine load, and which processor? A name for them by content, or the reason for having none."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from vllm import envs
 
 from kvlab.connectors.vllm_plugin import FILES_BEFORE_LOAD
 from kvlab.errors import ConfigError
-from kvlab.fingerprint import WEIGHT_SUFFIXES, FileState, file_states, files_fingerprint, weight_files
+from kvlab.fingerprint import WEIGHT_SUFFIXES, FileState, all_files, file_states, files_fingerprint, weight_files
 from kvlab.units import format_bytes
 
 logger = logging.getLogger("vllm.kvlab")
@@ -23,32 +23,42 @@ FILE_FORMATS = frozenset(
     {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "pt", "sharded_state", "bitsandbytes",
      "gguf", "runai_streamer", "runai_streamer_sharded", "tensorizer"}
 )  # fmt: skip
+# The config's content is a field of the namespace; the others decide what is asked and what is generated.
+_JSON_WITHOUT_EFFECT = frozenset({"config.json", "generation_config.json", "chat_template.json"})
 _OBJECT_STORAGE = ("s3://", "gs://", "az://", "http://", "https://")
 
 
 def weights_name(vllm_config: Any, *, outlives: bool, named: bool, loaded_here: bool) -> str:
-    """A name that two engines share only if their weights are the same, byte for byte.
+    """A name that two engines share only if their weights are the same, byte for byte, and, where they take images,
+    videos or sound, all that makes embeddings of these.
 
     outlives: whether a tier outlives this process. Without one, keys never leave the process: nothing is read.
     named: whether the user's own `namespace` keeps this model apart where its weights cannot be read.
     loaded_here: whether this process loaded them: then the files must be those that it loaded.
-    Raises ConfigError where the weights have no name, or other ones than were loaded, and a tier outlives the process.
+    Raises ConfigError where weights or processor have no name, or the files are not those that were loaded, and a tier
+    outlives the process.
     """
     model, load = vllm_config.model_config, vllm_config.load_config
-    if "dummy" in str(load.load_format):
-        return f"dummy:{model.seed}"
+    is_dummy = "dummy" in str(load.load_format)
     if not outlives:
-        return _process_name(os.getpid())
-    try:
-        places = _places(model, load)
-    except _Unnamed as reason:
-        if named:
-            return f"unread:{getattr(model, 'model_weights', '') or model.model}@{model.revision}"
-        raise ConfigError(
-            f"the weights of {model.model!r} cannot be fingerprinted ({reason}), so a tier that outlives this process "
-            "could mix its KV with another model's; set namespace= to a name of your own for these weights, or use "
-            "memory:// alone"
-        ) from None
+        return f"dummy:{model.seed}" if is_dummy else _process_name(os.getpid())
+    found = []
+    for what, name in (("weights", _weights), ("processor", _processor)):
+        try:
+            found.append(f"dummy:{model.seed}" if is_dummy and name is _weights else name(vllm_config, loaded_here))
+        except _Unnamed as reason:
+            if not named:
+                raise ConfigError(
+                    f"the {what} of {model.model!r} cannot be fingerprinted ({reason}), so a tier that outlives this "
+                    "process could mix its KV with another model's; set namespace= to a name of your own for this "
+                    "model, or use memory:// alone"
+                ) from None
+            found.append(f"unread:{getattr(model, 'model_weights', '') or model.model}@{model.revision}")
+    return "+".join(filter(None, found))
+
+
+def _weights(vllm_config: Any, loaded_here: bool) -> str:
+    places = _places(vllm_config.model_config, vllm_config.load_config)
     started = time.monotonic()
     prints = [files_fingerprint(weight_files(place), root=_root(place), fast=True) for place in places]
     if loaded_here:
@@ -87,6 +97,34 @@ def _process_start_ns() -> int:
     with open("/proc/self/stat", "rb") as source:
         ticks = int(source.read().rpartition(b")")[2].split()[19])  # since boot
     return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + ticks * 10**9 // os.sysconf("SC_CLK_TCK")
+
+
+def _processor(vllm_config: Any, _loaded_here: bool) -> str:
+    """A name of what makes embeddings of images, videos and sound; empty for a model of texts.
+
+    vLLM names an image by the model's path, the image and options that were given, and its processors read what files
+    they like: so every JSON file beside the model counts, but for those known to have no effect. Code and weights are
+    `_weights`.
+    """
+    model = vllm_config.model_config
+    multimodal = getattr(model, "multimodal_config", None)
+    if multimodal is None:
+        return ""
+    digests = []
+    for source in dict.fromkeys((model.model, getattr(model, "tokenizer", None) or model.model)):
+        path = Path(source)
+        root = _root(path if path.exists() else _hub_snapshot(str(source), _revision(model, source), None))
+        files = [file for file in all_files(root) if file.suffix == ".json" and file.name not in _JSON_WITHOUT_EFFECT]
+        digests.append(files_fingerprint(files, root=root, fast=True).digest if files else "none")
+    scales = getattr(multimodal, "mm_encoder_fp8_scale_path", None)
+    if scales and Path(scales).exists():  # a name that is no path is an option, and those are fields
+        digests.append(files_fingerprint([Path(scales)], fast=True).digest)
+    return "processor:" + "+".join(digests)
+
+
+def _revision(model: Any, source: str) -> str | None:
+    revision: str | None = model.revision if source == model.model else getattr(model, "tokenizer_revision", None)
+    return revision
 
 
 class _Unnamed(Exception):
