@@ -1,7 +1,7 @@
 """`evict` and `touch_all` are `victim` with `discard`, and `touch`, done at once."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlab.stores.eviction import POLICIES, get_policy

@@ -29,7 +29,7 @@ def started_by(item: pytest.Item) -> set[str]:
             continue
         seen.add(code)
         for name, value in _named(code, function.__globals__, getattr(item, "cls", None)):
-            if name == "LLM" or isinstance(value, str) and PROGRAM.search(value):
+            if name == "LLM" or (isinstance(value, str) and PROGRAM.search(value)):
                 found.add("engine")
             elif _path(value) in SERVERS:
                 found.add("server")
