@@ -22,7 +22,8 @@ subprocess.run([sys.executable, "-c", "import time; time.sleep(600)  # a child"]
 @pytest.mark.slow  # imports and prepares a workload three times
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupt_leaves_nothing_running(number, demo_model_path, tmp_path):
-    """Our processes, and all that they start; a server and a client in place of vLLM's, which start a child and sleep."""
+    """Our processes, and all that they start. In place of vLLM's server and client stand two that start a child and
+    sleep."""
     for module in ("entrypoints/openai/api_server.py", "utils/argparse_utils.py"):
         file = tmp_path / "stub" / "vllm" / module
         file.parent.mkdir(parents=True)
