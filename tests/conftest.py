@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS = ["", "slow", "server", "notebook", "engine"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.suffix == ".ipynb":
