@@ -1,6 +1,6 @@
 """What does the connector cost requests that hit nothing, and what do hits bring, under load? One engine, taking turns.
 
-    python benchmarks/gpu_steps.py MODEL [--rounds 40] [--lower file:///FOLDER?size=20GiB] [--compilation-config JSON]
+    python benchmarks/gpu_steps.py MODEL [--rounds 40] [--secondary file:///FOLDER?size=20GiB] [--compilation-config JSON]
 
 Machines drift by more than the cost that is looked for, so nothing is compared across processes: the same engine runs
 the same workload with its connector's hooks taken out (*off*), with prompts nobody has seen (*first*: each is saved),
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--load-format", default="dummy")
     parser.add_argument("--compilation-config", type=json.loads, default=None, help="vLLM's, as JSON")
     parser.add_argument("--max-model-len", type=int, default=16384)
-    parser.add_argument("--lower", help="URL of a tier below memory, to which everything is saved as well")
+    parser.add_argument("--secondary", help="URL of a tier below memory, to which everything is saved as well")
     parser.add_argument("--size", default="16GiB", help="of the memory tier; must hold all rounds")
     parser.add_argument("--rows", type=Path, default=Path("data/measured/gpu_steps.csv"))
     options = parser.parse_args()
@@ -94,7 +94,7 @@ def main() -> None:
     import kvlab
     from kvlab.bench.provenance import append_rows
 
-    tiers = [f"memory://?size={options.size}", *([options.lower] if options.lower else [])]
+    tiers = [f"memory://?size={options.size}", *([options.secondary] if options.secondary else [])]
     connector = KVTransferConfig(**kvlab.vllm_config(tiers, report=True))
     extra = {"compilation_config": options.compilation_config} if options.compilation_config else {}
     llm = LLM(
@@ -119,7 +119,7 @@ def main() -> None:
         hooks.set_disabled(is_off)
 
     driver.run(prompts(options.requests, 0))  # warm
-    served = ["first", "second", *(["lower"] if options.lower else [])]
+    served = ["first", "second", *(["lower"] if options.secondary else [])]
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in ("off", *served)}
     for at in range(options.rounds):
         fresh = prompts(options.requests, 1 + at)
@@ -133,7 +133,7 @@ def main() -> None:
     rows = []
     for name, done in turns.items():
         row = {"turn": name, "rounds": options.rounds, "requests": options.requests, "every": EVERY}
-        row["lower"] = options.lower.partition(":")[0] if options.lower else ""
+        row["lower"] = options.secondary.partition(":")[0] if options.secondary else ""
         for what in done[0]:
             row[what] = round(statistics.median(one[what] for one in done), 3)
             ratios = [one[what] / base[what] for one, base in zip(done, turns["off"], strict=True)]

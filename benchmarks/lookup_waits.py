@@ -1,4 +1,4 @@
-"""How long does a new request wait for a lower tier to say what it holds, idle and while that tier is written to?
+"""How long does a new request wait for a secondary tier to say what it holds, idle and while that tier is written to?
 
     python benchmarks/lookup_waits.py [--rows FILE]
 
@@ -22,7 +22,7 @@ from kvlab.bench.provenance import append_rows
 from kvlab.bench.redis_server import RedisServer
 from kvlab.chunking import Chunker
 from kvlab.connectors.vllm.admission import LoadAdmission
-from kvlab.connectors.vllm.lookup import HeldBelow, Lookup
+from kvlab.connectors.vllm.lookup import KnownSecondary, Lookup
 from kvlab.connectors.vllm.requests import RequestState
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
@@ -42,7 +42,7 @@ def measure(url: str, *, saving: bool, skipped: bool, seconds: float) -> dict[st
         admission.forward(NUM_TOKENS, 0.013)
         for _ in range(64):
             admission.answered(held=False)
-    lookup = Lookup(asked, Chunker(), [engine.namespace], 1.0, admission, HeldBelow(), Counter())
+    lookup = Lookup(asked, Chunker(), [engine.namespace], 1.0, admission, KnownSecondary(), Counter())
     kv = [torch.randint(0, 255, (NUM_TOKENS, 28, TOKEN_BYTES // 28), dtype=torch.uint8) for _ in range(4)]
     over, saved = threading.Event(), [0]
 

@@ -1,4 +1,4 @@
-"""How long does packing an object for a lower tier hold up the engine's thread?
+"""How long does packing an object for a secondary tier hold up the engine's thread?
 
     python benchmarks/save_stalls.py [--rows FILE]
 

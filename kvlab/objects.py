@@ -288,7 +288,7 @@ class ObjectCache:
 
     def _set_aside(self, key: str, reason: str) -> None:
         try:
-            self.store_.set_aside(key, reason)
+            self.store_.quarantine(key, reason)
         except StoreError as error:
             logger.warning("kvlab: could not set aside %s: %s", key, error)
 

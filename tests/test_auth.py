@@ -194,7 +194,7 @@ def test_tiers_name_the_key_file(tmp_path):
     tiers = ["memory://?size=1GiB", f"file:///kv?size=1GiB&auth={path}", f"redis://host?auth={path}&timeout_ms=5"]
     config = ConnectorConfig(tuple(tiers))
     assert config.auth.id == AuthKey(SECRET).id
-    assert config.lower_tiers == ("file:///kv?size=1GiB", "redis://host?timeout_ms=5")
+    assert config.secondary_tiers == ("file:///kv?size=1GiB", "redis://host?timeout_ms=5")
     extra = kvlab.vllm_config(tiers)["kv_connector_extra_config"]
     assert json.loads(json.dumps(extra))["tiers"] == tiers
     assert ConnectorConfig().auth is None

@@ -104,7 +104,7 @@ def from_tiers(
 ) -> Backend:
     """kvlab over any store URLs, fastest first. Raises ConfigError on a wrong one, before a server is started."""
     config = kvlab.vllm_config(list(tiers), **{"report": True, **(settings or {})})
-    redis = next((url for url in ConnectorConfig(tuple(tiers)).lower_tiers if url.startswith("redis")), None)
+    redis = next((url for url in ConnectorConfig(tuple(tiers)).secondary_tiers if url.startswith("redis")), None)
     if folder is None:
         folder = next(
             (Path(url.partition("?")[0].removeprefix("file://")) for url in tiers if url.startswith("file://")), None

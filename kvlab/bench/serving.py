@@ -351,7 +351,7 @@ def _warm_up(server: Server, num_prompts: int) -> None:
 
 
 def _stored_bytes(chosen: peers.Backend) -> int | None:
-    """Bytes that lie in the backend's lower tiers now; None where it has none that can be asked."""
+    """Bytes that lie in the backend's secondary tiers now; None where it has none that can be asked."""
     total = None
     if chosen.folder is not None and chosen.folder.exists():
         total = sum(path.stat().st_size for path in chosen.folder.rglob("*") if path.is_file())

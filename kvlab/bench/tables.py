@@ -189,7 +189,7 @@ def serving_block(row: Row) -> str:
         parts.append(_line(f"From {tier} (MB)", told["bytes"] / 1e6))
         parts.append(_line(f"From {tier} (GB/s)", told["gb_per_s"]))
     if row["stored_bytes"] is not None:
-        parts.append(_line("Stored in lower tiers (MB)", row["stored_bytes"] / 1e6))
+        parts.append(_line("Stored in secondary tiers (MB)", row["stored_bytes"] / 1e6))
     parts += [_line("Server CPU (s)", row["server_cpu_s"]), _line("Server memory (MB)", row["server_rss_bytes"] / 1e6)]
     return "\n".join([*parts, "=" * 60])
 

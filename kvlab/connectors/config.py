@@ -19,19 +19,19 @@ class ConnectorConfig:
     """What ``kv_connector_extra_config`` may hold.
 
     tiers : store URLs, fastest first. At most one ``memory://`` (the engine's own host memory, the first tier);
-        any others are lower tiers. ``?serde=NAME`` on the lower tiers chooses how they encode, ``?auth=FILE`` names
+        any others are secondary tiers. ``?serde=NAME`` on the secondary tiers chooses how they encode, ``?auth=FILE`` names
         the file of a key that their objects are signed with; neither differs between them. No password may stand in
         them, as vLLM logs them: see docs/security.md.
     chunk_tokens : tokens of one stored object; a multiple of the engine's block size.
-    staging : host memory for objects on their way to and from lower tiers when no ``memory://`` tier is given.
+    staging : host memory for objects on their way to and from secondary tiers when no ``memory://`` tier is given.
     gpu_staging : GPU memory for the buffers between pages and host memory; on a CPU nothing is taken.
-    lookup_timeout_ms : how long a request may wait for lower tiers to say what they have; then it goes without.
-    whole_prompts : keep also a prompt's last block where the prompt fills only a part of it, so that the same prompt
+    lookup_timeout_ms : how long a request may wait for secondary tiers to say what they have; then it goes without.
+    save_partial_block : keep also a prompt's last block where the prompt fills only a part of it, so that the same prompt
         computes one token when it comes again. Costs a block of each prompt; the bytes beyond its tokens are zeros.
     save_generated : store the KV of generated tokens too, not only of prompts.
     min_hit_tokens : shorter hits are recomputed rather than loaded.
     admission : do not make loads that, by what was measured lately, take longer than computing the tokens.
-    after_sights : save an object only from the n-th prompt on that holds it.
+    store_threshold : save an object only from the n-th prompt on that holds it.
     report : attach a row (tokens hit, bytes, ms, tier) to each finished request's ``kv_transfer_params``.
     namespace : extra text that keeps this engine's entries apart from others'.
     enabled : False turns the cache off without taking the connector out.
@@ -42,18 +42,18 @@ class ConnectorConfig:
     staging: int = 256 << 20
     gpu_staging: int = 128 << 20
     lookup_timeout_ms: float = 100.0
-    whole_prompts: bool = True
+    save_partial_block: bool = True
     save_generated: bool = False
     min_hit_tokens: int = 1
     admission: bool = True
-    after_sights: int = 1
+    store_threshold: int = 1
     report: bool = False
     namespace: str = ""
     enabled: bool = True
 
     memory_bytes: int = field(init=False, default=0)
     policy: str = field(init=False, default="lru")
-    lower_tiers: tuple[str, ...] = field(init=False, default=())
+    secondary_tiers: tuple[str, ...] = field(init=False, default=())
     serde: str = field(init=False, default="naive")
     auth: AuthKey | None = field(init=False, default=None)
 
@@ -74,12 +74,12 @@ class ConnectorConfig:
         Chunker(self.chunk_tokens, 1)
         for name in ("staging", "gpu_staging"):
             put(self, name, parse_bytes(getattr(self, name)))
-        for name in ("whole_prompts", "save_generated", "admission", "report", "enabled"):
+        for name in ("save_partial_block", "save_generated", "admission", "report", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not isinstance(self.lookup_timeout_ms, int | float) or self.lookup_timeout_ms < 0:
             raise ConfigError(f"lookup_timeout_ms must be a number >= 0, got {self.lookup_timeout_ms!r}")
-        for name in ("min_hit_tokens", "after_sights"):
+        for name in ("min_hit_tokens", "store_threshold"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
@@ -108,16 +108,16 @@ class ConnectorConfig:
             lower.append(f"{base}?{urlencode(url.options)}" if url.options else base)
         if len(serdes) > 1:
             raise ConfigError(
-                f"all lower tiers must use one serde, got {sorted(serdes)}; objects move between them as they are"
+                f"all secondary tiers must use one serde, got {sorted(serdes)}; objects move between them as they are"
             )
         if len(key_files) > 1:
             raise ConfigError(
-                "all lower tiers must use one auth key file, or none; objects move between them as they are"
+                "all secondary tiers must use one auth key file, or none; objects move between them as they are"
             )
         put(self, "auth", auth_key(next(iter(key_files), "") or None))
         put(self, "serde", serdes.pop() if serdes else "naive")
         get_serde(self.serde)
-        put(self, "lower_tiers", tuple(lower))
+        put(self, "secondary_tiers", tuple(lower))
 
     def __repr__(self) -> str:
         shown = {name: _shown(value) if name.endswith("tiers") else repr(value) for name, value in vars(self).items()}

@@ -144,7 +144,7 @@ class Store(ABC):
     def renew(self) -> None:  # noqa: B027 - a store without connections has nothing to do
         """What was read last is broken: let the next read come by a way of its own, as that may be what is broken."""
 
-    def set_aside(self, key: str, reason: str) -> bool:
+    def quarantine(self, key: str, reason: str) -> bool:
         """A reader found this value broken, twice and with `renew` in between: make it unreadable (and countable), keep
         it for a look if cheap. True if it was there."""
         if not self.delete(key):

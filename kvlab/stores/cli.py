@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument("--prefix", default="", help="only keys that start with this")
         if name == "verify":
             command.add_argument(
-                "--set-aside", action="store_true", help="take what is broken out of the readers' sight"
+                "--quarantine", action="store_true", help="take what is broken out of the readers' sight"
             )
             command.add_argument("--auth", metavar="FILE", help="the key that objects must be signed with")
         if name == "evict":
@@ -120,8 +120,8 @@ def _verify(store: Store, arguments: argparse.Namespace) -> int:
             is_broken = error.reason not in OF_OTHERS
             (reasons if is_broken else of_others)[error.reason] += 1
             print(f"{error.reason}: {_shown(key)}: {_shown(str(error))}")
-            if arguments.set_aside and is_broken:
-                store.set_aside(key, error.reason)
+            if arguments.quarantine and is_broken:
+                store.quarantine(key, error.reason)
         elif size is not None:
             sound += 1
     states = [f"{sound} objects are sound", f"{sum(reasons.values())} broken{_listed(reasons)}"]

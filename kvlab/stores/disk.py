@@ -18,7 +18,7 @@ from kvlab.stores.direct import BLOCK, aligned_buffer, read_file, write_file
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.folder import ABSENT, Folder
 from kvlab.stores.forks import Lock
-from kvlab.stores.ledger import FolderLockedError
+from kvlab.stores.index import FolderLockedError
 from kvlab.stores.names import WRITING, key_of, path_of
 from kvlab.stores.root import RefusedError, Root
 from kvlab.stores.url import StoreURL
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class DiskStore(Store):
     """Values as files under `root`, at most `max_bytes` of them, files from before and in the making included.
 
-    Safe for several processes on one folder (`kvlab.stores.folder`, `kvlab.stores.ledger`). Publishing is a rename:
+    Safe for several processes on one folder (`kvlab.stores.folder`, `kvlab.stores.index`). Publishing is a rename:
     a reader sees a whole value or none. Files are readable by their owner only.
 
     Parameters
@@ -69,7 +69,7 @@ class DiskStore(Store):
         self._root = Root(self.root, shared=shared)
         try:
             self._folder = Folder(self._root, max_bytes, partial(get_policy, policy), self._count, check=check)
-            with self._folder.book.locked():  # or another process takes the probe for a dead writer's file
+            with self._folder.index.locked():  # or another process takes the probe for a dead writer's file
                 self._direct = direct and self._can_bypass_page_cache()
         except RefusedError as error:
             raise ConfigError(f"cannot use {self.root} as a store: {error}") from error
@@ -139,8 +139,8 @@ class DiskStore(Store):
         folder. A file that a person removed is believed to be there until it is read.
         """
         with self._medium("look"):
-            if self._folder.book.catch_up():
-                holds = self._folder.book.holds
+            if self._folder.index.catch_up():
+                holds = self._folder.index.holds
                 return [fits_key(key) and holds(path_of(key)) for key in keys]
         return [self.contains(key) for key in keys]
 
@@ -148,10 +148,10 @@ class DiskStore(Store):
         with self._medium("remove a file"):
             return fits_key(key) and self._folder.unlink(path_of(key), "deleted")
 
-    def set_aside(self, key: str, reason: str) -> bool:
+    def quarantine(self, key: str, reason: str) -> bool:
         """Move the broken file to ``.kvlab/broken``, where the last few are kept for a look."""
         with self._medium("set a file aside"):
-            there = fits_key(key) and self._folder.set_aside(path_of(key), f"set_aside:{'_'.join(reason.split())}")
+            there = fits_key(key) and self._folder.quarantine(path_of(key), f"set_aside:{'_'.join(reason.split())}")
         self._count(dropped=there)
         return there
 
@@ -184,7 +184,7 @@ class DiskStore(Store):
             opened = self._open(path) if path else None
             if opened is None:
                 self._count(misses=1)
-                if self._folder.book.holds(path):
+                if self._folder.index.holds(path):
                     self._folder.forget(path)
                 return None
             fd, size, direct, owned = opened

@@ -3,7 +3,7 @@
 Layout::
 
     <root>/3f/<percent-encoded key>.safetensors    objects, spread over 256 folders
-    <root>/.kvlab/journal                          lock and journal (kvlab.stores.ledger)
+    <root>/.kvlab/journal                          lock and journal (kvlab.stores.index)
     <root>/.kvlab/writing/                         files in the making; each locked by its living writer
     <root>/.kvlab/broken/                          files set aside; the first to go when room is needed
 
@@ -23,7 +23,7 @@ from contextlib import suppress
 
 from kvlab.stores.eviction import EvictionPolicy
 from kvlab.stores.forks import ForkAware
-from kvlab.stores.ledger import FolderLockedError, Ledger
+from kvlab.stores.index import FolderLockedError, FolderIndex
 from kvlab.stores.names import BROKEN, FANOUT, HEAD_BYTES, PRIVATE, WRITING, is_cut_short, is_own
 from kvlab.stores.root import Root
 
@@ -60,17 +60,17 @@ class Folder(ForkAware):
         self._count = count
         self._check = check
         self._in_making: dict[str, int] = {}  # files this process writes, and their descriptors
-        self.book = Ledger(root, self._scan, self._added, self._removed)
+        self.index = FolderIndex(root, self._scan, self._added, self._removed)
         self.watch_forks()
         try:
-            with self.book.locked():
+            with self.index.locked():
                 self._make_room(0)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        self.book.close()
+        self.index.close()
         self.root.close()
 
     def after_fork_in_child(self) -> None:
@@ -82,15 +82,15 @@ class Folder(ForkAware):
 
     def paths(self) -> list[str]:
         """Objects held now; as last heard where another process does not give the lock up."""
-        with suppress(FolderLockedError), self.book.locked():
+        with suppress(FolderLockedError), self.index.locked():
             pass
-        return [path for path in list(self.book.sizes) if not path.startswith(PRIVATE)]
+        return [path for path in list(self.index.sizes) if not path.startswith(PRIVATE)]
 
     def used_bytes(self) -> int:
         """As `paths`."""
-        with suppress(FolderLockedError), self.book.locked():
+        with suppress(FolderLockedError), self.index.locked():
             pass
-        return self.book.used
+        return self.index.used
 
     def begin(self, path: str, size: int, flags: int) -> tuple[str, int] | None:
         """Make room for `path` and open a file in the making, counted from now on: its name and descriptor, for
@@ -99,10 +99,10 @@ class Folder(ForkAware):
         None if no room can be made.
         """
         temp = f"{WRITING}/{secrets.token_hex(8)}"
-        with self.book.locked():
+        with self.index.locked():
             if not self._make_room(size, replacing=path):
                 return None
-            self.book.add(temp, size)  # before it is there: a death in between has counted too much, not too little
+            self.index.add(temp, size)  # before it is there: a death in between has counted too much, not too little
             fd = -1
             try:
                 try:
@@ -120,13 +120,13 @@ class Folder(ForkAware):
 
     def publish(self, temp: str, path: str, size: int) -> None:
         """`temp` is complete: let readers see it as `path`."""
-        with self.book.locked():
+        with self.index.locked():
             try:
                 self.root.rename(temp, path)
             except IsADirectoryError:  # another program's folder in the file's place
                 self.root.rename(path, f"{BROKEN}/{secrets.token_hex(4)}-folder")
                 self.root.rename(temp, path)
-            self.book.publish(temp, path, size)
+            self.index.publish(temp, path, size)
         os.close(self._in_making.pop(temp))
 
     def abandon(self, temp: str) -> None:
@@ -140,7 +140,7 @@ class Folder(ForkAware):
 
     def unlink(self, path: str, why: str) -> bool:
         """Remove a file; True if it was there."""
-        with self.book.locked():
+        with self.index.locked():
             try:
                 self.root.unlink(path)
                 there = True
@@ -148,35 +148,35 @@ class Folder(ForkAware):
                 if error.errno not in _GONE:
                     raise
                 there = False
-            self.book.remove(path, why)
+            self.index.remove(path, why)
             return there
 
     def forget(self, path: str) -> None:
         """A reader did not find it: take it out of the book, unless it has come back by now. Readers wait for no lock;
         if another has it, the next reader does this."""
-        with self.book.locked_at_once() as alone:
+        with self.index.locked_at_once() as alone:
             if alone and not self._is_file(path):
-                self.book.remove(path, "vanished")
+                self.index.remove(path, "vanished")
 
-    def set_aside(self, path: str, why: str) -> bool:
+    def quarantine(self, path: str, why: str) -> bool:
         """Move a broken file out of the readers' sight, keeping the last few; True if it was there."""
         why = re.sub(r"[^\w:.-]", "_", why, flags=re.A)[:64]
         aside = f"{BROKEN}/{secrets.token_hex(4)}-{path.rpartition('/')[2]}"
-        with self.book.locked():
+        with self.index.locked():
             try:
                 state = self.root.state(path)
                 if not stat.S_ISREG(state.st_mode):
                     return self.unlink(path, why)
-                self.book.add(aside, state.st_size)  # as in `begin`
+                self.index.add(aside, state.st_size)  # as in `begin`
                 self.root.rename(path, aside)
             except OSError as error:
-                self.book.remove(aside, "failed")
+                self.index.remove(aside, "failed")
                 if error.errno in _GONE:
-                    self.book.remove(path, why)
+                    self.index.remove(path, why)
                     return False
                 return self.unlink(path, why)
-            self.book.remove(path, why)
-            for other in [other for other in self.book.sizes if other.startswith(BROKEN)][:-KEPT_BROKEN]:
+            self.index.remove(path, why)
+            for other in [other for other in self.index.sizes if other.startswith(BROKEN)][:-KEPT_BROKEN]:
                 self._try_unlink(other, "evicted")
             self._make_room(0)  # where the book did not know the file
         return True
@@ -198,24 +198,24 @@ class Folder(ForkAware):
 
     def _make_room(self, size: int, replacing: str = "") -> bool:
         """Let files go until `size` more bytes fit: broken ones, the one that is replaced, then by policy."""
-        book = self.book
+        index = self.index
         while self.touched:  # even where there is room: they came before what is about to enter
             self._policy.touch(self.touched.popleft())
-        if book.used + size <= self.max_bytes:
+        if index.used + size <= self.max_bytes:
             return True
         self._drop_dead_writers()
-        in_making = sum(held for path, held in book.sizes.items() if path.startswith(WRITING))
+        in_making = sum(held for path, held in index.sizes.items() if path.startswith(WRITING))
         if in_making + size > self.max_bytes:
             return False
-        for path in [*[path for path in book.sizes if path.startswith(BROKEN)], replacing]:
-            if path in book.sizes and book.used + size > self.max_bytes:
+        for path in [*[path for path in index.sizes if path.startswith(BROKEN)], replacing]:
+            if path in index.sizes and index.used + size > self.max_bytes:
                 self._try_unlink(path, "replaced")
         stuck: set[str] = set()
-        while book.used + size > self.max_bytes:
+        while index.used + size > self.max_bytes:
             victim = self._policy.victim(stuck)
             if victim is None:
                 return False
-            held = book.sizes[str(victim)]
+            held = index.sizes[str(victim)]
             if self._try_unlink(str(victim), "evicted"):
                 self._count(evictions=1, evicted_bytes=held)
             else:
@@ -223,12 +223,12 @@ class Folder(ForkAware):
         return True
 
     def _drop_dead_writers(self) -> None:
-        for path in [path for path in self.book.sizes if path.startswith(WRITING)]:
-            if path in self.book.sizes and self._writer_is_dead(path):
+        for path in [path for path in self.index.sizes if path.startswith(WRITING)]:
+            if path in self.index.sizes and self._writer_is_dead(path):
                 if self._is_file(path):
                     self._try_unlink(path, "failed")
                 else:  # it died right after the rename
-                    self.book.recount()
+                    self.index.recount()
 
     def _writer_is_dead(self, temp: str) -> bool:
         """Whether no process holds the lock of a file in the making."""
@@ -287,7 +287,7 @@ class Folder(ForkAware):
     def _is_left_over(self, path: str, size: int) -> bool:
         if path.startswith(WRITING):
             return self._writer_is_dead(path)
-        if path.startswith(BROKEN) or path in self.book.sizes:
+        if path.startswith(BROKEN) or path in self.index.sizes:
             return False
         if size > self.max_bytes or not self._check:
             return size > self.max_bytes

@@ -133,7 +133,7 @@ class MemoryStore(Store, ForkAware):
         with self._lock:
             return self._drop(key, "deleted")
 
-    def set_aside(self, key: str, reason: str) -> bool:
+    def quarantine(self, key: str, reason: str) -> bool:
         with self._lock:
             there = self._drop(key, f"set_aside:{'_'.join(reason.split())}")
             self.stats_.dropped += there

@@ -12,11 +12,11 @@ import numpy as np
 from kvlab.errors import StoreError
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
 from kvlab.stores.forks import Lock
-from kvlab.stores.redis_node import Node, NodeDownError
+from kvlab.stores.redis_node import RedisNode, NodeDownError
 from kvlab.stores.redis_replies import PREFIX, memory_facts, name_of, scanned, told_limit
 from kvlab.stores.redis_topology import Topology, make_topology
-from kvlab.stores.redis_url import RedisPlace
-from kvlab.stores.resp import ProtocolError, ReplyError, Room, Wire, flag, many, number, ok, one
+from kvlab.stores.redis_url import RedisTarget
+from kvlab.stores.resp import ProtocolError, ReplyError, BufferFactory, RespConnection, flag, send_pipeline, number, ok, send_command
 from kvlab.stores.url import StoreURL
 from kvlab.units import format_bytes, parse_bytes
 
@@ -51,7 +51,7 @@ class RedisStore(Store):
 
     def __init__(
         self,
-        place: RedisPlace,
+        place: RedisTarget,
         *,
         timeout_s: float = 1.0,
         ttl_s: float = 0.0,
@@ -78,7 +78,7 @@ class RedisStore(Store):
     def from_url(cls, url: StoreURL) -> Self:
         limit = url.take("limit", "")
         return cls(
-            RedisPlace.from_url(url),
+            RedisTarget.from_url(url),
             timeout_s=url.take_ms("timeout_ms", "1000"),
             ttl_s=url.take_ms("ttl_ms", "0"),
             limit=parse_bytes(limit) if limit else None,
@@ -97,7 +97,7 @@ class RedisStore(Store):
         try:
             if size > self._value_limit(deadline):
                 return self._refuse("too_large")
-            self._run(key, lambda deadline: one(command, deadline, ok), deadline)
+            self._run(key, lambda deadline: send_command(command, deadline, ok), deadline)
         except ReplyError as error:
             if error.reason == "oom":
                 return self._refuse("maxmemory")
@@ -137,7 +137,7 @@ class RedisStore(Store):
         name = name_of(key)
         commands = [["EXISTS", name], ["STRLEN", name]]
         nothing: list[int | ReplyError] = [0, 0]
-        there, size = self._asked(key, lambda deadline: many(commands, deadline, number, _NOT_OURS), default=nothing)
+        there, size = self._asked(key, lambda deadline: send_pipeline(commands, deadline, number, _NOT_OURS), default=nothing)
         return size if there == 1 and isinstance(size, int) else None
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
@@ -149,7 +149,7 @@ class RedisStore(Store):
 
     def delete(self, key: str) -> bool:
         name = name_of(key)
-        there = self._asked(key, lambda deadline: one(["UNLINK", name], deadline, flag), default=False)
+        there = self._asked(key, lambda deadline: send_command(["UNLINK", name], deadline, flag), default=False)
         if there:
             self._left(key, "deleted")
         return there
@@ -158,8 +158,8 @@ class RedisStore(Store):
         """A connection that is out of step gives other keys' values for ever."""
         self._topology.renew()
 
-    def set_aside(self, key: str, reason: str) -> bool:
-        there = super().set_aside(key, reason)
+    def quarantine(self, key: str, reason: str) -> bool:
+        there = super().quarantine(key, reason)
         if there:
             self._left(key, f"set_aside:{'_'.join(reason.split())}")
         return there
@@ -174,7 +174,7 @@ class RedisStore(Store):
                 while True:
                     deadline = min(self._deadline(), end)
                     command = ["SCAN", cursor, "MATCH", PREFIX + b"*", "COUNT", "1000"]
-                    cursor, keys = node.run(one(command, deadline, scanned), deadline)
+                    cursor, keys = node.run(send_command(command, deadline, scanned), deadline)
                     held += sum(len(key) for key in keys)
                     if held > MOST_LISTED_BYTES:
                         raise ProtocolError(f"the server listed more than {format_bytes(MOST_LISTED_BYTES)} of names")
@@ -217,7 +217,7 @@ class RedisStore(Store):
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout_s
 
-    def _run(self, key: str, work: Callable[[float], Callable[[Wire], T]], deadline: float | None = None) -> T:
+    def _run(self, key: str, work: Callable[[float], Callable[[RespConnection], T]], deadline: float | None = None) -> T:
         """`work` of a deadline, on the server of `key`. A call of several questions gives the deadline of them all."""
         deadline = self._deadline() if deadline is None else deadline
         try:
@@ -229,7 +229,7 @@ class RedisStore(Store):
             raise
 
     def _asked(
-        self, key: str, work: Callable[[float], Callable[[Wire], T]], default: T, deadline: float | None = None
+        self, key: str, work: Callable[[float], Callable[[RespConnection], T]], default: T, deadline: float | None = None
     ) -> T:
         """Like `_run`, with `default` for keys of a cluster's failed node."""
         try:
@@ -239,12 +239,12 @@ class RedisStore(Store):
                 return default
             raise
 
-    def _read(self, key: str, room: Room) -> Sequence[memoryview] | None:
+    def _read(self, key: str, room: BufferFactory) -> Sequence[memoryview] | None:
         start = time.perf_counter()
         command = ["GET", name_of(key)]
 
-        def fetch(deadline: float) -> Callable[[Wire], Sequence[memoryview] | None]:
-            return lambda wire: wire.fetch(command, deadline, room, self._most)
+        def fetch(deadline: float) -> Callable[[RespConnection], Sequence[memoryview] | None]:
+            return lambda connection: connection.fetch(command, deadline, room, self._most)
 
         try:
             value = self._asked(key, fetch, default=None)
@@ -275,7 +275,7 @@ class RedisStore(Store):
         for node, places in groups.items():
             try:
                 commands = [[command, names[place]] for place in places]
-                replies = node.run(many(commands, deadline, flag, _NOT_OURS | {"moved", "ask"}), deadline)
+                replies = node.run(send_pipeline(commands, deadline, flag, _NOT_OURS | {"moved", "ask"}), deadline)
             except StoreError as error:
                 self._failed(error)
                 failures.append(error)
@@ -303,8 +303,8 @@ class RedisStore(Store):
             log.warning("Redis has no maxmemory: it will grow; set maxmemory and maxmemory-policy allkeys-lru")
         self._server |= totals
 
-    def _memory_of(self, node: Node, deadline: float) -> dict[str, int]:
-        facts = node.run(one(["INFO", "memory"], deadline, memory_facts), deadline)
+    def _memory_of(self, node: RedisNode, deadline: float) -> dict[str, int]:
+        facts = node.run(send_command(["INFO", "memory"], deadline, memory_facts), deadline)
         maxmemory = facts.get("maxmemory", 0)
         return {
             "used_bytes": facts.get("used_memory", 0),
@@ -321,7 +321,7 @@ class RedisStore(Store):
         if told is None or time.monotonic() >= told[1]:
             try:
                 node = self._topology.nodes(deadline)[0]
-                limit = node.run(one(["CONFIG", "GET", "proto-max-bulk-len"], deadline, told_limit), deadline)
+                limit = node.run(send_command(["CONFIG", "GET", "proto-max-bulk-len"], deadline, told_limit), deadline)
             except ReplyError:  # not allowed to ask
                 limit = 0
             except StoreError as error:

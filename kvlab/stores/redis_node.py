@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from kvlab.errors import StoreError
-from kvlab.stores.backoff import Backoff
+from kvlab.stores.circuit_breaker import CircuitBreaker
 from kvlab.stores.base import ValueTooLongError
 from kvlab.stores.forks import ForkAware, Lock
 from kvlab.stores.redis_url import Login
-from kvlab.stores.resp import ReplyError, Wire, ok, time_left
+from kvlab.stores.resp import ReplyError, RespConnection, ok, time_left
 
 log = logging.getLogger(__name__)
 
@@ -24,51 +24,51 @@ class NodeDownError(StoreError):
     """The server does not answer, answers too late or not to the point, or does not let us in."""
 
 
-class Node(ForkAware):
+class RedisNode(ForkAware):
     """A server at an address. Calls raise NodeDownError with its reason, at once while the server is left alone."""
 
-    def __init__(self, address: tuple[str, int] | str, login: Login, health: Backoff) -> None:
+    def __init__(self, address: tuple[str, int] | str, login: Login, health: CircuitBreaker) -> None:
         self.address = address
         self.health = health
         self.last_reason = ""
         self._login = login
-        self._idle: list[Wire] = []
-        self._open: set[Wire] = set()
+        self._idle: list[RespConnection] = []
+        self._open: set[RespConnection] = set()
         self._lock = Lock()
         self.watch_forks()
 
     def __str__(self) -> str:
         return self.address if isinstance(self.address, str) else f"{self.address[0]}:{self.address[1]}"
 
-    def run(self, work: Callable[[Wire], T], deadline: float) -> T:
+    def run(self, work: Callable[[RespConnection], T], deadline: float) -> T:
         """`work` on a connection of this server. A connection that died while idle is replaced once."""
         if not self.health.may_ask():
             raise NodeDownError(f"Redis at {self} is left alone after: {self.last_reason}", reason="left_alone")
         while True:
-            wire, was_idle = self._take(deadline)
+            connection, was_idle = self._take(deadline)
             try:
-                result = work(wire)
+                result = work(connection)
             except ReplyError as error:  # the connection is fine, the server may not be
-                self._give_back(wire)
+                self._give_back(connection)
                 if error.reason in FATAL_REPLIES:
                     raise self._down(error.reason, error) from error
                 self.health.succeeded()
                 raise
             except ValueTooLongError:
-                self._drop(wire)  # the rest of the value is still on its way
+                self._drop(connection)  # the rest of the value is still on its way
                 raise
             except ConnectionError as error:
-                self._drop(wire)
+                self._drop(connection)
                 if was_idle:
                     self.close_idle()
                     continue
                 raise self._down("disconnected", error) from error
             except BaseException as error:
-                self._drop(wire)
+                self._drop(connection)
                 if isinstance(error, OSError):
                     raise self._down(_reason(error), error) from error
                 raise
-            self._give_back(wire)
+            self._give_back(connection)
             if self.health.succeeded():
                 log.warning("Redis at %s is back", self)
             return result
@@ -79,36 +79,36 @@ class Node(ForkAware):
     def close_idle(self) -> None:
         with self._lock:
             idle, self._idle = self._idle, []
-        for wire in idle:
-            self._drop(wire)
+        for connection in idle:
+            self._drop(connection)
 
     def after_fork_in_child(self) -> None:
         """Two processes on one connection would read each other's replies."""
-        for wire in self._open:
-            wire.drop()
+        for connection in self._open:
+            connection.drop()
         self._open, self._idle = set(), []
 
-    def _take(self, deadline: float) -> tuple[Wire, bool]:
+    def _take(self, deadline: float) -> tuple[RespConnection, bool]:
         with self._lock:
             if self._idle:
                 return self._idle.pop(), True
         try:
-            wire = _connect(self.address, self._login, deadline)
+            connection = _connect(self.address, self._login, deadline)
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
             raise self._down(_reason(error), error) from error
-        self._open.add(wire)
-        return wire, False
+        self._open.add(connection)
+        return connection, False
 
-    def _give_back(self, wire: Wire) -> None:
+    def _give_back(self, connection: RespConnection) -> None:
         with self._lock:
             if len(self._idle) < IDLE_CONNECTIONS:
-                self._idle.append(wire)
+                self._idle.append(connection)
                 return
-        self._drop(wire)
+        self._drop(connection)
 
-    def _drop(self, wire: Wire) -> None:
-        self._open.discard(wire)
-        wire.close()
+    def _drop(self, connection: RespConnection) -> None:
+        self._open.discard(connection)
+        connection.close()
 
     def _down(self, reason: str, error: BaseException) -> NodeDownError:
         self.last_reason = reason
@@ -118,19 +118,19 @@ class Node(ForkAware):
         return NodeDownError(f"Redis at {self} failed ({reason}): {error}", reason=reason)
 
 
-def _connect(address: tuple[str, int] | str, login: Login, deadline: float) -> Wire:
+def _connect(address: tuple[str, int] | str, login: Login, deadline: float) -> RespConnection:
     """A connection that is let in, by `deadline` (but for the system's own look-up of a host name)."""
     sock = _reach(address, deadline)
     try:
         if login.tls is not None and not isinstance(address, str):
             sock.settimeout(time_left(deadline))  # of the whole handshake
             sock = login.tls.wrap_socket(sock, server_hostname=address[0])
-        wire = Wire(sock, [login.password.reveal()] if login.password else [])
-        _log_in(wire, login, deadline)
+        connection = RespConnection(sock, [login.password.reveal()] if login.password else [])
+        _log_in(connection, login, deadline)
     except BaseException:
         sock.close()
         raise
-    return wire
+    return connection
 
 
 def _reach(address: tuple[str, int] | str, deadline: float) -> socket.socket:
@@ -153,13 +153,13 @@ def _reach(address: tuple[str, int] | str, deadline: float) -> socket.socket:
     raise refused
 
 
-def _log_in(wire: Wire, login: Login, deadline: float) -> None:
+def _log_in(connection: RespConnection, login: Login, deadline: float) -> None:
     commands: list[list[str]] = []
     if login.password is not None:
         commands.append(["AUTH", *([login.user] if login.user else []), login.password.reveal()])
     if login.db:
         commands.append(["SELECT", str(login.db)])
-    for command, reply in zip(commands, wire.calls(commands, deadline) if commands else [], strict=True):
+    for command, reply in zip(commands, connection.calls(commands, deadline) if commands else [], strict=True):
         if not isinstance(reply, ReplyError):
             ok(reply)
         elif reply.reason in ("loading", "masterdown", "busy"):

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from kvlab.stores.backoff import Backoff
-from kvlab.stores.redis_node import Node, NodeDownError
-from kvlab.stores.redis_url import RedisPlace
-from kvlab.stores.resp import ProtocolError, Reply, ReplyError, Wire, array, number, one, text
+from kvlab.stores.circuit_breaker import CircuitBreaker
+from kvlab.stores.redis_node import RedisNode, NodeDownError
+from kvlab.stores.redis_url import RedisTarget
+from kvlab.stores.resp import ProtocolError, Reply, ReplyError, RespConnection, array, number, send_command, text
 
 T = TypeVar("T")
 Address = tuple[str, int]
@@ -24,28 +24,28 @@ _HOST = re.compile(r"[0-9A-Za-z_.:%-]{1,253}")
 class Topology(ABC):
     """Runs work on the server responsible for a key, and finds out who that is."""
 
-    def __init__(self, place: RedisPlace, first_wait_s: float, longest_wait_s: float) -> None:
+    def __init__(self, place: RedisTarget, first_wait_s: float, longest_wait_s: float) -> None:
         self.place = place
         self._waits = (first_wait_s, longest_wait_s)
 
     @abstractmethod
-    def group(self, keys: list[bytes], deadline: float) -> dict[Node, list[int]]:
+    def group(self, keys: list[bytes], deadline: float) -> dict[RedisNode, list[int]]:
         """Positions of `keys` by responsible server."""
 
     @abstractmethod
-    def nodes(self, deadline: float) -> list[Node]:
+    def nodes(self, deadline: float) -> list[RedisNode]:
         """All servers that hold keys."""
 
     @abstractmethod
-    def run(self, key: bytes, work: Callable[[Wire], T], deadline: float) -> T:
+    def run(self, key: bytes, work: Callable[[RespConnection], T], deadline: float) -> T:
         """`work` on the server responsible for `key`, following it where it has moved."""
 
     @abstractmethod
-    def known(self) -> list[Node]:
+    def known(self) -> list[RedisNode]:
         """The servers talked to so far; asks nobody."""
 
-    def _node(self, address: Address | str) -> Node:
-        return Node(address, self.place.login, Backoff(*self._waits))
+    def _node(self, address: Address | str) -> RedisNode:
+        return RedisNode(address, self.place.login, CircuitBreaker(*self._waits))
 
     def renew(self) -> None:
         """Let the next calls make connections of their own."""
@@ -60,39 +60,39 @@ class Topology(ABC):
 class Single(Topology):
     """One server, at a TCP address or a unix socket."""
 
-    def __init__(self, place: RedisPlace, first_wait_s: float, longest_wait_s: float) -> None:
+    def __init__(self, place: RedisTarget, first_wait_s: float, longest_wait_s: float) -> None:
         super().__init__(place, first_wait_s, longest_wait_s)
         self._only = self._node(place.socket_path or place.hosts[0])
 
-    def group(self, keys: list[bytes], deadline: float) -> dict[Node, list[int]]:
+    def group(self, keys: list[bytes], deadline: float) -> dict[RedisNode, list[int]]:
         return {self._only: list(range(len(keys)))}
 
-    def nodes(self, deadline: float) -> list[Node]:
+    def nodes(self, deadline: float) -> list[RedisNode]:
         return [self._only]
 
-    def run(self, key: bytes, work: Callable[[Wire], T], deadline: float) -> T:
+    def run(self, key: bytes, work: Callable[[RespConnection], T], deadline: float) -> T:
         return self._only.run(work, deadline)
 
-    def known(self) -> list[Node]:
+    def known(self) -> list[RedisNode]:
         return [self._only]
 
 
 class Sentinel(Topology):
     """The master that most sentinels can name. Whenever it fails or turns out to be a replica they are asked again."""
 
-    def __init__(self, place: RedisPlace, first_wait_s: float, longest_wait_s: float) -> None:
+    def __init__(self, place: RedisTarget, first_wait_s: float, longest_wait_s: float) -> None:
         super().__init__(place, first_wait_s, longest_wait_s)
-        self._sentinels = [Node(host, place.sentinel_login, Backoff(0.05, 1.0)) for host in place.hosts]
-        self._by_address: dict[Address, Node] = {}
-        self._master: Node | None = None
+        self._sentinels = [RedisNode(host, place.sentinel_login, CircuitBreaker(0.05, 1.0)) for host in place.hosts]
+        self._by_address: dict[Address, RedisNode] = {}
+        self._master: RedisNode | None = None
 
-    def group(self, keys: list[bytes], deadline: float) -> dict[Node, list[int]]:
+    def group(self, keys: list[bytes], deadline: float) -> dict[RedisNode, list[int]]:
         return {self._find(deadline): list(range(len(keys)))}
 
-    def nodes(self, deadline: float) -> list[Node]:
+    def nodes(self, deadline: float) -> list[RedisNode]:
         return [self._find(deadline)]
 
-    def run(self, key: bytes, work: Callable[[Wire], T], deadline: float) -> T:
+    def run(self, key: bytes, work: Callable[[RespConnection], T], deadline: float) -> T:
         master = self._find(deadline)
         try:
             return master.run(work, deadline)
@@ -103,10 +103,10 @@ class Sentinel(Topology):
                 raise
             return named.run(work, deadline)
 
-    def known(self) -> list[Node]:
+    def known(self) -> list[RedisNode]:
         return [*self._by_address.values(), *self._sentinels]
 
-    def _find(self, deadline: float) -> Node:
+    def _find(self, deadline: float) -> RedisNode:
         if self._master is not None and self._master.health.is_up:
             return self._master
         for sentinel in list(self._sentinels):
@@ -115,7 +115,7 @@ class Sentinel(Topology):
             share = min(deadline, time.monotonic() + max(0.05, (deadline - time.monotonic()) / 3))
             question = ["SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.place.master]
             try:
-                address = sentinel.run(one(question, share, _master), share)
+                address = sentinel.run(send_command(question, share, _master), share)
             except (NodeDownError, ReplyError):
                 continue
             if address is not None:
@@ -133,23 +133,23 @@ class Sentinel(Topology):
 class Cluster(Topology):
     """Slots by server, learnt from any node and learnt anew when one redirects or fails."""
 
-    def __init__(self, place: RedisPlace, first_wait_s: float, longest_wait_s: float) -> None:
+    def __init__(self, place: RedisTarget, first_wait_s: float, longest_wait_s: float) -> None:
         super().__init__(place, first_wait_s, longest_wait_s)
-        self._by_address: dict[Address, Node] = {}
-        self._slots: list[Node | None] = []
-        self._gaps = Backoff(first_wait_s, longest_wait_s)  # slots of no node: when to ask whether they have one by now
+        self._by_address: dict[Address, RedisNode] = {}
+        self._slots: list[RedisNode | None] = []
+        self._gaps = CircuitBreaker(first_wait_s, longest_wait_s)  # slots of no node: when to ask whether they have one by now
 
-    def group(self, keys: list[bytes], deadline: float) -> dict[Node, list[int]]:
-        groups: dict[Node, list[int]] = {}
+    def group(self, keys: list[bytes], deadline: float) -> dict[RedisNode, list[int]]:
+        groups: dict[RedisNode, list[int]] = {}
         for index, key in enumerate(keys):
             groups.setdefault(self._owner(key, deadline), []).append(index)
         return groups
 
-    def nodes(self, deadline: float) -> list[Node]:
+    def nodes(self, deadline: float) -> list[RedisNode]:
         slots = self._slots or self._learn(deadline)
         return list({node: None for node in slots if node is not None})
 
-    def run(self, key: bytes, work: Callable[[Wire], T], deadline: float) -> T:
+    def run(self, key: bytes, work: Callable[[RespConnection], T], deadline: float) -> T:
         node, asking = self._owner(key, deadline), False
         for _ in range(MOST_REDIRECTS):
             try:
@@ -169,10 +169,10 @@ class Cluster(Topology):
                 node, asking = owner, False
         raise NodeDownError(f"the cluster redirects {key!r} in circles", reason="redirects")
 
-    def known(self) -> list[Node]:
+    def known(self) -> list[RedisNode]:
         return list(self._by_address.values())
 
-    def _at(self, address: Address) -> Node:
+    def _at(self, address: Address) -> RedisNode:
         node = self._by_address.get(address)
         if node is None:
             if len(self._by_address) >= MOST_NODES:  # whatever the cluster is, it is to be learnt anew
@@ -181,7 +181,7 @@ class Cluster(Topology):
             node = self._by_address[address] = self._node(address)
         return node
 
-    def _owner(self, key: bytes, deadline: float) -> Node:
+    def _owner(self, key: bytes, deadline: float) -> RedisNode:
         slot = key_slot(key)
         node = (self._slots or self._learn(deadline))[slot]
         if node is None and self._gaps.may_ask():
@@ -194,17 +194,17 @@ class Cluster(Topology):
             raise NodeDownError(f"no node of the cluster serves slot {slot}", reason="clusterdown")
         return node
 
-    def _learn(self, deadline: float, first: Node | None = None) -> list[Node | None]:
+    def _learn(self, deadline: float, first: RedisNode | None = None) -> list[RedisNode | None]:
         candidates = [*([first] if first else []), *self.known(), *map(self._at, self.place.hosts)]
         for node in dict.fromkeys(sorted(candidates, key=lambda node: not node.health.is_up)):
             if time.monotonic() >= deadline:  # nobody is to blame who was not asked
                 raise NodeDownError("no node of the cluster answered in time", reason="timeout")
             share = min(deadline, time.monotonic() + max(0.05, (deadline - time.monotonic()) / 3))
             try:
-                ranges = node.run(one(["CLUSTER", "SLOTS"], share, partial(_ranges, own_host=_host_of(node))), share)
+                ranges = node.run(send_command(["CLUSTER", "SLOTS"], share, partial(_ranges, own_host=_host_of(node))), share)
             except (NodeDownError, ReplyError):
                 continue
-            slots: list[Node | None] = [None] * NUM_SLOTS
+            slots: list[RedisNode | None] = [None] * NUM_SLOTS
             for low, high, address in ranges:
                 slots[low : high + 1] = [self._at(address)] * (high + 1 - low)
             self._slots = slots  # at once: other threads read it
@@ -212,7 +212,7 @@ class Cluster(Topology):
         raise NodeDownError("no node of the cluster answers", reason="unreachable")
 
 
-def make_topology(place: RedisPlace, first_wait_s: float, longest_wait_s: float) -> Topology:
+def make_topology(place: RedisTarget, first_wait_s: float, longest_wait_s: float) -> Topology:
     kinds: dict[str, type[Topology]] = {"single": Single, "sentinel": Sentinel, "cluster": Cluster}
     return kinds[place.kind](place, first_wait_s, longest_wait_s)
 
@@ -262,19 +262,19 @@ def _ranges(reply: Reply, own_host: str) -> list[tuple[int, int, Address]]:
     return found
 
 
-def _redirected(error: ReplyError, node: Node) -> Address:
+def _redirected(error: ReplyError, node: RedisNode) -> Address:
     """Where MOVED or ASK points to."""
     host, _, port = (error.words[2] if len(error.words) > 2 else "").rpartition(":")
     return _address(host or _host_of(node), int(port) if port.isascii() and port.isdigit() and len(port) < 6 else 0)
 
 
-def _host_of(node: Node) -> str:
+def _host_of(node: RedisNode) -> str:
     return node.address if isinstance(node.address, str) else node.address[0]
 
 
-def _after_asking(work: Callable[[Wire], T], deadline: float) -> Callable[[Wire], T]:
-    def asked(wire: Wire) -> T:
-        wire.call(["ASKING"], deadline)
-        return work(wire)
+def _after_asking(work: Callable[[RespConnection], T], deadline: float) -> Callable[[RespConnection], T]:
+    def asked(connection: RespConnection) -> T:
+        connection.call(["ASKING"], deadline)
+        return work(connection)
 
     return asked

@@ -22,7 +22,7 @@ class Login:
 
 
 @dataclass(frozen=True)
-class RedisPlace:
+class RedisTarget:
     """Where the server is and how to get in.
 
     `hosts` are where to begin: the server, the sentinels, or some nodes of the cluster. `login` holds for every node
@@ -37,7 +37,7 @@ class RedisPlace:
     sentinel_login: Login = field(default_factory=Login)
 
     @classmethod
-    def from_url(cls, url: StoreURL) -> "RedisPlace":
+    def from_url(cls, url: StoreURL) -> "RedisTarget":
         kind = {"redis-sentinel": "sentinel", "redis-cluster": "cluster"}.get(url.scheme, "single")
         path = url.path.strip("/")
         password = url.take_secret("password", url.password, variable=PASSWORD)

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias, TypeVar
 from kvlab.errors import StoreError
 
 Reply: TypeAlias = Any  # int, Status, memoryview (a bulk string), None, a list of those, or a ReplyError among them
-Room: TypeAlias = Callable[[int], Sequence[memoryview]]
+BufferFactory: TypeAlias = Callable[[int], Sequence[memoryview]]
 T = TypeVar("T")
 
 CHUNK = 1 << 16
@@ -60,7 +60,7 @@ class Status(bytes):
     """A simple string, which no value is."""
 
 
-class Wire:
+class RespConnection:
     """A connected socket, spoken to directly. Used by one thread at a time.
 
     Whatever goes wrong in the middle of a call (deadline, lost peer, odd reply) leaves it unusable: `close` it.
@@ -93,7 +93,7 @@ class Wire:
         self._check_end()
         return replies
 
-    def fetch(self, args: Sequence[Any], deadline: float, room: Room, most: int) -> Sequence[memoryview] | None:
+    def fetch(self, args: Sequence[Any], deadline: float, room: BufferFactory, most: int) -> Sequence[memoryview] | None:
         """Send a command whose reply is a value of at most `most` bytes: `room(size)` gives buffers for it, which fill
         one after the other. None if there is none; an error reply is raised."""
         self._send([args], deadline)
@@ -264,19 +264,19 @@ def time_left(deadline: float) -> float:
     return left
 
 
-def one(args: Sequence[Any], deadline: float, parse: Callable[[Reply], T]) -> Callable[[Wire], T]:
+def send_command(args: Sequence[Any], deadline: float, parse: Callable[[Reply], T]) -> Callable[[RespConnection], T]:
     """The work of a single command, for whatever picks the connection; `parse` raises ProtocolError on a lie."""
-    return lambda wire: parse(wire.call(args, deadline))
+    return lambda connection: parse(connection.call(args, deadline))
 
 
-def many(
+def send_pipeline(
     commands: Sequence[Sequence[Any]], deadline: float, parse: Callable[[Reply], T], leave: frozenset[str]
-) -> Callable[[Wire], list[T | ReplyError]]:
+) -> Callable[[RespConnection], list[T | ReplyError]]:
     """The work of several commands in one round trip. Error replies for the reasons `leave` stay in their places, any
     other is raised."""
 
-    def work(wire: Wire) -> list[T | ReplyError]:
-        replies = wire.calls(commands, deadline)
+    def work(connection: RespConnection) -> list[T | ReplyError]:
+        replies = connection.calls(commands, deadline)
         found: list[T | ReplyError] = [reply if isinstance(reply, ReplyError) else parse(reply) for reply in replies]
         for reply in found:
             if isinstance(reply, ReplyError) and reply.reason not in leave:

@@ -6,11 +6,11 @@ from typing import Literal
 
 from kvlab.errors import ConfigError
 from kvlab.stores.background import BackgroundWriter
-from kvlab.stores.backoff import FIRST_WAIT_S, LONGEST_WAIT_S
+from kvlab.stores.circuit_breaker import FIRST_WAIT_S, LONGEST_WAIT_S
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, cut
 from kvlab.stores.forks import Lock
-from kvlab.stores.sights import Sights
-from kvlab.stores.tier import Tier
+from kvlab.stores.reuse import ReuseCounter
+from kvlab.stores.guarded import GuardedStore
 
 KEPT_SOURCES = 1 << 14
 
@@ -26,9 +26,9 @@ class TieredStore(Store):
     write : ``"through"``: `put` returns when every tier has it. ``"back"``: when the first has it; a background
         thread carries it to the others, reading it from the first; `close` drains. At most `max_queued` keys wait,
         more are dropped and counted (`writer` in `rows`), so are those that left the first tier too early.
-    after_sights : carry a value to the lower tiers only at the n-th time its key is put or read; what is used
+    store_threshold : carry a value to the secondary tiers only at the n-th time its key is put or read; what is used
         once only then never costs them a write.
-    promote : copy what a lower tier had to the tiers above.
+    promote : copy what a secondary tier had to the tiers above.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class TieredStore(Store):
         stores: Sequence[Store],
         *,
         write: Literal["through", "back"] = "through",
-        after_sights: int = 1,
+        store_threshold: int = 1,
         promote: bool = True,
         max_queued: int = 256,
         name: str = "tiered",
@@ -45,19 +45,19 @@ class TieredStore(Store):
     ) -> None:
         if not stores:
             raise ConfigError("a tiered store needs at least one store")
-        if write not in ("through", "back") or after_sights < 1:
-            raise ConfigError(f"write must be through or back, after_sights >= 1; got {write!r}, {after_sights}")
+        if write not in ("through", "back") or store_threshold < 1:
+            raise ConfigError(f"write must be through or back, store_threshold >= 1; got {write!r}, {store_threshold}")
         self.name = name
         names = [store.name for store in stores]
         for index, store in enumerate(stores):  # so that rows tell two folders apart
             if names.count(store.name) > 1:
                 store.name = f"{store.name}{index}"
-        self.tiers = [Tier(store, first_wait_s=first_wait_s, longest_wait_s=longest_wait_s) for store in stores]
+        self.tiers = [GuardedStore(store, first_wait_s=first_wait_s, longest_wait_s=longest_wait_s) for store in stores]
         self.stats_ = StoreStats()
-        self._after_sights = after_sights
+        self._store_threshold = store_threshold
         self._promote = promote
-        self._came_from: OrderedDict[str, Tier] = OrderedDict()
-        self._sights = Sights()
+        self._came_from: OrderedDict[str, GuardedStore] = OrderedDict()
+        self._uses = ReuseCounter()
         self._lock = Lock()
         self._writer = BackgroundWriter(self._carry_down, max_keys=max_queued) if write == "back" else None
 
@@ -145,7 +145,7 @@ class TieredStore(Store):
         for tier in self.tiers:
             tier.call(tier.store.renew, default=None)
 
-    def set_aside(self, key: str, reason: str) -> bool:
+    def quarantine(self, key: str, reason: str) -> bool:
         """The tier the value last came from loses it, and those it was copied to; a good copy further down stays.
 
         A value that was not read lately leaves every tier.
@@ -156,7 +156,7 @@ class TieredStore(Store):
             self._writer.cancel(key)
         gone = False
         for tier in self.tiers:
-            gone |= tier.write(tier.store.set_aside, key, reason, default=False)
+            gone |= tier.write(tier.store.quarantine, key, reason, default=False)
             if tier is source:
                 break
         with self._lock:
@@ -182,7 +182,7 @@ class TieredStore(Store):
         return rows
 
     def drain(self, timeout_s: float | None = None) -> bool:
-        """Wait until the lower tiers have what they are to get; False if that took longer than `timeout_s`."""
+        """Wait until the secondary tiers have what they are to get; False if that took longer than `timeout_s`."""
         return self._writer is None or self._writer.drain(timeout_s)
 
     def close(self) -> None:
@@ -201,7 +201,7 @@ class TieredStore(Store):
         if self._promote:
             for tier in self.tiers[:level]:
                 tier.write(tier.store.put, key, value, default=False)
-        if level == 0 and self._after_sights > 1 and self._is_due(key, exactly=True):
+        if level == 0 and self._store_threshold > 1 and self._is_due(key, exactly=True):
             if self._writer is not None:
                 self._writer.add(key)
             else:
@@ -213,12 +213,12 @@ class TieredStore(Store):
             self.stats_.misses += 1
 
     def _is_due(self, key: str, *, exactly: bool = False) -> bool:
-        """Count one more sight of `key`; whether the lower tiers are to have it by now (`exactly`: just now)."""
-        if self._after_sights == 1:
+        """Count one more sight of `key`; whether the secondary tiers are to have it by now (`exactly`: just now)."""
+        if self._store_threshold == 1:
             return True
         with self._lock:
-            sights = self._sights.add(key)
-        return sights == self._after_sights if exactly else sights >= self._after_sights
+            num_uses = self._uses.add(key)
+        return num_uses == self._store_threshold if exactly else num_uses >= self._store_threshold
 
     def _carry_down(self, key: str) -> None:
         first = self.tiers[0]

@@ -74,9 +74,9 @@ class WrapperStore(Store):
     def renew(self) -> None:
         self.inner.renew()
 
-    def set_aside(self, key: str, reason: str) -> bool:
-        self._around("set_aside", 0)
-        return self.inner.set_aside(key, reason)
+    def quarantine(self, key: str, reason: str) -> bool:
+        self._around("quarantine", 0)
+        return self.inner.quarantine(key, reason)
 
     def why_missing(self, key: str) -> str:
         return self.inner.why_missing(key)

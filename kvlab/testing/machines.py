@@ -124,8 +124,8 @@ class BudgetMachine(RuleBasedStateMachine):
         assert not self.store.contains(key)
 
     @rule(key=st.sampled_from("abcdef"))
-    def set_aside(self, key: str) -> None:
-        self.store.set_aside(key, "test")
+    def quarantine(self, key: str) -> None:
+        self.store.quarantine(key, "test")
         assert not self.store.contains(key)
 
     @invariant()

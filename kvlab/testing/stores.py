@@ -152,11 +152,11 @@ class StoreTests(ABC):
     def test_a_broken_value_set_aside_is_not_served_again(self, store: Store) -> None:
         store.put("k", b"broken")
         store.put("other", b"good")
-        store.set_aside("k", "checksum")
+        store.quarantine("k", "checksum")
         assert store.get("k") is None
         assert not store.contains("k")
         assert store.stats_.dropped == 1
-        store.set_aside("absent", "checksum")
+        store.quarantine("absent", "checksum")
         assert bytes(store.get("other") or b"") == b"good"
         assert store.put("k", b"new")
         assert bytes(store.get("k") or b"") == b"new"
@@ -167,8 +167,8 @@ class StoreTests(ABC):
         assert bytes(store.get("k") or b"") == b"good"
         store.renew()
         assert bytes(store.get("k") or b"") == b"good"
-        assert store.set_aside("k", "checksum") is True
-        assert store.set_aside("absent", "checksum") is False
+        assert store.quarantine("k", "checksum") is True
+        assert store.quarantine("absent", "checksum") is False
 
     def test_a_key_that_is_too_long_is_refused(self, store: Store) -> None:
         assert store.put("k" * MAX_KEY_BYTES, b"v") is True
@@ -179,7 +179,7 @@ class StoreTests(ABC):
             assert store.contains_many([key, "k" * MAX_KEY_BYTES]) == [False, True]
             assert store.delete(key) is False
             store.touch([key])
-            store.set_aside(key, "test")
+            store.quarantine(key, "test")
         assert list(store.keys()) == ["k" * MAX_KEY_BYTES]
 
     def test_a_forked_child_has_a_store_that_works(self, store: Store) -> None:

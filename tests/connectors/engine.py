@@ -103,7 +103,7 @@ def connector(llm: Any) -> Any:
 
 
 def empty_memory(llm: Any) -> None:
-    """The memory tier holds nothing any more; lower tiers stay as they are."""
+    """The memory tier holds nothing any more; secondary tiers stay as they are."""
     connector(llm).scheduler.index.clear()
 
 

@@ -141,17 +141,17 @@ class Stress:
         chunk = rng.choice([32, 64, 128])
         num_slots = max(rng.choice([8, 12, 16, 30, 60, 200]), 2 * chunk // BLOCK + 1)
         connector_settings = {
-            "chunk_tokens": chunk, "whole_prompts": rng.random() < 0.7, "save_generated": rng.random() < 0.3,
-            "after_sights": rng.choice([1, 1, 2]), "admission": rng.random() < 0.2,
+            "chunk_tokens": chunk, "save_partial_block": rng.random() < 0.7, "save_generated": rng.random() < 0.3,
+            "store_threshold": rng.choice([1, 1, 2]), "admission": rng.random() < 0.2,
             "lookup_timeout_ms": rng.choice([0, 20, 1000, 60_000]), "min_hit_tokens": rng.choice([1, 1, 40]),
         }  # fmt: skip
         tiers = []
-        has_lower = rng.random() < 0.85
-        if rng.random() < 0.8 or not has_lower:
+        has_secondary = rng.random() < 0.85
+        if rng.random() < 0.8 or not has_secondary:
             tiers.append(f"memory://?size={num_slots * page}&policy={rng.choice(POLICIES)}")
         else:
             connector_settings["staging"] = num_slots * page
-        if has_lower:
+        if has_secondary:
             serde = rng.choice(["naive", "lossless"])
             tiers.append(f"file://{folder}?size={rng.choice([page * 60, page * 2000])}&serde={serde}")
         settings = self.settings | {
@@ -166,17 +166,17 @@ class Stress:
         }  # fmt: skip
         about = {"round": number, "tiers": tiers, "faults": faults, **connector_settings, **settings}
         with engine(tiers, settings, **connector_settings) as llm:
-            if has_lower:
+            if has_secondary:
                 tier, scheduler = worker(llm).engine, connector(llm).scheduler
                 tier.store_ = UnevenFaults(tier.store_, rng, seed=rng.randrange(1 << 30), **faults)
-                scheduler._lookup._store = UnevenFaults(scheduler.lower, rng, seed=rng.randrange(1 << 30), **faults)
+                scheduler._lookup._store = UnevenFaults(scheduler.secondary, rng, seed=rng.randrange(1 << 30), **faults)
             # Pages that vLLM's own prefix cache still names may not be overwritten.
             pages = nullcontext() if settings["enable_prefix_caching"] or rng.random() < 0.4 else overwritten(llm)
             with pages:
                 self._traffic(llm, rng, about)
             drain(llm)
             self._check_nothing_is_left(llm, about)
-        if has_lower:
+        if has_secondary:
             self._check_what_was_persisted(tiers[-1], chunk, about)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -240,7 +240,7 @@ class Stress:
         self.totals["evictions"] += index.num_evictions
 
     def _check_what_was_persisted(self, tier: str, chunk: int, about) -> None:
-        options = {"chunk_tokens": chunk, "whole_prompts": about["whole_prompts"]}
+        options = {"chunk_tokens": chunk, "save_partial_block": about["save_partial_block"]}
         with engine(["memory://?size=64MiB", tier], self.settings | PLENTY, **options) as llm:
             for salt in (None, "a"):
                 for key, tokens in self._ask_all(llm, salt).items():

@@ -21,19 +21,19 @@ def rule(now) -> LoadAdmission:
 
 
 def test_nothing_measured_is_loaded(rule):
-    assert rule.is_worth({"memory": 100, "lower": 100})
+    assert rule.is_worth({"memory": 100, "secondary": 100})
     rule.forward(1000, 1.0)
-    assert rule.is_worth({"lower": 100})
+    assert rule.is_worth({"secondary": 100})
 
 
 def test_the_slower_way_is_not_taken(rule):
     rule.forward(1000, 1.0)
-    rule.loaded("lower", 500, 1.0)
+    rule.loaded("secondary", 500, 1.0)
     rule.loaded("memory", 50_000, 1.0)
-    assert not rule.is_worth({"lower": 100})
+    assert not rule.is_worth({"secondary": 100})
     assert rule.is_worth({"memory": 100})
-    assert rule.is_worth({"memory": 900, "lower": 400}), "0.018 + 0.8 s against 1.3"
-    assert not rule.is_worth({"memory": 300, "lower": 400}), "0.006 + 0.8 s against 0.7"
+    assert rule.is_worth({"memory": 900, "secondary": 400}), "0.018 + 0.8 s against 1.3"
+    assert not rule.is_worth({"memory": 300, "secondary": 400}), "0.006 + 0.8 s against 0.7"
 
 
 def test_medians_count(rule):
@@ -41,17 +41,17 @@ def test_medians_count(rule):
         rule.forward(1000, seconds)
     assert rule.compute_seconds(2000) == 2.0
     for tokens in (100, 1200, 300):
-        rule.loaded("lower", tokens, 1.0)
-    assert rule.load_rate("lower") == 300
-    assert not rule.is_worth({"lower": 100})
+        rule.loaded("secondary", tokens, 1.0)
+    assert rule.load_rate("secondary") == 300
+    assert not rule.is_worth({"secondary": 100})
 
 
 def test_tokens_cost_what_they_add_to_a_step(rule):
     rule.forward(0, 0.6)  # a step without a prefill
-    rule.loaded("lower", 100, 0.5)
+    rule.loaded("secondary", 100, 0.5)
     rule.forward(100, 1.0)
     assert rule.compute_seconds(100) == pytest.approx(0.4)
-    assert not rule.is_worth({"lower": 100})
+    assert not rule.is_worth({"secondary": 100})
     for _ in range(2):
         rule.forward(0, 2.0)  # the machine grew slower
     assert rule.compute_seconds(100) == pytest.approx(0.4), "a prefill is compared with the steps of its own time"
@@ -65,50 +65,50 @@ def test_tokens_cost_what_they_add_to_a_step(rule):
 def test_a_load_between_steps_takes_whole_steps_while_others_are_served(rule):
     rule.forward(0, 0.8)
     rule.forward(1000, 1.8)
-    rule.loaded("lower", 1000, 0.9)
+    rule.loaded("secondary", 1000, 0.9)
     rule.loaded("memory", 1000, 0.9)
-    assert rule.is_worth({"lower": 1000})
+    assert rule.is_worth({"secondary": 1000})
     rule.is_busy = True
-    assert not rule.is_worth({"lower": 1000}), "two steps, 1.6 s against 1.0"
+    assert not rule.is_worth({"secondary": 1000}), "two steps, 1.6 s against 1.0"
     assert rule.is_worth({"memory": 1000})
-    assert rule.is_worth({"lower": 1600}), "1.44 s take two steps and save 1.6"
+    assert rule.is_worth({"secondary": 1600}), "1.44 s take two steps and save 1.6"
 
 
 def test_a_slow_tier_is_tried_again(rule, now):
     rule.forward(1000, 1.0)
-    rule.loaded("lower", 50, 1.0)
-    assert not rule.is_worth({"lower": 100})
+    rule.loaded("secondary", 50, 1.0)
+    assert not rule.is_worth({"secondary": 100})
     now[0] = FORGET_S + 0.1
-    assert rule.is_worth({"lower": 100})
+    assert rule.is_worth({"secondary": 100})
 
 
 def test_a_small_load_says_nothing_of_a_large_one(rule):
     rule.forward(1000, 1.0)
-    rule.loaded("lower", 10, 1.0)
-    assert not rule.is_worth({"lower": 40})
-    assert rule.is_worth({"lower": 41})
-    rule.loaded("lower", 41, 1.0)
-    assert not rule.is_worth({"lower": 41})
+    rule.loaded("secondary", 10, 1.0)
+    assert not rule.is_worth({"secondary": 40})
+    assert rule.is_worth({"secondary": 41})
+    rule.loaded("secondary", 41, 1.0)
+    assert not rule.is_worth({"secondary": 41})
     for _ in range(3):
-        rule.loaded("lower", 5, 0.001)
-    assert rule.is_worth({"lower": 20})
-    assert not rule.is_worth({"lower": 41})
+        rule.loaded("secondary", 5, 0.001)
+    assert rule.is_worth({"secondary": 20})
+    assert not rule.is_worth({"secondary": 41})
 
 
 def test_where_all_is_loaded_one_prompt_is_computed_now_and_then(rule, now):
     """An engine that starts over a full disk would never learn that computing is faster."""
     for _ in range(8):
-        assert rule.is_worth({"lower": 1000})
-        rule.loaded("lower", 1000, 1.0)
-    assert rule.is_worth({"lower": 63}), "too little to learn from"
+        assert rule.is_worth({"secondary": 1000})
+        rule.loaded("secondary", 1000, 1.0)
+    assert rule.is_worth({"secondary": 63}), "too little to learn from"
     assert rule.is_worth({"memory": 1000})
-    assert [rule.is_worth({"lower": 1000}) for _ in range(3)] == [False, True, True]
+    assert [rule.is_worth({"secondary": 1000}) for _ in range(3)] == [False, True, True]
     now[0] = FORGET_S
-    assert not rule.is_worth({"lower": 1000})
+    assert not rule.is_worth({"secondary": 1000})
     rule.forward(1000, 0.5)
     for _ in range(8):
-        rule.loaded("lower", 1000, 1.0)
-    assert not rule.is_worth({"lower": 1000})
+        rule.loaded("secondary", 1000, 1.0)
+    assert not rule.is_worth({"secondary": 1000})
 
 
 def test_who_waits_for_an_answer_has_something_to_win(rule):
@@ -134,9 +134,9 @@ def test_off_loads_always():
     rule = LoadAdmission(enabled=False)
     rule.forward(1000, 1.0)
     for _ in range(64):
-        rule.loaded("lower", 10, 1.0)
+        rule.loaded("secondary", 10, 1.0)
         rule.answered(held=False)
-    assert rule.is_worth({"lower": 100})
+    assert rule.is_worth({"secondary": 100})
     assert rule.is_worth_waiting(100, 10.0)
 
 
@@ -170,8 +170,8 @@ def test_a_tier_slower_than_computing(tmp_path, expected, monkeypatch, admission
         on_a_clock(scheduler.admission, monkeypatch, step_s=0.01, token_s=0.001)
         generate(llm, [p])
         drain(llm)
-        lower = worker(llm).engine
-        lower.store_ = LatencyStore(lower.store_, latency_s=1.0)  # slower than 300 tokens in 0.3 s
+        secondary = worker(llm).engine
+        secondary.store_ = LatencyStore(secondary.store_, latency_s=1.0)  # slower than 300 tokens in 0.3 s
         saved = scheduler.counters["saved_tokens"]
         answers = [generate(llm, [p])[0] for _ in hits]
         assert [answer.hit for answer in answers] == hits
@@ -204,7 +204,7 @@ def test_what_is_measured_is_the_forward_pass_and_memory_is_worth_it(expected, m
 
 def test_only_what_comes_again_is_saved(expected):
     p, q = prompt(300), prompt(300, ending=0)
-    with engine(["memory://?size=256MiB"], after_sights=2) as llm:
+    with engine(["memory://?size=256MiB"], store_threshold=2) as llm:
         answers = [generate(llm, [each])[0] for each in (p, q, p, q)]
         assert [answer.tokens for answer in answers] == [expected(each) for each in (p, q, p, q)]
         # The four chunks that both begin with were saved at q's sight, the endings at their own second one.

@@ -32,7 +32,7 @@ def ours(llm):
 
 
 def settle(llm) -> None:
-    """Steps, until what was saved is in the lower tiers."""
+    """Steps, until what was saved is in the secondary tiers."""
     scheduler = ours(llm).scheduler
     for at in range(200):
         if not scheduler.saves.unsettled:
@@ -41,17 +41,17 @@ def settle(llm) -> None:
     raise AssertionError("saves were never settled")
 
 
-@pytest.mark.parametrize("lower", [False, True], ids=["memory", "with-disk"])
-def test_hits_are_loaded_and_failures_recomputed(tmp_path, expected, lower):
-    tiers = ["memory://?size=256MiB"] * (not lower) + [f"file://{tmp_path}?size=1GiB"] * lower
+@pytest.mark.parametrize("secondary", [False, True], ids=["memory", "with-disk"])
+def test_hits_are_loaded_and_failures_recomputed(tmp_path, expected, secondary):
+    tiers = ["memory://?size=256MiB"] * (not secondary) + [f"file://{tmp_path}?size=1GiB"] * secondary
     with engine(None, company(*tiers)) as llm:
         counters = ours(llm).scheduler.counters
         assert generate(llm, [PROMPT])[0].tokens == expected(PROMPT)
         settle(llm)
         answer = generate(llm, [PROMPT])[0]
         assert (answer.hit, answer.tokens) == (299, expected(PROMPT))
-        assert (counters["taken_back_requests"], counters["loaded_bytes"] > 0) == (0, True)
-        if lower:
+        assert (counters["load_rollbacks"], counters["loaded_bytes"] > 0) == (0, True)
+        if secondary:
             for path in objects(tmp_path):
                 flip_a_bit(path, [])
             answer = generate(llm, [PROMPT])[0]

@@ -34,7 +34,7 @@ def test_a_new_process_finds_what_an_old_one_stored(tmp_path, expected):
     with engine([f"file://{tmp_path}?size=1GiB"]) as llm:
         answer = generate(llm, [prompt(300)])[0]
         assert answer.hit == 299
-        assert answer.row["tier"] == "lower"
+        assert answer.row["tier"] == "secondary"
         assert answer.tokens == expected(prompt(300))
     others = [({"dtype": "bfloat16"}, {}), ({"block_size": 64}, {}), ({}, {"namespace": "other"})]
     for settings, extra in others:
@@ -137,7 +137,7 @@ def test_an_unwritable_folder_costs_misses_never_a_request(disk, expected, monke
             patch.setattr(os, name, full)
         assert generate(llm, [p])[0].tokens == expected(p)
         drain(llm)
-        held, key = connector(llm).scheduler._below, block_hashes(p, BLOCK)[-1]
+        held, key = connector(llm).scheduler._known_secondary, block_hashes(p, BLOCK)[-1]
         assert key not in held, "nothing was taken"
         assert generate(llm, [p])[0].tokens == expected(p)
         drain(llm)

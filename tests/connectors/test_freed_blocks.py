@@ -37,17 +37,17 @@ def ask_twice(llm, prompts) -> list[list[list[int]]]:
     return [[answer.tokens for answer in generate(llm, prompts)] for _ in range(2)]
 
 
-@pytest.mark.parametrize("lower", [False, True], ids=["memory", "with-disk"])
-def test_saves_are_over_before_pages_are_freed(tmp_path, expected, lower):
+@pytest.mark.parametrize("secondary", [False, True], ids=["memory", "with-disk"])
+def test_saves_are_over_before_pages_are_freed(tmp_path, expected, secondary):
     prompts = [prompt(200, ending=e) for e in range(8)]
-    tiers = ["memory://?size=256MiB"] + ([f"file://{tmp_path}?size=1GiB"] if lower else [])
+    tiers = ["memory://?size=256MiB"] + ([f"file://{tmp_path}?size=1GiB"] if secondary else [])
     # Room for about three requests at a time: pages are reused while others are being saved.
     with (
         engine(tiers, {"kv_cache_memory_bytes": 24 * 32 * 46080, "max_model_len": 512}) as llm,
         overwritten(llm) as freed,
     ):
         assert ask_twice(llm, prompts) == [[expected(p) for p in prompts]] * 2
-        if lower:
+        if secondary:
             drain(llm)
             empty_memory(llm)
             assert [answer.tokens for answer in generate(llm, prompts)] == [expected(p) for p in prompts]
@@ -104,7 +104,7 @@ def test_saves_hear_of_writes_to_their_pages_first(expected, prefix_caching, mon
     few_pages = {"kv_cache_memory_bytes": 24 * 32 * 46080, "max_model_len": 512}
     settings = {**few_pages, "enable_prefix_caching": prefix_caching}
     # No hit on the first pass: a load would run the saves before it.
-    with engine(["memory://?size=256MiB"], settings, whole_prompts=False, min_hit_tokens=190) as llm:
+    with engine(["memory://?size=256MiB"], settings, save_partial_block=False, min_hit_tokens=190) as llm:
         late = LateSaves(worker(llm).transfer, monkeypatch)
         assert ask_twice(llm, prompts) == [[expected(p) for p in prompts]] * 2
         assert late.too_late == 0

@@ -157,7 +157,7 @@ def test_a_new_engine_reads_the_disk_and_damage_is_computed_again(settings, expe
         drain(llm)
     with engine(tiers, settings) as llm:
         answer = ask(llm, p)[0]
-        assert (answer.hit, answer.row["tier"], answer.tokens) == (479, "lower", expected(p))
+        assert (answer.hit, answer.row["tier"], answer.tokens) == (479, "secondary", expected(p))
         drain(llm)
         files = objects(tmp_path)
         damage(files[len(files) // 2], files)
@@ -207,7 +207,7 @@ def test_evictions_while_loads_are_under_way(settings, expected, tmp_path):
 
 
 def test_whole_pages_only(settings, expected):
-    with engine(MEMORY, settings, whole_prompts=False, chunk_tokens=128) as llm:
+    with engine(MEMORY, settings, save_partial_block=False, chunk_tokens=128) as llm:
         for length in (64, 128, 300):
             p = prompt(length)
             empty_memory(llm)

@@ -1,4 +1,4 @@
-"""Questions to lower tiers: who waits for the answer, and what is learned from one that nobody waited for."""
+"""Questions to secondary tiers: who waits for the answer, and what is learned from one that nobody waited for."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ from kvlab.chunking import Chunker
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.admission import LoadAdmission
 from kvlab.connectors.vllm.groups import Groups
-from kvlab.connectors.vllm.lookup import KEPT_KEYS, HeldBelow, Lookup
+from kvlab.connectors.vllm.lookup import KEPT_KEYS, KnownSecondary, Lookup
 from kvlab.connectors.vllm.metadata import WorkerReport
 from kvlab.connectors.vllm.requests import RequestState
 from kvlab.connectors.vllm.saves import Write
@@ -24,14 +24,14 @@ CHUNKS = [bytes([at]) * 32 for at in range(16)]  # hashes of one chunk of 16 blo
 
 @pytest.fixture
 def asked():
-    gate, admission, below = Gate(MemoryStore(1 << 20)), LoadAdmission(), HeldBelow()
+    gate, admission, known_secondary = Gate(MemoryStore(1 << 20)), LoadAdmission(), KnownSecondary()
     gate.inner.put(NAMESPACE.key(CHUNKS[-1]), b"kv")
-    lookup = Lookup(gate, Chunker(), [NAMESPACE], 60.0, admission, below, Counter())
+    lookup = Lookup(gate, Chunker(), [NAMESPACE], 60.0, admission, known_secondary, Counter())
 
     def ask(state: RequestState, num_tokens: int = 256):
         return lookup.ask(state, None, lambda key: False, num_tokens)
 
-    yield gate, admission, below, ask
+    yield gate, admission, known_secondary, ask
     gate.is_open.set()
     lookup.close()
 
@@ -74,7 +74,7 @@ def test_as_long_as_nothing_is_known_a_request_waits(asked):
 
 
 def test_who_would_win_little_does_not_wait_and_all_the_same_the_answer_counts(asked):
-    gate, admission, below, ask = asked
+    gate, admission, known_secondary, ask = asked
     knows(admission, prefill_s=0.016, held=False)
     one, long, other = state(), state(), state()
     assert ask(one) == {}, "one in 66 of 8 ms, against a step of 8 ms"
@@ -85,8 +85,8 @@ def test_who_would_win_little_does_not_wait_and_all_the_same_the_answer_counts(a
     finish(one)
     finish(long)
     ask(other)
-    assert CHUNKS[-1] in below, "what is there is not saved again"
-    assert CHUNKS[0] not in below
+    assert CHUNKS[-1] in known_secondary, "what is there is not saved again"
+    assert CHUNKS[0] not in known_secondary
     assert sum(admission._answers) == 2
 
 
@@ -97,24 +97,24 @@ def test_a_busy_engine_waits_again_once_answers_are_hits(asked):
 
 
 def test_what_is_held_below_is_the_latest_word():
-    below = HeldBelow()
-    below.learn([b"a", b"b", b"c"], {b"a": True, b"b": True, b"c": False})
-    assert [key in below for key in (b"a", b"b", b"c")] == [True, True, False]
-    below.add(b"d")
-    below.learn([b"a", b"c", b"d"], {b"a": False, b"c": True})  # not asked of d, which lies behind a
-    below.discard(b"never seen")
-    assert [key in below for key in (b"a", b"b", b"c", b"d")] == [False, True, True, False]
+    known_secondary = KnownSecondary()
+    known_secondary.learn([b"a", b"b", b"c"], {b"a": True, b"b": True, b"c": False})
+    assert [key in known_secondary for key in (b"a", b"b", b"c")] == [True, True, False]
+    known_secondary.add(b"d")
+    known_secondary.learn([b"a", b"c", b"d"], {b"a": False, b"c": True})  # not asked of d, which lies behind a
+    known_secondary.discard(b"never seen")
+    assert [key in known_secondary for key in (b"a", b"b", b"c", b"d")] == [False, True, True, False]
 
 
 def test_of_what_is_held_below_the_latest_is_kept():
-    below = HeldBelow()
+    known_secondary = KnownSecondary()
     for number in range(KEPT_KEYS):
-        below.add(number.to_bytes(4, "big"))
-    below.add((0).to_bytes(4, "big"))  # seen again
-    below.add(b"new")
-    assert (0).to_bytes(4, "big") in below
-    assert (1).to_bytes(4, "big") not in below
-    assert b"new" in below
+        known_secondary.add(number.to_bytes(4, "big"))
+    known_secondary.add((0).to_bytes(4, "big"))  # seen again
+    known_secondary.add(b"new")
+    assert (0).to_bytes(4, "big") in known_secondary
+    assert (1).to_bytes(4, "big") not in known_secondary
+    assert b"new" in known_secondary
 
 
 def test_what_one_rank_could_not_hand_on_is_not_held_below():
@@ -134,7 +134,7 @@ def test_what_one_rank_could_not_hand_on_is_not_held_below():
             assert entry.leases == 1
             scheduler.absorb(report)
         assert entry.leases == 0
-        assert (CHUNKS[0] in scheduler._below) is not first_refuses
-        scheduler._below.discard(CHUNKS[0])
+        assert (CHUNKS[0] in scheduler._known_secondary) is not first_refuses
+        scheduler._known_secondary.discard(CHUNKS[0])
         scheduler.index.drop(entry)
     scheduler.close()

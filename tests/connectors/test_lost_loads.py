@@ -39,9 +39,9 @@ def no_plan(llm, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [another_owner, no_copy, no_plan])
-@pytest.mark.parametrize("lower", [False, True], ids=["memory", "with-disk"])
-def test_a_failed_load_poisons_nothing(lower, fault, tmp_path, expected, monkeypatch):
-    tiers = ["memory://?size=256MiB"] + ([f"file://{tmp_path}?size=1GiB"] if lower else [])
+@pytest.mark.parametrize("secondary", [False, True], ids=["memory", "with-disk"])
+def test_a_failed_load_poisons_nothing(secondary, fault, tmp_path, expected, monkeypatch):
+    tiers = ["memory://?size=256MiB"] + ([f"file://{tmp_path}?size=1GiB"] if secondary else [])
     with engine(tiers) as llm:
         ours = connector(llm)
         generate(llm, [FIRST])
@@ -49,10 +49,10 @@ def test_a_failed_load_poisons_nothing(lower, fault, tmp_path, expected, monkeyp
         fault(llm, monkeypatch)
         asked = [generate(llm, [p])[0] for p in (OTHER, OTHER, OTHER, FIRST)]
         assert [answer.tokens for answer in asked] == [expected(p) for p in (OTHER, OTHER, OTHER, FIRST)]
-        assert ours.scheduler.counters["taken_back_requests"] == 1, "the fault came to pass"
+        assert ours.scheduler.counters["load_rollbacks"] == 1, "the fault came to pass"
         assert asked[2].hit == 299, "the cache goes on"
         drain(llm)
-        if lower:
+        if secondary:
             empty_memory(llm)
             again = [generate(llm, [p])[0] for p in (OTHER, FIRST)]
             assert [(answer.hit, answer.tokens) for answer in again] == [(299, expected(p)) for p in (OTHER, FIRST)]
@@ -78,11 +78,11 @@ def test_other_requests_of_the_step_are_not_touched(expected, monkeypatch):
     empty_memory(llm)
     prompts = [OTHER, prompt(480, ending=0), prompt(200, ending=3)]
     generate(llm, [FIRST])
-    taken_back = connector(llm).scheduler.counters["taken_back_requests"]
+    taken_back = connector(llm).scheduler.counters["load_rollbacks"]
     no_copy(llm, monkeypatch)
     for _ in range(3):
         assert [answer.tokens for answer in generate(llm, prompts)] == [expected(p) for p in prompts]
-    assert connector(llm).scheduler.counters["taken_back_requests"] == taken_back + 1
+    assert connector(llm).scheduler.counters["load_rollbacks"] == taken_back + 1
 
 
 @pytest.mark.parametrize("budget", [64, 1024], ids=["in-chunks", "in-one-step"])
@@ -97,7 +97,7 @@ def test_nobody_finds_a_hole_in_the_prefix_cache(expected, monkeypatch, budget):
         no_copy(llm, monkeypatch)
         counters = connector(llm).scheduler.counters
         assert [answer.tokens for answer in generate(llm, prompts)] == [expected(p) for p in prompts]
-        assert counters["taken_back_requests"] > 1, "others shared the pages"
-        before = counters["taken_back_requests"]
+        assert counters["load_rollbacks"] > 1, "others shared the pages"
+        before = counters["load_rollbacks"]
         assert [answer.tokens for answer in generate(llm, prompts)] == [expected(p) for p in prompts]
-        assert counters["taken_back_requests"] == before, "they are computed by now"
+        assert counters["load_rollbacks"] == before, "they are computed by now"

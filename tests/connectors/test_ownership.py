@@ -27,7 +27,7 @@ def test_a_broken_object_that_others_still_need_keeps_its_slots(tmp_path):
     short, long = prompt(2 * CHUNK + 1), prompt(3 * CHUNK + 1)
     others = [list(text_ids()[500 + 20 * at : 500 + 20 * at + CHUNK + 1]) for at in range(7)]
     disk = f"file://{tmp_path}?size=2GiB"
-    options = {"whole_prompts": False}
+    options = {"save_partial_block": False}
     with engine(["memory://?size=256MiB", disk], **options) as llm:
         want = generate(llm, [long])[0].tokens
         drain(llm)

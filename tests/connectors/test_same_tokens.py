@@ -64,7 +64,7 @@ def test_a_last_page_filled_in_part_serves_the_same_prompt_alone(fresh, expected
 
 
 def test_whole_pages_only(expected):
-    with engine(MEMORY, whole_prompts=False) as llm:
+    with engine(MEMORY, save_partial_block=False) as llm:
         for length in (31, 33, 64, 300):
             p = prompt(length)
             empty_memory(llm)

@@ -25,7 +25,7 @@ class Seen(WrapperStore):
 
     def put(self, key, value):
         pieces = [value] if isinstance(value, bytes | bytearray | memoryview) else value
-        self.values[key] = b"".join(bytes(piece) for piece in pieces)
+        self.values[key] = b"".join(bytes(ref) for ref in pieces)
         return super().put(key, value)
 
 

@@ -60,16 +60,16 @@ def test_two_ranks_answer_from_every_tier(model, tmp_path, monkeypatch):
         memory = ask()
         assert (memory.hit, memory.row["tier"], memory.row["bytes"]) == (299, "memory", RANK_BYTES)
         empty_memory(llm)
-        lower = ask()
-        assert (lower.hit, lower.row["tier"], lower.row["bytes"]) == (299, "lower", RANK_BYTES)
+        secondary = ask()
+        assert (secondary.hit, secondary.row["tier"], secondary.row["bytes"]) == (299, "secondary", RANK_BYTES)
         settle()
         empty_memory(llm)
         # What one rank lost, no rank may promise: everything of the second one's.
-        lost = [key for key in list(scheduler.lower.keys()) if key.split(":")[2] == scheduler.namespaces[1].id]
+        lost = [key for key in list(scheduler.secondary.keys()) if key.split(":")[2] == scheduler.namespaces[1].id]
         assert len(lost) == 6
         for key in lost:
-            assert scheduler.lower.delete(key)
+            assert scheduler.secondary.delete(key)
         alone = ask()
         assert alone.hit == 0
-        assert first.tokens == memory.tokens == lower.tokens == alone.tokens
+        assert first.tokens == memory.tokens == secondary.tokens == alone.tokens
         assert not connector(llm).hook_errors

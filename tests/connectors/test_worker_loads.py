@@ -1,4 +1,4 @@
-"""A worker's loads from lower tiers: objects side by side, holes, and errors in the middle."""
+"""A worker's loads from secondary tiers: objects side by side, holes, and errors in the middle."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""When a worker hands saved objects on to lower tiers: in quiet steps, on an idle engine, or when patience ends."""
+"""When a worker hands saved objects on to secondary tiers: in quiet steps, on an idle engine, or when patience ends."""
 
 import time
 

@@ -43,7 +43,7 @@ def churn(root, budget, seed, seconds):
                 elif act < 0.7:
                     store.delete(key)
                 elif act < 0.75:
-                    store.set_aside(key, "test")
+                    store.quarantine(key, "test")
                 elif act < 0.95:
                     value = store.get(key)
                     if value is not None:

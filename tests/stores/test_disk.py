@@ -130,7 +130,7 @@ def test_damaged_files_are_seen_by_the_container_and_set_aside(store):
         )
         with pytest.raises(ValueError):
             unpack(store.get("a"), "a")
-        store.set_aside("a", damage)
+        store.quarantine("a", damage)
         assert store.get("a") is None
         assert store.why_missing("a") == f"set_aside:{damage}"
         assert unpack(store.get("b"), "b").parts["kv"].nbytes == 5000
@@ -140,7 +140,7 @@ def test_files_set_aside_are_few_and_counted(tmp_path):
     with DiskStore(tmp_path / "kv", 100_000) as store:
         for index in range(20):
             store.put(f"k{index}", pattern(4000, index))
-            store.set_aside(f"k{index}", "test")
+            store.quarantine(f"k{index}", "test")
         kept = list((store.root / ".kvlab" / "broken").iterdir())
         assert 0 < len(kept) <= 8
         assert store.used_bytes == 4000 * len(kept)

@@ -88,7 +88,7 @@ def test_many_faults(tmp_path, monkeypatch, seed, partial):
                 elif act < 0.8:
                     store.delete(key)
                 elif act < 0.9:
-                    store.set_aside(key, "test")
+                    store.quarantine(key, "test")
                 else:
                     store.get(key)
             check(faulty, root, one, two)
@@ -108,7 +108,7 @@ def test_each_call_failing_alone(tmp_path, monkeypatch):
                     with contextlib.suppress(StoreError):
                         one.put(f"k{step % 6}", bytes(18_000 + step))
                     check(faulty, root, one, two)
-                for work in (lambda: one.get("k0"), lambda: one.set_aside("k1", "test"), lambda: one.delete("k2")):
+                for work in (lambda: one.get("k0"), lambda: one.quarantine("k1", "test"), lambda: one.delete("k2")):
                     with contextlib.suppress(StoreError):
                         work()
                     check(faulty, root, one, two)
@@ -188,7 +188,7 @@ def test_only_the_first_call_waits_for_a_lock_that_is_never_given_up(tmp_path, m
     needs_lock = {
         "put": lambda: store.put("kvlab:m:2", b"y"),
         "delete": lambda: store.delete("kvlab:m:1"),
-        "set_aside": lambda: store.set_aside("kvlab:m:1", "test"),
+        "quarantine": lambda: store.quarantine("kvlab:m:1", "test"),
     }
     with (tmp_path / "kv" / ledger.JOURNAL).open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)

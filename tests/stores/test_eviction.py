@@ -11,7 +11,7 @@ from kvlab.bench.trace_files import find_traces, load_traffic
 from kvlab.errors import ConfigError
 from kvlab.stores import open_store
 from kvlab.stores.eviction import POLICIES, get_policy
-from kvlab.stores.eviction.line import Line
+from kvlab.stores.eviction.lazy_queue import LazyQueue
 
 SIZES = [100, 500, 1000, 3000, 10_000]
 
@@ -188,7 +188,7 @@ def test_any_sequence(name, steps):
 
 @given(steps=st.lists(st.tuples(st.sampled_from("eeelpv"), st.integers(0, 9)), max_size=200))
 def test_a_line_left_from_the_middle_is_a_plain_list(steps):
-    line, plain, unwanted, longest = Line(), [], set(), 0
+    line, plain, unwanted, longest = LazyQueue(), [], set(), 0
     for what, key in steps:
         if what == "e" and key not in plain:
             line.order.append(key)

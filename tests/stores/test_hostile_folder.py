@@ -151,7 +151,7 @@ def test_a_link_made_while_the_store_is_open_is_not_followed(root, outside):
         with pytest.raises(StoreError):
             store.put("key", b"secret")
         assert not store.delete("key")
-        assert not store.set_aside("key", "test")
+        assert not store.quarantine("key", "test")
         assert store.put("other", b"v")
         assert bytes(store.get("other")) == b"v"
 
@@ -229,7 +229,7 @@ def test_modes_do_not_depend_on_the_umask(tmp_path):
 
 def test_the_command_line_is_one_line_in_a_hostile_folder(root, outside, capsys):
     (root / ".kvlab" / "journal").symlink_to(outside / "thesis.txt")
-    for command in (["ls"], ["info"], ["verify", "--set-aside"], ["evict", "--to", "0"], ["clear", "--yes"]):
+    for command in (["ls"], ["info"], ["verify", "--quarantine"], ["evict", "--to", "0"], ["clear", "--yes"]):
         assert main([command[0], f"file://{root}", *command[1:]]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -30,7 +30,7 @@ def write_for_ever(root, seed):
             if draw.random() < 0.2:
                 store.delete(f"k{draw.randrange(30)}")
             if draw.random() < 0.1:
-                store.set_aside(f"k{draw.randrange(30)}", "test")
+                store.quarantine(f"k{draw.randrange(30)}", "test")
 
 for line in sys.stdin:
     child = os.fork()
@@ -70,7 +70,7 @@ def work(root, last):
             data = bytes([step]) * (300_000 + 1_000 * step)
             store.put(key, pack(key, {"kv": Part("U8", (len(data),), memoryview(data))}))
         store.get("k0")
-        store.set_aside("k0", "test")
+        store.quarantine("k0", "test")
         store.delete("k1")
     os._exit(0)
 

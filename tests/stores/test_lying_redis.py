@@ -81,7 +81,7 @@ CALLS = {
     "delete": lambda store: store.delete("kvlab:q"),
     "touch": lambda store: store.touch(["kvlab:a"]),
     "renew": lambda store: store.renew(),
-    "set_aside": lambda store: store.set_aside("kvlab:q", "test"),
+    "quarantine": lambda store: store.quarantine("kvlab:q", "test"),
     "keys": lambda store: list(store.keys()),
     "used_bytes": lambda store: store.used_bytes,
     "max_bytes": lambda store: store.max_bytes,
@@ -112,7 +112,7 @@ def judge(store, name):
         assert [type(found) for found in answer] == [bool] * 3
     elif name == "keys":
         assert all(isinstance(key, str) for key in answer)
-    elif name in ("put", "delete", "set_aside"):
+    elif name in ("put", "delete", "quarantine"):
         assert type(answer) is bool
     elif name in ("used_bytes", "max_bytes"):
         assert type(answer) is int

@@ -19,8 +19,8 @@ from kvlab.connectors.config import ConnectorConfig, vllm_config
 from kvlab.errors import ConfigError, KVLabError, StoreError
 from kvlab.stores import StoreURL, open_store, open_stores
 from kvlab.stores.cli import main
-from kvlab.stores.redis_url import PASSWORD, SENTINEL_PASSWORD, RedisPlace
-from kvlab.stores.resp import Wire, ok
+from kvlab.stores.redis_url import PASSWORD, SENTINEL_PASSWORD, RedisTarget
+from kvlab.stores.resp import RespConnection, ok
 from kvlab.stores.url import Secret, hide_logins, shown_url
 
 MARK = "S3cr3t-hunter2"
@@ -120,7 +120,7 @@ def test_no_error_shows_a_password(url, attempt):
 
 def test_nothing_that_holds_a_password_shows_it():
     url = StoreURL.parse(f"redis-sentinel://user:{MARK}@h:1/m?sentinel_password={MARK}")
-    place = RedisPlace.from_url(url)
+    place = RedisTarget.from_url(url)
     store = open_store(f"redis://user:{MARK}@127.0.0.1:1")
     things = [url, place, place.login, place.sentinel_login, dataclasses.asdict(url), vars(url), vars(place.login)]
     for thing in (*things, store):
@@ -140,7 +140,7 @@ def test_a_connector_takes_no_password_in_a_url():
     assert config["kv_connector_extra_config"]["tiers"] == ["redis://user@h:1?password_file=/run/secrets/redis"]
     assert (
         ConnectorConfig.from_extra(config["kv_connector_extra_config"])
-        .lower_tiers[0]
+        .secondary_tiers[0]
         .endswith("%2Frun%2Fsecrets%2Fredis")
     )
 
@@ -203,10 +203,10 @@ def test_a_password_file_must_hold_a_password(tmp_path):
 def test_sentinels_have_a_password_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv(PASSWORD, "of-the-server")
     monkeypatch.setenv(SENTINEL_PASSWORD, MARK)
-    place = RedisPlace.from_url(StoreURL.parse("redis-sentinel://h/m"))
+    place = RedisTarget.from_url(StoreURL.parse("redis-sentinel://h/m"))
     assert (place.login.password.reveal(), place.sentinel_login.password.reveal()) == ("of-the-server", MARK)
     (tmp_path / "file").write_text("from-file")
-    place = RedisPlace.from_url(StoreURL.parse(f"redis-sentinel://h/m?sentinel_password_file={tmp_path}/file"))
+    place = RedisTarget.from_url(StoreURL.parse(f"redis-sentinel://h/m?sentinel_password_file={tmp_path}/file"))
     assert place.sentinel_login.password.reveal() == "from-file"
 
 
@@ -231,9 +231,9 @@ def test_a_server_that_repeats_what_it_was_told_is_not_quoted(attempt):
 
 
 def test_a_secret_is_starred_out_of_error_replies_but_redirections_stay_readable():
-    wire = Wire.__new__(Wire)
-    wire._hidden = [b"1"]
-    error = wire._error(b"MOVED 3999 127.0.0.1:6381")
+    connection = RespConnection.__new__(RespConnection)
+    connection._hidden = [b"1"]
+    error = connection._error(b"MOVED 3999 127.0.0.1:6381")
     assert error.words == ["MOVED", "3999", "127.0.0.1:6381"]
     assert "1" not in str(error)
 
@@ -288,7 +288,7 @@ def test_a_server_that_repeats_the_password_is_not_quoted(reply):
     with ours, theirs:
         theirs.sendall(reply % MARK.encode())
         with pytest.raises(StoreError) as raised:
-            ok(Wire(ours, [MARK]).call([b"AUTH", MARK.encode()], time.monotonic() + 10))
+            ok(RespConnection(ours, [MARK]).call([b"AUTH", MARK.encode()], time.monotonic() + 10))
         assert MARK not in "".join(traceback.format_exception(raised.value))
 
 

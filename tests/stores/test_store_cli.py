@@ -49,7 +49,7 @@ def test_verify_names_what_is_broken(url, tmp_path, capsys):
     assert f"truncated: {KEYS[0]}" in out
     assert f"checksum: {KEYS[1]}" in out
     assert "4 objects are sound, 2 broken (1 checksum, 1 truncated)" in out
-    assert main(["verify", url, "--set-aside"]) == 1
+    assert main(["verify", url, "--quarantine"]) == 1
     assert main(["verify", url]) == 0
     assert len(list((tmp_path / "kv" / ".kvlab" / "broken").iterdir())) == 2
 
@@ -74,7 +74,7 @@ def test_set_aside_takes_only_what_is_broken_for_everyone(tmp_path, capsys):
     with open_store(url) as store:
         for key, value in values.items():
             store.put(key, value)
-    assert main(["verify", url, "--auth", str(tmp_path / "key"), "--set-aside"]) == 1
+    assert main(["verify", url, "--auth", str(tmp_path / "key"), "--quarantine"]) == 1
     found = "1 objects are sound, 1 broken (1 auth), 3 for other readers (2 other_auth, 1 version)"
     assert found in capsys.readouterr().out
     with open_store(url) as store:

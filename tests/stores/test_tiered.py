@@ -66,7 +66,7 @@ def test_a_broken_value_leaves_the_tier_it_came_from_and_a_good_copy_stays(two):
     memory.put("k", b"broken")
     disk.put("k", b"good")
     assert bytes(store.get("k")) == b"broken"
-    store.set_aside("k", "checksum")
+    store.quarantine("k", "checksum")
     assert bytes(store.get("k")) == b"good"
 
 
@@ -75,7 +75,7 @@ def test_a_broken_value_that_was_promoted_leaves_both_tiers(two):
     disk.put("k", b"broken")
     store.get("k")
     assert memory.contains("k")
-    store.set_aside("k", "checksum")
+    store.quarantine("k", "checksum")
     assert not memory.contains("k")
     assert not disk.contains("k")
 
@@ -157,7 +157,7 @@ class TestWriteBack(StoreTests):
     examples = 10
 
     def open(self, where, max_bytes):
-        return TieredStore([MemoryStore(max_bytes), DiskStore(where, max_bytes)], write="back", after_sights=1)
+        return TieredStore([MemoryStore(max_bytes), DiskStore(where, max_bytes)], write="back", store_threshold=1)
 
 
 def test_write_back_returns_first_and_drains(tmp_path):
@@ -189,9 +189,9 @@ def test_write_back_drops_and_counts_what_the_queue_cannot_hold(tmp_path):
 
 
 @pytest.mark.parametrize("write", ["through", "back"])
-def test_lower_tiers_get_what_is_seen_again(tmp_path, write):
+def test_secondary_tiers_get_what_is_seen_again(tmp_path, write):
     memory, disk = MemoryStore(1 << 20), DiskStore(tmp_path / "kv", 1 << 20)
-    with TieredStore([memory, disk], write=write, after_sights=2) as store:
+    with TieredStore([memory, disk], write=write, store_threshold=2) as store:
         store.put("once", b"1")
         store.put("twice", b"2")
         store.put("put again", b"3")
@@ -204,7 +204,7 @@ def test_lower_tiers_get_what_is_seen_again(tmp_path, write):
 
 def test_what_the_first_tier_refuses_goes_down_at_once(tmp_path):
     disk = DiskStore(tmp_path / "kv", 1 << 20)
-    with TieredStore([MemoryStore(10_000), disk], write="back", after_sights=3) as store:
+    with TieredStore([MemoryStore(10_000), disk], write="back", store_threshold=3) as store:
         assert store.put("large", pattern(50_000))
         assert disk.contains("large")
 
@@ -218,7 +218,7 @@ def test_without_promotion_values_stay_where_they_are(tmp_path):
 
 
 def test_settings_are_checked(tmp_path):
-    for wrong in ({"write": "sometimes"}, {"after_sights": 0}):
+    for wrong in ({"write": "sometimes"}, {"store_threshold": 0}):
         with pytest.raises(ConfigError):
             TieredStore([MemoryStore(1)], **wrong)
     with pytest.raises(ConfigError):

@@ -5,7 +5,7 @@ Use::
     KVTransferConfig(**kvlab.vllm_config(["memory://?size=1GiB", "file:///path?size=10GiB"]))
 
 The class below only joins vLLM's hooks to `Scheduler` (decides) and `Worker` (copies). An error in a hook costs a
-miss and is counted; it never reaches the engine, but where a step would read pages known to be empty (`Promises`).
+miss and is counted; it never reaches the engine, but where a step would read pages known to be empty (`StepRollback`).
 What cannot be served is refused at start instead.
 """
 
@@ -86,7 +86,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                     "an adapter go without the cache"
                 )
         self.groups = compat.served_groups(kv_cache_config)
-        outlives = bool(self.config.lower_tiers)
+        outlives = bool(self.config.secondary_tiers)
         compat.refuse_unserved(vllm_config, kv_cache_config.kv_cache_groups, outlives=outlives)
         self.chunker = Chunker(chunk_tokens=self.config.chunk_tokens, block_tokens=self.groups.block_tokens)
         self._writes_early = self.groups.are_several or compat.zeroes_pages(kv_cache_config)
@@ -100,7 +100,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 f"{format_bytes(slot_bytes)}; give a larger size"
             )
         serde = get_serde(self.config.serde)
-        if serde.needs_kv_axes and self.config.lower_tiers:
+        if serde.needs_kv_axes and self.config.secondary_tiers:
             raise ConfigError(
                 f"serde {self.config.serde!r} must tell K from V, which an engine's opaque pages do not show; "
                 "use naive or lossless"
@@ -128,7 +128,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             ranks = vllm_config.parallel_config.tensor_parallel_size
             namespaces = [rank_namespace(self.namespace, rank) for rank in range(ranks)]
             index = SlotIndex(self.num_slots, policy=self.config.policy)
-            lower = open_stores(self.config.lower_tiers) if self.config.lower_tiers else None
+            secondary = open_stores(self.config.secondary_tiers) if self.config.secondary_tiers else None
             # In company of other connectors, which may have read the step's plan before it would be lowered: later.
             alone = has_kv_transfer_group() and isinstance(get_kv_transfer_group(), KVLabConnector)
             self.scheduler = Scheduler(
@@ -136,7 +136,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 self.chunker,
                 self.groups,
                 index,
-                lower,
+                secondary,
                 namespaces,
                 self._load_now,
                 at_once=ranks == 1 and alone and not self._writes_early,
@@ -170,11 +170,11 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 "run this model without the connector"
             )
         engine = None
-        if self.config.lower_tiers:
+        if self.config.secondary_tiers:
             namespace = rank_namespace(self.namespace, self._vllm_config.parallel_config.rank)
-            lower = open_stores(self.config.lower_tiers)
+            secondary = open_stores(self.config.secondary_tiers)
             engine = CacheEngine(
-                lower, namespace=namespace, chunker=self.chunker, serde=self.config.serde, auth=self.config.auth
+                secondary, namespace=namespace, chunker=self.chunker, serde=self.config.serde, auth=self.config.auth
             )
         transfer = _transfer(layout, self.num_slots, self.config.gpu_staging)
         self.worker = Worker(transfer, self.num_slots, engine, writes_early=self._writes_early)
@@ -240,10 +240,10 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         sources = compat.hit_sources()
         if self.scheduler is None or sources is None or num_external_tokens == 0:
             return {}
-        lower = min(self.scheduler.lower_tokens(request.request_id), num_external_tokens)
-        disk = all(url.startswith("file:") for url in self.config.lower_tiers)
-        below = sources.DISK if disk else sources.EXTERNAL_UNSPECIFIED
-        counts = {sources.HOST: num_external_tokens - lower, below: lower}
+        secondary = min(self.scheduler.secondary_tokens(request.request_id), num_external_tokens)
+        disk = all(url.startswith("file:") for url in self.config.secondary_tiers)
+        known_secondary = sources.DISK if disk else sources.EXTERNAL_UNSPECIFIED
+        counts = {sources.HOST: num_external_tokens - secondary, known_secondary: secondary}
         return {source: count for source, count in counts.items() if count}
 
     # ---- scheduler

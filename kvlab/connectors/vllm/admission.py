@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from statistics import median
 
-from kvlab.stores.sights import Sights
+from kvlab.stores.reuse import ReuseCounter
 
 MIN_PREFILL_TOKENS = 64  # a smaller step says little of what tokens cost in a large one
 KEPT_RATES = 16
@@ -54,28 +54,28 @@ class LoadAdmission:
             )
 
     def answered(self, *, held: bool) -> None:
-        """Lower tiers were asked for a prompt, and held something of it or not."""
+        """Secondary tiers were asked for a prompt, and held something of it or not."""
         self._answers.append(held)
 
     # ---- what follows
 
     def is_worth(self, num_tokens: Mapping[str, int]) -> bool:
         """Whether loading these tokens, by tier, takes no longer than computing them. Whatever comes from the tier
-        `lower` is loaded between steps."""
+        `secondary` is loaded between steps."""
         if not self.enabled:
             return True
-        total, lower = sum(num_tokens.values()), num_tokens.get("lower", 0)
+        total, secondary = sum(num_tokens.values()), num_tokens.get("secondary", 0)
         if not self._prefills:
-            return not (lower and total >= MIN_PREFILL_TOKENS and self._is_time_for_a_trial())
+            return not (secondary and total >= MIN_PREFILL_TOKENS and self._is_time_for_a_trial())
         rates = {tier: self.load_rate(tier, count) for tier, count in num_tokens.items() if count}
         seconds = sum(num_tokens[tier] / rate for tier, rate in rates.items() if rate)
         step = self.step_seconds()
-        if seconds and lower and self.is_busy and step:
+        if seconds and secondary and self.is_busy and step:
             seconds = math.ceil(seconds / step) * step
         return seconds <= self.compute_seconds(total)
 
     def is_worth_waiting(self, num_tokens: int, seconds: float) -> bool:
-        """Whether a prompt that could load up to `num_tokens` should wait `seconds` for lower tiers to say what they
+        """Whether a prompt that could load up to `num_tokens` should wait `seconds` for secondary tiers to say what they
         hold: not where they seldom hold anything and there is little to win."""
         if not self.enabled or not self._prefills:
             return True
@@ -105,7 +105,7 @@ class LoadAdmission:
 
     def _is_time_for_a_trial(self) -> bool:
         """Whether to compute something so as to learn what it takes, now that this much was loaded."""
-        if len(self._loads.get("lower", ())) < KEPT_RATES // 2 or self._clock() - self._last_trial < FORGET_S:
+        if len(self._loads.get("secondary", ())) < KEPT_RATES // 2 or self._clock() - self._last_trial < FORGET_S:
             return False
         self._last_trial = self._clock()
         return True
@@ -114,10 +114,10 @@ class LoadAdmission:
 class SaveAdmission:
     """Lets an object pass from the n-th prompt on that holds it: what is seen once is most of the traffic."""
 
-    def __init__(self, after_sights: int) -> None:
-        self._after_sights = after_sights
-        self._sights = Sights()
+    def __init__(self, store_threshold: int) -> None:
+        self._store_threshold = store_threshold
+        self._uses = ReuseCounter()
 
     def is_due(self, key: bytes) -> bool:
         """Count a sight of `key`; whether it is the n-th or a later one."""
-        return self._after_sights <= 1 or self._sights.add(key) >= self._after_sights
+        return self._store_threshold <= 1 or self._uses.add(key) >= self._store_threshold

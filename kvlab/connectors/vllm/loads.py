@@ -6,7 +6,7 @@ from typing import Any
 from kvlab.chunking import Chunker
 from kvlab.connectors.vllm.groups import Groups
 from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad
-from kvlab.connectors.vllm.requests import Piece, RequestState
+from kvlab.connectors.vllm.requests import ObjectRef, RequestState
 from kvlab.connectors.vllm.slots import Entry, SlotIndex
 
 
@@ -23,22 +23,22 @@ class LoadPlanner:
         self.in_flight: dict[str, list[Entry]] = {}  # async loads: request id -> objects leased for it
         self.version = ""  # of the namespace
 
-    def are_async(self, plan: Sequence[Piece], request: Any) -> bool:
-        """Whether a load runs between steps: if it takes a lower tier; where none can run at once; and for requests
+    def are_async(self, plan: Sequence[ObjectRef], request: Any) -> bool:
+        """Whether a load runs between steps: if it takes a secondary tier; where none can run at once; and for requests
         with images or the like, as a step cannot compute other tokens than those whose encoder outputs it was given."""
         within = self._at_once and not getattr(request, "mm_features", None)
-        return not within or any(not piece.in_memory for piece in plan)
+        return not within or any(not ref.in_memory for ref in plan)
 
-    def num_slots(self, piece: Piece) -> int:
-        return self._groups.num_slots(piece.span, piece.end_token)
+    def num_slots(self, ref: ObjectRef) -> int:
+        return self._groups.num_slots(ref.span, ref.end_token)
 
     def place(
-        self, state: RequestState, plan: list[Piece], end: int, block_ids: Sequence[Sequence[int]], num_tokens: int
+        self, state: RequestState, plan: list[ObjectRef], end: int, block_ids: Sequence[Sequence[int]], num_tokens: int
     ) -> None:
         """Queue the copies that fill the pages of the last `num_tokens` of the request's first `end` tokens."""
         request, block, groups = state.request, self._chunker.block_tokens, self._groups
         first, usable = (end - num_tokens) // block, -(-end // block)
-        used = [piece for piece in plan if piece.span.end_block > first and piece.span.first_block < usable]
+        used = [ref for ref in plan if ref.span.end_block > first and ref.span.first_block < usable]
         is_async = self.are_async(plan, request)
         load = RequestLoad(
             request.request_id, [], request.num_tokens, is_async, version=self.version, adapter=state.adapter
@@ -46,35 +46,35 @@ class LoadPlanner:
         leased: list[Entry] = []
         if is_async:  # copies within a step run before anything else is given their slots; others may not
             self.in_flight[request.request_id] = leased
-            for piece in used:
-                if (entry := self._index.get(piece.hash)) is not None:
+            for ref in used:
+                if (entry := self._index.get(ref.hash)) is not None:
                     self._index.lease(entry)
                     leased.append(entry)
         self._loads.append(load)
-        state.lower_tokens = 0
+        state.secondary_tokens = 0
         at = first
-        for piece in used:
-            entry = self._index.get(piece.hash)
+        for ref in used:
+            entry = self._index.get(ref.hash)
             fetch = entry is None
             if entry is None:
-                entry = self._index.reserve(piece.hash, self.num_slots(piece), ready=False)
+                entry = self._index.reserve(ref.hash, self.num_slots(ref), ready=False)
                 if entry is None:
                     break
                 self._index.lease(entry)
                 leased.append(entry)
-            stop = min(piece.span.end_block, usable)
-            served = min(stop * block, piece.end_token, end) - at * block
-            state.lower_tokens += served if fetch else 0
-            picked, pages = groups.pick(piece.span, piece.end_token, entry.slots, block_ids, range(at, stop), end)
+            stop = min(ref.span.end_block, usable)
+            served = min(stop * block, ref.end_token, end) - at * block
+            state.secondary_tokens += served if fetch else 0
+            picked, pages = groups.pick(ref.span, ref.end_token, entry.slots, block_ids, range(at, stop), end)
             load.ops.append(
                 LoadOp(
-                    piece.hash,
+                    ref.hash,
                     entry.generation,
                     entry.slots,
                     picked,
                     pages,
-                    piece.span.first_block * block,
-                    piece.end_token,
+                    ref.span.first_block * block,
+                    ref.end_token,
                     served,
                     fetch,
                 )

@@ -1,4 +1,4 @@
-"""What do the lower tiers hold? Asked in the background, so that a slow tier never holds up the scheduler."""
+"""What do the secondary tiers hold? Asked in the background, so that a slow tier never holds up the scheduler."""
 
 import logging
 import time
@@ -39,8 +39,8 @@ class LatestKeys:
         self._keys.clear()
 
 
-class HeldBelow(LatestKeys):
-    """The objects that the lower tiers were last known to hold: they said so, or took them. Saved again, such a one is
+class KnownSecondary(LatestKeys):
+    """The objects that the secondary tiers were last known to hold: they said so, or took them. Saved again, such a one is
     not handed on again. What a tier has lost since is learned when it is asked, which comes before any load."""
 
     def learn(self, keys: Iterable[bytes], answer: Mapping[bytes, bool]) -> None:
@@ -62,7 +62,7 @@ class Lookup:
         namespaces: Sequence[Namespace],
         timeout_s: float,
         admission: LoadAdmission,
-        below: HeldBelow,
+        known_secondary: KnownSecondary,
         counters: Counter[str],
     ) -> None:
         self._store = store
@@ -70,7 +70,7 @@ class Lookup:
         self._namespaces = namespaces
         self._timeout_s = timeout_s
         self._admission = admission
-        self._below = below
+        self._known_secondary = known_secondary
         self._counters = counters
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvlab-lookup")
         self._asked: deque[tuple[list[bytes], Future[dict[bytes, bool]]]] = deque()  # in the order of their answers
@@ -101,7 +101,7 @@ class Lookup:
             return {}
         except Exception as error:
             self._counters["lookup_failed"] += 1
-            logger.warning("kvlab: lookup in lower tiers failed: %s", error)
+            logger.warning("kvlab: lookup in secondary tiers failed: %s", error)
             return {}
         self._learn()
         return known
@@ -111,7 +111,7 @@ class Lookup:
         while self._asked and self._asked[0][1].done():
             keys, answer = self._asked.popleft()
             if answer.exception() is None:
-                self._below.learn(keys, answer.result())
+                self._known_secondary.learn(keys, answer.result())
                 self._admission.answered(held=any(answer.result().values()))
 
     def is_overdue(self, state: RequestState) -> bool:

@@ -14,10 +14,10 @@ DOCUMENTATION = {
     "saved_tokens": "Tokens whose KV was saved.",
     "saves_dropped": "Objects not saved because nothing could be evicted.",
     "bad_objects": "Objects that could not be served as promised: broken, gone, or a failed copy.",
-    "lookup_late": "Requests that went without the lower tiers because these answered too late.",
-    "lookup_failed": "Lookups in the lower tiers that failed.",
+    "lookup_late": "Requests that went without the secondary tiers because these answered too late.",
+    "lookup_failed": "Lookups in the secondary tiers that failed.",
     "errors": "Errors of kvlab's own that cost a save.",
-    "taken_back_requests": "Requests whose pages a load within a step could not fill; they are computed instead.",
+    "load_rollbacks": "Requests whose pages a load within a step could not fill; they are computed instead.",
 }
 
 

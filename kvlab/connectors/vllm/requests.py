@@ -11,7 +11,7 @@ from kvlab.hashing import Extra, block_hashes
 
 
 @dataclass(frozen=True)
-class Piece:
+class ObjectRef:
     """One object of a hit: blocks [span.first_block, span.end_block) of the prompt under `hash`, which end with its
     token `end_token` (exclusive)."""
 
@@ -31,14 +31,14 @@ class RequestState:
     hashes: list[bytes] = field(default_factory=list)
     block_ids: list[list[int]] = field(default_factory=list)  # of each KV cache group
     num_saved_blocks: int = 0
-    keeps_rest: bool = True  # whether a last block that the prompt fills in part is an object too
-    rest_is_clean: bool = False  # that block's page holds nothing but the prompt's tokens and zeros
-    plan: list[Piece] = field(default_factory=list)
+    keeps_partial_block: bool = True  # whether a last block that the prompt fills in part is an object too
+    partial_block_is_clean: bool = False  # that block's page holds nothing but the prompt's tokens and zeros
+    plan: list[ObjectRef] = field(default_factory=list)
     plan_tokens: int = 0  # tokens of the prompt that the plan may serve
-    lookup: Any = None  # future of what the lower tiers hold
+    lookup: Any = None  # future of what the secondary tiers hold
     lookup_started_s: float = 0.0
-    lower_tokens: int = 0  # tokens of the latest hit that lower tiers supply
-    not_asked: bool = False  # the lower tiers were not, as no load from them would have been worth it
+    secondary_tokens: int = 0  # tokens of the latest hit that secondary tiers supply
+    not_asked: bool = False  # the secondary tiers were not, as no load from them would have been worth it
     not_awaited: bool = False  # they did not answer at once, and to wait would not have been worth it
     not_worth: bool = False  # a load that would have been slower than computing was not made
     given_up: bool = False  # a promise to it could not be kept
@@ -48,10 +48,10 @@ class RequestState:
     row: dict[str, Any] = field(default_factory=dict)
     _rest: bytes | None = None
 
-    def rest_hash(self, chunker: Chunker) -> bytes | None:
+    def partial_block_hash(self, chunker: Chunker) -> bytes | None:
         """Names the prompt's last block where the prompt fills only a part of it, which serves the very same prompt
         alone; None where there is none, it is not kept, or it holds nothing but the token that must be computed."""
-        if self._rest is None and self.keeps_rest:
+        if self._rest is None and self.keeps_partial_block:
             tokens, block = self.request.prompt_token_ids, chunker.block_tokens
             full = chunker.num_blocks(len(tokens))
             rest = tokens[full * block :]

@@ -16,9 +16,9 @@ from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.admission import SaveAdmission
 from kvlab.connectors.vllm.groups import NO_PAGE, Groups
-from kvlab.connectors.vllm.lookup import HeldBelow, LatestKeys
+from kvlab.connectors.vllm.lookup import KnownSecondary, LatestKeys
 from kvlab.connectors.vllm.metadata import SaveOp
-from kvlab.connectors.vllm.requests import Piece, RequestState
+from kvlab.connectors.vllm.requests import ObjectRef, RequestState
 from kvlab.connectors.vllm.slots import Entry, SlotIndex
 
 
@@ -59,8 +59,8 @@ class Write:
 
 
 class SavePlanner:
-    """Follows each request's pages until its prompt is computed. Where there are lower tiers, `ranks` hand each object
-    on to them that is not held `below`, or of which they hold a `bad` copy."""
+    """Follows each request's pages until its prompt is computed. Where there are secondary tiers, `ranks` hand each object
+    on to them that is not held `known_secondary`, or of which they hold a `bad` copy."""
 
     def __init__(
         self,
@@ -69,9 +69,9 @@ class SavePlanner:
         groups: Groups,
         index: SlotIndex,
         *,
-        has_lower: bool,
+        has_secondary: bool,
         ranks: int,
-        below: HeldBelow,
+        known_secondary: KnownSecondary,
         bad: LatestKeys,
         counters: Counter[str],
         in_company: bool = False,
@@ -80,12 +80,12 @@ class SavePlanner:
         self._chunker = chunker
         self._groups = groups
         self._index = index
-        self._has_lower = has_lower
+        self._has_secondary = has_secondary
         self._ranks = ranks
-        self._below = below
+        self._known_secondary = known_secondary
         self._bad = bad
         self._counters = counters
-        self._admission = SaveAdmission(config.after_sights)
+        self._admission = SaveAdmission(config.store_threshold)
         self._states: dict[str, RequestState] = {}  # requests that may still have something to save
         self._in_company = in_company
         self.version = ""  # of the namespace
@@ -119,8 +119,8 @@ class SavePlanner:
             return None
         del self.unsettled[generation]
         if not write.refused and write.version == self.version:
-            self._bad.discard(write.entry.key)  # the lower tiers hold a fresh copy
-            self._below.add(write.entry.key)
+            self._bad.discard(write.entry.key)  # the secondary tiers hold a fresh copy
+            self._known_secondary.add(write.entry.key)
         return write.entry
 
     def collect(self, output: Any, saves: list[SaveOp], unclean: list[int], *, enabled: bool) -> None:
@@ -175,8 +175,8 @@ class SavePlanner:
             given = len(table)
             table += more
             if given <= rest < len(table):
-                state.rest_is_clean = rest >= first_empty
-                unclean += [table[rest]] if state.rest_is_clean else []
+                state.partial_block_is_clean = rest >= first_empty
+                unclean += [table[rest]] if state.partial_block_is_clean else []
         return True
 
     def _may_be_anothers(self, state: RequestState) -> bool:
@@ -190,11 +190,11 @@ class SavePlanner:
         """Save the objects whose last block is computed by the end of this step, which began with `before` tokens."""
         request, block = state.request, self._chunker.block_tokens
         num_pages = len(state.block_ids[0]) if state.block_ids else 0
-        if num_computed == request.num_prompt_tokens and state.rest_is_clean:
-            rest, at = state.rest_hash(self._chunker), request.num_prompt_tokens // block
+        if num_computed == request.num_prompt_tokens and state.partial_block_is_clean:
+            rest, at = state.partial_block_hash(self._chunker), request.num_prompt_tokens // block
             if rest is not None and at < num_pages:
-                piece = Piece(Span(at, at + 1), rest, request.num_prompt_tokens, in_memory=False)
-                self._save_object(piece, state, before, saves)
+                ref = ObjectRef(Span(at, at + 1), rest, request.num_prompt_tokens, in_memory=False)
+                self._save_object(ref, state, before, saves)
                 self._index.touch([rest])
         # The engine may still take back generated tokens; it never takes back the prompt's.
         limit = request.num_tokens - 1 if self._config.save_generated else request.num_prompt_tokens
@@ -208,28 +208,28 @@ class SavePlanner:
             if span.end_block <= state.num_saved_blocks or not (full or span.end_block == prompt_end):
                 continue
             state.num_saved_blocks = span.end_block
-            piece = Piece(span, hashes[span.end_block - 1], span.end_block * block, in_memory=False)
-            self._save_object(piece, state, before, saves)
+            ref = ObjectRef(span, hashes[span.end_block - 1], span.end_block * block, in_memory=False)
+            self._save_object(ref, state, before, saves)
         self._index.touch(hashes[s.end_block - 1] for s in reversed(self._chunker.spans(end * block)))
 
-    def _save_object(self, piece: Piece, state: RequestState, before: int, saves: list[SaveOp]) -> None:
+    def _save_object(self, ref: ObjectRef, state: RequestState, before: int, saves: list[SaveOp]) -> None:
         """Save an object of this request from its pages, unless it is there already."""
-        key = piece.hash
-        held = key in self._below and key not in self._bad
+        key = ref.hash
+        held = key in self._known_secondary and key not in self._bad
         if self._index.get(key) is not None or (held and not self._config.keeps_memory):
             return
         if not self._admission.is_due(key):
             return
-        pages = self._groups.pages(piece.span, piece.end_token, state.block_ids, before)
+        pages = self._groups.pages(ref.span, ref.end_token, state.block_ids, before)
         entry = self._index.reserve(key, len(pages)) if pages else None
         if entry is None:
             self._counters["saves_dropped"] += 1
             return
-        write = self._has_lower and not held
+        write = self._has_secondary and not held
         if write:
             self._index.lease(entry)
             self.unsettled[entry.generation] = Write(entry, self.version, self._ranks)
-        first = piece.span.first_block * self._chunker.block_tokens
+        first = ref.span.first_block * self._chunker.block_tokens
         saves.append(
             SaveOp(
                 key,
@@ -237,10 +237,10 @@ class SavePlanner:
                 entry.slots,
                 pages,
                 first,
-                piece.end_token,
+                ref.end_token,
                 write,
                 version=self.version,
                 adapter=state.adapter,
             )
         )
-        self._counters["saved_tokens"] += piece.end_token - first
+        self._counters["saved_tokens"] += ref.end_token - first

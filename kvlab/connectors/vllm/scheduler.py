@@ -1,4 +1,4 @@
-"""The scheduler side: decides. It owns the memory tier's index, asks the lower tiers, and writes each step's copies.
+"""The scheduler side: decides. It owns the memory tier's index, asks the secondary tiers, and writes each step's copies.
 
 Nothing here touches a byte of KV and nothing waits longer than `lookup_timeout_ms` over the life of a request.
 """
@@ -16,11 +16,11 @@ from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.admission import LoadAdmission
 from kvlab.connectors.vllm.groups import Groups
 from kvlab.connectors.vllm.loads import LoadPlanner
-from kvlab.connectors.vllm.lookup import HeldBelow, LatestKeys, Lookup
+from kvlab.connectors.vllm.lookup import KnownSecondary, LatestKeys, Lookup
 from kvlab.connectors.vllm.metadata import Adapter, RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.planning import Planner, end_block, end_token
-from kvlab.connectors.vllm.promises import Promises
-from kvlab.connectors.vllm.requests import Piece, RequestState, request_adapter, request_extras, wants_recompute
+from kvlab.connectors.vllm.rollback import StepRollback
+from kvlab.connectors.vllm.requests import ObjectRef, RequestState, request_adapter, request_extras, wants_recompute
 from kvlab.connectors.vllm.saves import SavePlanner, empty_blocks, given_blocks
 from kvlab.connectors.vllm.slots import Entry, SlotIndex
 from kvlab.hashing import Namespace, versioned
@@ -32,7 +32,7 @@ MOST_DECODED = 8  # tokens of a request in a step; more are a prompt's, fewer ma
 
 
 class Scheduler:
-    """One per engine. `lower` may be None; `namespaces` holds one namespace per worker rank. `load_now` carries out
+    """One per engine. `secondary` may be None; `namespaces` holds one namespace per worker rank. `load_now` carries out
     loads at once and answers the pages it could not fill; without `at_once` all loads run between steps. Pages of
     `unfilled_groups` have bytes that no token writes. `role` is vLLM's ``kv_role``: a consumer stores nothing, a
     producer loads nothing. `in_company`: other connectors may have filled pages that the prefix cache finds."""
@@ -43,7 +43,7 @@ class Scheduler:
         chunker: Chunker,
         groups: Groups,
         index: SlotIndex,
-        lower: Store | None,
+        secondary: Store | None,
         namespaces: Sequence[Namespace],
         load_now: Callable[[list[RequestLoad]], set[int]],
         *,
@@ -56,7 +56,7 @@ class Scheduler:
         self.chunker = chunker
         self.groups = groups
         self.index = index
-        self.lower = lower
+        self.secondary = secondary
         self.namespaces = namespaces
         self._base_namespaces = namespaces
         self._may_load, self._may_save = role != "kv_producer", role != "kv_consumer"
@@ -66,31 +66,31 @@ class Scheduler:
         self.counters: Counter[str] = Counter()
         self._states: dict[str, RequestState] = {}
         self._waiting = False  # since the last step somebody was told to ask again
-        self._bad = LatestKeys()  # hashes a lower tier answered with broken or absent data
+        self._bad = LatestKeys()  # hashes a secondary tier answered with broken or absent data
         self.admission = LoadAdmission(enabled=config.admission)
-        self._below = HeldBelow()
-        self._promises = Promises(chunker.block_tokens, self.counters)
+        self._known_secondary = KnownSecondary()
+        self._rollback = StepRollback(chunker.block_tokens, self.counters)
         self.loads = LoadPlanner(chunker, groups, index, at_once=at_once)
         self.saves = SavePlanner(
             config,
             chunker,
             groups,
             index,
-            has_lower=lower is not None,
+            has_secondary=secondary is not None,
             ranks=len(namespaces),
-            below=self._below,
+            known_secondary=self._known_secondary,
             bad=self._bad,
             counters=self.counters,
             in_company=in_company,
         )
         self._planner = Planner(index, chunker, keeps_memory=config.keeps_memory)
         self._lookup = Lookup(
-            lower,
+            secondary,
             chunker,
             namespaces,
             config.lookup_timeout_ms / 1e3,
             self.admission,
-            self._below,
+            self._known_secondary,
             self.counters,
         )
 
@@ -117,28 +117,28 @@ class Scheduler:
         state.extend_hashes(self.chunker)
         block = self.chunker.block_tokens
         usable = request.num_tokens - 1  # the last token must be computed
-        if not self.config.whole_prompts:
+        if not self.config.save_partial_block:
             usable -= usable % block
         if usable <= num_computed_tokens:
             return 0, False
         plan = self._planner.plan(state, {})
-        if self.lower is not None and end_block(plan) < usable // block:
+        if self.secondary is not None and end_block(plan) < usable // block:
             wanted = usable - num_computed_tokens
-            state.not_asked = not plan and not self.admission.is_worth({"lower": wanted})
+            state.not_asked = not plan and not self.admission.is_worth({"secondary": wanted})
             if state.not_asked:  # the answer would cost a step
                 return 0, False
-            known = self._lookup.ask(state, state.rest_hash(self.chunker), self._planner.in_memory, wanted)
+            known = self._lookup.ask(state, state.partial_block_hash(self.chunker), self._planner.in_memory, wanted)
             if known is None:
                 self._waiting = True
                 return None, False
             plan = self._planner.plan(state, {key: held and key not in self._bad for key, held in known.items()})
-        if any(not entry.ready for piece in plan if (entry := self.index.get(piece.hash))):
+        if any(not entry.ready for ref in plan if (entry := self.index.get(ref.hash))):
             if not self._lookup.is_overdue(state):
                 self._waiting = True
                 return None, False  # another request is fetching it right now
             plan = self._planner.ready_run(plan)
         plan, end = self._served(plan, usable)
-        fetched = sum(self.loads.num_slots(piece) for piece in plan if not piece.in_memory)
+        fetched = sum(self.loads.num_slots(ref) for ref in plan if not ref.in_memory)
         state.not_worth = not self._is_worth(plan, end, num_computed_tokens)
         if fetched and (state.not_worth or not self._has_room(plan, fetched)):
             plan, end = self._served(self._planner.ready_run(plan), usable)
@@ -150,23 +150,23 @@ class Scheduler:
         state.plan, state.plan_tokens = plan, end
         return tokens, self.loads.are_async(plan, request)
 
-    def _served(self, plan: list[Piece], usable: int) -> tuple[list[Piece], int]:
+    def _served(self, plan: list[ObjectRef], usable: int) -> tuple[list[ObjectRef], int]:
         """What of a plan serves the first `usable` tokens or fewer, and how many. Where layers see a window, an object
         serves hits that end with it or later, or leave out its last token."""
         if plan and self.groups.have_windows and usable < plan[-1].end_token - 1:
             plan = plan[:-1]
         return plan, min(end_token(plan), usable)
 
-    def _is_worth(self, plan: list[Piece], end: int, num_computed_tokens: int) -> bool:
+    def _is_worth(self, plan: list[ObjectRef], end: int, num_computed_tokens: int) -> bool:
         """Whether loading what the engine lacks of the first `end` tokens is faster than computing it."""
-        wanted = {"memory": 0, "lower": 0}
+        wanted = {"memory": 0, "secondary": 0}
         at = num_computed_tokens
-        for piece in plan:
-            wanted["memory" if piece.in_memory else "lower"] += max(min(piece.end_token, end) - at, 0)
-            at = max(at, piece.end_token)
+        for ref in plan:
+            wanted["memory" if ref.in_memory else "secondary"] += max(min(ref.end_token, end) - at, 0)
+            at = max(at, ref.end_token)
         return self.admission.is_worth(wanted)
 
-    def _has_room(self, plan: list[Piece], fetched: int) -> bool:
+    def _has_room(self, plan: list[ObjectRef], fetched: int) -> bool:
         held = sum(len(e.slots) for p in plan if (e := self.index.get(p.hash)) and not e.leases)
         return self.index.can_reserve(fetched + held)
 
@@ -174,7 +174,7 @@ class Scheduler:
 
     def given(self, request: Any) -> None:
         """The engine has given `request` pages, with or without a hit."""
-        self._promises.given(request)
+        self._rollback.given(request)
 
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], num_external_tokens: int) -> None:
         """Each group has pages for the tokens that `match` promised (0: none): note which objects fill them."""
@@ -192,7 +192,7 @@ class Scheduler:
         self.loads.place(state, plan, end, block_ids, num_external_tokens)
         # Some tier holds these already. (The rest of a prompt is an object beside the block that it may grow into.)
         state.num_saved_blocks = max(state.num_saved_blocks, min(end_block(plan), len(state.hashes)))
-        self.index.touch(piece.hash for piece in reversed(plan))
+        self.index.touch(ref.hash for ref in reversed(plan))
         self.counters["hit_requests"] += 1
         self.counters["hit_tokens"] += num_external_tokens
 
@@ -203,7 +203,7 @@ class Scheduler:
             state.given_up = True
         self.loads.lose(request_id, block_ids, is_async=is_async)
 
-    def _count_miss(self, state: RequestState, plan: Sequence[Piece]) -> None:
+    def _count_miss(self, state: RequestState, plan: Sequence[ObjectRef]) -> None:
         """Count why the first block that no tier holds is not there."""
         at = end_block(plan)
         if at >= (state.request.num_tokens - 1) // self.chunker.block_tokens:
@@ -223,7 +223,7 @@ class Scheduler:
         elif key in self.index.evicted:
             reason = "evicted"
         else:
-            reason = self.lower.why_missing(self.namespaces[0].key(key)) if self.lower else "never_stored"
+            reason = self.secondary.why_missing(self.namespaces[0].key(key)) if self.secondary else "never_stored"
         state.row["miss"] = reason
         self.counters[f"miss_{reason}"] += 1
 
@@ -235,7 +235,7 @@ class Scheduler:
         loads = self.loads.take()
         within = [load for load in loads if not load.is_async]
         lost = self._load_now(within) if within else set()
-        self._promises.settle(output, lost)
+        self._rollback.settle(output, lost)
         block = self.chunker.block_tokens
         new_blocks = given_blocks(output, block)
         between = [load for load in loads if load.is_async]
@@ -286,7 +286,7 @@ class Scheduler:
                     "hit_tokens": row.num_tokens,
                 }
             self.counters["loaded_bytes"] += row.num_bytes
-            self.admission.loaded("lower" if "lower" in row.tier else "memory", row.num_tokens, row.delay)
+            self.admission.loaded("secondary" if "secondary" in row.tier else "memory", row.num_tokens, row.delay)
             self.counters["load_seconds"] += row.seconds  # type: ignore[assignment]  # a Counter adds floats too
 
         for prefill_tokens, seconds in report.forwards:
@@ -296,7 +296,7 @@ class Scheduler:
         """All ranks have ended an operation on this object's slots."""
         self.index.release(entry)
         entry.ready = True
-        # Without a memory tier, host memory is only a way to the lower tiers: nothing stays.
+        # Without a memory tier, host memory is only a way to the secondary tiers: nothing stays.
         if not self.config.keeps_memory and not entry.leases:
             self.index.drop(entry)
 
@@ -308,10 +308,10 @@ class Scheduler:
             return None
         return {"kvlab": {"prompt_tokens": request.num_prompt_tokens, "hit_tokens": 0, "tier": "none", **state.row}}
 
-    def lower_tokens(self, request_id: str) -> int:
-        """Tokens of this request's latest hit that come from lower tiers."""
+    def secondary_tokens(self, request_id: str) -> int:
+        """Tokens of this request's latest hit that come from secondary tiers."""
         state = self._states.get(request_id)
-        return state.lower_tokens if state is not None else 0
+        return state.secondary_tokens if state is not None else 0
 
     def reset(self) -> None:
         """Nothing that was stored so far is loaded from now on, and nothing that was computed so far is stored: the
@@ -322,7 +322,7 @@ class Scheduler:
         self.index.clear()
         self._lookup.restart(self.namespaces)
         self._bad.clear()
-        self._below.clear()
+        self._known_secondary.clear()
         self.loads.version = version
         self.saves.restart(version)
         for state in self._states.values():
@@ -330,8 +330,8 @@ class Scheduler:
 
     def close(self) -> None:
         self._lookup.close()
-        if self.lower is not None:
-            self.lower.close()
+        if self.secondary is not None:
+            self.secondary.close()
 
     def _state(self, request: Any) -> RequestState | None:
         state = self._states.get(request.request_id)
@@ -341,7 +341,7 @@ class Scheduler:
             if extras is None:
                 self.counters["unnameable_requests"] += 1
                 return None
-            state = RequestState(request, extras, keeps_rest=self.config.whole_prompts)
+            state = RequestState(request, extras, keeps_partial_block=self.config.save_partial_block)
             if adapter is not None:
                 state.adapter = Adapter(request.lora_request.lora_int_id, adapter.num_loads)
             self._states[request.request_id] = state

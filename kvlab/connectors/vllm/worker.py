@@ -58,8 +58,8 @@ class Transfer(Protocol):
 
 
 class Worker:
-    """Executes a step's copies. `engine` holds the lower tiers, or is None; `writes_early`: a step may write to new
-    pages before it begins here; `patience_s`: how long what is saved waits for a quiet step before lower tiers get it.
+    """Executes a step's copies. `engine` holds the secondary tiers, or is None; `writes_early`: a step may write to new
+    pages before it begins here; `patience_s`: how long what is saved waits for a quiet step before secondary tiers get it.
 
     Each slot remembers the generation whose bytes it holds: before they are taken, and after, it must be the one that
     the copy names. A load from a slot of another generation is told as lost, and the engine computes; a write of it is
@@ -257,7 +257,7 @@ class Worker:
                 taken = []  # the weights may have changed since
             pages = pages[: sum(len(op.block_ids) for op in taken)]
             tokens = sum(op.num_tokens for op in taken)
-            tiers = dict.fromkeys("lower" if op.fetch else "memory" for op in taken)
+            tiers = dict.fromkeys("secondary" if op.fetch else "memory" for op in taken)
         except Exception:
             pages, tokens = [], 0
             self._failed("load", *load.ops)
@@ -297,7 +297,7 @@ class Worker:
         return False
 
     def _fetch_all(self, ops: Sequence[LoadOp], version: str) -> None:
-        """Fill objects' slots from the lower tiers. When it returns nothing writes to them any more."""
+        """Fill objects' slots from the secondary tiers. When it returns nothing writes to them any more."""
         if len(ops) == 1:
             self._fetch(ops[0], version)
         else:
@@ -325,7 +325,7 @@ class Worker:
         self._own(op)
 
     def _write(self, op: SaveOp, at_latest: float) -> None:
-        """Write an object to the lower tiers. Its slots are leased until this is reported."""
+        """Write an object to the secondary tiers. Its slots are leased until this is reported."""
         self._wait_for_quiet(at_latest)
         kept = False
         try:
@@ -343,7 +343,7 @@ class Worker:
         self._settle(op, kept=kept)
 
     def _engine_of(self, version: str) -> CacheEngine | None:
-        """The lower tiers under this version of the namespace."""
+        """The secondary tiers under this version of the namespace."""
         if self.engine is None or not version:
             return self.engine
         engine = copy.copy(self.engine)
@@ -370,7 +370,7 @@ class Worker:
             self._report.broken.update(op.generation for op in ops)
 
     def _mark_absent(self, op: LoadOp) -> None:
-        """The lower tiers do not hold this object, or hold it broken."""
+        """The secondary tiers do not hold this object, or hold it broken."""
         self._mark_broken(op)
         with self._lock:
             self._report.absent.add(op.hash)

@@ -3,7 +3,7 @@
 from collections.abc import Container, Hashable, Iterable
 
 from kvlab.stores.eviction.base import EvictionPolicy
-from kvlab.stores.eviction.line import Line
+from kvlab.stores.eviction.lazy_queue import LazyQueue
 
 MAIN_PER_SMALL = 9  # bytes of the main queue per byte of the small one, which so has a tenth of all
 MOST_USES = 3
@@ -24,7 +24,7 @@ class S3FIFOPolicy(EvictionPolicy):
         self._uses: dict[Hashable, int] = {}  # of all that are here or remembered: one look tells which
         self._small: dict[Hashable, int] = {}  # key -> bytes; the order is in the lines
         self._main: dict[Hashable, int] = {}
-        self._small_line, self._main_line, self._ghosts = Line(), Line(), Line()
+        self._small_line, self._main_line, self._ghosts = LazyQueue(), LazyQueue(), LazyQueue()
         self._small_bytes = 0
         self._main_bytes = 0
         self._chosen: Hashable | None = None  # by `victim`: its leaving is an eviction, any other a deletion

@@ -8,7 +8,7 @@ FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
 
 
-class Backoff:
+class CircuitBreaker:
     """After a failure nobody asks for a while, doubled with each failure in a row; then a single call may try."""
 
     def __init__(self, first_wait_s: float = FIRST_WAIT_S, longest_wait_s: float = LONGEST_WAIT_S) -> None:

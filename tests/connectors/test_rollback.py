@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from kvlab.connectors.vllm.promises import Promises
+from kvlab.connectors.vllm.rollback import StepRollback
 
 BLOCK = 16
 
@@ -49,13 +49,13 @@ class Engine:
 
     def __init__(self):
         self.counters = Counter()
-        self.promises = Promises(BLOCK, self.counters)
+        self.rollback = StepRollback(BLOCK, self.counters)
 
     def plan(self, lost=(), **requests):
         for asked, *_ in (*requests.get("new", ()), *requests.get("resumed", ())):
-            self.promises.given(asked)
+            self.rollback.given(asked)
         output = step(**requests)
-        self.promises.settle(output, set(lost))
+        self.rollback.settle(output, set(lost))
         everybody = [entry[0] for kind in ("new", "resumed", "running") for entry in requests.get(kind, ())]
         for asked in everybody:
             asked.num_computed_tokens += output.num_scheduled_tokens[asked.request_id]
@@ -69,7 +69,7 @@ def test_a_request_is_lowered_to_its_first_lost_page(kind):
     new, cached = output.scheduled_new_reqs, output.scheduled_cached_reqs
     assert (new[0].num_computed_tokens if kind == "new" else cached.num_computed_tokens[0]) == 32
     assert asked.num_computed_tokens == 32 + 5
-    assert engine.counters == {"taken_back_requests": 1, "taken_back_tokens": 38}
+    assert engine.counters == {"load_rollbacks": 1, "taken_back_tokens": 38}
 
 
 def test_others_are_left_alone():
@@ -95,7 +95,7 @@ def test_who_shares_the_page_is_lowered_until_it_is_computed():
     assert sharing[1].num_computed_tokens == 18, "the first page comes with this step, the second does not"
     engine.plan(running=[(sharing[1], 14)], new=[(sharing[2], [10, 11, 42], 2)])
     assert sharing[2].num_computed_tokens == 34
-    assert not engine.promises._holes
+    assert not engine.rollback._holes
 
 
 def test_a_page_that_was_promised_in_part_is_computed_with_that_part():
@@ -117,11 +117,11 @@ def test_a_page_whose_request_left_stays_a_hole():
 
 def test_a_copy_of_a_hole_is_one():
     engine, asked, other = Engine(), request("a", 32), request("b", 24)
-    engine.promises.given(asked)
-    engine.promises.given(other)
+    engine.rollback.given(asked)
+    engine.rollback.given(other)
     output = step(new=[(asked, [10, 11], 1), (other, [10, 21], 1)])
     output.kv_cache_block_copies = [(11, 21)]
-    engine.promises.settle(output, {11})
+    engine.rollback.settle(output, {11})
     assert [new.num_computed_tokens for new in output.scheduled_new_reqs] == [16, 16]
 
 
@@ -134,8 +134,8 @@ def test_drafts_are_not_computed_in_a_lowered_step():
 
 def test_a_count_that_is_not_ours_stops_the_step():
     engine, asked = Engine(), request("a", 32)
-    engine.promises.given(asked)
+    engine.rollback.given(asked)
     output = step(new=[(asked, [10, 11, 12], 4)])
     asked.num_computed_tokens += 4  # as if vLLM had counted before it asks
     with pytest.raises(RuntimeError, match="36 computed tokens of request a and plans with 32"):
-        engine.promises.settle(output, {11})
+        engine.rollback.settle(output, {11})

@@ -21,10 +21,10 @@ class _Scheduled:
     request_id: str
     pages: list[int]
     num_computed: int
-    lower: Callable[[int], None]
+    secondary: Callable[[int], None]
 
 
-class Promises:
+class StepRollback:
     """Follows pages that other requests may find in vLLM's prefix cache before they are filled."""
 
     def __init__(self, block_tokens: int, counters: Counter[str]) -> None:
@@ -68,18 +68,18 @@ class Promises:
                     f"kvlab: cannot take back a failed load: vLLM counts {request.num_computed_tokens} computed tokens "
                     f"of request {each.request_id} and plans with {each.num_computed}"
                 )
-            self._lower(each, request, first * block, output)
+            self._secondary(each, request, first * block, output)
             for at in range(first, len(used)):
                 if used[at] in self._holes:
                     self._holes[used[at]] = (request, min((at + 1) * block, each.num_computed))
 
-    def _lower(self, each: _Scheduled, request: Any, num_computed: int, output: Any) -> None:
-        each.lower(num_computed)
+    def _secondary(self, each: _Scheduled, request: Any, num_computed: int, output: Any) -> None:
+        each.secondary(num_computed)
         request.num_computed_tokens = num_computed
         drafts = output.scheduled_spec_decode_tokens.pop(each.request_id, ())
         output.num_scheduled_tokens[each.request_id] -= len(drafts)
         output.total_num_scheduled_tokens -= len(drafts)
-        self._counters["taken_back_requests"] += 1
+        self._counters["load_rollbacks"] += 1
         self._counters["taken_back_tokens"] += each.num_computed - num_computed
 
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 KEPT_SIGHTS = 1 << 16
 
 
-class Sights:
+class ReuseCounter:
     """Counts by key; the 65,536 keys seen last are remembered. Not thread-safe: the owner holds a lock."""
 
     def __init__(self) -> None:
@@ -14,7 +14,7 @@ class Sights:
 
     def add(self, key: Hashable) -> int:
         """Count one more sight of `key`; how many there are now."""
-        sights = self._counts[key] = self._counts.pop(key, 0) + 1
+        num_uses = self._counts[key] = self._counts.pop(key, 0) + 1
         if len(self._counts) > KEPT_SIGHTS:
             self._counts.popitem(last=False)
-        return sights
+        return num_uses

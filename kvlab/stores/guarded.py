@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from kvlab.stores.backoff import FIRST_WAIT_S, LONGEST_WAIT_S, Backoff
+from kvlab.stores.circuit_breaker import FIRST_WAIT_S, LONGEST_WAIT_S, CircuitBreaker
 from kvlab.stores.base import Store, ValueTooLongError
 
 log = logging.getLogger(__name__)
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Tier:
+class GuardedStore:
     """Calls a store; a call that raises answers with its default, and the store is left alone for a growing while.
 
     A write that fails keeps the next writes away and no reads: a full disk can be read, and so can a folder that
@@ -23,8 +23,8 @@ class Tier:
         self, store: Store, *, first_wait_s: float = FIRST_WAIT_S, longest_wait_s: float = LONGEST_WAIT_S
     ) -> None:
         self.store = store
-        self.health = Backoff(first_wait_s, longest_wait_s)
-        self.write_health = Backoff(first_wait_s, longest_wait_s)
+        self.health = CircuitBreaker(first_wait_s, longest_wait_s)
+        self.write_health = CircuitBreaker(first_wait_s, longest_wait_s)
         self.last_error = ""
 
     @property
@@ -39,7 +39,7 @@ class Tier:
         """As `call`, for a method that changes what the store holds."""
         return self._call(self.write_health, "'s writes", method, args, default)
 
-    def _call(self, health: Backoff, what: str, method: Callable[..., T], args: tuple[object, ...], default: T) -> T:
+    def _call(self, health: CircuitBreaker, what: str, method: Callable[..., T], args: tuple[object, ...], default: T) -> T:
         if not health.may_ask():
             return default
         try:

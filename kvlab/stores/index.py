@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from kvlab.stores.backoff import Backoff
+from kvlab.stores.circuit_breaker import CircuitBreaker
 from kvlab.stores.forks import ForkAware
 from kvlab.stores.names import BROKEN, PRIVATE, WRITING, is_own
 from kvlab.stores.root import RefusedError, Root
@@ -41,7 +41,7 @@ class FolderLockedError(TimeoutError):
     """Another process holds the folder's lock and does not give it up."""
 
 
-class Ledger(ForkAware):
+class FolderIndex(ForkAware):
     """Sizes by path. What changes it is called within `locked`. Methods raise OSError.
 
     Parameters
@@ -71,7 +71,7 @@ class Ledger(ForkAware):
         self._offset = 0
         self._epoch = b""  # of the journal as far as this process has read it; empty if it must count anew
         self._has_locks = True
-        self._lock_health = Backoff()
+        self._lock_health = CircuitBreaker()
         self.watch_forks()
 
     @contextmanager

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Container, Hashable
 
 
-class Line:
+class LazyQueue:
     """First come, first to go. A key that leaves from the middle leaves a void place, dropped when its turn comes.
 
     An `OrderedDict` can do as much, but keeps a linked list for it, which costs twice a deque and a dict. Where each
