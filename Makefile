@@ -1,10 +1,12 @@
-# Two commands: `make demo` shows it, `make test` proves it. Both make the environment first, once.
+# `make demo` shows it, `make test` proves it, `make quick` is for in between. Each makes the environment first, once.
 PYTHON ?= python3
 VENV := .venv/bin
 EXECUTED := notebooks/executed
+# Two processes; in the order given by tests/conftest.py, which keeps engines, servers and notebooks in one of them.
+PYTEST = $(NOTEBOOK_ENV) $(VENV)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=15
 NOTEBOOK_ENV := TQDM_DISABLE=1 PLOTLY_RENDERER=plotly_mimetype HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 JUPYTER_PLATFORM_DIRS=1
 
-.PHONY: demo test lab check clean env-demo env-test env-dev model
+.PHONY: demo test quick lab check clean env-demo env-test env-dev model
 
 env-demo env-test env-dev:
 	@$(PYTHON) scripts/setup_env.py $(@:env-%=%)
@@ -20,7 +22,12 @@ demo: model
 
 test: env-test
 	@$(VENV)/python -m kvlab.datasets.demo_model > /dev/null
-	@$(NOTEBOOK_ENV) $(VENV)/python -m pytest --nbmake --nbmake-timeout=1200 tests notebooks --ignore=$(EXECUTED)
+	@$(PYTEST) --nbmake --nbmake-timeout=1200 tests notebooks --ignore=$(EXECUTED)
+
+# All tests that start neither an engine nor a server, but for those marked slow.
+quick: env-test
+	@$(VENV)/python -m kvlab.datasets.demo_model > /dev/null
+	@$(PYTEST) -m "not engine and not server and not slow" tests
 
 lab: model
 	@cd notebooks && ../$(VENV)/jupyter lab

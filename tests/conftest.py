@@ -1,24 +1,64 @@
-"""Shared fixtures. Nothing here skips: a missing model or server is a failure."""
+"""Shared fixtures, markers and the order of tests. Nothing here skips: a missing model or server is a failure."""
 
 import os
 import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+from tests.support import starts
+
+# One thread for each engine, on any core: several threads wait for each other in every small operation, which takes a
+# scheduler's time slice (5 ms, 200 times a token) wherever another process computes too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+hypothesis.settings.register_profile("kvlab", deadline=None)  # no test fails because the machine is busy
+hypothesis.settings.load_profile("kvlab")
+sys.addaudithook(starts.watch)
+
 ROOT = Path(__file__).resolve().parent.parent
+# Cheap tests first. Servers before engines, because they take longest in one piece.
+KINDS = ["", "slow", "server", "notebook", "engine"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # A notebook starts several servers one after another; the limit of a single test would cut it off halfway.
     for item in items:
         if item.path.suffix == ".ipynb":
+            item.add_marker("notebook")
+            # A notebook starts several servers one after another; the limit of a single test would cut it off halfway.
             item.add_marker(pytest.mark.timeout(1800))
+        else:
+            for kind in starts.started_by(item):
+                item.add_marker(kind)
+        # With `-n 2 --dist loadgroup`, tests of one file and kind stay in one process, and so do all that start
+        # servers: these are several processes themselves.
+        kind = kind_of(item)
+        file = item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group("servers" if kind in ("server", "notebook") else f"{file} {kind}"))
+    items.sort(key=lambda item: KINDS.index(kind_of(item)))
+
+
+def kind_of(item: pytest.Item) -> str:
+    """The last of `KINDS` that the test is marked with."""
+    return next((kind for kind in reversed(KINDS) if kind and item.get_closest_marker(kind)), "")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    os.environ[starts.ALLOWED] = " ".join(marker.name for marker in item.iter_markers())
+    try:
+        return (yield)
+    finally:
+        del os.environ[starts.ALLOWED]
 
 
 @pytest.fixture(scope="session")

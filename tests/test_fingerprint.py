@@ -62,7 +62,7 @@ def digest(folder: Path, *, fast: bool = False) -> str:
     return files_fingerprint(weight_files(folder), root=folder, fast=fast).digest
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.integers(1, 5000),
     position=st.floats(0, 1, exclude_max=True),

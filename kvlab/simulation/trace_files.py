@@ -119,7 +119,6 @@ def _request(row: dict[str, Any], where: str, block_tokens: int, unit: float, ch
 
 
 def find_traces() -> dict[str, Path]:
-    """Trace files by name: in the folder ``$KVLAB_TRACES``, or in a ``*/data/traces`` beside a checkout."""
-    beside = sorted(Path(__file__).resolve().parents[3].glob("*/data/traces"))
-    folders = [Path(os.environ["KVLAB_TRACES"])] if "KVLAB_TRACES" in os.environ else beside
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.jsonl"))}
+    """Trace files by name, in the folder ``$KVLAB_TRACES``; none if it is not set."""
+    folder = os.environ.get("KVLAB_TRACES")
+    return {path.stem: path for path in sorted(Path(folder).glob("*.jsonl"))} if folder else {}

@@ -12,6 +12,7 @@ import torch
 
 import kvlab
 from kvlab.datasets.demo_model import demo_model
+from tests.support.starts import check_may_start
 
 BLOCK = 32
 MAX_TOKENS = 12
@@ -20,7 +21,8 @@ SETTINGS = {
     "enforce_eager": "KVLAB_TEST_GRAPHS" not in os.environ,  # CUDA graphs cost minutes of compilation
     "distributed_executor_backend": "uni",
     "kv_cache_memory_bytes": 160 << 20,
-    "gpu_memory_utilization": 0.3,  # must be free at the start, though the line above says what is used
+    # Must be free at the start, though the line above says what is used. On a CPU another engine may run beside.
+    "gpu_memory_utilization": 0.3 if torch.cuda.is_available() else 0.15,
     "max_model_len": 1024,
     "max_num_seqs": 8,
     "block_size": BLOCK,
@@ -52,6 +54,7 @@ def engine(tiers: Sequence[str] | None, settings: dict[str, Any] | None = None, 
     from vllm.config import KVTransferConfig
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    check_may_start("engine")
     close_shared()
     gc.collect()  # the last engine: its user has let go of it only now, and vLLM must see no memory come free at start
     if torch.cuda.is_available():

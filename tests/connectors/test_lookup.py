@@ -1,6 +1,5 @@
 """Questions to secondary tiers: who waits for the answer, and what is learned from one that nobody waited for."""
 
-import threading
 from collections import Counter
 
 import pytest
@@ -17,26 +16,15 @@ from kvlab.connectors.vllm.scheduler import Scheduler
 from kvlab.connectors.vllm.slots import SlotIndex
 from kvlab.hashing import Namespace
 from kvlab.stores.memory import MemoryStore
-from kvlab.stores.wrappers import WrapperStore
+from tests.support.gate import Gate
 
 NAMESPACE = Namespace("model")
 CHUNKS = [bytes([at]) * 32 for at in range(16)]  # hashes of one chunk of 16 blocks
 
 
-class Gate(WrapperStore):
-    """Answers once it is open."""
-
-    def __init__(self) -> None:
-        super().__init__(MemoryStore(1 << 20))
-        self.is_open = threading.Event()
-
-    def _around(self, method: str, num_bytes: int) -> None:
-        assert self.is_open.wait(20)
-
-
 @pytest.fixture
 def asked():
-    gate, admission, known_secondary = Gate(), LoadAdmission(), KnownSecondary()
+    gate, admission, known_secondary = Gate(MemoryStore(1 << 20)), LoadAdmission(), KnownSecondary()
     gate.inner.put(NAMESPACE.key(CHUNKS[-1]), b"kv")
     lookup = Lookup(gate, Chunker(), [NAMESPACE], 60.0, admission, known_secondary, Counter())
 

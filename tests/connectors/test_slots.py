@@ -8,7 +8,7 @@ from kvlab.connectors.vllm.slots import SlotIndex
 from kvlab.errors import ConfigError
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+@pytest.mark.slow
 def test_hostile_objects_are_format_errors_within_bounded_memory() -> None:
     rounds, seed = os.environ.get("KVLAB_FUZZ_ROUNDS", "3000"), os.environ.get("KVLAB_FUZZ_SEED", "0")
     command = [sys.executable, "-m", "tests.fuzz.objects", "--rounds", rounds, "--seed", seed]

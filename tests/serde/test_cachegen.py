@@ -21,7 +21,7 @@ from tests.serde.kinds import tables
 KV = kv_like((3, 23, 2, 2, 16))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 3), st.integers(0, 30), st.integers(1, 12), st.integers(2, 256), st.integers(0, 2**32 - 1))
 def test_both_coders_write_the_same_words_and_read_them(
     planes: int, steps: int, channels: int, alphabet: int, seed: int

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # Triton's interpreter
+
 CHECK = """
 import sys
 import numpy as np, torch

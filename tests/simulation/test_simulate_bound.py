@@ -48,7 +48,7 @@ def test_no_policy_beats_the_bound(name):
 
 
 @given(some=small_traffic(), capacity=st.integers(1, 12), chunk=st.sampled_from([4, 8]), data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_policy_beats_the_bound_on_any_traffic(some, capacity, chunk, data):
     policy = data.draw(st.sampled_from(sorted(POLICIES)))
     tier = f"{capacity} blocks"
@@ -73,7 +73,7 @@ def optimum(prompts, capacity):
 
 
 @given(some=small_traffic(prompts=6, depth=3), capacity=st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_bound_is_the_optimum(some, capacity):
     prompts = [request.block_ids for request in some.requests]
     assert sum(belady(some, capacity).hit_blocks) == optimum(prompts, capacity)
@@ -93,7 +93,7 @@ def test_more_room_never_hurts(name, policy):
 
 
 @given(some=small_traffic(), spare=st.integers(0, 15))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_more_room_never_hurts_lru_that_holds_every_single_prompt(some, spare):
     capacity = int(some.num_blocks.max()) + spare
     less = simulate(some, f"{capacity} blocks", chunk_tokens=4).hit_blocks
@@ -127,7 +127,7 @@ def test_what_is_admitted():
 
 
 @given(some=small_traffic(), capacity=st.integers(2, 20), chunk=st.sampled_from([4, 8]), data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_fast_loop_equals_the_general_one(some, capacity, chunk, data):
     policy = data.draw(st.sampled_from(sorted(POLICIES)))
     how = {"policy": policy, "chunk_tokens": chunk}

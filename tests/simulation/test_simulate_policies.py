@@ -1,7 +1,7 @@
 """`evict` and `touch_all` are `victim` with `discard`, and `touch`, done at once."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlab.stores.eviction import POLICIES, get_policy
@@ -11,7 +11,6 @@ STEPS = st.lists(st.tuples(st.sampled_from("aaate"), st.integers(0, 15), st.inte
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @given(steps=STEPS)
-@settings(deadline=None)
 def test_at_once_is_the_same(name, steps):
     one, other = get_policy(name), get_policy(name)
     for what, key, size in steps:

