@@ -41,6 +41,7 @@ class EngineStats:
     load_s: float = 0.0
     saved: int = 0
     save_failures: Counter[str] = field(default_factory=Counter)
+    tier_failures: Counter[str] = field(default_factory=Counter)  # of lookups, touches and quarantines, by reason
     saved_bytes: int = 0
     save_s: float = 0.0
 
@@ -123,6 +124,8 @@ class ObjectCache:
         """
         if out is not None:
             _check_tokens(out, axes, first_token, end_token)
+            if not out.is_contiguous():
+                raise ConfigError("out must be contiguous; give a tensor of its own, or a view that is")
         return self._load(key, out, self._expected(axes, first_token, end_token, out))
 
     def contains_many(self, hashes: Sequence[bytes]) -> list[bool]:
@@ -145,6 +148,7 @@ class ObjectCache:
         row: dict[str, int | float] = {"hits": s.hits, "misses": sum(s.misses.values()), "saved": s.saved}
         row |= {f"miss_{reason}": count for reason, count in s.misses.items()}
         row |= {f"save_failed_{reason}": count for reason, count in s.save_failures.items()}
+        row |= {f"tier_failed_{what}": count for what, count in s.tier_failures.items()}
         row |= {"loaded_bytes": s.loaded_bytes, "load_s": s.load_s, "saved_bytes": s.saved_bytes, "save_s": s.save_s}
         if s.load_s:
             row["load_gb_per_s"] = s.loaded_bytes / s.load_s / 1e9
@@ -277,20 +281,28 @@ class ObjectCache:
         try:
             return self.store_.contains_many(keys) if keys else []
         except StoreError as error:
-            logger.warning("kvlab: tier %s failed to answer: %s", self.store_.name, error)
+            self._tier_failed("lookup", error)
             return [False] * len(keys)
 
     def _touch(self, keys: Sequence[str]) -> None:
         try:
             self.store_.touch(reversed(keys))
         except StoreError as error:
-            logger.warning("kvlab: tier %s failed to touch: %s", self.store_.name, error)
+            self._tier_failed("touch", error)
 
     def _set_aside(self, key: str, reason: str) -> None:
         try:
             self.store_.quarantine(key, reason)
         except StoreError as error:
-            logger.warning("kvlab: could not set aside %s: %s", key, error)
+            self._tier_failed("quarantine", error)
+
+    def _tier_failed(self, what: str, error: StoreError) -> None:
+        """Count it; told once for each reason, as a tier that is down fails at every call."""
+        with self._lock:
+            self.stats_.tier_failures[f"{what}_{error.reason}"] += 1
+            first = self.stats_.tier_failures[f"{what}_{error.reason}"] == 1
+        if first:
+            logger.warning("kvlab: %s in tier %s failed: %s", what, self.store_.name, error)
 
     def _missed(self, reason: str, key: str, error: Exception | None) -> None:
         with self._lock:

@@ -20,7 +20,7 @@ def parse_bytes(text: str | int) -> int:
     match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     unit = match[2].lower() if match else None
     factor = {**_DECIMAL, **_BINARY}.get(unit) if unit is not None else None
-    if match is None or factor is None:
+    if match is None or factor is None or len(match[1]) > 20:
         raise ConfigError(f"size must be a number of bytes or like 512MiB, 10GiB, 1.5GB; got {text!r}")
     return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
 

@@ -8,7 +8,8 @@ from kvlab.engine import CacheEngine
 from kvlab.errors import ConfigError, StoreError
 from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Namespace
-from kvlab.stores import open_store
+from kvlab.stores import open_store, open_stores
+from kvlab.stores.base import cut
 
 GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=3, head_dim=8, dtype="bfloat16")
 CHUNKER = Chunker(chunk_tokens=32, block_tokens=8)
@@ -222,3 +223,52 @@ def test_a_miss_names_the_field_in_which_another_namespace_differs(engine):
     for key in list(engine.store_.keys()):
         engine.store_.put(key, b"damaged")
     assert other.why_missing(ids[:40]) == "never_stored"
+
+
+def test_what_is_broken_in_a_slower_tier_leaves_it_and_is_replaced(tmp_path):
+    """A value is copied to faster tiers before it is checked: the copy must not become the source of the next read."""
+    stack = open_stores(["memory://?size=1MiB", f"file://{tmp_path}/kv?size=1MiB"])
+    engine, ids, value = CacheEngine(stack, namespace="m", chunker=CHUNKER), list(range(32)), kv(32)
+    assert engine.store(ids, value) == 32
+    (key,) = stack.keys()
+    stack.tiers[0].store.delete(key)
+    (file,) = [file for file in tmp_path.rglob("*.safetensors") if ".kvlab/" not in str(file)]
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+    assert engine.lookup(ids).num_tokens == 32
+    assert engine.retrieve(ids) == (0, None)
+    assert engine.lookup(ids).num_tokens == 0
+    assert engine.store(ids, value) == 32
+    stack.tiers[0].store.delete(key)
+    assert torch.equal(engine.retrieve(ids)[1], value)
+
+
+def test_one_wrong_bit_on_the_way_from_a_slower_tier_is_read_again(tmp_path, monkeypatch):
+    stack = open_stores(["memory://?size=1MiB", f"file://{tmp_path}/kv?size=1MiB"])
+    engine, ids, value = CacheEngine(stack, namespace="m", chunker=CHUNKER), list(range(32)), kv(32)
+    engine.store(ids, value)
+    (key,) = stack.keys()
+    top, below = (tier.store for tier in stack.tiers)
+    top.delete(key)
+    get_pieces, reads = below.get_pieces, []
+
+    def wrong_once(asked, out):
+        size = get_pieces(asked, out)
+        reads.append(asked)
+        if len(reads) == 1:
+            cut(out, size)[-1][-9] ^= 1
+        return size
+
+    monkeypatch.setattr(below, "get_pieces", wrong_once)
+    assert torch.equal(engine.retrieve(ids)[1], value)
+    assert reads == [key, key]
+
+
+def test_memory_that_is_not_contiguous_is_refused_and_costs_no_object(engine):
+    value = kv(32)
+    engine.store(list(range(32)), value)
+    (key,) = engine.store_.keys()
+    with pytest.raises(ConfigError, match="out must be contiguous"):
+        load(engine, key, torch.empty_like(value).transpose(2, 4).contiguous().transpose(2, 4))
+    assert engine.lookup(list(range(32))).num_tokens == 32

@@ -77,8 +77,11 @@ class ConnectorConfig:
         for name in ("save_partial_block", "save_generated", "admission", "report", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if not isinstance(self.lookup_timeout_ms, int | float) or self.lookup_timeout_ms < 0:
-            raise ConfigError(f"lookup_timeout_ms must be a number >= 0, got {self.lookup_timeout_ms!r}")
+        timeout_ms = self.lookup_timeout_ms
+        if not isinstance(timeout_ms, int | float) or isinstance(timeout_ms, bool) or not 0 <= timeout_ms < 1e9:
+            raise ConfigError(f"lookup_timeout_ms must be a number from 0 to 10^9, got {timeout_ms!r}")
+        if not isinstance(self.namespace, str):
+            raise ConfigError(f"namespace must be text, got {type(self.namespace).__name__}")
         for name in ("min_hit_tokens", "store_threshold"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

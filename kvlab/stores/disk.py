@@ -254,6 +254,9 @@ class DiskStore(Store):
         except OSError as error:
             with suppress(OSError):
                 self._root.unlink(probe)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a full disk can be read, and freed
+                log.warning("no room under %s to try direct I/O: this process reads and writes without it", self.root)
+                return False
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
             log.warning("no direct I/O under %s: the page cache will hold a second copy of what is read", self.root)

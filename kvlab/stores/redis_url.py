@@ -56,7 +56,8 @@ class RedisTarget:
                 raise ConfigError(f"name the master, like redis-sentinel://host:26379/mymaster, got {url.shown!r}")
             sentinel_password = url.take_secret("sentinel_password", variable=SENTINEL_PASSWORD)
         if not (db.isascii() and db.isdigit() and len(db) < 10) or (kind == "cluster" and db != "0"):
-            raise ConfigError(f"a database must be a number (a cluster has only 0), got {db!r} in {url.shown!r}")
+            form = "redis://host:6379/0"
+            raise ConfigError(f"a database must be a number (a cluster has only 0), as in {form}; got {url.shown!r}")
         tls = _tls(url) if url.scheme == "rediss" or url.take_bool("tls", False) else None
         return cls(
             kind,

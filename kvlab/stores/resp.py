@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
 from kvlab.errors import StoreError
+from kvlab.stores.base import ValueTooLongError
 
 Reply: TypeAlias = Any  # int, Status, memoryview (a bulk string), None, a list of those, or a ReplyError among them
 BufferFactory: TypeAlias = Callable[[int], Sequence[memoryview]]
@@ -37,6 +38,7 @@ _REASONS = {
     *("ask", "busy", "clusterdown", "crossslot", "err", "loading", "masterdown", "misconf", "moved", "noauth"),
     *("noperm", "noreplicas", "noscript", "oom", "readonly", "tryagain", "wrongpass", "wrongtype", "unkillable"),
 }
+LONGEST_VALUE = 512 << 20  # of a Redis with its own settings
 
 
 class ProtocolError(StoreError):
@@ -109,8 +111,10 @@ class RespConnection:
         if size < 0:
             self._check_end()
             return None
+        if size > max(most, LONGEST_VALUE):
+            raise ProtocolError(f"the server announced a value of {size} bytes, longer than any can be")
         if size > most:
-            raise ProtocolError(f"the server announced a value of {size} bytes; the limit is {most}")
+            raise ValueTooLongError(f"the server announced a value of {size} bytes; the limit is {most}")
         try:
             into = room(size)
         except MemoryError:

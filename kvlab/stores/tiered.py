@@ -1,5 +1,6 @@
 """Several tiers as one store: fast and small above, slow and large below."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
@@ -59,6 +60,7 @@ class TieredStore(Store):
         self._came_from: OrderedDict[str, GuardedStore] = OrderedDict()
         self._uses = ReuseCounter()
         self._lock = Lock()
+        self._last = threading.local()  # promoted: key and level of this thread's last read, where it was promoted
         self._writer = BackgroundWriter(self._carry_down, max_keys=max_queued) if write == "back" else None
 
     @property
@@ -72,13 +74,13 @@ class TieredStore(Store):
     def put(self, key: str, value: Value) -> bool:
         """True if at least one tier holds it now."""
         first = self.tiers[0]
-        stored = first.write(first.store.put, key, value, default=False)
+        stored = _put(first, key, value)
         if self._is_due(key) or not stored:
             if stored and self._writer is not None:
                 self._writer.add(key)
             else:
                 for tier in self.tiers[1:]:
-                    stored |= tier.write(tier.store.put, key, value, default=False)
+                    stored |= _put(tier, key, value)
         with self._lock:
             self.stats_.puts += stored
             self.stats_.refused += not stored
@@ -142,6 +144,10 @@ class TieredStore(Store):
             tier.call(tier.store.touch, keys, default=None)
 
     def renew(self) -> None:
+        """What this thread read last is broken: the next read must not find the copies of it in faster tiers."""
+        key, level = getattr(self._last, "promoted", None) or ("", 0)
+        for tier in self.tiers[:level]:
+            tier.write(tier.store.delete, key, default=False)
         for tier in self.tiers:
             tier.call(tier.store.renew, default=None)
 
@@ -198,6 +204,7 @@ class TieredStore(Store):
             self._came_from[key] = self.tiers[level]
             if len(self._came_from) > KEPT_SOURCES:
                 self._came_from.popitem(last=False)
+        self._last.promoted = (key, level) if self._promote and level else None
         if self._promote:
             for tier in self.tiers[:level]:
                 tier.write(tier.store.put, key, value, default=False)
@@ -229,3 +236,11 @@ class TieredStore(Store):
             return
         for tier in self.tiers[1:]:
             tier.write(tier.store.put, key, value, default=False)
+
+
+def _put(tier: GuardedStore, key: str, value: Value) -> bool:
+    """Whether the tier holds `value` now. One that did not take it loses what it held under `key` before."""
+    if tier.write(tier.store.put, key, value, default=False):
+        return True
+    tier.write(tier.store.delete, key, default=False)
+    return False

@@ -9,6 +9,7 @@ from kvlab.errors import ConfigError
 from kvlab.units import parse_bytes
 
 MOST_SECRET_BYTES = 4096
+MOST_MS = 1e11  # three years
 SIMULATION_OPTIONS = ("gb_per_s", "latency_ms", "per_gb_month")  # of a tier that is not opened
 _HOST = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\[\]:,@]*)(:\d{1,5})?")
 _OPTION = re.compile(r"[a-z][a-z0-9_]{0,40}")
@@ -125,8 +126,8 @@ class StoreURL:
             ms = float(text)
         except ValueError:
             ms = -1.0
-        if not 0 <= ms < float("inf"):
-            raise ConfigError(f"{option} must be a number of milliseconds, got {text!r} in {self.shown!r}")
+        if not 0 <= ms <= MOST_MS:
+            raise ConfigError(f"{option} must be a number of milliseconds up to {MOST_MS:.0f} in {self.shown!r}")
         return ms / 1000
 
     def take_bool(self, option: str, default: bool) -> bool:
@@ -171,6 +172,8 @@ def shown_url(raw: str) -> str:
     if not mark and (at or (":" in rest and not rest.startswith(("file:", "memory:")))):
         return "***"
     hosts, slash, path = rest.partition("/")
+    if scheme.startswith("redis") and not re.fullmatch(r"[\w.-]{0,64}", path):
+        path = "***"  # no database and no master: it may be options behind a wrong sign
     if mark:
         hosts = ",".join(host if _HOST.fullmatch(host) else "***" for host in hosts.split(","))
     return f"{scheme}{mark}{'***@' if at else ''}{hosts}{slash}{path}"
@@ -182,7 +185,7 @@ def hide_logins(text: str) -> str:
     >>> hide_logins("--redis-url redis://:hunter2@host:6379/0 --seed 1")
     '--redis-url redis://***@host:6379/0 --seed 1'
     """
-    return re.sub(r"(?i)(password=)[^&\s,]+", r"\1***", re.sub(r"(\w:/+)[^\s]*@", r"\1***@", text))
+    return re.sub(r"(?i)(password=)[^&]+", r"\1***", re.sub(r"(\w:/+).*@", r"\1***@", text))
 
 
 def _is_secret(option: str) -> bool:

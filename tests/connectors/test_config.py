@@ -24,7 +24,7 @@ from tests.connectors.engine import SETTINGS
         ({"tiers": ["file:///x?serde=naive", "file:///y?serde=lossless"]}, "one serde"),
         ({"tiers": ["file:///x?serde=zip"]}, "unknown serde 'zip'; known: "),
         ({"chunk_tokens": 0}, "chunk_tokens must be a positive integer"),
-        ({"lookup_timeout_ms": -1}, "lookup_timeout_ms must be a number >= 0"),
+        ({"lookup_timeout_ms": -1}, "lookup_timeout_ms must be a number from 0"),
         ({"report": "yes"}, "report must be true or false"),
         ({"min_hit_tokens": 0}, "min_hit_tokens must be an integer >= 1"),
     ],

@@ -363,3 +363,16 @@ def test_many_threads_share_the_store(store):
         thread.join()
     assert wrong == []
     assert store.stats_.hits == 240
+
+
+def test_a_value_longer_than_this_readers_limit_is_no_fault_of_the_server(tmp_path):
+    with running(Server(tmp_path / "s")) as (server,):
+        url = f"redis://127.0.0.1:{server.port}"
+        writer, reader = open_store(url), open_store(f"{url}?limit=1MiB")
+        assert writer.put("long", bytes(2 << 20))
+        assert writer.put("short", b"kv")
+        with pytest.raises(StoreError, match="announced a value of 2097152 bytes; the limit is 1048576"):
+            reader.get("long")
+        assert bytes(reader.get("short")) == b"kv"
+        writer.close()
+        reader.close()

@@ -251,3 +251,10 @@ def test_a_tier_that_takes_no_writes_is_read_all_the_same(two, monkeypatch):
     assert store.put("new", b"value")
     assert disk.contains("new")
     assert store.rows()[1]["takes_writes"] == 1
+
+
+def test_a_tier_that_does_not_take_a_value_loses_the_one_before():
+    stack = TieredStore([MemoryStore(64 << 10), MemoryStore(1 << 20)])
+    assert stack.put("k", b"old")
+    assert stack.put("k", b"new" * 60_000)
+    assert bytes(stack.get("k")) == b"new" * 60_000
