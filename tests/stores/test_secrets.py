@@ -56,6 +56,8 @@ URLS = sorted(
         *(f"redis://user:{MARK}", f"user:{MARK}", f"redis:user:{MARK}", f"redis://h:1,user:{MARK}/0"),
         *(f"redis://h:1/0?{MARK}", f"redis://h:1/0?{MARK}=x", f"redis://:{MARK}@h:1/0?password_file=/etc/hostname"),
         *(f"redis-sentinel://h:1/m?sentinel_password={MARK}&zz=1", f"redis-sentinel://h:1/m?sentinel_pasword={MARK}"),
+        *(f"redis://h:1/0&password={MARK}", f"redis://h:1/password={MARK}", f"redis-sentinel://h:1/m;password={MARK}"),
+        *(f"redis://h:1/0?timeout_ms={MARK}", f"redis://:{MARK[:5]} {MARK[5:]}@h:1/0"),
         *(f"redis-sentinel://127.0.0.1:1/m?sentinel_password={MARK}", f"redis-sentinel://h:1?sentinel_password={MARK}"),
     }
 )
