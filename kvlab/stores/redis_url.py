@@ -1,5 +1,6 @@
 """What the five kinds of Redis URL mean."""
 
+import re
 import ssl
 from dataclasses import dataclass, field
 
@@ -52,7 +53,7 @@ class RedisTarget:
         hosts = [] if url.scheme == "unix" else [_host(text, url) for text in url.netloc.split(",")]
         sentinel_password = None
         if kind == "sentinel":
-            if not path or "/" in path:
+            if not re.fullmatch(r"[\w.-]+", path):
                 raise ConfigError(f"name the master, like redis-sentinel://host:26379/mymaster, got {url.shown!r}")
             sentinel_password = url.take_secret("sentinel_password", variable=SENTINEL_PASSWORD)
         if not (db.isascii() and db.isdigit() and len(db) < 10) or (kind == "cluster" and db != "0"):
