@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv/bin
 EXECUTED := notebooks/executed
-# Two processes; in the order given by tests/conftest.py, which keeps engines, servers and notebooks in one of them.
-PYTEST = $(NOTEBOOK_ENV) $(VENV)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=15
+# Two processes, each of which takes file after file, in the order given by tests/conftest.py.
+PYTEST = $(NOTEBOOK_ENV) $(VENV)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+HEAVY := engine or server or notebook
 NOTEBOOK_ENV := TQDM_DISABLE=1 PLOTLY_RENDERER=plotly_mimetype HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 JUPYTER_PLATFORM_DIRS=1
 
 .PHONY: demo test quick lab check clean env-demo env-test env-dev model
@@ -22,12 +23,14 @@ demo: model
 
 test: env-test
 	@$(VENV)/python -m kvlab.datasets.demo_model > /dev/null
-	@$(PYTEST) --nbmake --nbmake-timeout=1200 tests notebooks --ignore=$(EXECUTED)
+	@$(PYTEST) -m "not ($(HEAVY))" tests || failed=1; \
+	$(PYTEST) -m "$(HEAVY)" --nbmake --nbmake-timeout=1200 tests notebooks --ignore=$(EXECUTED) || failed=1; \
+	exit $${failed:-0}
 
 # All tests that start neither an engine nor a server, but for those marked slow.
 quick: env-test
 	@$(VENV)/python -m kvlab.datasets.demo_model > /dev/null
-	@$(PYTEST) -m "not engine and not server and not slow" tests
+	@$(PYTEST) -m "not ($(HEAVY) or slow)" tests
 
 lab: model
 	@cd notebooks && ../$(VENV)/jupyter lab

@@ -29,7 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS = ["", "slow", "server", "notebook", "engine"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.suffix == ".ipynb":
@@ -39,11 +38,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         else:
             for kind in starts.started_by(item):
                 item.add_marker(kind)
-        # With `-n 2 --dist loadgroup`, tests of one file and kind stay in one process, and so do all that start
-        # servers: these are several processes themselves.
-        kind = kind_of(item)
-        file = item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group("servers" if kind in ("server", "notebook") else f"{file} {kind}"))
     items.sort(key=lambda item: KINDS.index(kind_of(item)))
 
 
