@@ -244,7 +244,7 @@ def test_one_group_of_windows(tmp_path):
 def test_one_group_of_windows_loses_a_load_as_a_whole(tmp_path, fault):
     """Behind a window the engine was given no pages before those that the hit's end sees: what it computed from the
     lost page on would read none, and be stored under the right name."""
-    settings = gemma(tmp_path, ["sliding_attention"] * 3)
+    settings = gemma(tmp_path / "model", ["sliding_attention"] * 3)
     prompts = [prompt(64), prompt(300), prompt(480)]
     tiers = [f"file://{tmp_path}/kv?size=1GiB"]
     with engine(None, settings) as llm:
