@@ -149,6 +149,8 @@ class Folder(ForkAware):
                     raise
                 there = False
             self.index.remove(path, why)
+            if not path.startswith(PRIVATE):
+                self.root.remove_empty_folders(path)
             return there
 
     def forget(self, path: str) -> None:

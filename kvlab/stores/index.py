@@ -262,7 +262,7 @@ class FolderIndex(ForkAware):
         if not self._flock(wait_s):
             return False
         try:
-            while os.fstat(self._fd).st_nlink == 0:  # the folder was removed
+            while not self._is_in_place():
                 self._open()
                 if not self._flock(wait_s):
                     return False
@@ -273,6 +273,12 @@ class FolderIndex(ForkAware):
             self._unlock()
             raise
         return True
+
+    def _is_in_place(self) -> bool:
+        """Whether the open journal is the one that other processes find: neither removed nor moved away."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(self._fd), self._root.state(JOURNAL))
+        return False
 
     def _flock(self, wait_s: float) -> bool:
         """Whether the lock could be had. Asked again and again: a process that was stopped may hold it for ever."""

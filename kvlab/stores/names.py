@@ -20,7 +20,8 @@ _PRIVATE_FILE = re.compile(
 
 @lru_cache(maxsize=1 << 16)
 def path_of(key: str) -> str:
-    """Where `key` lies under the root: ``3f/<percent-encoded key>.safetensors``.
+    """Where `key` lies under the root: ``3f/<percent-encoded key>.safetensors``. Long names are cut into folders, which
+    end with a ``%`` as no file does.
 
     >>> path_of("kvlab:m:0:../x")
     '8d/kvlab:m:0:..%2Fx.safetensors'
@@ -28,7 +29,7 @@ def path_of(key: str) -> str:
     raw = key.encode("utf-8", "surrogatepass")
     name = quote(raw, safe=":@+=,")
     pieces = [name[at : at + NAME_CHARS] for at in range(0, max(len(name), 1), NAME_CHARS)]
-    return f"{zlib.crc32(raw) & 0xFF:02x}/{'/'.join(pieces)}{SUFFIX}"
+    return f"{zlib.crc32(raw) & 0xFF:02x}/{'%/'.join(pieces)}{SUFFIX}"
 
 
 def key_of(path: str) -> str | None:
@@ -36,7 +37,7 @@ def key_of(path: str) -> str | None:
     if not path.endswith(SUFFIX):
         return None
     try:
-        key = unquote_to_bytes(path[3 : -len(SUFFIX)].replace("/", "")).decode("utf-8", "surrogatepass")
+        key = unquote_to_bytes(path[3 : -len(SUFFIX)].replace("%/", "")).decode("utf-8", "surrogatepass")
     except ValueError:
         return None
     return key if path_of(key) == path else None

@@ -88,6 +88,17 @@ class Root:
         with self._folder_of(path) as (folder, name):
             os.unlink(name, dir_fd=folder)
 
+    def remove_empty_folders(self, path: str) -> None:
+        """Remove the folders that `path` lay in, from the inmost on, as long as they are empty; not the outmost."""
+        folder = path.rpartition("/")[0]
+        while "/" in folder:
+            try:
+                with self._folder_of(folder) as (outer, name):
+                    os.rmdir(name, dir_fd=outer)
+            except OSError:  # not empty, or gone
+                return
+            folder = folder.rpartition("/")[0]
+
     def rename(self, old: str, new: str) -> None:
         """Move, and replace what is there; folders on the way to `new` are made."""
         with self._folder_of(old) as (source, name), self._folder_of(new, make=True) as (target, other):

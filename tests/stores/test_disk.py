@@ -1,6 +1,7 @@
 """The disk tier against the suite, and against what happens to folders."""
 
 import errno
+import itertools
 import os
 import resource
 import stat
@@ -309,3 +310,43 @@ def test_a_full_disk_raises_store_error_and_leaves_nothing(tmp_path):
     assert "refused: could not write 100000 bytes" in done.stdout
     assert os.strerror(errno.EFBIG) in done.stdout
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 50_000
+
+
+def keys_that_meet():
+    """A key whose file would be the folder that another key's file lies in, if folders were named like files."""
+    short = "a" * 188
+    longer = (f"{short}.safetensors{n}" for n in itertools.count())
+    return short, next(key for key in longer if path_of(key)[:2] == path_of(short)[:2])
+
+
+def test_no_key_lies_in_a_folder_that_is_another_keys_file(tmp_path):
+    short, longer = keys_that_meet()
+    with DiskStore(tmp_path / "kv", 1 << 20) as store:
+        for _ in range(2):
+            assert store.put(short, b"short")
+            assert store.put(longer, b"longer")
+            assert (bytes(store.get(short)), bytes(store.get(longer))) == (b"short", b"longer")
+
+
+def test_folders_of_long_keys_go_with_the_last_file_in_them(tmp_path):
+    keys = [f"{n:03}" + "k" * 900 for n in range(40)]
+    with DiskStore(tmp_path / "kv", 64 << 10) as store:
+        for key in keys:
+            assert store.put(key, bytes(9_000))
+        assert store.stats()["evictions"] > 20
+        for key in keys:
+            store.delete(key)
+        assert not [path for path in (tmp_path / "kv").rglob("*%") if ".kvlab" not in path.parts]
+
+
+@pytest.mark.parametrize("moved", [".kvlab", ".kvlab/journal"])
+def test_a_journal_that_is_moved_away_leaves_one_budget(tmp_path, moved):
+    root = tmp_path / "kv"
+    with DiskStore(root, 64 << 10, direct=False) as one:
+        assert one.put("a", bytes(30_000))
+        (root / moved).rename(tmp_path / "away")
+        with DiskStore(root, 64 << 10, direct=False) as other:
+            for n in range(8):
+                assert (one if n % 2 else other).put(f"k{n}", bytes(20_000))
+            files = [path for path in root.rglob("*.safetensors") if ".kvlab" not in path.parts]
+            assert sum(path.stat().st_size for path in files) <= 64 << 10
