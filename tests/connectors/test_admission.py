@@ -198,7 +198,7 @@ def test_what_is_measured_is_the_forward_pass_and_memory_is_worth_it(expected, m
         assert computed == 700 - 480, "the blocks of the shorter prompt were loaded"
         assert 0 < seconds < wall, "a part of the call"
         assert all(seconds > 0 for _, seconds in passes)
-        assert len(passes) > 5, "steps without a prefill are timed as well"
+        assert any(not prefill for prefill, _ in passes), "steps without a prefill are timed as well"
         assert rule.load_rate("memory") > 0
 
 
