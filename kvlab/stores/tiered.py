@@ -79,8 +79,7 @@ class TieredStore(Store):
             if stored and self._writer is not None:
                 self._writer.add(key)
             else:
-                for tier in self.tiers[1:]:
-                    stored |= _put(tier, key, value)
+                stored |= self._put_below(key, value)
         with self._lock:
             self.stats_.puts += stored
             self.stats_.refused += not stored
@@ -212,8 +211,7 @@ class TieredStore(Store):
             if self._writer is not None:
                 self._writer.add(key)
             else:
-                for tier in self.tiers[1:]:
-                    tier.write(tier.store.put, key, value, default=False)
+                self._put_below(key, value)
 
     def _missed(self) -> None:
         with self._lock:
@@ -234,8 +232,11 @@ class TieredStore(Store):
             if self._writer is not None:
                 self._writer.dropped += 1
             return
-        for tier in self.tiers[1:]:
-            tier.write(tier.store.put, key, value, default=False)
+        self._put_below(key, value)
+
+    def _put_below(self, key: str, value: Value) -> bool:
+        """Whether some tier below the first holds `value` now."""
+        return any([_put(tier, key, value) for tier in self.tiers[1:]])
 
 
 def _put(tier: GuardedStore, key: str, value: Value) -> bool:

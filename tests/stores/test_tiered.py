@@ -258,3 +258,13 @@ def test_a_tier_that_does_not_take_a_value_loses_the_one_before():
     assert stack.put("k", b"old")
     assert stack.put("k", b"new" * 60_000)
     assert bytes(stack.get("k")) == b"new" * 60_000
+
+
+def test_a_slower_tier_that_does_not_take_a_written_back_value_loses_the_one_before():
+    with TieredStore([MemoryStore(1 << 20), MemoryStore(64 << 10)], write="back") as stack:
+        assert stack.put("k", b"old")
+        assert stack.drain()
+        assert stack.put("k", b"new" * 60_000)
+        assert stack.drain()
+        stack.tiers[0].store.delete("k")
+        assert stack.get("k") is None
