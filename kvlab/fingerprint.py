@@ -175,7 +175,7 @@ def file_system(path: str) -> int | None:
         return None
     buffer = ctypes.create_string_buffer(
         1024
-    )  # of 120 bytes or less, which begin with the number, a word or half of one
+    )  # 120 bytes or less are filled; the number is the first word or half of it
     if ctypes.CDLL(None, use_errno=True).statfs(os.fsencode(path), buffer):
         return None
     word = ctypes.c_uint if os.uname().machine == "s390x" else ctypes.c_ulong

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from kvlab.cli.store import Parser
+from kvlab.cli.parser import Parser
 from kvlab.errors import ConfigError
 from kvlab.serving.backends import NAMES
 from kvlab.serving.runs import run

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from kvlab.errors import ConfigError
+from kvlab.cli.parser import OneLineParser
 from kvlab.simulation.cost import CostModel, Prefill
 from kvlab.simulation.generate import KINDS, generate_traffic
 from kvlab.simulation.replay_tiers import Admission
@@ -19,14 +19,9 @@ COLUMNS = ("policy", "tiers", "block_hit_rate", "token_hit_rate", "request_hit_r
 COST_COLUMNS = ("ttft_ms", "ttft_without_ms", "gpu_s_saved", "saved_cost")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]  # one line, like every other mistake
-        raise ConfigError(f"{message}; see kvlab simulate --help")
-
-
 def parser() -> argparse.ArgumentParser:
     """The arguments of ``kvlab simulate``."""
-    p = _Parser(prog="kvlab simulate", description="Hit rates of a cache for given traffic.")
+    p = OneLineParser(prog="kvlab simulate", description="Hit rates of a cache for given traffic.")
     p.add_argument("trace", help=f"a trace ({', '.join(FORMATS)}: JSON lines), or made-up traffic: {', '.join(KINDS)}")
     p.add_argument("--policy", default="lru", help="eviction policies, with commas; belady is the bound")
     p.add_argument(

@@ -4,20 +4,15 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from kvlab.errors import ConfigError
+from kvlab.cli.parser import OneLineParser
 from kvlab.sizing.calculator import ENGINES, size_calculator
 from kvlab.sizing.report import LENGTHS, as_dict, text
 from kvlab.units import parse_tokens
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]  # one line, like every other mistake
-        raise ConfigError(f"{message}; see kvlab size --help")
-
-
 def parser() -> argparse.ArgumentParser:
     """The arguments of ``kvlab size``."""
-    p = _Parser(prog="kvlab size", description="How big the KV cache of a model is, and why.")
+    p = OneLineParser(prog="kvlab size", description="How big the KV cache of a model is, and why.")
     p.add_argument("model", help="a name (Qwen2.5-7B), a config.json, or the folder that holds it")
     p.add_argument(
         "--tokens", action="append", metavar="N", help="length of a sequence: 4096, 32k, 1M; may be repeated"

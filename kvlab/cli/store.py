@@ -6,26 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 from kvlab.auth import AuthKey, auth_key
+from kvlab.cli.parser import Parser
 from kvlab.container import parse_json, unpack
 from kvlab.errors import ConfigError, FormatError, StoreError
 from kvlab.stores import Store, StoreURL, open_store
 from kvlab.stores.base import Buffer
-from kvlab.stores.url import hide_logins
 from kvlab.units import format_bytes, parse_bytes
 
 EPILOG = """URLs: file:///path, redis://host:6379/0, unix:///run/redis.sock, redis-sentinel://..., redis-cluster://...
 A folder is opened with its present size as budget unless the URL gives one (?size=10GiB), so looking evicts nothing."""
 OF_OTHERS = frozenset({"version", "other_auth"})  # readers of another version, with another key or none, can use it
-
-
-class Parser(argparse.ArgumentParser):
-    """Shows no login that stands in a wrong place."""
-
-    def error(self, message: str) -> NoReturn:  # which repeats what was typed
-        super().error(hide_logins(message))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -58,22 +58,23 @@ class LoadPlanner:
             blocks, served = range(at, stop), min(stop * block, ref.end_token, end) - at * block
             tokens = (ref.span.first_block * block, ref.end_token, served)
             at = stop
-            slots = range(self.num_slots(ref))
-            if not groups.pick(ref.span, ref.end_token, slots, block_ids, blocks, end)[1]:
+            num_slots = self.num_slots(ref)
+            picked, pages = groups.pick(ref.span, ref.end_token, range(num_slots), block_ids, blocks, end)
+            if not pages:
                 load.ops.append(LoadOp(ref.hash, 0, (), (), (), *tokens))  # left behind by every window: nothing moves
                 continue
             entry = self._index.get(ref.hash)
             fetch = entry is None
             if entry is None:
-                entry = self._index.reserve(ref.hash, self.num_slots(ref), ready=False)
+                entry = self._index.reserve(ref.hash, num_slots, ready=False)
                 if entry is None:
                     at = blocks.start
                     break
                 self._index.lease(entry)
                 leased.append(entry)
             state.secondary_tokens += served if fetch else 0
-            picked, pages = groups.pick(ref.span, ref.end_token, entry.slots, block_ids, blocks, end)
-            load.ops.append(LoadOp(ref.hash, entry.generation, entry.slots, picked, pages, *tokens, fetch))
+            slots = tuple(entry.slots[index] for index in picked)
+            load.ops.append(LoadOp(ref.hash, entry.generation, entry.slots, slots, pages, *tokens, fetch))
         load.lost_blocks = groups.needed(block_ids, range(at, usable), end)
         state.given_up = bool(load.lost_blocks)
 

@@ -21,7 +21,7 @@ class _Scheduled:
     request_id: str
     pages: list[int]
     num_computed: int
-    secondary: Callable[[int], None]
+    lower: Callable[[int], None]
 
 
 class StepRollback:
@@ -68,13 +68,13 @@ class StepRollback:
                     f"kvlab: cannot take back a failed load: vLLM counts {request.num_computed_tokens} computed tokens "
                     f"of request {each.request_id} and plans with {each.num_computed}"
                 )
-            self._secondary(each, request, first * block, output)
+            self._lower(each, request, first * block, output)
             for at in range(first, len(used)):
                 if used[at] in self._holes:
                     self._holes[used[at]] = (request, min((at + 1) * block, each.num_computed))
 
-    def _secondary(self, each: _Scheduled, request: Any, num_computed: int, output: Any) -> None:
-        each.secondary(num_computed)
+    def _lower(self, each: _Scheduled, request: Any, num_computed: int, output: Any) -> None:
+        each.lower(num_computed)
         request.num_computed_tokens = num_computed
         drafts = output.scheduled_spec_decode_tokens.pop(each.request_id, ())
         output.num_scheduled_tokens[each.request_id] -= len(drafts)

@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,14 @@ def weights_name(vllm_config: Any, *, outlives: bool, named: bool, loaded_here: 
     is_dummy = "dummy" in str(load.load_format)
     if not outlives:
         return f"dummy:{model.seed}" if is_dummy else _process_name(os.getpid())
+    ways: dict[str, Callable[[], str]] = {
+        "weights": lambda: f"dummy:{model.seed}" if is_dummy else _weights(vllm_config, loaded_here=loaded_here),
+        "processor": lambda: _processor(model),
+    }
     found = []
-    for what, name in (("weights", _weights), ("processor", _processor)):
+    for what, name in ways.items():
         try:
-            found.append(f"dummy:{model.seed}" if is_dummy and name is _weights else name(vllm_config, loaded_here))
+            found.append(name())
         except _Unnamed as reason:
             if not named:
                 raise ConfigError(
@@ -57,7 +61,7 @@ def weights_name(vllm_config: Any, *, outlives: bool, named: bool, loaded_here: 
     return "+".join(filter(None, found))
 
 
-def _weights(vllm_config: Any, loaded_here: bool) -> str:
+def _weights(vllm_config: Any, *, loaded_here: bool) -> str:
     places = _places(vllm_config.model_config, vllm_config.load_config)
     started = time.monotonic()
     prints = [files_fingerprint(weight_files(place), root=_root(place), fast=True) for place in places]
@@ -99,14 +103,13 @@ def _process_start_ns() -> int:
     return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + ticks * 10**9 // os.sysconf("SC_CLK_TCK")
 
 
-def _processor(vllm_config: Any, _loaded_here: bool) -> str:
+def _processor(model: Any) -> str:
     """A name of what makes embeddings of images, videos and sound; empty for a model of texts.
 
     vLLM names an image by the model's path, the image and options that were given, and its processors read what files
     they like: so every JSON file beside the model counts, but for those known to have no effect. Code and weights are
     `_weights`.
     """
-    model = vllm_config.model_config
     multimodal = getattr(model, "multimodal_config", None)
     if multimodal is None:
         return ""
