@@ -135,7 +135,7 @@ class DiskStore(Store):
         return state.st_size if stat.S_ISREG(state.st_mode) and state.st_size <= self.max_bytes else None
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
-        """From the book, which knows of every process's files; only while another process is at work on it, from the
+        """From the index, which knows of every process's files; only while another process is at work on it, from the
         folder. A file that a person removed is believed to be there until it is read.
         """
         with self._medium("look"):

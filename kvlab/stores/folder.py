@@ -39,7 +39,7 @@ class Folder(ForkAware):
     """Which process may write when, what leaves when room is needed, and why something is not there any more.
 
     `count` is told of events by counter name: ``evictions``, ``evicted_bytes``, ``dropped``. Methods raise OSError.
-    A file counts until it is really gone: one that cannot be removed stays in the book, and the next is tried.
+    A file counts until it is really gone: one that cannot be removed stays in the index, and the next is tried.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Folder(ForkAware):
         self.root.close()
 
     def after_fork_in_child(self) -> None:
-        """The book is read anew; files that the parent is writing are locked as long as a descriptor is open."""
+        """The index is read anew; files that the parent is writing are locked as long as a descriptor is open."""
         self._policy = self._make_policy()
         for fd in self._in_making.values():
             os.close(fd)
@@ -154,7 +154,7 @@ class Folder(ForkAware):
             return there
 
     def forget(self, path: str) -> None:
-        """A reader did not find it: take it out of the book, unless it has come back by now. Readers wait for no lock;
+        """A reader did not find it: take it out of the index, unless it has come back by now. Readers wait for no lock;
         if another has it, the next reader does this."""
         with self.index.locked_at_once() as alone:
             if alone and not self._is_file(path):
@@ -180,7 +180,7 @@ class Folder(ForkAware):
             self.index.remove(path, why)
             for other in [other for other in self.index.sizes if other.startswith(BROKEN)][:-KEPT_BROKEN]:
                 self._try_unlink(other, "evicted")
-            self._make_room(0)  # where the book did not know the file
+            self._make_room(0)  # where the index did not know the file
         return True
 
     def _is_file(self, path: str) -> bool:
@@ -190,7 +190,7 @@ class Folder(ForkAware):
             return False
 
     def _try_unlink(self, path: str, why: str) -> bool:
-        """Whether it is gone. A file that cannot be removed stays in the book."""
+        """Whether it is gone. A file that cannot be removed stays in the index."""
         try:
             self.unlink(path, why)
         except OSError as error:

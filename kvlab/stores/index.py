@@ -1,9 +1,9 @@
-"""The book of a folder: what lies in it and how many bytes that is, agreed upon by every process that uses it.
+"""The index of a folder: what lies in it and how many bytes that is, agreed upon by every process that uses it.
 
-Each process keeps the book in memory. Changes are made under one file lock and appended to a journal, of which
+Each process keeps the index in memory. Changes are made under one file lock and appended to a journal, of which
 each process reads the new end before it acts; a process that finds the journal odd counts the folder anew. The journal
 says which files came and went, and only the file system how long they are. A process that dies, or a journal that
-cannot be written, can leave the book counting too much for a while, never too little.
+cannot be written, can leave the index counting too much for a while, never too little.
 
 A line is ``+ <path>`` or ``- <why> <path>``; the first one names the journal, which then is not begun anew by others.
 """
@@ -76,7 +76,7 @@ class FolderIndex(ForkAware):
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone on this folder, among threads and processes, with the book up to date. Re-entrant.
+        """Alone on this folder, among threads and processes, with the index up to date. Re-entrant.
 
         Raises FolderLockedError where another process does not give the lock up: after `LOCK_WAIT_S`, and then at once
         until the lock can be had. Each call tries; now and then one waits for a moment.
@@ -153,7 +153,7 @@ class FolderIndex(ForkAware):
         self._tell_or_owe(f"- published {temp}\n+ {path}\n")
 
     def recount(self) -> None:
-        """Take the folder's word over the book's, and start the journal afresh."""
+        """Take the folder's word over the index's, and start the journal afresh."""
         self._count()
         with suppress(OSError):  # a full disk: an empty journal says the same, that each process must count
             self._begin()
@@ -165,14 +165,14 @@ class FolderIndex(ForkAware):
             self._fd = -1
 
     def after_fork_in_child(self) -> None:
-        """The descriptor is the parent's: its lock would be both processes'. The book may be half written."""
+        """The descriptor is the parent's: its lock would be both processes'. The index may be half written."""
         self._thread_lock, self._depth = threading.RLock(), 0
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._epoch, self._owed = -1, b"", ""
         self.sizes, self.used, self._announced = {}, 0, {}
 
-    # ---- the book
+    # ---- the index
 
     def _add(self, path: str, size: int) -> None:
         self.used += size - self.sizes.get(path, 0)
@@ -256,7 +256,7 @@ class FolderIndex(ForkAware):
         raise FolderLockedError(errno.ETIMEDOUT, f"another process {about}; it does not give the lock up", JOURNAL)
 
     def _lock(self, wait_s: float) -> bool:
-        """Whether the lock could be had within `wait_s`; then the book is up to date."""
+        """Whether the lock could be had within `wait_s`; then the index is up to date."""
         if self._fd < 0:
             self._open()
         if not self._flock(wait_s):

@@ -8,21 +8,13 @@ import time
 import tracemalloc
 
 import pytest
-from liars import Liar, bulk
+from liars import URLS, Liar, bulk, recovers
 from servers import wait_for
 
 from kvlab.errors import StoreError
 from kvlab.stores import open_store, redis, redis_topology, resp
-from kvlab.stores.redis_topology import key_slot
 from kvlab.stores.redis_url import PASSWORD
-from kvlab.stores.resp import ProtocolError
 
-OPTIONS = "timeout_ms=300&retry_ms=1&longest_retry_ms=1&limit=1MiB"
-URLS = {
-    "single": "redis://:pw@127.0.0.1:{}/1?" + OPTIONS,
-    "sentinel": "redis-sentinel://:pw@127.0.0.1:{}/main?" + OPTIONS,
-    "cluster": "redis-cluster://:pw@127.0.0.1:{}?" + OPTIONS,
-}
 REPLIES = {
     "garbage": b"\x00\xff\x17hello\r\n",
     "empty line": b"\r\n",
@@ -117,18 +109,6 @@ def judge(store, name):
     elif name in ("used_bytes", "max_bytes"):
         assert type(answer) is int
         assert answer >= 0
-
-
-def recovers(store):
-    """Once the server is honest, so are the answers."""
-
-    def right():
-        with contextlib.suppress(StoreError):
-            value = store.get("kvlab:a")
-            assert value is None or bytes(value) == b"value of a"
-            return value is not None and store.contains_many(["kvlab:b", "kvlab:c"]) == [True, False]
-
-    wait_for(right, "the store to recover")
 
 
 ASKED = {  # what a lie is the answer to, and the calls that ask it
@@ -325,39 +305,6 @@ def test_a_put_that_fails_asks_for_the_limit_again():
         assert store.errors["too_large"] == 1
 
 
-def slots(*ranges):
-    here = b"*2\r\n$9\r\n127.0.0.1\r\n:1\r\n"
-    return b"*%d\r\n" % len(ranges) + b"".join(b"*3\r\n:%d\r\n:%d\r\n" % place + here for place in ranges)
-
-
-@pytest.mark.parametrize(
-    "ranges",
-    [
-        [(0, 16383)] * 20_000,
-        [(0, 16383)] * 3_000,
-        [(slot % 16384, slot % 16384) for slot in range(20_000)],
-        [(0, 16383), (5, 5)],
-    ],
-    ids=["20,000 whole ones", "3,000 whole ones", "20,000 of one slot", "one in another"],
-)
-def test_more_slots_than_there_are_is_a_lie(ranges):
-    """16,384 slots have one owner each; so what a topology costs to take in is bounded."""
-    reply = [[low, high, [memoryview(b"h"), 1]] for low, high in ranges]
-    with pytest.raises(ProtocolError, match="slots"):
-        redis_topology._ranges(reply, "h")
-    with Liar({b"CLUSTER": slots(*ranges)}) as liar, open_store(URLS["cluster"].format(liar.port)) as store:
-        with pytest.raises(StoreError) as caught:
-            store.get("kvlab:a")
-        assert caught.value.reason in ("unreachable", "timeout")
-        liar.lies = {}
-        recovers(store)
-
-
-def test_slots_that_all_lie_apart_are_a_cluster():
-    reply = [[slot, slot, [memoryview(b"h"), 1 + slot % 3]] for slot in range(16384)]
-    assert len(redis_topology._ranges(reply, "h")) == 16384
-
-
 @pytest.mark.parametrize("call", ["contains_many", "touch", "put", "used_bytes"])
 def test_a_call_of_many_questions_has_one_deadline(call):
     """Each answer comes in time for a deadline of its own."""
@@ -399,11 +346,3 @@ def test_facts_about_memory_are_short():
     ):
         assert store.used_bytes == 0
         assert store.errors == {"protocol": 1}
-
-
-def test_slots_are_those_of_redis():
-    from redis.crc import key_slot as theirs
-
-    draw = random.Random(2)
-    for key in [b"", b"{}", b"a{}b{c}", b"{a", b"a}{b}", b"{{a}}", *(draw.randbytes(9) + b"{x}" for _ in range(200))]:
-        assert key_slot(key) == theirs(key)
