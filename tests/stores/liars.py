@@ -4,10 +4,6 @@ import contextlib
 import socket
 import threading
 
-from servers import wait_for
-
-from kvlab.errors import StoreError
-
 WAIT = b""  # an answer that never comes
 
 
@@ -89,23 +85,3 @@ class Liar:
             b"SENTINEL": lambda: b"*2\r\n" + bulk(here[0]) + bulk(here[1]),
             b"CLUSTER": lambda: b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n" + bulk(here[0]) + b":%d\r\n" % self.port,
         }.get(command, lambda: b"+OK\r\n")()
-
-
-OPTIONS = "timeout_ms=300&retry_ms=1&longest_retry_ms=1&limit=1MiB"
-URLS = {
-    "single": "redis://:pw@127.0.0.1:{}/1?" + OPTIONS,
-    "sentinel": "redis-sentinel://:pw@127.0.0.1:{}/main?" + OPTIONS,
-    "cluster": "redis-cluster://:pw@127.0.0.1:{}?" + OPTIONS,
-}
-
-
-def recovers(store):
-    """Once the server is honest, so are the answers."""
-
-    def right():
-        with contextlib.suppress(StoreError):
-            value = store.get("kvlab:a")
-            assert value is None or bytes(value) == b"value of a"
-            return value is not None and store.contains_many(["kvlab:b", "kvlab:c"]) == [True, False]
-
-    wait_for(right, "the store to recover")

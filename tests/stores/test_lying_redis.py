@@ -8,7 +8,8 @@ import time
 import tracemalloc
 
 import pytest
-from liars import URLS, Liar, bulk, recovers
+from liars import Liar, bulk
+from lying import URLS, recovers
 from servers import wait_for
 
 from kvlab.errors import StoreError

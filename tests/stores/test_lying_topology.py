@@ -3,7 +3,8 @@
 import random
 
 import pytest
-from liars import URLS, Liar, recovers
+from liars import Liar
+from lying import URLS, recovers
 
 from kvlab.errors import StoreError
 from kvlab.stores import open_store, redis_topology
