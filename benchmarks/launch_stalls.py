@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from kvlab.chunking import Chunker
-from kvlab.connectors.vllm.metadata import SaveOp, StepMetadata
-from kvlab.connectors.vllm.worker import PATIENCE_S, Worker
+from kvlab.connectors.vllm.messages import SaveOp, StepMetadata
+from kvlab.connectors.vllm.worker.worker import PATIENCE_S, Worker
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
 from kvlab.machine.provenance import append_rows

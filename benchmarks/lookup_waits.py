@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from kvlab.chunking import Chunker
-from kvlab.connectors.vllm.admission import LoadAdmission
-from kvlab.connectors.vllm.lookup import KnownSecondary, Lookup
-from kvlab.connectors.vllm.requests import RequestState
+from kvlab.connectors.vllm.scheduler.admission import LoadAdmission
+from kvlab.connectors.vllm.scheduler.lookup import KnownSecondary, Lookup
+from kvlab.connectors.vllm.scheduler.requests import RequestState
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
 from kvlab.machine.provenance import append_rows

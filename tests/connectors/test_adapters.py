@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from kvlab.connectors.vllm import adapters
 from kvlab.connectors.vllm.adapters import Adapters, LoadedAdapter
-from kvlab.connectors.vllm.metadata import WorkerReport
-from kvlab.connectors.vllm.requests import request_extras
+from kvlab.connectors.vllm.messages import WorkerReport
+from kvlab.connectors.vllm.scheduler.requests import request_extras
 from tests.connectors.engine import MAX_TOKENS, Answer, connector, engine, prompt
 from tests.connectors.test_disk_tier import drain
 

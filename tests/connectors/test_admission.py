@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from kvlab.connectors.vllm.admission import FORGET_S, LoadAdmission, SaveAdmission
+from kvlab.connectors.vllm.scheduler.admission import FORGET_S, LoadAdmission, SaveAdmission
 from kvlab.stores.wrappers import LatencyStore
 from tests.connectors.engine import connector, engine, generate, prompt, worker
 from tests.connectors.test_disk_tier import drain

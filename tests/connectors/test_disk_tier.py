@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvlab.connectors.vllm.metadata import WorkerReport
+from kvlab.connectors.vllm.messages import WorkerReport
 from kvlab.hashing import block_hashes
 from tests.connectors.engine import BLOCK, connector, engine, generate, prompt, shared, worker
 

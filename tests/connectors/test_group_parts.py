@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlab.chunking import Chunker, Span
-from kvlab.connectors.vllm.groups import NO_PAGE, Groups
+from kvlab.connectors.vllm.kv_groups import NO_PAGE, KVGroups
 
 GONE = -1  # the table a connector keeps still names the page, which has another owner by now
 windows = st.lists(st.none() | st.integers(1, 90), min_size=1, max_size=3)
@@ -20,7 +20,7 @@ def objects(chunker: Chunker, num_tokens: int) -> list[tuple[Span, int]]:
 
 @given(windows, st.integers(1, 8), st.integers(1, 6), st.integers(2, 200), st.data())
 def test_every_object_is_whole_when_saved_and_enough_when_loaded(windows, block, chunk_blocks, num_tokens, data):
-    groups, chunker = Groups(tuple(windows), block), Chunker(chunk_blocks * block, block)
+    groups, chunker = KVGroups(tuple(windows), block), Chunker(chunk_blocks * block, block)
     total = -(-num_tokens // block)
     stored: dict[int, list[int]] = {}  # end of an object -> its pages
     computed = 0
@@ -57,7 +57,7 @@ def test_every_object_is_whole_when_saved_and_enough_when_loaded(windows, block,
 
 
 def test_windows_in_numbers():
-    groups = Groups((None, 40), 16)
+    groups = KVGroups((None, 40), 16)
     assert [groups.first_block(1, n) for n in (0, 39, 54, 55, 70, 71)] == [0, 0, 0, 1, 1, 2]
     parts = [(p.group, p.first_block, p.end_block, p.offset) for p in groups.parts(Span(4, 8), 128)]
     assert parts == [(0, 4, 8, 0), (1, 5, 8, 4)]  # the last token, 127, sees 88 to 127: from block 5 on

@@ -6,14 +6,14 @@ import pytest
 
 from kvlab.chunking import Chunker
 from kvlab.connectors.config import ConnectorConfig
-from kvlab.connectors.vllm.admission import LoadAdmission
-from kvlab.connectors.vllm.groups import Groups
-from kvlab.connectors.vllm.lookup import KEPT_KEYS, KnownSecondary, Lookup
-from kvlab.connectors.vllm.metadata import WorkerReport
-from kvlab.connectors.vllm.requests import RequestState
-from kvlab.connectors.vllm.saves import Write
-from kvlab.connectors.vllm.scheduler import Scheduler
-from kvlab.connectors.vllm.slots import SlotIndex
+from kvlab.connectors.vllm.kv_groups import KVGroups
+from kvlab.connectors.vllm.messages import WorkerReport
+from kvlab.connectors.vllm.scheduler.admission import LoadAdmission
+from kvlab.connectors.vllm.scheduler.lookup import KEPT_KEYS, KnownSecondary, Lookup
+from kvlab.connectors.vllm.scheduler.requests import RequestState
+from kvlab.connectors.vllm.scheduler.saves import Write
+from kvlab.connectors.vllm.scheduler.scheduler import Scheduler
+from kvlab.connectors.vllm.scheduler.slots import SlotIndex
 from kvlab.hashing import Namespace
 from kvlab.stores.memory import MemoryStore
 from tests.support.gate import Gate
@@ -120,7 +120,7 @@ def test_of_what_is_held_below_the_latest_is_kept():
 def test_what_one_rank_could_not_hand_on_is_not_held_below():
     ranks = [Namespace("model", {"rank": rank}) for rank in range(2)]
     scheduler = Scheduler(
-        ConnectorConfig(tiers=("memory://?size=1MiB", "redis://none")), Chunker(), Groups((None,), 16), SlotIndex(8),
+        ConnectorConfig(tiers=("memory://?size=1MiB", "redis://none")), Chunker(), KVGroups((None,), 16), SlotIndex(8),
         MemoryStore(1 << 20), ranks, lambda loads: set(), at_once=False,
     )  # fmt: skip
     for first_refuses in (True, False, True):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from kvlab.connectors.vllm.rollback import StepRollback
+from kvlab.connectors.vllm.scheduler.rollback import StepRollback
 
 BLOCK = 16
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlab.connectors.vllm.slots import SlotIndex
+from kvlab.connectors.vllm.scheduler.slots import SlotIndex
 from kvlab.errors import ConfigError
 
 

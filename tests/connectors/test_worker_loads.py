@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kvlab.chunking import Chunker
-from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad, StepMetadata
-from kvlab.connectors.vllm.worker import PAGE_AXES, Worker
+from kvlab.connectors.vllm.messages import LoadOp, RequestLoad, StepMetadata
+from kvlab.connectors.vllm.worker.worker import PAGE_AXES, Worker
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
 from kvlab.paged import page_layout

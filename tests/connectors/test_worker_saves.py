@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kvlab.chunking import Chunker
-from kvlab.connectors.vllm import worker as workers
-from kvlab.connectors.vllm.metadata import Adapter, SaveOp, StepMetadata, WorkerReport
-from kvlab.connectors.vllm.worker import PAGE_AXES, QUIET_AFTER, Worker
+from kvlab.connectors.vllm.messages import Adapter, SaveOp, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.worker import worker as workers
+from kvlab.connectors.vllm.worker.worker import PAGE_AXES, QUIET_AFTER, Worker
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
 from kvlab.paged import page_layout

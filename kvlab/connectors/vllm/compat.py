@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvlab.connectors.vllm.adapters import watch
-from kvlab.connectors.vllm.groups import Groups
+from kvlab.connectors.vllm.kv_groups import KVGroups
 from kvlab.errors import ConfigError
 
 DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
@@ -34,7 +34,7 @@ def layout_name(vllm_config: Any, kv_cache_config: Any) -> str:
         return str(utils.get_kv_cache_layout())
 
 
-def served_groups(kv_cache_config: Any) -> Groups:
+def served_groups(kv_cache_config: Any) -> KVGroups:
     """What the engine's KV cache groups need, or ConfigError where that is not known, or a failed load could not be
     made good: this takes a connector interface that hears of failures by request."""
     groups = kv_cache_config.kv_cache_groups
@@ -52,7 +52,7 @@ def served_groups(kv_cache_config: Any) -> Groups:
         raise ConfigError(
             f"{what}, blocks of {sorted(sizes)} tokens; kvlab needs one size and one window each. {instead}"
         )
-    found = Groups(tuple(of_group.pop() for of_group in windows), sizes.pop())
+    found = KVGroups(tuple(of_group.pop() for of_group in windows), sizes.pop())
     if found.fail_whole and not hasattr(KVConnectorBase_V1, "get_transfer_results"):
         raise ConfigError(f"{what}; with this version of vLLM kvlab serves one, of layers without a window. {instead}")
     return found

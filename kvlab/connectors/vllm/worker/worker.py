@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from kvlab.connectors.vllm.adapters import ADAPTERS
-from kvlab.connectors.vllm.admission import MIN_PREFILL_TOKENS
-from kvlab.connectors.vllm.metadata import Adapter, LoadOp, LoadRow, RequestLoad, SaveOp, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.messages import Adapter, LoadOp, LoadRow, RequestLoad, SaveOp, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.scheduler.admission import MIN_PREFILL_TOKENS
 from kvlab.engine import CacheEngine, retrieved_line
 from kvlab.hashing import versioned
 from kvlab.paged import PageLayout

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from kvlab.chunking import Chunker, Span
-from kvlab.connectors.vllm.requests import ObjectRef, RequestState
-from kvlab.connectors.vllm.slots import SlotIndex
+from kvlab.connectors.vllm.scheduler.requests import ObjectRef, RequestState
+from kvlab.connectors.vllm.scheduler.slots import SlotIndex
 
 
 class Planner:

@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Groups:
+class KVGroups:
     """`windows` has an entry for each group: how many tokens a token sees, itself included; None: all before it."""
 
     windows: tuple[int | None, ...]

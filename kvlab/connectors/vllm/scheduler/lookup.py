@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from kvlab.chunking import Chunker
-from kvlab.connectors.vllm.admission import LoadAdmission
-from kvlab.connectors.vllm.requests import RequestState
+from kvlab.connectors.vllm.scheduler.admission import LoadAdmission
+from kvlab.connectors.vllm.scheduler.requests import RequestState
 from kvlab.hashing import Namespace
 from kvlab.stores import Store
 

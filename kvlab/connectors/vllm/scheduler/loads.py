@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvlab.chunking import Chunker
-from kvlab.connectors.vllm.groups import Groups
-from kvlab.connectors.vllm.metadata import LoadOp, RequestLoad
-from kvlab.connectors.vllm.requests import ObjectRef, RequestState
-from kvlab.connectors.vllm.slots import Entry, SlotIndex
+from kvlab.connectors.vllm.kv_groups import KVGroups
+from kvlab.connectors.vllm.messages import LoadOp, RequestLoad
+from kvlab.connectors.vllm.scheduler.requests import ObjectRef, RequestState
+from kvlab.connectors.vllm.scheduler.slots import Entry, SlotIndex
 
 
 class LoadPlanner:
     """Queues loads for the step that is being planned. Without `at_once` all of them run between steps."""
 
-    def __init__(self, chunker: Chunker, groups: Groups, index: SlotIndex, *, at_once: bool) -> None:
+    def __init__(self, chunker: Chunker, groups: KVGroups, index: SlotIndex, *, at_once: bool) -> None:
         self._chunker = chunker
         self._groups = groups
         self._index = index

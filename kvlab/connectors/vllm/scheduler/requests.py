@@ -6,7 +6,7 @@ from typing import Any
 
 from kvlab.chunking import Chunker, Span
 from kvlab.connectors.vllm.adapters import ADAPTERS, LoadedAdapter
-from kvlab.connectors.vllm.metadata import Adapter
+from kvlab.connectors.vllm.messages import Adapter
 from kvlab.hashing import Extra, block_hashes
 
 

@@ -14,12 +14,12 @@ from typing import Any
 from kvlab.chunking import Chunker, Span
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.adapters import ADAPTERS
-from kvlab.connectors.vllm.admission import SaveAdmission
-from kvlab.connectors.vllm.groups import NO_PAGE, Groups
-from kvlab.connectors.vllm.lookup import KnownSecondary, LatestKeys
-from kvlab.connectors.vllm.metadata import SaveOp
-from kvlab.connectors.vllm.requests import ObjectRef, RequestState
-from kvlab.connectors.vllm.slots import Entry, SlotIndex
+from kvlab.connectors.vllm.kv_groups import NO_PAGE, KVGroups
+from kvlab.connectors.vllm.messages import SaveOp
+from kvlab.connectors.vllm.scheduler.admission import SaveAdmission
+from kvlab.connectors.vllm.scheduler.lookup import KnownSecondary, LatestKeys
+from kvlab.connectors.vllm.scheduler.requests import ObjectRef, RequestState
+from kvlab.connectors.vllm.scheduler.slots import Entry, SlotIndex
 
 
 def given_blocks(output: Any, block_tokens: int) -> list[int]:
@@ -66,7 +66,7 @@ class SavePlanner:
         self,
         config: ConnectorConfig,
         chunker: Chunker,
-        groups: Groups,
+        groups: KVGroups,
         index: SlotIndex,
         *,
         has_secondary: bool,

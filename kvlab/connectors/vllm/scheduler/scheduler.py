@@ -13,16 +13,22 @@ from typing import Any
 from kvlab.chunking import Chunker
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.adapters import ADAPTERS
-from kvlab.connectors.vllm.admission import LoadAdmission
-from kvlab.connectors.vllm.groups import Groups
-from kvlab.connectors.vllm.loads import LoadPlanner
-from kvlab.connectors.vllm.lookup import KnownSecondary, LatestKeys, Lookup
-from kvlab.connectors.vllm.metadata import Adapter, RequestLoad, StepMetadata, WorkerReport
-from kvlab.connectors.vllm.planning import Planner, end_block, end_token
-from kvlab.connectors.vllm.requests import ObjectRef, RequestState, request_adapter, request_extras, wants_recompute
-from kvlab.connectors.vllm.rollback import StepRollback
-from kvlab.connectors.vllm.saves import SavePlanner, empty_blocks, given_blocks
-from kvlab.connectors.vllm.slots import Entry, SlotIndex
+from kvlab.connectors.vllm.kv_groups import KVGroups
+from kvlab.connectors.vllm.messages import Adapter, RequestLoad, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.scheduler.admission import LoadAdmission
+from kvlab.connectors.vllm.scheduler.loads import LoadPlanner
+from kvlab.connectors.vllm.scheduler.lookup import KnownSecondary, LatestKeys, Lookup
+from kvlab.connectors.vllm.scheduler.planning import Planner, end_block, end_token
+from kvlab.connectors.vllm.scheduler.requests import (
+    ObjectRef,
+    RequestState,
+    request_adapter,
+    request_extras,
+    wants_recompute,
+)
+from kvlab.connectors.vllm.scheduler.rollback import StepRollback
+from kvlab.connectors.vllm.scheduler.saves import SavePlanner, empty_blocks, given_blocks
+from kvlab.connectors.vllm.scheduler.slots import Entry, SlotIndex
 from kvlab.hashing import Namespace, versioned
 from kvlab.stores import Store
 
@@ -41,7 +47,7 @@ class Scheduler:
         self,
         config: ConnectorConfig,
         chunker: Chunker,
-        groups: Groups,
+        groups: KVGroups,
         index: SlotIndex,
         secondary: Store | None,
         namespaces: Sequence[Namespace],

@@ -1,0 +1,325 @@
+"""KVLabConnector: kvlab inside vLLM. The only room that imports vllm.
+
+Use::
+
+    KVTransferConfig(**kvlab.vllm_config(["memory://?size=1GiB", "file:///path?size=10GiB"]))
+
+The class below only joins vLLM's hooks to `Scheduler` (decides) and `Worker` (copies). An error in a hook costs a
+miss and is counted; it never reaches the engine, but where a step would read pages known to be empty (`StepRollback`).
+What cannot be served is refused at start instead.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+
+from kvlab.chunking import Chunker
+from kvlab.connectors.config import ConnectorConfig
+from kvlab.connectors.vllm import compat
+from kvlab.connectors.vllm.adapters import ADAPTERS
+from kvlab.connectors.vllm.messages import RequestLoad, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.metrics import Increments, KVLabPromMetrics, KVLabStats
+from kvlab.connectors.vllm.namespace import engine_namespace, rank_namespace
+from kvlab.connectors.vllm.scheduler.scheduler import Scheduler
+from kvlab.connectors.vllm.scheduler.slots import SlotIndex
+from kvlab.connectors.vllm.worker.worker import Transfer, Worker
+from kvlab.engine import CacheEngine
+from kvlab.errors import ConfigError
+from kvlab.hashing import cache_namespace
+from kvlab.paged import PageLayout, page_layout
+from kvlab.paged.transfer import CPUTransfer
+from kvlab.serde import get_serde
+from kvlab.stores import open_stores
+from kvlab.units import format_bytes
+
+__all__ = ["KVLabConnector"]
+
+logger = logging.getLogger("vllm.kvlab")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _never_raise(default: Callable[[], Any]) -> Callable[[F], F]:
+    """A hook that fails is counted and told once, and answers `default()`: a cache must not stop an engine."""
+
+    def wrap(hook: F) -> F:
+        @functools.wraps(hook)
+        def guarded(self: "KVLabConnector", *args: Any, **kwargs: Any) -> Any:
+            try:
+                return hook(self, *args, **kwargs)
+            except Exception:
+                self._hook_failed(hook.__name__)
+                return default()
+
+        return guarded  # type: ignore[return-value]
+
+    return wrap
+
+
+def _transfer(layout: PageLayout, num_slots: int, gpu_staging: int) -> Transfer:
+    """The way between these pages and host memory."""
+    if layout.pages[0].device.type != "cuda":
+        return CPUTransfer(layout, num_slots)
+    from kvlab.paged.staging import CudaTransfer  # loads Triton
+
+    return CudaTransfer(layout, num_slots, staging_bytes=gpu_staging)
+
+
+class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
+    """vLLM's V1 connector interface over kvlab's tiers; settings as in `kvlab.connectors.ConnectorConfig`."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.hook_errors: dict[str, int] = {}
+        self.config = ConnectorConfig.from_extra(self._kv_transfer_config.kv_connector_extra_config)
+        # A tier that fails must cost a recompute; vLLM's default fails the request. Read by the scheduler after this.
+        self._kv_transfer_config.kv_load_failure_policy = "recompute"
+        if role == KVConnectorRole.WORKER:
+            compat.check_company(self._kv_transfer_config)
+            ADAPTERS.clear()
+            if vllm_config.lora_config is not None and not compat.watch_adapters():
+                logger.warning(
+                    "kvlab: this version of vLLM does not show which LoRA weights it loads; requests with "
+                    "an adapter go without the cache"
+                )
+        self.groups = compat.served_groups(kv_cache_config)
+        outlives = bool(self.config.secondary_tiers)
+        compat.refuse_unserved(vllm_config, kv_cache_config.kv_cache_groups, outlives=outlives)
+        self.chunker = Chunker(chunk_tokens=self.config.chunk_tokens, block_tokens=self.groups.block_tokens)
+        self._writes_early = self.groups.are_several or compat.zeroes_pages(kv_cache_config)
+        pages = [compat.page_bytes(group) for group in kv_cache_config.kv_cache_groups]
+        self._pages = {layer: size for group in pages for layer, size in group.items()}
+        slot_bytes = max(sum(group.values()) for group in pages)  # a page of the pool serves any group
+        self.num_slots = self.config.arena_bytes // slot_bytes
+        if self.num_slots < 1:
+            raise ConfigError(
+                f"host memory of {format_bytes(self.config.arena_bytes)} must hold a block of "
+                f"{format_bytes(slot_bytes)}; give a larger size"
+            )
+        serde = get_serde(self.config.serde)
+        if serde.needs_kv_axes and self.config.secondary_tiers:
+            raise ConfigError(
+                f"serde {self.config.serde!r} must tell K from V, which an engine's opaque pages do not show; "
+                "use naive or lossless"
+            )
+        named = engine_namespace(
+            vllm_config,
+            kv_cache_config,
+            extra=self.config.namespace,
+            serde=self.config.serde,
+            outlives=outlives,
+            loaded_here=role == KVConnectorRole.WORKER,
+        )
+        auth = self.config.auth
+        self.namespace = cache_namespace(
+            named,
+            chunk_tokens=self.chunker.chunk_tokens,
+            block_tokens=self.chunker.block_tokens,
+            auth=auth.id if auth else None,
+        )
+        self._promise = (0, False)  # of the latest match: tokens computed locally, and whether the load is async
+        self.scheduler: Scheduler | None = None
+        self.worker: Worker | None = None
+        self._increments: Increments | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            ranks = vllm_config.parallel_config.tensor_parallel_size
+            namespaces = [rank_namespace(self.namespace, rank) for rank in range(ranks)]
+            index = SlotIndex(self.num_slots, policy=self.config.policy)
+            secondary = open_stores(self.config.secondary_tiers) if self.config.secondary_tiers else None
+            # In company of other connectors, which may have read the step's plan before it would be lowered: later.
+            alone = has_kv_transfer_group() and isinstance(get_kv_transfer_group(), KVLabConnector)
+            self.scheduler = Scheduler(
+                self.config,
+                self.chunker,
+                self.groups,
+                index,
+                secondary,
+                namespaces,
+                self._load_now,
+                at_once=ranks == 1 and alone and not self._writes_early and not self.groups.fail_whole,
+                unfilled_groups=compat.unfilled_groups(kv_cache_config),
+                role=self._kv_transfer_config.kv_role,
+                in_company=has_kv_transfer_group() and not alone,
+            )
+            self._increments = Increments(self.scheduler.counters)
+
+    def _hook_failed(self, name: str) -> None:
+        """Called while the error is handled: count it, and tell it with its trace the first time."""
+        self.hook_errors[name] = self.hook_errors.get(name, 0) + 1
+        if self.hook_errors[name] == 1:
+            logger.exception("kvlab: %s failed; the request goes on without the cache", name)
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """No: nothing happens within a forward pass. vLLM asks in the process that the user started, where a wrong
+        setting is told at once and not only by an engine process that dies."""
+        ConnectorConfig.from_extra(extra_config)
+        return False
+
+    # ---- worker
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        name = compat.layout_name(self._vllm_config, self._kv_cache_config)
+        layout = page_layout(kv_caches, num_blocks=self._kv_cache_config.num_blocks, page_bytes=self._pages, name=name)
+        if layout.block_bytes * self.num_slots > self.config.arena_bytes:
+            raise ConfigError(
+                f"a block holds {layout.block_bytes} bytes in the engine's memory, more than its specs say; "
+                "run this model without the connector"
+            )
+        engine = None
+        if self.config.secondary_tiers:
+            namespace = rank_namespace(self.namespace, self._vllm_config.parallel_config.rank)
+            secondary = open_stores(self.config.secondary_tiers)
+            engine = CacheEngine(
+                secondary, namespace=namespace, chunker=self.chunker, serde=self.config.serde, auth=self.config.auth
+            )
+        transfer = _transfer(layout, self.num_slots, self.config.gpu_staging)
+        self.worker = Worker(transfer, self.num_slots, engine, writes_early=self._writes_early)
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self._begin_step()
+
+    @_never_raise(lambda: None)
+    def _begin_step(self) -> None:
+        if self.worker is not None and isinstance(self._connector_metadata, StepMetadata):
+            self.worker.begin(self._connector_metadata)
+
+    @_never_raise(lambda: None)
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self.worker is not None and isinstance(self._connector_metadata, StepMetadata):
+            self.worker.load(self._connector_metadata)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: whole blocks are moved before or after the forward pass, so CUDA graphs stay full."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing, for the same reason."""
+
+    @_never_raise(lambda: None)
+    def wait_for_save(self) -> None:
+        if self.worker is not None and isinstance(self._connector_metadata, StepMetadata):
+            self.worker.save(self._connector_metadata)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, (self.worker.take_finished()[0] or None) if self.worker is not None else None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Asked in place of `get_finished` by versions that have it, which hear of a failed load by request."""
+        finished, failed = self.worker.take_finished() if self.worker is not None else (set(), set())
+        return compat.transfer_results(finished, failed if self.groups.fail_whole else set())
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        lost = self.worker.take_lost_blocks() if self.worker is not None else set()
+        return set() if self.groups.fail_whole else lost
+
+    def build_connector_worker_meta(self) -> WorkerReport | None:
+        return self.worker.take_report() if self.worker is not None else None
+
+    # ---- metrics
+
+    def get_kv_connector_stats(self) -> KVLabStats | None:
+        """The scheduler side's increments; what workers measure reaches it through their reports."""
+        return self._increments.take() if self._increments is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVLabStats:
+        return KVLabStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> KVLabPromMetrics:
+        return KVLabPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
+        """Tokens of a hit by tier, in vLLM's words (asked for by versions that have them)."""
+        sources = compat.hit_sources()
+        if self.scheduler is None or sources is None or num_external_tokens == 0:
+            return {}
+        secondary = min(self.scheduler.secondary_tokens(request.request_id), num_external_tokens)
+        disk = all(url.startswith("file:") for url in self.config.secondary_tiers)
+        known_secondary = sources.DISK if disk else sources.EXTERNAL_UNSPECIFIED
+        counts = {sources.HOST: num_external_tokens - secondary, known_secondary: secondary}
+        return {source: count for source, count in counts.items() if count}
+
+    # ---- scheduler
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache owes nobody anything: a save that is lost is a later miss."""
+        return False
+
+    @_never_raise(lambda: (0, False))
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        assert self.scheduler is not None
+        tokens, is_async = self.scheduler.match(request, num_computed_tokens)
+        self._promise = (num_computed_tokens, is_async)
+        return tokens, is_async
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        assert self.scheduler is not None
+        block_ids = blocks.get_block_ids()
+        self.scheduler.given(request)
+        try:
+            self.scheduler.allocated(request, block_ids, num_external_tokens)
+        except Exception:
+            self._hook_failed("update_state_after_alloc")
+            if num_external_tokens:  # promised: the engine takes these pages for filled unless told otherwise
+                computed, is_async = self._promise
+                end, block = computed + num_external_tokens, self.chunker.block_tokens
+                lost = self.groups.needed(block_ids, range(computed // block, -(-end // block)), end)
+                self.scheduler.lose(request.request_id, lost, is_async=is_async)
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        assert self.scheduler is not None
+        return self.scheduler.build(scheduler_output)
+
+    def _load_now(self, loads: list[RequestLoad]) -> set[int]:
+        """Called by the scheduler side: the worker side lives in this process where there is one rank."""
+        try:
+            worker: Worker = get_kv_transfer_group().worker
+            return worker.load_now(loads)
+        except Exception:
+            self._hook_failed("load_now")
+            return {page for load in loads for op in load.ops for page in op.block_ids} | {
+                page for load in loads for page in load.lost_blocks
+            }
+
+    @_never_raise(lambda: None)
+    def update_connector_output(self, connector_output: Any) -> None:
+        report = connector_output.kv_connector_worker_meta
+        if self.scheduler is not None and isinstance(report, WorkerReport):
+            self.scheduler.absorb(report)
+
+    @_never_raise(lambda: (False, None))
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        assert self.scheduler is not None
+        return False, self.scheduler.finished(request)
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids[0])
+
+    def reset_cache(self) -> bool | None:
+        """What vLLM asks where weights may have changed: nothing stored so far is served from now on, in any tier.
+        False where that failed."""
+        try:
+            if self.scheduler is not None:
+                self.scheduler.reset()
+        except Exception:
+            self._hook_failed("reset_cache")
+            if self.scheduler is not None:
+                self.scheduler.enabled = False
+            return False
+        return True
+
+    def shutdown(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+        if self.scheduler is not None:
+            self.scheduler.close()

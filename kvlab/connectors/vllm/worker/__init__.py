@@ -1,0 +1,1 @@
+"""The worker side of the connector: copies what the scheduler side decided. One per rank."""
