@@ -18,7 +18,7 @@ import torch
 from gpu_transfer import BLOCKS, arguments, layout, report, timed
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from kvlab.paged.staging import CudaTransfer
+from kvlab.paged.cuda import CudaTransfer
 
 SIZES = (14, 64, 128, 512)  # MiB
 CALL = "kvlab call"

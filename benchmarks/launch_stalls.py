@@ -26,7 +26,7 @@ from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
 from kvlab.machine.provenance import append_rows
 from kvlab.paged import page_layout
-from kvlab.paged.transfer import CPUTransfer
+from kvlab.paged.cpu import CPUTransfer
 from kvlab.stores import open_store
 
 LAYERS, PAGE = 28, 32768

@@ -28,7 +28,7 @@ from kvlab.hashing import Namespace
 from kvlab.machine.provenance import append_rows
 from kvlab.machine.redis_server import RedisServer
 from kvlab.paged import page_layout
-from kvlab.paged.transfer import CPUTransfer
+from kvlab.paged.cpu import CPUTransfer
 from kvlab.stores import open_store
 from kvlab.stores.direct import aligned_buffer
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvlab.errors import ConfigError
 from kvlab.paged import gather, page_layout, scatter, slots
 from kvlab.paged.batch import copies_between
-from kvlab.paged.transfer import CPUTransfer
+from kvlab.paged.cpu import CPUTransfer
 
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 11, 2, 4, 10
 

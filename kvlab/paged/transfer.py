@@ -1,94 +1,73 @@
-"""Copies between an engine's pages and a host arena, for caches in CPU memory."""
+"""`Transfer`: how blocks move between an engine's pages and the slots of a host arena, and how to get one."""
 
-import time
 from collections.abc import Sequence
-from threading import Thread
+from typing import Any, Protocol
 
 import torch
 
-from kvlab.hostmemory import populate, reserve
-from kvlab.paged.layout import PageLayout, check_block_ids
-from kvlab.paged.slots import fill, gather, view
+from kvlab.paged.cpu import CPUTransfer
+from kvlab.paged.layout import PageLayout
 
 
-class WallClock:
-    """Seconds from its making to `stop`."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._seconds: float | None = None
-
-    def stop(self) -> None:
-        self._seconds = time.perf_counter() - self._start
+class Clock(Protocol):
+    """Times work that may still be under way."""
 
     def seconds(self) -> float | None:
-        return self._seconds
+        """From the beginning of the work to its end; None while it is under way."""
 
     def delay(self) -> float:
-        return self._seconds or 0.0
+        """Seconds by which the work held up the engine's own."""
+
+    def stop(self) -> None:
+        """The work ends here."""
 
 
-class CPUTransfer:
-    """Pages and arena lie in the same memory: a copy is a copy.
+class Transfer(Protocol):
+    """Moves blocks between pages and arena slots. A copy that returns a clock is still under way; the engine's
+    next work is ordered behind it all the same. `arena` is uint8 [slots, layers, page_bytes]."""
 
-    `arena` is uint8 [slots, layers, page_bytes]; a slot holds one block. Copies go through numpy, page by page:
-    torch would start a team of OpenMP threads for every thread that copies, and those spin beside the model's own.
-    """
+    layout: PageLayout
+    arena: torch.Tensor
 
-    def __init__(self, layout: PageLayout, num_slots: int) -> None:
-        self.layout = layout
-        shape = (num_slots, layout.num_layers, layout.page_bytes)
-        self._arena = reserve(num_slots * layout.block_bytes).reshape(shape)
-        self.arena = torch.from_numpy(self._arena)
-        # Now, by one thread beside the engine: no request should pay for memory that is touched for the first time.
-        Thread(target=populate, args=(self._arena,), kwargs={"threads": 1}, daemon=True, name="kvlab-arena").start()
-        self._pages = [pages.numpy() for pages in layout.pages]
+    def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> Clock | None:
+        """Copy pages into slots."""
 
-    def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> None:
-        """Copy pages into slots; done when it returns."""
-        check_block_ids(block_ids, self.layout.num_blocks)
-        for layer, pages in enumerate(self._pages):
-            for block_id, slot in zip(block_ids, slots, strict=True):
-                self._arena[slot, layer] = pages[block_id]
+    def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Clock | None:
+        """Copy slots into pages; the engine's next work sees them."""
 
-    def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
-        """Copy slots into pages; done when it returns."""
-        check_block_ids(block_ids, self.layout.num_blocks)
-        for layer, pages in enumerate(self._pages):
-            for block_id, slot in zip(block_ids, slots, strict=True):
-                pages[block_id] = self._arena[slot, layer]
+    def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int], after: Any) -> None:
+        """The same behind the fence `after`; done when it returns."""
 
-    def clear(self, block_ids: Sequence[int]) -> None:
-        """Fill pages with zeros."""
-        check_block_ids(block_ids, self.layout.num_blocks)
-        for pages in self._pages:
-            for block_id in block_ids:
-                pages[block_id] = 0
+    def fence(self) -> Any:
+        """The end of the engine's work so far."""
 
     def before_writes(self, block_ids: Sequence[int]) -> None:
-        """Nothing: no save is under way when a call returns."""
+        """The engine's next work may write to these pages: it waits for saves that have not read them."""
 
-    def fence(self) -> None:
-        """Nothing is under way when a call returns."""
+    def clear(self, block_ids: Sequence[int]) -> None:
+        """Fill pages with zeros, before the engine's next work."""
 
-    def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int], after: None = None) -> None:
-        self.load(slots, block_ids)
-
-    def clock(self) -> WallClock:
-        """Starts now."""
-        return WallClock()
+    def clock(self) -> Clock:
+        """Starts with the engine's next work."""
 
     def view(self, slots: Sequence[int]) -> torch.Tensor | None:
         """The memory of `slots`, uint8 [blocks, layers, page_bytes]; None where they do not lie in one run."""
-        return view(self.arena, slots)
 
     def slots(self, slots: Sequence[int]) -> torch.Tensor:
-        """The content of `slots`, uint8 [blocks, layers, page_bytes], until this thread's next call."""
-        return gather(self.arena, slots)
+        """The content of `slots`, of the same shape, until this thread's next call."""
 
     def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None:
-        """Write `buffer`, uint8 [blocks, layers, page_bytes], into slots."""
-        fill(self.arena, slots, buffer)
+        """Write `buffer`, of the same shape, into slots."""
 
     def close(self) -> None:
-        """Nothing: the arena is ordinary memory."""
+        """Give the arena back."""
+
+
+def open_transfer(layout: PageLayout, num_slots: int, *, staging_bytes: int) -> Transfer:
+    """The transfer between these pages and a new arena of `num_slots` slots. `staging_bytes`: GPU memory for its rings,
+    where the pages lie on a GPU."""
+    if layout.pages[0].device.type != "cuda":
+        return CPUTransfer(layout, num_slots)
+    from kvlab.paged.cuda import CudaTransfer  # loads Triton
+
+    return CudaTransfer(layout, num_slots, staging_bytes=staging_bytes)

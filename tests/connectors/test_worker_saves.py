@@ -12,7 +12,7 @@ from kvlab.connectors.vllm.worker.worker import PAGE_AXES, QUIET_AFTER, Worker
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
 from kvlab.paged import page_layout
-from kvlab.paged.transfer import CPUTransfer
+from kvlab.paged.cpu import CPUTransfer
 from kvlab.stores import open_store
 
 LAYERS, PAGE, BLOCKS = 3, 4096, 4

@@ -26,12 +26,11 @@ from kvlab.connectors.vllm.metrics import Increments, KVLabPromMetrics, KVLabSta
 from kvlab.connectors.vllm.namespace import engine_namespace, rank_namespace
 from kvlab.connectors.vllm.scheduler.scheduler import Scheduler
 from kvlab.connectors.vllm.scheduler.slots import SlotIndex
-from kvlab.connectors.vllm.worker.worker import Transfer, Worker
+from kvlab.connectors.vllm.worker.worker import Worker
 from kvlab.engine import CacheEngine
 from kvlab.errors import ConfigError
 from kvlab.hashing import cache_namespace
-from kvlab.paged import PageLayout, page_layout
-from kvlab.paged.transfer import CPUTransfer
+from kvlab.paged import open_transfer, page_layout
 from kvlab.serde import get_serde
 from kvlab.stores import open_stores
 from kvlab.units import format_bytes
@@ -57,15 +56,6 @@ def _never_raise(default: Callable[[], Any]) -> Callable[[F], F]:
         return guarded  # type: ignore[return-value]
 
     return wrap
-
-
-def _transfer(layout: PageLayout, num_slots: int, gpu_staging: int) -> Transfer:
-    """The way between these pages and host memory."""
-    if layout.pages[0].device.type != "cuda":
-        return CPUTransfer(layout, num_slots)
-    from kvlab.paged.staging import CudaTransfer  # loads Triton
-
-    return CudaTransfer(layout, num_slots, staging_bytes=gpu_staging)
 
 
 class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
@@ -176,7 +166,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             engine = CacheEngine(
                 secondary, namespace=namespace, chunker=self.chunker, serde=self.config.serde, auth=self.config.auth
             )
-        transfer = _transfer(layout, self.num_slots, self.config.gpu_staging)
+        transfer = open_transfer(layout, self.num_slots, staging_bytes=self.config.gpu_staging)
         self.worker = Worker(transfer, self.num_slots, engine, writes_early=self._writes_early)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:

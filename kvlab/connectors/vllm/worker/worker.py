@@ -8,17 +8,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import takewhile
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.messages import Adapter, LoadOp, LoadRow, RequestLoad, SaveOp, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.scheduler.admission import MIN_PREFILL_TOKENS
 from kvlab.engine import CacheEngine, retrieved_line
 from kvlab.hashing import versioned
-from kvlab.paged import PageLayout
 from kvlab.paged.slots import room
+from kvlab.paged.transfer import Clock, Transfer
 
 logger = logging.getLogger("vllm.kvlab")
 TIMED_STEPS = 8  # of the steps without a prefill one in so many is timed
@@ -27,34 +25,6 @@ PATIENCE_S = 0.5  # an object that is to be handed on waits no longer than this 
 IDLE_S = 0.03  # no step has begun for so long: nothing is being launched
 QUIET_AFTER = 2  # steps without a prefill: while the first one runs, the prefill's output is handled
 FETCH_THREADS = 4  # objects of a load come side by side: alone, disk, network and checks wait for each other
-
-
-class Clock(Protocol):
-    """Work that may still be under way."""
-
-    def seconds(self) -> float | None: ...
-    def delay(self) -> float: ...
-    def stop(self) -> None: ...
-
-
-class Transfer(Protocol):
-    """Moves blocks between pages and arena slots. A copy that returns a clock is still under way; the engine's
-    next work is ordered behind it all the same."""
-
-    layout: PageLayout
-    arena: torch.Tensor
-
-    def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> Clock | None: ...
-    def before_writes(self, block_ids: Sequence[int]) -> None: ...
-    def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Clock | None: ...
-    def clear(self, block_ids: Sequence[int]) -> None: ...
-    def fence(self) -> Any: ...
-    def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int], after: Any) -> None: ...
-    def clock(self) -> Clock: ...
-    def view(self, slots: Sequence[int]) -> torch.Tensor | None: ...
-    def slots(self, slots: Sequence[int]) -> torch.Tensor: ...
-    def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None: ...
-    def close(self) -> None: ...
 
 
 class Worker:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvlab.errors import ConfigError
-from kvlab.paged import gather, scatter, staging
+from kvlab.paged import cuda, gather, scatter
 from tests.test_paged import BLOCKS, layout
 
 SLOTS = 9
@@ -114,15 +114,15 @@ def transfer_on(gpu, pages, piece_blocks):
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
         patch.setattr(torch.cuda, "stream", gpu.switched)
         patch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.run())
-        patch.setattr(staging, "triton_driver", SimpleNamespace(active=active))
-        patch.setattr(staging, "pin", lambda memory: None)
-        patch.setattr(staging, "PageMover", lambda layout: Mover(gpu, layout))
-        patch.setattr(staging, "copy_to_device", copy)
-        patch.setattr(staging, "copy_to_host", copy)
-        patch.setattr(staging, "TRAIL_LENGTH", 1)
-        patch.setattr(staging, "LAST_BYTES", pages.block_bytes)
-        size = 2 * staging.RING_DEPTH * piece_blocks * pages.block_bytes
-        transfer = staging.CudaTransfer(pages, SLOTS, staging_bytes=size)
+        patch.setattr(cuda, "triton_driver", SimpleNamespace(active=active))
+        patch.setattr(cuda, "pin", lambda memory: None)
+        patch.setattr(cuda, "PageMover", lambda layout: Mover(gpu, layout))
+        patch.setattr(cuda, "copy_to_device", copy)
+        patch.setattr(cuda, "copy_to_host", copy)
+        patch.setattr(cuda, "TRAIL_LENGTH", 1)
+        patch.setattr(cuda, "LAST_BYTES", pages.block_bytes)
+        size = 2 * cuda.RING_DEPTH * piece_blocks * pages.block_bytes
+        transfer = cuda.CudaTransfer(pages, SLOTS, staging_bytes=size)
         try:
             yield transfer
         finally:
@@ -133,12 +133,12 @@ def transfer_on(gpu, pages, piece_blocks):
     ("num_blocks", "sizes"), [(1, [1]), (8, [8]), (9, [5, 4]), (22, [18, 4]), (23, [18, 1, 4]), (40, [18, 18, 4])]
 )
 def test_a_load_ends_with_a_small_piece(num_blocks, sizes):
-    assert staging.piece_sizes(num_blocks, most=18, last=4) == sizes
+    assert cuda.piece_sizes(num_blocks, most=18, last=4) == sizes
 
 
 def test_other_pieces_are_as_large_as_the_ring_allows():
-    assert staging.piece_sizes(36, most=18, last=0) == [18, 18]
-    assert staging.piece_sizes(40, most=18, last=0) == [18, 18, 4]
+    assert cuda.piece_sizes(36, most=18, last=0) == [18, 18]
+    assert cuda.piece_sizes(40, most=18, last=0) == [18, 18, 4]
 
 
 @pytest.mark.parametrize("order", ["LBHNC", "BLHNC"])
@@ -271,8 +271,8 @@ def test_an_arena_is_unpinned_once():
     undone = []
     with transfer_on(Gpu(Random(0).choice), pages, piece_blocks=1) as transfer:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(staging, "pin", lambda memory: lambda: undone.append(memory.nbytes))
-            other = staging.CudaTransfer(pages, 3, staging_bytes=2 * staging.RING_DEPTH * pages.block_bytes)
+            patch.setattr(cuda, "pin", lambda memory: lambda: undone.append(memory.nbytes))
+            other = cuda.CudaTransfer(pages, 3, staging_bytes=2 * cuda.RING_DEPTH * pages.block_bytes)
         other.close()
         other.close()
         del other
