@@ -7,7 +7,7 @@ go of the interpreter, as launches do. Every eighth step computes a prompt (275 
 and 1 blocks) and saves it through the connector's worker; the others replay one graph. A step's output is handled while
 the next one runs, as in vLLM. Told: a prompt's time from the beginning of its step to its output, and by how much it is
 above that of the same prompt of a turn in which nothing is handed on: medians and quartiles. The worker hands on when
-the copy has ended (`at once`), or waits for quiet steps, as it does (`waits`).
+the copy has ended (`at once`), or waits for steps that only decode, as it does (`waits`).
 """
 
 import argparse
@@ -21,7 +21,8 @@ import torch
 
 from kvlab.chunking import Chunker
 from kvlab.connectors.vllm.messages import SaveOp, StepMetadata
-from kvlab.connectors.vllm.worker.worker import PATIENCE_S, Worker
+from kvlab.connectors.vllm.worker.worker import Worker
+from kvlab.connectors.vllm.worker.write_back import MAX_DELAY_S
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
 from kvlab.machine.provenance import append_rows
@@ -58,9 +59,9 @@ def launch(calls):
 
 
 class Engine:
-    def __init__(self, worker, *, hands_on):
+    def __init__(self, worker, *, writes):
         self._worker = worker
-        self._hands_on = hands_on
+        self._writes = writes
         self._pending = None  # (when the previous step's GPU work ends, when it began if it computes a prompt)
         self._num_prompts = 0
         self._generations = count(1)
@@ -98,7 +99,7 @@ class Engine:
         saves = []
         for blocks in OBJECTS:
             slots, pages = tuple(range(at, at + blocks)), tuple(range(blocks))
-            saves.append(SaveOp(os.urandom(16), next(self._generations), slots, pages, 0, 256, self._hands_on))
+            saves.append(SaveOp(os.urandom(16), next(self._generations), slots, pages, 0, 256, self._writes))
             at += blocks
         return saves
 
@@ -115,10 +116,10 @@ def main() -> None:
     num_slots = PROMPTS_HELD * sum(OBJECTS)
     store = CacheEngine(open_store(options.secondary), namespace=Namespace("bench"), chunker=Chunker(256, 16))
     ways = {}
-    for name, patience_s in (("not at all", 0.0), ("at once", 0.0), ("waits", PATIENCE_S)):
+    for name, delay_s in (("not at all", 0.0), ("at once", 0.0), ("waits", MAX_DELAY_S)):
         arena = Arena(layout, num_slots)
         arena.arena.random_()
-        ways[name] = Engine(Worker(arena, num_slots, store, patience_s=patience_s), hands_on=name != "not at all")
+        ways[name] = Engine(Worker(arena, num_slots, store, max_write_delay_s=delay_s), writes=name != "not at all")
     times: dict[str, list[float]] = {name: [] for name in ways}
     while len(times["waits"]) < options.prompts:
         for name, engine in ways.items():
@@ -127,7 +128,7 @@ def main() -> None:
     for name in ways:
         added = [ms - base for ms, base in zip(times[name], times["not at all"], strict=True)]
         quartiles = statistics.quantiles(added, n=4)
-        row = {"lower": options.secondary.partition(":")[0], "hands_on": name, "prompts": len(times[name])}
+        row = {"lower": options.secondary.partition(":")[0], "writes": name, "prompts": len(times[name])}
         row |= {"prompt_ms": round(statistics.median(times[name]), 3), "added_ms": round(statistics.median(added), 3)}
         rows.append(row | {"added_q1_ms": round(quartiles[0], 3), "added_q3_ms": round(quartiles[2], 3)})
         print(*(f"{key}={value}" for key, value in rows[-1].items()), flush=True)

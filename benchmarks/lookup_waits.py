@@ -20,8 +20,10 @@ import torch
 
 from kvlab.chunking import Chunker
 from kvlab.connectors.vllm.scheduler.admission import LoadAdmission
-from kvlab.connectors.vllm.scheduler.lookup import KnownSecondary, Lookup
+from kvlab.connectors.vllm.scheduler.lookup import Lookup
 from kvlab.connectors.vllm.scheduler.requests import RequestState
+from kvlab.connectors.vllm.scheduler.residency import Residency
+from kvlab.connectors.vllm.scheduler.slots import SlotIndex
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
 from kvlab.machine.provenance import append_rows
@@ -42,7 +44,9 @@ def measure(url: str, *, saving: bool, skipped: bool, seconds: float) -> dict[st
         admission.forward(NUM_TOKENS, 0.013)
         for _ in range(64):
             admission.answered(held=False)
-    lookup = Lookup(asked, Chunker(), [engine.namespace], 1.0, admission, KnownSecondary(), Counter())
+    lookup = Lookup(
+        asked, Chunker(), [engine.namespace], 1.0, admission, Residency(SlotIndex(1), keeps_memory=True), Counter()
+    )
     kv = [torch.randint(0, 255, (NUM_TOKENS, 28, TOKEN_BYTES // 28), dtype=torch.uint8) for _ in range(4)]
     over, saved = threading.Event(), [0]
 
@@ -66,7 +70,7 @@ def measure(url: str, *, saving: bool, skipped: bool, seconds: float) -> dict[st
         at = (10**6 + 100 * len(waits)).to_bytes(16, "big")
         state = RequestState(None, {}, [at + block.to_bytes(16, "big") for block in range(17)])
         start = time.perf_counter()
-        unanswered += not lookup.ask(state, None, lambda key: False, NUM_TOKENS)
+        unanswered += not lookup.ask(state, None, NUM_TOKENS)
         waits.append((time.perf_counter() - start) * 1e3)
     over.set()
     if saving:

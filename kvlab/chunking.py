@@ -4,6 +4,7 @@ A *block* is the engine's page (16 tokens on most GPUs); a *chunk* is kvlab's ob
 Tokens after the last full block belong to none of these: only a connector that fills an engine's pages can use them.
 """
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from kvlab.errors import ConfigError
@@ -63,3 +64,47 @@ class Chunker:
         """The object that ends with `end_block` (exclusive). It begins at the last multiple of a chunk before that, so
         where an object ends says where it begins."""
         return Span((end_block - 1) // self.chunk_blocks * self.chunk_blocks, end_block)
+
+
+def longest_prefix(hashes: Sequence[bytes], chunk_blocks: int, is_held: Callable[[bytes], bool]) -> list[Span]:
+    """What of a prompt is held: the longest run of chunks from its beginning, then the longest tail present.
+
+    hashes: the chain's hash at the end of every full block of the prompt.
+    chunk_blocks: blocks in a chunk.
+    is_held: whether the object that ends with a hash is there.
+    """
+    spans: list[Span] = []
+    for start in range(0, len(hashes), chunk_blocks):
+        stop = min(start + chunk_blocks, len(hashes))
+        end = next((end for end in range(stop, start, -1) if is_held(hashes[end - 1])), None)
+        if end is None:
+            break
+        spans.append(Span(start, end))
+        if end < start + chunk_blocks:
+            break
+    return spans
+
+
+def query_prefix(
+    hashes: Sequence[bytes],
+    chunk_blocks: int,
+    contains_many: Callable[[Sequence[bytes]], Sequence[bool]],
+    *,
+    elsewhere: Collection[bytes] = (),
+    last: bytes | None = None,
+) -> dict[bytes, bool]:
+    """Ask a store in two questions for what `longest_prefix` needs to know: all chunks, then the tails that could
+    follow the run.
+
+    elsewhere: objects that count as held and need not be in this store.
+    last: an object that may follow the whole prompt, such as its partial block.
+    """
+    chunks = hashes[chunk_blocks - 1 :: chunk_blocks]
+    known = dict(zip(chunks, contains_many(chunks), strict=True)) if chunks else {}
+    run = next((at for at, key in enumerate(chunks) if not known[key] and key not in elsewhere), len(chunks))
+    tails = list(hashes[run * chunk_blocks : (run + 1) * chunk_blocks])
+    if last is not None and run == len(chunks):
+        tails.append(last)
+    if tails:
+        known.update(zip(tails, contains_many(tails), strict=True))
+    return known

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from kvlab.auth import AuthKey, auth_key
-from kvlab.chunking import Chunker, Span
+from kvlab.chunking import Chunker, Span, longest_prefix, query_prefix
 from kvlab.errors import ConfigError
 from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Extra, Namespace, block_hashes, cache_namespace
@@ -75,21 +75,13 @@ class CacheEngine(ObjectCache):
 
     def lookup(self, token_ids: Sequence[int], *, extras: Mapping[int, Sequence[Extra]] | None = None) -> Hit:
         """The longest run of chunks that is here, then the longest tail present. Reads no KV."""
-        hashes = self.hashes(token_ids, extras)
-        step = self.chunker.chunk_blocks
-        keys: list[str] = []
-        spans: list[Span] = []
-        chunk_keys = [self.namespace.key(key) for key in hashes[step - 1 :: step]]
-        run = next((i for i, held in enumerate(self._contains(chunk_keys)) if not held), len(chunk_keys))
-        keys += chunk_keys[:run]
-        spans += [self.chunker.span_to((i + 1) * step) for i in range(run)]
-        tails = [self.namespace.key(key) for key in hashes[run * step : (run + 1) * step]]
-        held_tails = [i for i, held in enumerate(self._contains(tails)) if held]
-        if held_tails:
-            keys.append(tails[held_tails[-1]])
-            spans.append(self.chunker.span_to(run * step + held_tails[-1] + 1))
+        hashes, step = self.hashes(token_ids, extras), self.chunker.chunk_blocks
+        known = query_prefix(hashes, step, lambda asked: self._contains([self.namespace.key(key) for key in asked]))
+        spans = longest_prefix(hashes, step, lambda key: known.get(key, False))
+        keys = [self.namespace.key(hashes[span.end_block - 1]) for span in spans]
         end = spans[-1].end_block if spans else 0
-        miss = "" if end == len(hashes) else self.store_.why_missing(tails[-1] if tails else chunk_keys[run])
+        missing = hashes[end : end - end % step + step]  # the rest of the chunk behind the hit
+        miss = self.store_.why_missing(self.namespace.key(missing[-1])) if missing else ""
         self._touch(keys)
         return Hit(end * self.chunker.block_tokens, keys, spans, miss)
 

@@ -137,13 +137,13 @@ def test_an_unwritable_folder_costs_misses_never_a_request(disk, expected, monke
             patch.setattr(os, name, full)
         assert generate(llm, [p])[0].tokens == expected(p)
         drain(llm)
-        held, key = connector(llm).scheduler._known_secondary, block_hashes(p, BLOCK)[-1]
-        assert key not in held, "nothing was taken"
+        residency, key = connector(llm).scheduler.residency, block_hashes(p, BLOCK)[-1]
+        assert not residency.is_written(key), "nothing was taken"
         assert generate(llm, [p])[0].tokens == expected(p)
         drain(llm)
     assert generate(llm, [p])[0].hit < 479
     drain(llm)
-    assert key in held
+    assert residency.is_written(key)
     answer = generate(llm, [p])[0]
     assert (answer.hit, answer.tokens) == (479, expected(p))
 

@@ -9,8 +9,9 @@ from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.kv_groups import KVGroups
 from kvlab.connectors.vllm.messages import WorkerReport
 from kvlab.connectors.vllm.scheduler.admission import LoadAdmission
-from kvlab.connectors.vllm.scheduler.lookup import KEPT_KEYS, KnownSecondary, Lookup
-from kvlab.connectors.vllm.scheduler.requests import RequestState
+from kvlab.connectors.vllm.scheduler.lookup import Lookup
+from kvlab.connectors.vllm.scheduler.requests import RequestState, SkipReason
+from kvlab.connectors.vllm.scheduler.residency import KEPT_KEYS, LatestKeys, Residency, Where
 from kvlab.connectors.vllm.scheduler.saves import Write
 from kvlab.connectors.vllm.scheduler.scheduler import Scheduler
 from kvlab.connectors.vllm.scheduler.slots import SlotIndex
@@ -24,14 +25,15 @@ CHUNKS = [bytes([at]) * 32 for at in range(16)]  # hashes of one chunk of 16 blo
 
 @pytest.fixture
 def asked():
-    gate, admission, known_secondary = Gate(MemoryStore(1 << 20)), LoadAdmission(), KnownSecondary()
+    gate, admission = Gate(MemoryStore(1 << 20)), LoadAdmission()
+    residency = Residency(SlotIndex(8), keeps_memory=True)
     gate.inner.put(NAMESPACE.key(CHUNKS[-1]), b"kv")
-    lookup = Lookup(gate, Chunker(), [NAMESPACE], 60.0, admission, known_secondary, Counter())
+    lookup = Lookup(gate, Chunker(), [NAMESPACE], 60.0, admission, residency, Counter())
 
     def ask(state: RequestState, num_tokens: int = 256):
-        return lookup.ask(state, None, lambda key: False, num_tokens)
+        return lookup.ask(state, None, num_tokens)
 
-    yield gate, admission, known_secondary, ask
+    yield gate, admission, residency, ask
     gate.is_open.set()
     lookup.close()
 
@@ -60,7 +62,7 @@ def test_an_answer_in_time_is_taken(asked):
     while (known := ask(one)) is None:
         finish(one)
     assert known[CHUNKS[-1]] is True
-    assert not one.not_awaited
+    assert one.skip is None
 
 
 def test_as_long_as_nothing_is_known_a_request_waits(asked):
@@ -74,19 +76,19 @@ def test_as_long_as_nothing_is_known_a_request_waits(asked):
 
 
 def test_who_would_win_little_does_not_wait_and_all_the_same_the_answer_counts(asked):
-    gate, admission, known_secondary, ask = asked
+    gate, admission, residency, ask = asked
     knows(admission, prefill_s=0.016, held=False)
     one, long, other = state(), state(), state()
     assert ask(one) == {}, "one in 66 of 8 ms, against a step of 8 ms"
-    assert one.not_awaited
+    assert one.skip is SkipReason.NOT_WORTH_WAITING
     assert ask(long, 100_000) is None, "one in 66 of 3 s"
-    assert not long.not_awaited
+    assert long.skip is None
     gate.is_open.set()
     finish(one)
     finish(long)
     ask(other)
-    assert CHUNKS[-1] in known_secondary, "what is there is not saved again"
-    assert CHUNKS[0] not in known_secondary
+    assert residency.is_written(CHUNKS[-1]), "what is there is not saved again"
+    assert not residency.is_written(CHUNKS[0])
     assert sum(admission._answers) == 2
 
 
@@ -96,25 +98,47 @@ def test_a_busy_engine_waits_again_once_answers_are_hits(asked):
     assert ask(state()) is None
 
 
-def test_what_is_held_below_is_the_latest_word():
-    known_secondary = KnownSecondary()
-    known_secondary.learn([b"a", b"b", b"c"], {b"a": True, b"b": True, b"c": False})
-    assert [key in known_secondary for key in (b"a", b"b", b"c")] == [True, True, False]
-    known_secondary.add(b"d")
-    known_secondary.learn([b"a", b"c", b"d"], {b"a": False, b"c": True})  # not asked of d, which lies behind a
-    known_secondary.discard(b"never seen")
-    assert [key in known_secondary for key in (b"a", b"b", b"c", b"d")] == [False, True, True, False]
+def test_the_latest_answer_says_what_is_written():
+    residency = Residency(SlotIndex(8), keeps_memory=True)
+    residency.learn([b"a", b"b", b"c"], {b"a": True, b"b": True, b"c": False})
+    assert [residency.is_written(key) for key in (b"a", b"b", b"c")] == [True, True, False]
+    residency.written(b"d")
+    residency.learn([b"a", b"c", b"d"], {b"a": False, b"c": True})  # not asked of d, which lies behind a
+    assert [residency.is_written(key) for key in (b"a", b"b", b"c", b"d")] == [False, True, True, False]
 
 
-def test_of_what_is_held_below_the_latest_is_kept():
-    known_secondary = KnownSecondary()
+def test_the_latest_keys_are_kept():
+    keys = LatestKeys()
     for number in range(KEPT_KEYS):
-        known_secondary.add(number.to_bytes(4, "big"))
-    known_secondary.add((0).to_bytes(4, "big"))  # seen again
-    known_secondary.add(b"new")
-    assert (0).to_bytes(4, "big") in known_secondary
-    assert (1).to_bytes(4, "big") not in known_secondary
-    assert b"new" in known_secondary
+        keys.add(number.to_bytes(4, "big"))
+    keys.add((0).to_bytes(4, "big"))  # seen again
+    keys.add(b"new")
+    keys.discard(b"never seen")
+    assert (0).to_bytes(4, "big") in keys
+    assert (1).to_bytes(4, "big") not in keys
+    assert b"new" in keys
+
+
+@pytest.mark.parametrize("keeps_memory", [True, False])
+def test_where_an_object_is(keeps_memory):
+    index = SlotIndex(8)
+    residency = Residency(index, keeps_memory=keeps_memory)
+    answer = {b"a": True, b"corrupt": True, b"pending": True}
+    assert residency.where(b"a", answer) is Where.SECONDARY
+    assert residency.where(b"a", {}) is residency.where(b"b", answer) is Where.MISSING
+    entry = index.reserve(b"pending", 1, ready=False)
+    assert residency.where(b"pending", answer) is Where.PENDING
+    entry.ready = True
+    assert residency.where(b"pending", answer) is (Where.MEMORY if keeps_memory else Where.SECONDARY)
+    residency.written(b"corrupt")
+    residency.corrupt(b"corrupt")
+    assert residency.where(b"corrupt", answer) is Where.CORRUPT
+    assert not residency.is_written(b"corrupt"), "it is written again"
+    residency.written(b"corrupt")
+    assert residency.where(b"corrupt", answer) is Where.SECONDARY
+    residency.clear()
+    assert len(index) == 0
+    assert not residency.is_written(b"corrupt")
 
 
 def test_what_one_rank_could_not_hand_on_is_not_held_below():
@@ -134,7 +158,7 @@ def test_what_one_rank_could_not_hand_on_is_not_held_below():
             assert entry.leases == 1
             scheduler.absorb(report)
         assert entry.leases == 0
-        assert (CHUNKS[0] in scheduler._known_secondary) is not first_refuses
-        scheduler._known_secondary.discard(CHUNKS[0])
+        assert scheduler.residency.is_written(CHUNKS[0]) is not first_refuses
+        scheduler.residency.learn(CHUNKS[:1], {})
         scheduler.index.drop(entry)
     scheduler.close()

@@ -1,4 +1,4 @@
-"""When a worker hands saved objects on to secondary tiers: in quiet steps, on an idle engine, or when patience ends."""
+"""When a worker writes saved objects back: in steps that only decode, on an idle engine, or when the delay ends."""
 
 import time
 
@@ -7,8 +7,9 @@ import torch
 
 from kvlab.chunking import Chunker
 from kvlab.connectors.vllm.messages import Adapter, SaveOp, StepMetadata, WorkerReport
-from kvlab.connectors.vllm.worker import worker as workers
-from kvlab.connectors.vllm.worker.worker import PAGE_AXES, QUIET_AFTER, Worker
+from kvlab.connectors.vllm.worker import write_back
+from kvlab.connectors.vllm.worker.worker import PAGE_AXES, Worker
+from kvlab.connectors.vllm.worker.write_back import DECODE_STEPS
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
 from kvlab.paged import page_layout
@@ -21,20 +22,20 @@ GENERATIONS = [100 + block for block in range(BLOCKS)]
 FOR_EVER_S = 600
 
 
-def make_worker(patience_s):
+def make_worker(max_delay_s):
     caches = {f"layer.{i}": torch.full((BLOCKS, PAGE), i + 1, dtype=torch.uint8) for i in range(LAYERS)}
     layout = page_layout(caches, num_blocks=BLOCKS, page_bytes=dict.fromkeys(caches, PAGE), name="NHD")
     engine = CacheEngine(open_store("memory://?size=16MiB"), namespace=Namespace("m"), chunker=Chunker(32, 16))
-    return Worker(CPUTransfer(layout, BLOCKS), BLOCKS, engine, patience_s=patience_s)
+    return Worker(CPUTransfer(layout, BLOCKS), BLOCKS, engine, max_write_delay_s=max_delay_s)
 
 
 @pytest.fixture
 def never_idle(monkeypatch):
-    monkeypatch.setattr(workers, "IDLE_S", FOR_EVER_S)
+    monkeypatch.setattr(write_back, "IDLE_S", FOR_EVER_S)
 
 
 @pytest.fixture
-def patient(never_idle):
+def deferring(never_idle):
     worker = make_worker(FOR_EVER_S)
     yield worker
     worker.close()
@@ -53,7 +54,7 @@ def step(worker, *, prefill_tokens=0, saves=()):
     worker.save(metadata)
 
 
-def handed_on(worker):
+def written(worker):
     return worker.engine.contains_many(KEYS)
 
 
@@ -72,46 +73,46 @@ def reported(worker, enough):
     return found
 
 
-def test_objects_wait_for_quiet_steps(patient):
-    step(patient, prefill_tokens=100, saves=[0, 1])
-    for _ in range(QUIET_AFTER - 1):
-        step(patient)
+def test_objects_wait_for_decode_steps(deferring):
+    step(deferring, prefill_tokens=100, saves=[0, 1])
+    for _ in range(DECODE_STEPS - 1):
+        step(deferring)
     time.sleep(0.1)  # if it handed on now it would be seen
-    assert handed_on(patient) == [False] * 4
-    step(patient)
-    assert settled(patient, 2) == GENERATIONS[:2]
-    assert handed_on(patient) == [True, True, False, False]
-    key, place = patient.engine.namespace.key(KEYS[1]), {"first_token": 0, "end_token": 16}
-    assert patient.engine.load_object(key, axes=PAGE_AXES, **place).unique().tolist() == [1, 2, 3]
+    assert written(deferring) == [False] * 4
+    step(deferring)
+    assert settled(deferring, 2) == GENERATIONS[:2]
+    assert written(deferring) == [True, True, False, False]
+    key, place = deferring.engine.namespace.key(KEYS[1]), {"first_token": 0, "end_token": 16}
+    assert deferring.engine.load_object(key, axes=PAGE_AXES, **place).unique().tolist() == [1, 2, 3]
 
 
-def test_a_prefill_begins_the_wait_anew(patient):
-    step(patient, prefill_tokens=100, saves=[0])
-    for _ in range(QUIET_AFTER - 1):
-        step(patient)
-    step(patient, prefill_tokens=1, saves=[1])
-    for _ in range(QUIET_AFTER - 1):
-        step(patient)
+def test_a_prefill_begins_the_wait_anew(deferring):
+    step(deferring, prefill_tokens=100, saves=[0])
+    for _ in range(DECODE_STEPS - 1):
+        step(deferring)
+    step(deferring, prefill_tokens=1, saves=[1])
+    for _ in range(DECODE_STEPS - 1):
+        step(deferring)
     time.sleep(0.1)
-    assert handed_on(patient) == [False] * 4
-    step(patient)
-    assert settled(patient, 2) == GENERATIONS[:2]
+    assert written(deferring) == [False] * 4
+    step(deferring)
+    assert settled(deferring, 2) == GENERATIONS[:2]
 
 
-def test_what_is_saved_in_quiet_steps_is_handed_on_at_once(patient):
+def test_what_is_saved_in_decode_steps_is_written_at_once(deferring):
     """Generated tokens' objects."""
-    step(patient, saves=[2])
-    assert settled(patient, 1) == [GENERATIONS[2]]
+    step(deferring, saves=[2])
+    assert settled(deferring, 1) == [GENERATIONS[2]]
 
 
-def test_an_idle_engine_is_quiet():
+def test_an_idle_engine_writes():
     worker = make_worker(FOR_EVER_S)
     step(worker, prefill_tokens=100, saves=range(BLOCKS))
     assert settled(worker, BLOCKS) == GENERATIONS
     worker.close()
 
 
-def test_patience_ends_where_no_quiet_step_comes(never_idle):
+def test_a_write_is_deferred_no_longer_than_its_bound(never_idle):
     worker = make_worker(0.05)
     step(worker, prefill_tokens=100, saves=range(BLOCKS))
     assert settled(worker, BLOCKS) == GENERATIONS
@@ -121,76 +122,76 @@ def test_patience_ends_where_no_quiet_step_comes(never_idle):
 def test_closing_hands_on_what_still_waits(never_idle):
     worker = make_worker(FOR_EVER_S)
     held = []
-    worker.engine.store_.close = lambda: held.append(handed_on(worker))
+    worker.engine.store_.close = lambda: held.append(written(worker))
     step(worker, prefill_tokens=100, saves=range(BLOCKS))
     worker.close()
     assert held == [[True] * 4]
 
 
-def test_slots_that_another_object_was_given_are_not_written_under_the_first_name(patient):
+def test_slots_that_another_object_was_given_are_not_written_under_the_first_name(deferring):
     """Whatever the scheduler does: the slots' generation is looked at before the bytes are taken, and after."""
-    step(patient, prefill_tokens=100, saves=[0])
+    step(deferring, prefill_tokens=100, saves=[0])
     metadata = StepMetadata([], [save_of(1, slot=0)], 1, 0)  # the first one's write still waits
-    patient.begin(metadata)
-    patient.save(metadata)
-    for _ in range(QUIET_AFTER):
-        step(patient)
-    report = reported(patient, lambda report: len(report.settled) == 2)
+    deferring.begin(metadata)
+    deferring.save(metadata)
+    for _ in range(DECODE_STEPS):
+        step(deferring)
+    report = reported(deferring, lambda report: len(report.settled) == 2)
     assert report.refused == {GENERATIONS[0]}
-    assert handed_on(patient) == [False, True, False, False]
+    assert written(deferring) == [False, True, False, False]
 
 
-def test_slots_that_change_while_they_are_read_are_not_written(patient, monkeypatch):
-    original = patient.transfer.slots
+def test_slots_that_change_while_they_are_read_are_not_written(deferring, monkeypatch):
+    original = deferring.transfer.slots
 
     def given_away(slots):
         taken = original(slots)
-        patient._owner[slots[0]] = 7  # the next object's copy begins meanwhile
+        deferring._owner[slots[0]] = 7  # the next object's copy begins meanwhile
         return taken
 
-    monkeypatch.setattr(patient.transfer, "slots", given_away)
-    step(patient, saves=[3])
-    report = reported(patient, lambda report: report.settled)
+    monkeypatch.setattr(deferring.transfer, "slots", given_away)
+    step(deferring, saves=[3])
+    report = reported(deferring, lambda report: report.settled)
     assert report.refused == {GENERATIONS[3]}
-    assert handed_on(patient) == [False] * 4
-    assert patient.engine.stats()["save_failed_overwritten"] == 1
+    assert written(deferring) == [False] * 4
+    assert deferring.engine.stats()["save_failed_overwritten"] == 1
 
 
-def test_a_save_that_fails_after_the_slots_were_given_to_it_leaves_nothing_in_them(patient, monkeypatch):
-    step(patient, saves=[0])
-    assert settled(patient, 1) == GENERATIONS[:1]
-    monkeypatch.setattr(patient.transfer, "save", lambda *_: 1 / 0)
+def test_a_save_that_fails_after_the_slots_were_given_to_it_leaves_nothing_in_them(deferring, monkeypatch):
+    step(deferring, saves=[0])
+    assert settled(deferring, 1) == GENERATIONS[:1]
+    monkeypatch.setattr(deferring.transfer, "save", lambda *_: 1 / 0)
     metadata = StepMetadata([], [save_of(1, slot=0)], 1, 0)
-    patient.begin(metadata)
-    patient.save(metadata)
-    report = reported(patient, lambda report: report.settled)
+    deferring.begin(metadata)
+    deferring.save(metadata)
+    report = reported(deferring, lambda report: report.settled)
     assert (report.refused, report.broken) == ({GENERATIONS[1]}, {GENERATIONS[1]})
-    assert patient._owner[0] is None
+    assert deferring._owner[0] is None
 
 
-def test_pages_of_another_adapter_than_the_name_says_are_not_saved(patient):
+def test_pages_of_another_adapter_than_the_name_says_are_not_saved(deferring):
     op = save_of(0)
     op.adapter = Adapter(adapter_id=12345, num_loads=1)  # none was loaded
     metadata = StepMetadata([], [op], 1, 0)
-    patient.begin(metadata)
-    patient.save(metadata)
-    report = reported(patient, lambda report: report.settled)
+    deferring.begin(metadata)
+    deferring.save(metadata)
+    report = reported(deferring, lambda report: report.settled)
     assert (report.refused, report.broken) == ({GENERATIONS[0]}, {GENERATIONS[0]})
-    assert handed_on(patient) == [False] * 4
+    assert written(deferring) == [False] * 4
 
 
-def test_unclean_pages_are_cleared_before_the_step(patient):
+def test_unclean_pages_are_cleared_before_the_step(deferring):
     metadata = StepMetadata(num_tokens=1, unclean_blocks=[2])
-    patient.begin(metadata)
-    for layer, pages in enumerate(patient.transfer.layout.pages):
+    deferring.begin(metadata)
+    for layer, pages in enumerate(deferring.transfer.layout.pages):
         assert [pages[block].unique().tolist() for block in range(BLOCKS)] == [[layer + 1]] * 2 + [[0], [layer + 1]]
 
 
-def test_where_pages_could_not_be_cleared_nothing_is_saved_any_more(patient, monkeypatch):
-    monkeypatch.setattr(patient.transfer, "clear", lambda *_: 1 / 0)
+def test_where_pages_could_not_be_cleared_nothing_is_saved_any_more(deferring, monkeypatch):
+    monkeypatch.setattr(deferring.transfer, "clear", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        patient.begin(StepMetadata(num_tokens=1, unclean_blocks=[2]))
-    step(patient, saves=[2])
-    report = reported(patient, lambda report: report.settled)
+        deferring.begin(StepMetadata(num_tokens=1, unclean_blocks=[2]))
+    step(deferring, saves=[2])
+    report = reported(deferring, lambda report: report.settled)
     assert (report.refused, report.broken) == ({GENERATIONS[2]}, {GENERATIONS[2]})
-    assert handed_on(patient) == [False] * 4
+    assert written(deferring) == [False] * 4

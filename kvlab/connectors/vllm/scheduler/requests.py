@@ -1,5 +1,6 @@
 """What the scheduler side remembers of a request: its chain of block hashes and its pages."""
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,14 @@ class ObjectRef:
     in_memory: bool
 
 
+class SkipReason(enum.Enum):
+    """Why a request goes without what the tiers may hold: the reason of its miss."""
+
+    NOT_WORTH_ASKING = "not_worth_asking"  # no load from the secondary tiers would pay for the question
+    NOT_WORTH_WAITING = "not_worth_waiting"  # they did not answer at once
+    NOT_WORTH_LOADING = "not_worth_loading"  # computing is faster
+
+
 @dataclass
 class RequestState:
     """Per request; dropped when the request is finished."""
@@ -38,28 +47,26 @@ class RequestState:
     lookup: Any = None  # future of what the secondary tiers hold
     lookup_started_s: float = 0.0
     secondary_tokens: int = 0  # tokens of the latest hit that secondary tiers supply
-    not_asked: bool = False  # the secondary tiers were not, as no load from them would have been worth it
-    not_awaited: bool = False  # they did not answer at once, and to wait would not have been worth it
-    not_worth: bool = False  # a load that would have been slower than computing was not made
+    skip: SkipReason | None = None  # of the latest match
     given_up: bool = False  # a promise to it could not be kept
     local_tokens: int = 0  # that the engine's own prefix cache held when it was last asked for
     expected_tokens: int = 0  # computed when it begins: those found in the engine, and those promised
     counted: bool = False  # its miss, if any, is in the counters
     row: dict[str, Any] = field(default_factory=dict)
-    _rest: bytes | None = None
+    _partial_block_hash: bytes | None = None
 
     def partial_block_hash(self, chunker: Chunker) -> bytes | None:
         """Names the prompt's last block where the prompt fills only a part of it, which serves the very same prompt
         alone; None where there is none, it is not kept, or it holds nothing but the token that must be computed."""
-        if self._rest is None and self.keeps_partial_block:
+        if self._partial_block_hash is None and self.keeps_partial_block:
             tokens, block = self.request.prompt_token_ids, chunker.block_tokens
             full = chunker.num_blocks(len(tokens))
-            rest = tokens[full * block :]
-            if len(rest) > 1:
+            partial = tokens[full * block :]
+            if len(partial) > 1:
                 parent = self.extend_hashes(chunker)[full - 1] if full else None
-                extras = [*self.extras.get(full, ()), ("rest", str(len(rest)))]  # no full block has this name
-                self._rest = block_hashes(rest, len(rest), parent=parent, extras={0: extras})[0]
-        return self._rest
+                extras = [*self.extras.get(full, ()), ("rest", str(len(partial)))]  # no full block has this name
+                self._partial_block_hash = block_hashes(partial, len(partial), parent=parent, extras={0: extras})[0]
+        return self._partial_block_hash
 
     def extend_hashes(self, chunker: Chunker) -> list[bytes]:
         """Hashes of all full blocks of the tokens known now; only new blocks are computed."""

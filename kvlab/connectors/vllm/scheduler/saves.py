@@ -17,9 +17,9 @@ from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.kv_groups import NO_PAGE, KVGroups
 from kvlab.connectors.vllm.messages import SaveOp
 from kvlab.connectors.vllm.scheduler.admission import SaveAdmission
-from kvlab.connectors.vllm.scheduler.lookup import KnownSecondary, LatestKeys
 from kvlab.connectors.vllm.scheduler.requests import ObjectRef, RequestState
-from kvlab.connectors.vllm.scheduler.slots import Entry, SlotIndex
+from kvlab.connectors.vllm.scheduler.residency import Residency
+from kvlab.connectors.vllm.scheduler.slots import Entry
 
 
 def given_blocks(output: Any, block_tokens: int) -> list[int]:
@@ -60,30 +60,27 @@ class Write:
 
 class SavePlanner:
     """Follows each request's pages until its prompt is computed. Where there are secondary tiers, all `ranks` write
-    each object to them that is not in `known_secondary`, or of which they hold a `bad` copy."""
+    each object to them of which they hold no sound copy, as far as is known."""
 
     def __init__(
         self,
         config: ConnectorConfig,
         chunker: Chunker,
         groups: KVGroups,
-        index: SlotIndex,
+        residency: Residency,
+        counters: Counter[str],
         *,
         has_secondary: bool,
         ranks: int,
-        known_secondary: KnownSecondary,
-        bad: LatestKeys,
-        counters: Counter[str],
         in_company: bool = False,
     ) -> None:
         self._config = config
         self._chunker = chunker
         self._groups = groups
-        self._index = index
+        self._residency = residency
+        self._index = residency.index
         self._has_secondary = has_secondary
         self._ranks = ranks
-        self._known_secondary = known_secondary
-        self._bad = bad
         self._counters = counters
         self._admission = SaveAdmission(config.store_threshold)
         self._states: dict[str, RequestState] = {}  # requests that may still have something to save
@@ -119,8 +116,7 @@ class SavePlanner:
             return None
         del self.unsettled[generation]
         if not write.refused and write.version == self.version:
-            self._bad.discard(write.entry.key)  # the secondary tiers hold a fresh copy
-            self._known_secondary.add(write.entry.key)
+            self._residency.written(write.entry.key)
         return write.entry
 
     def collect(self, output: Any, saves: list[SaveOp], unclean: list[int], *, enabled: bool) -> None:
@@ -218,8 +214,8 @@ class SavePlanner:
     def _save_object(self, ref: ObjectRef, state: RequestState, before: int, saves: list[SaveOp]) -> None:
         """Save an object of this request from its pages, unless it is there already."""
         key = ref.hash
-        held = key in self._known_secondary and key not in self._bad
-        if self._index.get(key) is not None or (held and not self._config.keeps_memory):
+        is_written = self._residency.is_written(key)
+        if self._index.get(key) is not None or (is_written and not self._config.keeps_memory):
             return
         if not self._admission.is_due(key):
             return
@@ -228,7 +224,7 @@ class SavePlanner:
         if entry is None:
             self._counters["saves_dropped"] += 1
             return
-        write = self._has_secondary and not held
+        write = self._has_secondary and not is_written
         if write:
             self._index.lease(entry)
             self.unsettled[entry.generation] = Write(entry, self.version, self._ranks)

@@ -16,16 +16,18 @@ from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.kv_groups import KVGroups
 from kvlab.connectors.vllm.messages import Adapter, RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.scheduler.admission import LoadAdmission
+from kvlab.connectors.vllm.scheduler.hits import end_block, end_token, find_hit, ready_run
 from kvlab.connectors.vllm.scheduler.loads import LoadPlanner
-from kvlab.connectors.vllm.scheduler.lookup import KnownSecondary, LatestKeys, Lookup
-from kvlab.connectors.vllm.scheduler.planning import Planner, end_block, end_token
+from kvlab.connectors.vllm.scheduler.lookup import Lookup
 from kvlab.connectors.vllm.scheduler.requests import (
     ObjectRef,
     RequestState,
+    SkipReason,
     request_adapter,
     request_extras,
     wants_recompute,
 )
+from kvlab.connectors.vllm.scheduler.residency import Residency, Where
 from kvlab.connectors.vllm.scheduler.rollback import StepRollback
 from kvlab.connectors.vllm.scheduler.saves import SavePlanner, empty_blocks, given_blocks
 from kvlab.connectors.vllm.scheduler.slots import Entry, SlotIndex
@@ -72,31 +74,27 @@ class Scheduler:
         self.counters: Counter[str] = Counter()
         self._states: dict[str, RequestState] = {}
         self._waiting = False  # since the last step somebody was told to ask again
-        self._bad = LatestKeys()  # hashes a secondary tier answered with broken or absent data
         self.admission = LoadAdmission(enabled=config.admission)
-        self._known_secondary = KnownSecondary()
+        self.residency = Residency(index, keeps_memory=config.keeps_memory)
         self._rollback = StepRollback(chunker.block_tokens, self.counters)
         self.loads = LoadPlanner(chunker, groups, index, at_once=at_once)
         self.saves = SavePlanner(
             config,
             chunker,
             groups,
-            index,
+            self.residency,
+            self.counters,
             has_secondary=secondary is not None,
             ranks=len(namespaces),
-            known_secondary=self._known_secondary,
-            bad=self._bad,
-            counters=self.counters,
             in_company=in_company,
         )
-        self._planner = Planner(index, chunker, keeps_memory=config.keeps_memory)
         self._lookup = Lookup(
             secondary,
             chunker,
             namespaces,
             config.lookup_timeout_ms / 1e3,
             self.admission,
-            self._known_secondary,
+            self.residency,
             self.counters,
         )
 
@@ -111,6 +109,7 @@ class Scheduler:
         if state is None:
             return 0, False
         state.local_tokens = state.expected_tokens = num_computed_tokens
+        state.skip = None
         if state.given_up or not self._may_load:
             return 0, False
         if is_known and state.adapter is not None:
@@ -127,28 +126,30 @@ class Scheduler:
             usable -= usable % block
         if usable <= num_computed_tokens:
             return 0, False
-        plan = self._planner.plan(state, {})
+        plan = find_hit(state, self.chunker, self.residency, {})
         if self.secondary is not None and end_block(plan) < usable // block:
             wanted = usable - num_computed_tokens
-            state.not_asked = not plan and not self.admission.is_worth({"secondary": wanted})
-            if state.not_asked:  # the answer would cost a step
+            if not plan and not self.admission.is_worth({"secondary": wanted}):  # the answer would cost a step
+                state.skip = SkipReason.NOT_WORTH_ASKING
                 return 0, False
-            known = self._lookup.ask(state, state.partial_block_hash(self.chunker), self._planner.in_memory, wanted)
-            if known is None:
+            answer = self._lookup.ask(state, state.partial_block_hash(self.chunker), wanted)
+            if answer is None:
                 self._waiting = True
                 return None, False
-            plan = self._planner.plan(state, {key: held and key not in self._bad for key, held in known.items()})
+            plan = find_hit(state, self.chunker, self.residency, answer)
         if any(not entry.ready for ref in plan if (entry := self.index.get(ref.hash))):
             if not self._lookup.is_overdue(state):
                 self._waiting = True
                 return None, False  # another request is fetching it right now
-            plan = self._planner.ready_run(plan)
+            plan = ready_run(plan, self.residency)
         plan, end = self._served(plan, usable)
         fetched = sum(self.loads.num_slots(ref) for ref in plan if not ref.in_memory)
-        state.not_worth = not self._is_worth(plan, end, num_computed_tokens)
-        if fetched and (state.not_worth or not self._has_room(plan, fetched)):
-            plan, end = self._served(self._planner.ready_run(plan), usable)
-        if state.not_worth and not self._is_worth(plan, end, num_computed_tokens):
+        is_worth = self._is_worth(plan, end, num_computed_tokens)
+        if not is_worth:
+            state.skip = state.skip or SkipReason.NOT_WORTH_LOADING
+        if fetched and not (is_worth and self._has_room(plan, fetched)):
+            plan, end = self._served(ready_run(plan, self.residency), usable)
+        if not is_worth and not self._is_worth(plan, end, num_computed_tokens):
             return 0, False
         tokens = end - num_computed_tokens
         if tokens < max(self.config.min_hit_tokens, 1):
@@ -216,14 +217,10 @@ class Scheduler:
             return
         chunk_end = min(at - at % self.chunker.chunk_blocks + self.chunker.chunk_blocks, len(state.hashes))
         key = state.hashes[chunk_end - 1]
-        if state.not_asked:
-            reason = "not_worth_asking"
-        elif state.not_awaited:
-            reason = "not_worth_waiting"
-        elif state.not_worth:
-            reason = "not_worth_loading"
-        elif key in self._bad:
-            reason = "broken"
+        if state.skip is not None:
+            reason = state.skip.value
+        elif self.residency.is_corrupt(key):
+            reason = Where.CORRUPT.value
         elif self.index.get(key) is not None:
             return
         elif key in self.index.evicted:
@@ -267,7 +264,7 @@ class Scheduler:
         ranks = len(self.namespaces)
         ADAPTERS.learn(report.adapters)
         for key in report.absent:
-            self._bad.add(key)
+            self.residency.corrupt(key)
             self.saves.lose(key)
         self.counters["bad_objects"] += len(report.absent)
         for generation in report.broken:
@@ -325,10 +322,8 @@ class Scheduler:
         no other process knows; requests that have begun are not cached any more."""
         version = secrets.token_hex(8)
         self.namespaces = [versioned(namespace, version) for namespace in self._base_namespaces]
-        self.index.clear()
+        self.residency.clear()
         self._lookup.restart(self.namespaces)
-        self._bad.clear()
-        self._known_secondary.clear()
         self.loads.version = version
         self.saves.restart(version)
         for state in self._states.values():

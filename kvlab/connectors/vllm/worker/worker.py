@@ -13,6 +13,7 @@ from typing import Any
 from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.messages import Adapter, LoadOp, LoadRow, RequestLoad, SaveOp, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.scheduler.admission import MIN_PREFILL_TOKENS
+from kvlab.connectors.vllm.worker.write_back import MAX_DELAY_S, WriteBackQueue
 from kvlab.engine import CacheEngine, retrieved_line
 from kvlab.hashing import versioned
 from kvlab.paged.slots import room
@@ -21,15 +22,12 @@ from kvlab.paged.transfer import Clock, Transfer
 logger = logging.getLogger("vllm.kvlab")
 TIMED_STEPS = 8  # of the steps without a prefill one in so many is timed
 PAGE_AXES = ("blocks", "layers", "page_bytes")
-PATIENCE_S = 0.5  # an object that is to be handed on waits no longer than this for a quiet step
-IDLE_S = 0.03  # no step has begun for so long: nothing is being launched
-QUIET_AFTER = 2  # steps without a prefill: while the first one runs, the prefill's output is handled
 FETCH_THREADS = 4  # objects of a load come side by side: alone, disk, network and checks wait for each other
 
 
 class Worker:
     """Executes a step's copies. `engine` holds the secondary tiers, or is None; `writes_early`: a step may write to new
-    pages before it begins here; `patience_s`: how long a write to secondary tiers waits for a step without a prefill.
+    pages before it begins here; `max_write_delay_s`: see `WriteBackQueue`.
 
     Each slot remembers the generation whose bytes it holds: before they are taken, and after, it must be the one that
     the copy names. A load from a slot of another generation is told as lost, and the engine computes; a write of it is
@@ -44,12 +42,11 @@ class Worker:
         engine: CacheEngine | None,
         *,
         writes_early: bool = False,
-        patience_s: float = PATIENCE_S,
+        max_write_delay_s: float = MAX_DELAY_S,
     ) -> None:
         self.transfer = transfer
         self.engine = engine
         self._writes_early = writes_early
-        self._patience_s = patience_s
         self.counters: Counter[str] = Counter()
         self._owner: list[int | None] = [None] * num_slots  # generations
         self._report = WorkerReport()
@@ -59,17 +56,13 @@ class Worker:
         self._finished: set[str] = set()
         self._lost_requests: set[str] = set()
         self._under_way: list[tuple[LoadRow, int, Clock]] = []  # loads whose copies have not ended
-        self._num_begun = 0  # steps
         self._num_decodes = 0  # steps without a prefill
-        self._since_prefill = QUIET_AFTER
-        self._quiet = threading.Event()
-        self._quiet.set()
         self._forward: tuple[int, Clock] | None = None  # prefill tokens of this step's forward pass
         self._forwards: list[tuple[int, Clock]] = []  # forward passes that may not have ended
         self._lock = threading.Lock()
         self._loads = ThreadPoolExecutor(2, thread_name_prefix="kvlab-load")
         self._fetches = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="kvlab-fetch")
-        self._writes = ThreadPoolExecutor(1, thread_name_prefix="kvlab-write")
+        self._writes = WriteBackQueue(self._write, max_delay_s=max_write_delay_s)
 
     # ---- each step
 
@@ -82,12 +75,8 @@ class Worker:
         prefill = metadata.prefill_tokens
         decodes = metadata.num_tokens > 0 and not prefill
         self._num_decodes += decodes
-        self._num_begun += 1
-        self._since_prefill = 0 if prefill else self._since_prefill + 1
-        if self._since_prefill == 0:
-            self._quiet.clear()
-        elif self._since_prefill == QUIET_AFTER:
-            self._quiet.set()
+        if self.engine is not None:
+            self._writes.begin_step(prefill)
         timed = prefill >= MIN_PREFILL_TOKENS or (decodes and self._num_decodes % TIMED_STEPS == 0)
         self._forward = (prefill, self.transfer.clock()) if timed else None
 
@@ -136,7 +125,7 @@ class Worker:
         for op in ops:
             self._own(op)
             if op.write:
-                self._writes.submit(self._write, op, time.monotonic() + self._patience_s)
+                self._writes.put(op)
 
     def _may_save(self, op: SaveOp) -> bool:
         """Whether the pages hold what the object's name says, as far as that is known; if not, it is not saved."""
@@ -196,8 +185,7 @@ class Worker:
         """Finish the writes that are queued; drop loads."""
         self._loads.shutdown(wait=True, cancel_futures=True)
         self._fetches.shutdown(wait=True)
-        self._quiet.set()
-        self._writes.shutdown(wait=True)
+        self._writes.close()
         self.transfer.close()
         if self.engine is not None:
             self.engine.store_.close()
@@ -294,9 +282,8 @@ class Worker:
             return
         self._own(op)
 
-    def _write(self, op: SaveOp, at_latest: float) -> None:
+    def _write(self, op: SaveOp) -> None:
         """Write an object to the secondary tiers. Its slots are leased until this is reported."""
-        self._wait_for_quiet(at_latest)
         kept = False
         try:
             if (engine := self._engine_of(op.version)) is not None and self._holds(op):
@@ -319,14 +306,6 @@ class Worker:
         engine = copy.copy(self.engine)
         engine.namespace = versioned(self.engine.namespace, version)
         return engine
-
-    def _wait_for_quiet(self, at_latest: float) -> None:
-        """Wait for a step without a prefill, or an idle engine. A prefill is launched in thousands of calls that let go
-        of the interpreter: whoever takes it meanwhile delays the prompt (`benchmarks/launch_stalls.py`)."""
-        while (left := at_latest - time.monotonic()) > 0:
-            begun = self._num_begun
-            if self._quiet.wait(min(left, IDLE_S)) or self._num_begun == begun:
-                return
 
     def _settle(self, op: SaveOp, *, kept: bool) -> None:
         with self._lock:
