@@ -3,14 +3,13 @@
 Written against 0.26 (CUDA) and 0.32 (CPU).
 """
 
-import functools
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none, set_current_vllm_config
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.distributed.kv_transfer.kv_connector.v1 import base as connector_base
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -18,6 +17,8 @@ from kvlab.connectors.vllm.adapters import watch
 from kvlab.connectors.vllm.kv_groups import KVGroups
 from kvlab.errors import ConfigError
 
+# Requests whose async loads ended, and those of them that must be recomputed; of versions that ask for it.
+TransferResults: Any = getattr(connector_base, "KVConnectorTransferResults", None)
 DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
 
 
@@ -53,7 +54,7 @@ def served_groups(kv_cache_config: Any) -> KVGroups:
             f"{what}, blocks of {sorted(sizes)} tokens; kvlab needs one size and one window each. {instead}"
         )
     found = KVGroups(tuple(of_group.pop() for of_group in windows), sizes.pop())
-    if found.fail_whole and not hasattr(KVConnectorBase_V1, "get_transfer_results"):
+    if found.fail_whole and not hasattr(connector_base.KVConnectorBase_V1, "get_transfer_results"):
         raise ConfigError(f"{what}; with this version of vLLM kvlab serves one, of layers without a window. {instead}")
     return found
 
@@ -187,16 +188,3 @@ def hit_sources() -> Any | None:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
     return CacheHitSource
-
-
-def transfer_results(finished: set[str], failed: set[str]) -> Any:
-    """Requests whose async loads ended, and those of them that must be recomputed, in vLLM's words."""
-    return _transfer_results()(finished_recving=finished, failed_recving=failed)
-
-
-@functools.cache  # asked each step
-def _transfer_results() -> Any:
-    """The class, which versions have that ask for it."""
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
-
-    return KVConnectorTransferResults

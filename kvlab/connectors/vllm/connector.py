@@ -22,7 +22,7 @@ from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm import compat
 from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.messages import RequestLoad, StepMetadata, WorkerReport
-from kvlab.connectors.vllm.metrics import Increments, KVLabPromMetrics, KVLabStats
+from kvlab.connectors.vllm.metrics import KVLabPromMetrics, KVLabStats
 from kvlab.connectors.vllm.namespace import engine_namespace, rank_namespace
 from kvlab.connectors.vllm.scheduler.scheduler import Scheduler
 from kvlab.connectors.vllm.scheduler.slots import SlotIndex
@@ -113,7 +113,6 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self._promise = (0, False)  # of the latest match: tokens computed locally, and whether the load is async
         self.scheduler: Scheduler | None = None
         self.worker: Worker | None = None
-        self._increments: Increments | None = None
         if role == KVConnectorRole.SCHEDULER:
             ranks = vllm_config.parallel_config.tensor_parallel_size
             namespaces = [rank_namespace(self.namespace, rank) for rank in range(ranks)]
@@ -134,7 +133,6 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 role=self._kv_transfer_config.kv_role,
                 in_company=has_kv_transfer_group() and not alone,
             )
-            self._increments = Increments(self.scheduler.counters)
 
     def _hook_failed(self, name: str) -> None:
         """Called while the error is handled: count it, and tell it with its trace the first time."""
@@ -178,8 +176,12 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         if self.worker is not None and isinstance(self._connector_metadata, StepMetadata):
             self.worker.begin(self._connector_metadata)
 
-    @_never_raise(lambda: None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if getattr(self._connector_metadata, "loads", None):  # in few steps
+            self._start_loads()
+
+    @_never_raise(lambda: None)
+    def _start_loads(self) -> None:
         if self.worker is not None and isinstance(self._connector_metadata, StepMetadata):
             self.worker.load(self._connector_metadata)
 
@@ -199,8 +201,12 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """Asked in place of `get_finished` by versions that have it, which hear of a failed load by request."""
-        finished, failed = self.worker.take_finished() if self.worker is not None else (set(), set())
-        return compat.transfer_results(finished, failed if self.groups.fail_whole else set())
+        if self.worker is None or not self.worker.has_finished:
+            return compat.TransferResults()
+        finished, failed = self.worker.take_finished()
+        return compat.TransferResults(
+            finished_recving=finished, failed_recving=failed if self.groups.fail_whole else set()
+        )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         lost = self.worker.take_lost_blocks() if self.worker is not None else set()
@@ -213,7 +219,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KVLabStats | None:
         """The scheduler side's increments; what workers measure reaches it through their reports."""
-        return self._increments.take() if self._increments is not None else None
+        return self.scheduler.counters.take_increments() if self.scheduler is not None else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVLabStats:

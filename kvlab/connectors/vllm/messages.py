@@ -108,11 +108,6 @@ class WorkerReport(KVConnectorWorkerMetadata):
     forwards: list[tuple[int, float]] = field(default_factory=list)  # prefill tokens and seconds of forward passes
     adapters: dict[int, LoadedAdapter] = field(default_factory=dict)  # LoRA adapters loaded since the last report
 
-    def __bool__(self) -> bool:
-        return bool(
-            self.loaded or self.settled or self.broken or self.absent or self.rows or self.forwards or self.adapters
-        )
-
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         if isinstance(other, WorkerReport):
             self.loaded.update(other.loaded)

@@ -43,17 +43,24 @@ class KVLabStats(KVConnectorStats):
         return not self.data
 
 
-class Increments:
-    """What was added to a Counter since the last call."""
+class Counters(Counter[str]):
+    """Counters that give their increments."""
 
-    def __init__(self, counters: Counter[str]) -> None:
-        self._counters = counters
+    def __init__(self) -> None:
+        super().__init__()
+        self._are_new = False
         self._told: dict[str, int] = {}
 
-    def take(self) -> KVLabStats | None:
-        if dict.__eq__(self._counters, self._told):  # asked each step; a Counter's own == is slow
+    def __setitem__(self, name: str, value: int) -> None:
+        super().__setitem__(name, value)
+        self._are_new = True
+
+    def take_increments(self) -> KVLabStats | None:
+        """What was added since the last call. Asked each step, of which most add nothing."""
+        if not self._are_new:
             return None
-        told, self._told = self._told, dict(self._counters)
+        self._are_new = False
+        told, self._told = self._told, dict(self)
         return KVLabStats(
             data={name: value - told.get(name, 0) for name, value in self._told.items() if value != told.get(name, 0)}
         )

@@ -6,7 +6,6 @@ Nothing here touches a byte of KV and nothing waits longer than `lookup_timeout_
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.kv_groups import KVGroups
 from kvlab.connectors.vllm.messages import Adapter, RequestLoad, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.metrics import Counters
 from kvlab.connectors.vllm.scheduler.admission import LoadAdmission
 from kvlab.connectors.vllm.scheduler.hits import end_block, end_token, find_hit, ready_run
 from kvlab.connectors.vllm.scheduler.loads import LoadPlanner
@@ -71,7 +71,7 @@ class Scheduler:
         self._unfilled_groups = unfilled_groups
         self.enabled = config.enabled
         self._load_now = load_now
-        self.counters: Counter[str] = Counter()
+        self.counters = Counters()
         self._states: dict[str, RequestState] = {}
         self._waiting = False  # since the last step somebody was told to ask again
         self.admission = LoadAdmission(enabled=config.admission)
@@ -211,8 +211,8 @@ class Scheduler:
         self.loads.lose(request_id, block_ids, is_async=is_async)
 
     def _count_miss(self, state: RequestState, plan: Sequence[ObjectRef]) -> None:
-        """Count why the first block that no tier holds is not there."""
-        at = end_block(plan)
+        """Count why the first block that neither the engine nor a tier holds is not there."""
+        at = max(end_block(plan), state.local_tokens // self.chunker.block_tokens)
         if at >= (state.request.num_tokens - 1) // self.chunker.block_tokens:
             return
         chunk_end = min(at - at % self.chunker.chunk_blocks + self.chunker.chunk_blocks, len(state.hashes))
@@ -266,7 +266,8 @@ class Scheduler:
         for key in report.absent:
             self.residency.corrupt(key)
             self.saves.lose(key)
-        self.counters["bad_objects"] += len(report.absent)
+        if report.absent:
+            self.counters["bad_objects"] += len(report.absent)
         for generation in report.broken:
             if (entry := self.index.generation(generation)) is not None:
                 self.index.drop(entry)

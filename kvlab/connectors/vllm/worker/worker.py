@@ -49,7 +49,7 @@ class Worker:
         self._writes_early = writes_early
         self.counters: Counter[str] = Counter()
         self._owner: list[int | None] = [None] * num_slots  # generations
-        self._report = WorkerReport()
+        self._report: WorkerReport | None = None  # None: there is nothing to tell, as in most steps
         self._saves = True
         self._version = ""  # of the namespace
         self._lost_blocks: set[int] = set()
@@ -106,6 +106,8 @@ class Worker:
             self._forward[1].stop()
             self._forwards.append(self._forward)
             self._forward = None
+        if not metadata.saves:
+            return
         ops, metadata.saves = [op for op in metadata.saves if self._may_save(op)], []
         if not ops:
             return
@@ -134,9 +136,14 @@ class Worker:
         self._unsaved(op)
         return False
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether async loads ended since they were last taken."""
+        return bool(self._finished)
+
     def take_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose async loads ended, and those of them that lost pages."""
-        if not self._finished:  # as in most steps; what ends from now on is told in the next one
+        if not self._finished:  # what ends from now on is told in the next step
             return set(), set()
         with self._lock:
             finished, self._finished = self._finished, set()
@@ -152,8 +159,10 @@ class Worker:
         return lost
 
     def take_report(self) -> WorkerReport | None:
+        """What is new since the last call; None if nothing is."""
         if adapters := ADAPTERS.take_news():
-            self._report.adapters |= adapters
+            with self._lock:
+                self._news.adapters |= adapters
         if not (self._under_way or self._forwards or self._report):
             return None
         with self._lock:
@@ -168,16 +177,23 @@ class Worker:
             self._tell(row, prompt_tokens)
         measured = [(entry, entry[1].seconds()) for entry in self._forwards]
         self._forwards = [entry for entry, seconds in measured if seconds is None]
+        forwards = [(entry[0], seconds) for entry, seconds in measured if seconds is not None]
         with self._lock:
-            self._report.forwards += [(entry[0], seconds) for entry, seconds in measured if seconds is not None]
-            if not self._report:
-                return None
-            report, self._report = self._report, WorkerReport()
+            if forwards:
+                self._news.forwards += forwards
+            report, self._report = self._report, None
         return report
+
+    @property
+    def _news(self) -> WorkerReport:
+        """The report to add to, under the lock."""
+        if self._report is None:
+            self._report = WorkerReport()
+        return self._report
 
     def _tell(self, row: LoadRow, prompt_tokens: int) -> None:
         with self._lock:
-            self._report.rows.append(row)
+            self._news.rows.append(row)
         line = retrieved_line(row.num_tokens, prompt_tokens, row.num_bytes, row.seconds)
         logger.info("%s (%s) for %s", line, row.tier, row.request_id)
 
@@ -227,7 +243,7 @@ class Worker:
         with self._lock:
             if load.is_async:
                 self._lost_blocks.update(lost)
-                self._report.loaded[load.request_id] += 1
+                self._news.loaded[load.request_id] += 1
                 self._finished.add(load.request_id)
                 if lost:
                     self._lost_requests.add(load.request_id)
@@ -309,20 +325,20 @@ class Worker:
 
     def _settle(self, op: SaveOp, *, kept: bool) -> None:
         with self._lock:
-            self._report.settled[op.generation] += 1
+            self._news.settled[op.generation] += 1
             if not kept:
-                self._report.refused.add(op.generation)
+                self._news.refused.add(op.generation)
 
     def _mark_broken(self, *ops: LoadOp | SaveOp) -> None:
         """These objects' slots do not hold them."""
         with self._lock:
-            self._report.broken.update(op.generation for op in ops)
+            self._news.broken.update(op.generation for op in ops)
 
     def _mark_absent(self, op: LoadOp) -> None:
         """The secondary tiers do not hold this object, or hold it broken."""
         self._mark_broken(op)
         with self._lock:
-            self._report.absent.add(op.hash)
+            self._news.absent.add(op.hash)
 
     def _unsaved(self, op: SaveOp) -> None:
         """An object whose slots were not filled."""
