@@ -18,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from batched_copies import copies_between, copy_batch
 from gpu_transfer_peers import LMCache, vllm_batch
 
 from kvlab.machine.provenance import append_rows
 from kvlab.paged import gather, page_layout
-from kvlab.paged.batch import copies_between
 from kvlab.paged.cuda import DEFAULT_STAGING_BYTES, CudaTransfer
-from kvlab.paged.driver import copy_batch
 from kvlab.stores import open_store
 from kvlab.units import parse_bytes
 

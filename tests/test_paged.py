@@ -1,10 +1,7 @@
 """Gather and scatter against plain indexing, for every layout an engine may state."""
 
-import ctypes
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +9,6 @@ from hypothesis import strategies as st
 
 from kvlab.errors import ConfigError
 from kvlab.paged import gather, page_layout, scatter, slots
-from kvlab.paged.batch import copies_between
 from kvlab.paged.cpu import CPUTransfer
 
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 11, 2, 4, 10
@@ -50,32 +46,6 @@ def test_gather_then_scatter_elsewhere_moves_whole_blocks(order, dtype, data):
         for block in range(BLOCKS):
             source = ids[target.index(block)] if block in target else block
             assert torch.equal(cache[block].view(torch.uint8), before[name][source].view(torch.uint8))
-
-
-@pytest.mark.parametrize("order", ["LBHNC", "BLHNC"])
-@given(data=st.data())
-def test_direct_copies_are_right_and_as_few_as_can_be(order, data):
-    """Carried out with memmove here, by the driver on a GPU."""
-    _, pages = layout(order)
-    ids = data.draw(st.lists(st.integers(0, BLOCKS - 1), unique=True, min_size=1, max_size=5))
-    slots = data.draw(st.lists(st.integers(0, 6), unique=True, min_size=len(ids), max_size=len(ids)))
-    arena = pages.buffer(7)
-    copies = copies_between(pages, np.array(ids), arena.data_ptr(), np.array(slots))
-    for page, place, size in zip(copies.pages, copies.arena, copies.sizes, strict=True):
-        ctypes.memmove(int(place), int(page), int(size))
-    assert torch.equal(arena[slots], gather(pages, ids, pages.buffer(len(ids))))
-    assert pages.block_in_one_run == (order == "BLHNC")
-    runs = 1 + sum(b - a != 1 or t - s != 1 for (a, s), (b, t) in pairwise(zip(ids, slots, strict=True)))
-    assert copies.sizes.size == (runs if pages.block_in_one_run else LAYERS * len(ids))
-
-
-def test_neighbours_on_both_sides_are_one_copy():
-    _, pages = layout("BLNHC")
-    base, size = pages.pages[0].data_ptr(), pages.block_bytes
-    copies = copies_between(pages, np.array([3, 4, 5, 9, 2, 3], np.int32), 1 << 40, [7, 8, 9, 10, 0, 1])
-    assert copies.pages.tolist() == [base + 3 * size, base + 9 * size, base + 2 * size]
-    assert copies.arena.tolist() == [(1 << 40) + slot * size for slot in (7, 10, 0)]
-    assert copies.sizes.tolist() == [3 * size, size, 2 * size]
 
 
 @pytest.mark.parametrize("order", ["LBHNC", "BLNHC"])

@@ -63,14 +63,6 @@ class PageLayout:
         """Where each layer's page of block 0 starts."""
         return tuple(pages.data_ptr() for pages in self.pages)
 
-    @cached_property
-    def block_in_one_run(self) -> bool:
-        """Whether a block's layers lie side by side in memory, in the order of a chunk buffer."""
-        first = self.addresses[0]
-        return self.num_layers > 1 and all(
-            address == first + i * self.page_bytes for i, address in enumerate(self.addresses)
-        )
-
     def buffer(self, num_blocks: int, *, device: str | torch.device = "cpu") -> torch.Tensor:
         """An uninitialised chunk buffer: uint8 [blocks, layers, page_bytes]. In host memory it starts at a multiple of
         4,096, so that direct I/O writes whole blocks of it without a copy."""
