@@ -11,7 +11,7 @@ import torch
 
 from kvlab.errors import ConfigError
 from kvlab.paged import cuda, gather, scatter
-from tests.test_paged import BLOCKS, layout
+from tests.support.pages import BLOCKS, layout
 
 SLOTS = 9
 

@@ -14,7 +14,7 @@ CHECK = """
 import torch
 from kvlab.paged import gather, page_layout, scatter
 from kvlab.paged.kernels import PageMover
-from tests.test_paged import caches
+from tests.support.pages import caches
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 

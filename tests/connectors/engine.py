@@ -147,3 +147,11 @@ def prompt(length: int, *, ending: int | None = None) -> list[int]:
     if ending is not None:
         ids[-20:] = text_ids()[500 + 20 * ending : 520 + 20 * ending]
     return ids
+
+
+def drain(llm: Any) -> None:
+    """Wait until what was saved is in the tier, and let the scheduler hear of it."""
+    worker(llm).write_back.flush()
+    report = worker(llm).take_report()
+    if report is not None:
+        connector(llm).scheduler.absorb(report)

@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 
 from kvlab.stores.wrappers import FaultStore
-from tests.connectors.engine import connector, engine, worker
-from tests.connectors.test_disk_tier import drain
-from tests.connectors.test_freed_blocks import overwritten
+from tests.connectors.damage import overwritten
+from tests.connectors.engine import connector, drain, engine, worker
 
 VOCABULARY, BLOCK = 4096, 32
 POLICIES = ["lru", "s3fifo", "arc", "fifo", "lfu", "mru"]

@@ -3,8 +3,7 @@
 from vllm import SamplingParams
 
 from kvlab.stores.wrappers import LatencyStore
-from tests.connectors.engine import connector, core, engine, generate, prompt, worker
-from tests.connectors.test_disk_tier import drain
+from tests.connectors.engine import connector, core, drain, engine, generate, prompt, worker
 
 
 def test_an_abort_during_a_load_leaves_nothing_behind(tmp_path, expected):

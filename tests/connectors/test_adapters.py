@@ -14,8 +14,7 @@ from kvlab.connectors.vllm import adapters
 from kvlab.connectors.vllm.adapters import Adapters, LoadedAdapter
 from kvlab.connectors.vllm.messages import WorkerReport
 from kvlab.connectors.vllm.scheduler.requests import request_extras
-from tests.connectors.engine import MAX_TOKENS, Answer, connector, engine, prompt
-from tests.connectors.test_disk_tier import drain
+from tests.connectors.engine import MAX_TOKENS, Answer, connector, drain, engine, prompt
 
 RANK, HIDDEN, LAYERS = 8, 576, 30
 

@@ -6,8 +6,7 @@ import pytest
 
 from kvlab.connectors.vllm.scheduler.admission import FORGET_S, LoadAdmission, SaveAdmission
 from kvlab.stores.wrappers import LatencyStore
-from tests.connectors.engine import connector, engine, generate, prompt, worker
-from tests.connectors.test_disk_tier import drain
+from tests.connectors.engine import connector, drain, engine, generate, prompt, worker
 
 
 @pytest.fixture

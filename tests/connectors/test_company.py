@@ -4,8 +4,8 @@ import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
 
 import kvlab
+from tests.connectors.damage import flip_a_bit, objects
 from tests.connectors.engine import PATIENT, connector, engine, generate, prompt
-from tests.connectors.test_disk_tier import flip_a_bit, objects
 
 PROMPT = prompt(300)
 SLOW = {**PATIENT, "report": True, "chunk_tokens": 64}

@@ -9,17 +9,14 @@ import pytest
 
 from kvlab.connectors.vllm.messages import WorkerReport
 from kvlab.hashing import block_hashes
-from tests.connectors.engine import BLOCK, connector, engine, generate, prompt, shared, worker
+from tests.connectors.damage import cut_short, flip_a_bit, make_a_folder, make_empty, objects, swap_content
+from tests.connectors.engine import BLOCK, connector, drain, engine, generate, prompt, shared, worker
 
 WRITER = """
 from tests.connectors.engine import engine, generate, prompt
 with engine(["file://{folder}?size=1GiB"]) as llm:
     print(generate(llm, [prompt(300)])[0].tokens)
 """
-
-
-def objects(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.safetensors") if ".kvlab" not in path.parts)
 
 
 def store_in_another_process(folder: Path) -> None:
@@ -41,29 +38,6 @@ def test_a_new_process_finds_what_an_old_one_stored(tmp_path, expected):
         with engine([f"file://{tmp_path}?size=1GiB"], settings, **extra) as llm:
             assert generate(llm, [prompt(300)])[0].hit == 0
             assert not connector(llm).hook_errors
-
-
-def cut_short(path: Path, _others: list[Path]) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def flip_a_bit(path: Path, _others: list[Path]) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def swap_content(path: Path, others: list[Path]) -> None:
-    path.write_bytes(next(other for other in others if other != path).read_bytes())
-
-
-def make_empty(path: Path, _others: list[Path]) -> None:
-    path.write_bytes(b"")
-
-
-def make_a_folder(path: Path, _others: list[Path]) -> None:
-    path.unlink()
-    path.mkdir()
 
 
 @pytest.fixture(scope="module")
@@ -171,16 +145,3 @@ def test_lossless_serde_gives_the_same_tokens(tmp_path, expected):
         again = generate(llm, [p])[0]
         assert again.hit == 299
         assert again.tokens == expected(p)
-
-
-def drain(llm) -> None:
-    """Wait until what was saved is in the tier, and let the scheduler hear of it."""
-    import time
-
-    deadline = time.monotonic() + 30
-    while worker(llm)._writes._work_queue.qsize() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    worker(llm)._writes.submit(lambda: None).result(timeout=30)
-    report = worker(llm).take_report()
-    if report is not None:
-        connector(llm).scheduler.absorb(report)

@@ -1,36 +1,10 @@
 """Freed pages are overwritten at once: no save may read a page the engine has given back, no load may write one."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
-from tests.connectors.engine import connector, core, empty_memory, engine, generate, prompt, worker
-from tests.connectors.test_disk_tier import drain
-
-GARBAGE = 0x4B  # as float32: thirteen million, finite, so that it can hide behind no mask
-
-
-@contextmanager
-def overwritten(llm):
-    """Every page the engine frees is filled with garbage before anything else happens."""
-    pool, pages, seen = core(llm).kv_cache_manager.block_pool, worker(llm).transfer.layout.pages, []
-    original = pool.free_blocks
-
-    def free_blocks(ordered_blocks):
-        blocks = list(ordered_blocks)
-        original(blocks)
-        for block in blocks:
-            if block.ref_cnt == 0 and not block.is_null:
-                seen.append(block.block_id)
-                for layer in pages:
-                    layer[block.block_id].fill_(GARBAGE)
-
-    pool.free_blocks = free_blocks
-    try:
-        yield seen
-    finally:
-        pool.free_blocks = original
+from tests.connectors.damage import overwritten
+from tests.connectors.engine import connector, drain, empty_memory, engine, generate, prompt, worker
 
 
 def ask_twice(llm, prompts) -> list[list[list[int]]]:

@@ -1,33 +1,17 @@
 """A model whose layers see a window or the whole prefix, in KV cache groups of their own, under a real engine."""
 
 import pytest
-import torch
 
 from kvlab.hashing import block_hashes
 from kvlab.stores.wrappers import LatencyStore
-from tests.connectors.engine import BLOCK, connector, core, empty_memory, engine, generate, prompt, worker
-from tests.connectors.test_disk_tier import cut_short, drain, flip_a_bit, objects
-from tests.connectors.test_freed_blocks import overwritten
+from tests.connectors.damage import cut_short, flip_a_bit, objects, overwritten
+from tests.connectors.engine import BLOCK, connector, core, drain, empty_memory, engine, generate, prompt, worker
+from tests.connectors.models import WINDOW, gemma
 
-WINDOW = 80  # no multiple of a block
 PAGE_BYTES = 2 * 2 * 2 * 64 * 4 * BLOCK  # of the pool: two layers, K and V, two heads of 64 floats
 MEMORY = ["memory://?size=64MiB"]
 LENGTHS = [31, 32, 33, 63, 64, 65, 97, 128, 129, 144, 145, 161, 300, 480]
 PROMPTS = [prompt(n) for n in LENGTHS] + [prompt(n, ending=e) for n, e in [(300, 0), (480, 0), (200, 1), (200, 2)]]
-
-
-def gemma(folder, layer_types) -> dict:
-    """A small Gemma 3 with these layers."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    config = Gemma3TextConfig(
-        vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=len(layer_types),
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, sliding_window=WINDOW, layer_types=layer_types,
-        initializer_range=0.2, max_position_embeddings=1024, query_pre_attn_scalar=64, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    Gemma3ForCausalLM(config).save_pretrained(folder)
-    return {"model": str(folder), "skip_tokenizer_init": True, "kv_cache_memory_bytes": 64 << 20}
 
 
 @pytest.fixture(scope="module")

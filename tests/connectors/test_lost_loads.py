@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.connectors.engine import connector, empty_memory, engine, generate, prompt, shared, worker
-from tests.connectors.test_disk_tier import drain
+from tests.connectors.engine import connector, drain, empty_memory, engine, generate, prompt, shared, worker
 
 FIRST, OTHER = prompt(300), prompt(300, ending=0)  # the first four of five objects are the same
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.connectors.engine import connector, engine, generate, prompt
-from tests.connectors.test_disk_tier import drain
+from tests.connectors.engine import connector, drain, engine, generate, prompt
 
 
 def answer_of(url, p, **settings):

@@ -4,8 +4,8 @@ import threading
 
 from kvlab.hashing import block_hashes
 from kvlab.stores.wrappers import WrapperStore
-from tests.connectors.engine import BLOCK, connector, engine, generate, prompt, text_ids, worker
-from tests.connectors.test_disk_tier import drain, flip_a_bit, objects
+from tests.connectors.damage import flip_a_bit, objects
+from tests.connectors.engine import BLOCK, connector, drain, engine, generate, prompt, text_ids, worker
 
 CHUNK = 2 * BLOCK
 SLOT_BYTES = 46080 * BLOCK

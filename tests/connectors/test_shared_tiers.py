@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvlab.machine.redis_server import RedisServer
-from tests.connectors.engine import connector, empty_memory, engine, generate, prompt, worker
-from tests.connectors.test_disk_tier import drain
+from tests.connectors.engine import connector, drain, empty_memory, engine, generate, prompt, worker
 
 OTHER = """
 from tests.connectors.engine import engine, generate, prompt

@@ -7,10 +7,9 @@ import torch
 
 from kvlab.stores.memory import MemoryStore
 from kvlab.stores.wrappers import WrapperStore
-from tests.connectors.engine import BLOCK, connector, engine, generate, prompt, text_ids, worker
-from tests.connectors.test_disk_tier import drain
-from tests.connectors.test_freed_blocks import GARBAGE, overwritten
-from tests.connectors.test_groups import gemma
+from tests.connectors.damage import GARBAGE, overwritten
+from tests.connectors.engine import BLOCK, connector, drain, engine, generate, prompt, text_ids, worker
+from tests.connectors.models import gemma
 
 MARKER = bytes([GARBAGE]) * 16  # what `overwritten` leaves in pages that were freed, four floats of it
 LENGTHS = [2, 3, 5, 31, 33, 40, 63, 65, 100, 129, 150, 200]

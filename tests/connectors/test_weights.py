@@ -10,9 +10,8 @@ import torch
 
 from kvlab.connectors.vllm_plugin import FILES_BEFORE_LOAD
 from kvlab.errors import ConfigError
-from tests.connectors.engine import connector, engine, generate, prompt
+from tests.connectors.engine import connector, drain, engine, generate, prompt
 from tests.connectors.stress import tiny_model
-from tests.connectors.test_disk_tier import drain
 
 PROMPT, NEW = prompt(300), prompt(480, ending=0)
 

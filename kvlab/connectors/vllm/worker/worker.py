@@ -46,7 +46,7 @@ class Worker:
     ) -> None:
         self.transfer = transfer
         self.engine = engine
-        self._writes_early = writes_early
+        self.write_back_early = writes_early
         self.counters: Counter[str] = Counter()
         self._owner: list[int | None] = [None] * num_slots  # generations
         self._report: WorkerReport | None = None  # None: there is nothing to tell, as in most steps
@@ -62,7 +62,7 @@ class Worker:
         self._lock = threading.Lock()
         self._loads = ThreadPoolExecutor(2, thread_name_prefix="kvlab-load")
         self._fetches = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="kvlab-fetch")
-        self._writes = WriteBackQueue(self._write, max_delay_s=max_write_delay_s)
+        self.write_back = WriteBackQueue(self._write, max_delay_s=max_write_delay_s)
 
     # ---- each step
 
@@ -76,7 +76,7 @@ class Worker:
         decodes = metadata.num_tokens > 0 and not prefill
         self._num_decodes += decodes
         if self.engine is not None:
-            self._writes.begin_step(prefill)
+            self.write_back.begin_step(prefill)
         timed = prefill >= MIN_PREFILL_TOKENS or (decodes and self._num_decodes % TIMED_STEPS == 0)
         self._forward = (prefill, self.transfer.clock()) if timed else None
 
@@ -117,7 +117,7 @@ class Worker:
             for slot in slots:
                 self._owner[slot] = None
             self.transfer.save(blocks, slots)
-            if self._writes_early:
+            if self.write_back_early:
                 self.transfer.before_writes(blocks)
         except Exception:
             for op in ops:
@@ -127,7 +127,7 @@ class Worker:
         for op in ops:
             self._own(op)
             if op.write:
-                self._writes.put(op)
+                self.write_back.put(op)
 
     def _may_save(self, op: SaveOp) -> bool:
         """Whether the pages hold what the object's name says, as far as that is known; if not, it is not saved."""
@@ -201,7 +201,7 @@ class Worker:
         """Finish the writes that are queued; drop loads."""
         self._loads.shutdown(wait=True, cancel_futures=True)
         self._fetches.shutdown(wait=True)
-        self._writes.close()
+        self.write_back.close()
         self.transfer.close()
         if self.engine is not None:
             self.engine.store_.close()

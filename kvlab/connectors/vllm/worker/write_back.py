@@ -41,6 +41,10 @@ class WriteBackQueue:
     def put(self, op: SaveOp) -> None:
         self._pool.submit(self._write_later, op, time.monotonic() + self._max_delay_s)
 
+    def flush(self) -> None:
+        """Wait until all that is queued is written."""
+        self._pool.submit(lambda: None).result()
+
     def close(self) -> None:
         """Finish what is queued."""
         self._only_decodes.set()
