@@ -220,12 +220,12 @@ class Stress:
         ours = connector(llm)
         scheduler, index = ours.scheduler, ours.scheduler.index
         for at in range(4000):  # reports come with steps
-            if not (scheduler.loads.in_flight or scheduler.saves.unsettled):
+            if not (scheduler.loads.in_flight or scheduler.saves.in_flight):
                 break
             llm.generate([{"prompt_token_ids": [5 + at % 64]}], self._sampling(max_tokens=1), use_tqdm=False)
         held = [slot for entry in index._entries.values() for slot in entry.slots]
         faults = {
-            "loads in flight": scheduler.loads.in_flight, "unsettled": scheduler.saves.unsettled,
+            "loads in flight": scheduler.loads.in_flight, "saves in flight": scheduler.saves.in_flight,
             "leased slots": index.num_leased_slots, "states": scheduler._states, "save states": scheduler.saves._states,
             "arrived": scheduler.loads._arrived, "hook errors": ours.hook_errors,
             "slot mismatches": worker(llm).counters["slot_mismatch"],

@@ -35,7 +35,7 @@ def settle(llm) -> None:
     """Steps, until what was saved is in the secondary tiers."""
     scheduler = ours(llm).scheduler
     for at in range(200):
-        if not scheduler.saves.unsettled:
+        if not scheduler.saves.in_flight:
             return
         generate(llm, [[5 + at % 7] * 3], max_tokens=1)
     raise AssertionError("saves were never settled")

@@ -150,11 +150,11 @@ def test_what_one_rank_could_not_hand_on_is_not_held_below():
     for first_refuses in (True, False, True):
         entry = scheduler.index.reserve(CHUNKS[0], 1)
         scheduler.index.lease(entry)
-        scheduler.saves.unsettled[entry.generation] = Write(entry, "", 2)
+        scheduler.saves.in_flight[entry.generation] = Write(entry, "", 2)
         for rank in range(2):
-            report = WorkerReport(settled=Counter([entry.generation]))
+            report = WorkerReport(written=Counter([entry.generation]))
             if first_refuses and rank == 0:
-                report.refused.add(entry.generation)
+                report.failed_writes.add(entry.generation)
             assert entry.leases == 1
             scheduler.absorb(report)
         assert entry.leases == 0

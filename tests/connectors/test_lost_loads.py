@@ -77,11 +77,11 @@ def test_other_requests_of_the_step_are_not_touched(expected, monkeypatch):
     empty_memory(llm)
     prompts = [OTHER, prompt(480, ending=0), prompt(200, ending=3)]
     generate(llm, [FIRST])
-    taken_back = connector(llm).scheduler.counters["load_rollbacks"]
+    rollbacks = connector(llm).scheduler.counters["load_rollbacks"]
     no_copy(llm, monkeypatch)
     for _ in range(3):
         assert [answer.tokens for answer in generate(llm, prompts)] == [expected(p) for p in prompts]
-    assert connector(llm).scheduler.counters["load_rollbacks"] == taken_back + 1
+    assert connector(llm).scheduler.counters["load_rollbacks"] == rollbacks + 1
 
 
 @pytest.mark.parametrize("budget", [64, 1024], ids=["in-chunks", "in-one-step"])

@@ -40,7 +40,7 @@ def test_a_broken_object_that_others_still_need_keeps_its_slots(tmp_path):
         generate(llm, [others[0]], max_tokens=1)  # its write is the one that waits at the gate
         generate(llm, [short], max_tokens=1)  # finds the second object broken, computes it, saves it
         assert generate(llm, [long], max_tokens=1)[0].hit == 3 * CHUNK
-        assert len(scheduler.saves.unsettled) >= 2, "the fresh copy is not written yet"
+        assert len(scheduler.saves.in_flight) >= 2, "the fresh copy is not written yet"
         for other in others[1:]:
             generate(llm, [other], max_tokens=1)
         gate.opened.set()

@@ -53,9 +53,9 @@ class Engine:
 
     def plan(self, lost=(), **requests):
         for asked, *_ in (*requests.get("new", ()), *requests.get("resumed", ())):
-            self.rollback.given(asked)
+            self.rollback.on_allocated(asked)
         output = step(**requests)
-        self.rollback.settle(output, set(lost))
+        self.rollback.apply(output, set(lost))
         everybody = [entry[0] for kind in ("new", "resumed", "running") for entry in requests.get(kind, ())]
         for asked in everybody:
             asked.num_computed_tokens += output.num_scheduled_tokens[asked.request_id]
@@ -69,7 +69,7 @@ def test_a_request_is_lowered_to_its_first_lost_page(kind):
     new, cached = output.scheduled_new_reqs, output.scheduled_cached_reqs
     assert (new[0].num_computed_tokens if kind == "new" else cached.num_computed_tokens[0]) == 32
     assert asked.num_computed_tokens == 32 + 5
-    assert engine.counters == {"load_rollbacks": 1, "taken_back_tokens": 38}
+    assert engine.counters == {"load_rollbacks": 1, "rolled_back_tokens": 38}
 
 
 def test_others_are_left_alone():
@@ -117,11 +117,11 @@ def test_a_page_whose_request_left_stays_a_hole():
 
 def test_a_copy_of_a_hole_is_one():
     engine, asked, other = Engine(), request("a", 32), request("b", 24)
-    engine.rollback.given(asked)
-    engine.rollback.given(other)
+    engine.rollback.on_allocated(asked)
+    engine.rollback.on_allocated(other)
     output = step(new=[(asked, [10, 11], 1), (other, [10, 21], 1)])
     output.kv_cache_block_copies = [(11, 21)]
-    engine.rollback.settle(output, {11})
+    engine.rollback.apply(output, {11})
     assert [new.num_computed_tokens for new in output.scheduled_new_reqs] == [16, 16]
 
 
@@ -134,8 +134,8 @@ def test_drafts_are_not_computed_in_a_lowered_step():
 
 def test_a_count_that_is_not_ours_stops_the_step():
     engine, asked = Engine(), request("a", 32)
-    engine.rollback.given(asked)
+    engine.rollback.on_allocated(asked)
     output = step(new=[(asked, [10, 11, 12], 4)])
     asked.num_computed_tokens += 4  # as if vLLM had counted before it asks
     with pytest.raises(RuntimeError, match="36 computed tokens of request a and plans with 32"):
-        engine.rollback.settle(output, {11})
+        engine.rollback.apply(output, {11})

@@ -48,10 +48,10 @@ def test_two_ranks_answer_from_every_tier(model, tmp_path, monkeypatch):
         def settle() -> None:
             """Reports come with steps: make some until both ranks have handed everything on."""
             for _ in range(50):
-                if not scheduler.saves.unsettled:
+                if not scheduler.saves.in_flight:
                     return
                 ask(BLOCK - 1)
-            raise AssertionError(f"{len(scheduler.saves.unsettled)} objects were never reported as written")
+            raise AssertionError(f"{len(scheduler.saves.in_flight)} objects were never reported as written")
 
         first = ask()
         settle()

@@ -60,7 +60,7 @@ def written(worker):
 
 def settled(worker, count):
     """Wait for so many objects' hand-over."""
-    return list(reported(worker, lambda report: len(report.settled) >= count).settled)
+    return list(reported(worker, lambda report: len(report.written) >= count).written)
 
 
 def reported(worker, enough):
@@ -136,8 +136,8 @@ def test_slots_that_another_object_was_given_are_not_written_under_the_first_nam
     deferring.save(metadata)
     for _ in range(DECODE_STEPS):
         step(deferring)
-    report = reported(deferring, lambda report: len(report.settled) == 2)
-    assert report.refused == {GENERATIONS[0]}
+    report = reported(deferring, lambda report: len(report.written) == 2)
+    assert report.failed_writes == {GENERATIONS[0]}
     assert written(deferring) == [False, True, False, False]
 
 
@@ -151,8 +151,8 @@ def test_slots_that_change_while_they_are_read_are_not_written(deferring, monkey
 
     monkeypatch.setattr(deferring.transfer, "slots", given_away)
     step(deferring, saves=[3])
-    report = reported(deferring, lambda report: report.settled)
-    assert report.refused == {GENERATIONS[3]}
+    report = reported(deferring, lambda report: report.written)
+    assert report.failed_writes == {GENERATIONS[3]}
     assert written(deferring) == [False] * 4
     assert deferring.engine.stats()["save_failed_overwritten"] == 1
 
@@ -164,8 +164,8 @@ def test_a_save_that_fails_after_the_slots_were_given_to_it_leaves_nothing_in_th
     metadata = StepMetadata([], [save_of(1, slot=0)], 1, 0)
     deferring.begin(metadata)
     deferring.save(metadata)
-    report = reported(deferring, lambda report: report.settled)
-    assert (report.refused, report.broken) == ({GENERATIONS[1]}, {GENERATIONS[1]})
+    report = reported(deferring, lambda report: report.written)
+    assert (report.failed_writes, report.broken) == ({GENERATIONS[1]}, {GENERATIONS[1]})
     assert deferring._owner[0] is None
 
 
@@ -175,8 +175,8 @@ def test_pages_of_another_adapter_than_the_name_says_are_not_saved(deferring):
     metadata = StepMetadata([], [op], 1, 0)
     deferring.begin(metadata)
     deferring.save(metadata)
-    report = reported(deferring, lambda report: report.settled)
-    assert (report.refused, report.broken) == ({GENERATIONS[0]}, {GENERATIONS[0]})
+    report = reported(deferring, lambda report: report.written)
+    assert (report.failed_writes, report.broken) == ({GENERATIONS[0]}, {GENERATIONS[0]})
     assert written(deferring) == [False] * 4
 
 
@@ -192,6 +192,6 @@ def test_where_pages_could_not_be_cleared_nothing_is_saved_any_more(deferring, m
     with pytest.raises(ZeroDivisionError):
         deferring.begin(StepMetadata(num_tokens=1, unclean_blocks=[2]))
     step(deferring, saves=[2])
-    report = reported(deferring, lambda report: report.settled)
-    assert (report.refused, report.broken) == ({GENERATIONS[2]}, {GENERATIONS[2]})
+    report = reported(deferring, lambda report: report.written)
+    assert (report.failed_writes, report.broken) == ({GENERATIONS[2]}, {GENERATIONS[2]})
     assert written(deferring) == [False] * 4

@@ -1,12 +1,12 @@
-"""KVLabConnector: kvlab inside vLLM. The only room that imports vllm.
+"""KVLabConnector: kvlab as a vLLM V1 KV connector.
 
 Use::
 
     KVTransferConfig(**kvlab.vllm_config(["memory://?size=1GiB", "file:///path?size=10GiB"]))
 
-The class below only joins vLLM's hooks to `Scheduler` (decides) and `Worker` (copies). An error in a hook costs a
-miss and is counted; it never reaches the engine, but where a step would read pages known to be empty (`StepRollback`).
-What cannot be served is refused at start instead.
+The class only joins vLLM's hooks to `Scheduler` (decides) and `Worker` (copies). An error in a hook costs a miss and is
+counted. It reaches the engine only where a step would read pages known to be empty (`StepRollback`). Setups that cannot
+be served are refused at start.
 """
 
 import functools
@@ -42,7 +42,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _never_raise(default: Callable[[], Any]) -> Callable[[F], F]:
-    """A hook that fails is counted and told once, and answers `default()`: a cache must not stop an engine."""
+    """A hook that fails is counted, logged the first time, and returns `default()`: a cache must not stop an engine."""
 
     def wrap(hook: F) -> F:
         @functools.wraps(hook)
@@ -110,7 +110,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             block_tokens=self.chunker.block_tokens,
             auth=auth.id if auth else None,
         )
-        self._promise = (0, False)  # of the latest match: tokens computed locally, and whether the load is async
+        self._match = (0, False)  # tokens that the engine had computed, and whether the load is async
         self.scheduler: Scheduler | None = None
         self.worker: Worker | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -118,7 +118,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             namespaces = [rank_namespace(self.namespace, rank) for rank in range(ranks)]
             index = SlotIndex(self.num_slots, policy=self.config.policy)
             secondary = open_stores(self.config.secondary_tiers) if self.config.secondary_tiers else None
-            # In company of other connectors, which may have read the step's plan before it would be lowered: later.
+            # Beside other connectors, which may have read the plan before a rollback, loads run between steps.
             alone = has_kv_transfer_group() and isinstance(get_kv_transfer_group(), KVLabConnector)
             self.scheduler = Scheduler(
                 self.config,
@@ -135,15 +135,15 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             )
 
     def _hook_failed(self, name: str) -> None:
-        """Called while the error is handled: count it, and tell it with its trace the first time."""
+        """Call it from an exception handler: counts the error, and logs it with its traceback the first time."""
         self.hook_errors[name] = self.hook_errors.get(name, 0) + 1
         if self.hook_errors[name] == 1:
             logger.exception("kvlab: %s failed; the request goes on without the cache", name)
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """No: nothing happens within a forward pass. vLLM asks in the process that the user started, where a wrong
-        setting is told at once and not only by an engine process that dies."""
+        """False: nothing happens within a forward pass. vLLM asks in the front process, so a wrong setting is raised
+        there and not only in an engine process that dies."""
         ConnectorConfig.from_extra(extra_config)
         return False
 
@@ -186,10 +186,10 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker.load(self._connector_metadata)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: whole blocks are moved before or after the forward pass, so CUDA graphs stay full."""
+        """Does nothing: whole blocks move before or after the forward pass, so CUDA graphs stay full."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing, for the same reason."""
+        """Does nothing, for the same reason."""
 
     @_never_raise(lambda: None)
     def wait_for_save(self) -> None:
@@ -200,7 +200,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         return None, (self.worker.take_finished()[0] or None) if self.worker is not None else None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        """Asked in place of `get_finished` by versions that have it, which hear of a failed load by request."""
+        """vLLM versions that have it call it in place of `get_finished`; it reports failed loads by request."""
         if self.worker is None or not self.worker.has_finished:
             return compat.TransferResults()
         finished, failed = self.worker.take_finished()
@@ -232,7 +232,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         return KVLabPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
-        """Tokens of a hit by tier, in vLLM's words (asked for by versions that have them)."""
+        """Tokens of a hit by tier, in vLLM's enumeration (of versions that have one)."""
         sources = compat.hit_sources()
         if self.scheduler is None or sources is None or num_external_tokens == 0:
             return {}
@@ -246,36 +246,36 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A cache owes nobody anything: a save that is lost is a later miss."""
+        """False: saves are best effort, a dropped save only causes a later miss."""
         return False
 
     @_never_raise(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self.scheduler is not None
         tokens, is_async = self.scheduler.match(request, num_computed_tokens)
-        self._promise = (num_computed_tokens, is_async)
+        self._match = (num_computed_tokens, is_async)
         return tokens, is_async
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self.scheduler is not None
         block_ids = blocks.get_block_ids()
-        self.scheduler.given(request)
+        self.scheduler.on_allocated(request)
         try:
             self.scheduler.allocated(request, block_ids, num_external_tokens)
         except Exception:
             self._hook_failed("update_state_after_alloc")
-            if num_external_tokens:  # promised: the engine takes these pages for filled unless told otherwise
-                computed, is_async = self._promise
+            if num_external_tokens:  # the engine takes these pages for filled unless told otherwise
+                computed, is_async = self._match
                 end, block = computed + num_external_tokens, self.chunker.block_tokens
                 lost = self.groups.needed(block_ids, range(computed // block, -(-end // block)), end)
-                self.scheduler.lose(request.request_id, lost, is_async=is_async)
+                self.scheduler.fail_load(request.request_id, lost, is_async=is_async)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         assert self.scheduler is not None
         return self.scheduler.build(scheduler_output)
 
     def _load_now(self, loads: list[RequestLoad]) -> set[int]:
-        """Called by the scheduler side: the worker side lives in this process where there is one rank."""
+        """Called by the scheduler side. With one rank the worker side lives in the same process."""
         try:
             worker: Worker = get_kv_transfer_group().worker
             return worker.load_now(loads)
@@ -302,8 +302,8 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         return self.request_finished(request, block_ids[0])
 
     def reset_cache(self) -> bool | None:
-        """What vLLM asks where weights may have changed: nothing stored so far is served from now on, in any tier.
-        False where that failed."""
+        """vLLM calls it where weights may have changed: from now on, no tier serves what was stored before. False where
+        that failed."""
         try:
             if self.scheduler is not None:
                 self.scheduler.reset()

@@ -1,4 +1,4 @@
-"""What scheduler and workers tell each other, once per engine step. All of it pickles: they may be two processes."""
+"""The messages between scheduler side and workers, once per engine step. They pickle: these may be two processes."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -100,8 +100,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
     """What ranks finished since the last step. Counters count ranks, so that the scheduler knows when all did."""
 
     loaded: Counter[str] = field(default_factory=Counter)  # request ids
-    settled: Counter[int] = field(default_factory=Counter)  # generations whose write to secondary tiers ended
-    refused: set[int] = field(default_factory=set)  # those of `settled` that no secondary tier took
+    written: Counter[int] = field(default_factory=Counter)  # generations whose write to secondary tiers ended
+    failed_writes: set[int] = field(default_factory=set)  # those of `written` that no secondary tier took
     broken: set[int] = field(default_factory=set)  # generations whose slots do not hold their object
     absent: set[bytes] = field(default_factory=set)  # hashes that secondary tiers hold broken or not at all
     rows: list[LoadRow] = field(default_factory=list)
@@ -111,8 +111,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         if isinstance(other, WorkerReport):
             self.loaded.update(other.loaded)
-            self.settled.update(other.settled)
-            self.refused |= other.refused
+            self.written.update(other.written)
+            self.failed_writes |= other.failed_writes
             self.broken |= other.broken
             self.absent |= other.absent
             self.rows += other.rows

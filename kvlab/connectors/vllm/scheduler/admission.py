@@ -1,4 +1,4 @@
-"""What is worth moving: loads that beat a recompute, saves of what comes again. Measured, never configured."""
+"""What is worth moving: loads that beat a recompute, and saves of objects that come again."""
 
 import math
 import time
@@ -16,19 +16,22 @@ FORGET_S = 30.0  # a tier that was too slow is tried again after this long
 
 
 class LoadAdmission:
-    """Compares seconds: what a load holds up the request or the engine, against what the tokens add to a forward pass.
+    """Load if and only if ``ceil(t_load / t_step) * t_step <= num_tokens * t_token``, all of them measured.
 
-    A token costs the median of the latest prefills, less what a step without one took then: that is paid either way
-    (and attention makes long prompts dearer than this). A tier counts with the median rate of its latest loads. One
-    between steps is noticed when the step under way ends, so it takes whole steps while others are served.
-    What nobody measured within half a minute is loaded, and so is what is over `COMPARABLE` times as long as all that
-    was: a small load is mostly the way there and back. Where everything is loaded nothing is computed, so one prompt
-    is, now and then, until it is known what that takes. Time in vLLM's queue is in nothing of this.
+    t_token: the median, over the latest prefills, of (seconds of the step - t_step) / its prompt tokens. The step
+        itself is paid either way. Attention makes long prompts dearer than this.
+    t_step: the median of the latest steps without a prefill. The engine notices a load between steps when its current
+        step ends, so such a load takes whole steps while other requests run.
+    t_load: tokens over the median rate of the tier's latest loads, those of less than a quarter of the tokens left out:
+        they mostly measure latency.
+
+    Without a sample of the last 30 seconds a tier is loaded from. If everything hits and no prefill was ever timed, one
+    prompt every 30 seconds is computed to measure t_token. Time in vLLM's queue is not part of any sample.
     """
 
     def __init__(self, *, enabled: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self.enabled = enabled
-        self.is_busy = False  # others are computing: whoever waits between steps waits for theirs
+        self.is_busy = False  # other requests run, so a load between steps waits for their steps
         self._clock = clock
         self._prefills: deque[float] = deque(maxlen=KEPT_RATES)  # seconds that each token added to a step
         self._steps: deque[float] = deque(maxlen=KEPT_RATES)  # seconds of steps without a prefill
@@ -41,7 +44,7 @@ class LoadAdmission:
     def forward(self, prefill_tokens: int, seconds: float) -> None:
         """A forward pass with so many tokens of prompts took `seconds`."""
         if prefill_tokens >= MIN_PREFILL_TOKENS:
-            # Less than a step of its own time: a host that grows slower does not make the prefills of before cheap.
+            # Minus a step of the same time: a host that grows slower does not make older prefills look cheap.
             self._prefills.append(max(seconds - self.step_seconds(), 0.0) / prefill_tokens)
         elif prefill_tokens == 0:
             self._steps.append(seconds)
@@ -54,14 +57,14 @@ class LoadAdmission:
             )
 
     def answered(self, *, held: bool) -> None:
-        """Secondary tiers were asked for a prompt, and held something of it or not."""
+        """A lookup in the secondary tiers found something of a prompt, or nothing."""
         self._answers.append(held)
 
     # ---- what follows
 
     def is_worth(self, num_tokens: Mapping[str, int]) -> bool:
-        """Whether loading these tokens, by tier, takes no longer than computing them. Whatever comes from the tier
-        `secondary` is loaded between steps."""
+        """Whether loading these tokens, by tier, takes no longer than computing them. Tokens of the tier `secondary`
+        are loaded between steps."""
         if not self.enabled:
             return True
         total, secondary = sum(num_tokens.values()), num_tokens.get("secondary", 0)
@@ -95,8 +98,7 @@ class LoadAdmission:
         return median(self._steps) if self._steps else 0.0
 
     def load_rate(self, tier: str, num_tokens: int = 0) -> float:
-        """Tokens per second of a tier lately, in loads that say something of one of `num_tokens`; 0 if there was
-        none."""
+        """Median tokens per second over a tier's recent loads of at least `num_tokens` / 4; 0 without samples."""
         measured = self._loads.get(tier, deque())
         while measured and self._clock() - measured[0][0] > FORGET_S:
             measured.popleft()
@@ -104,7 +106,7 @@ class LoadAdmission:
         return median(rates) if rates else 0.0
 
     def _is_time_for_a_trial(self) -> bool:
-        """Whether to compute something so as to learn what it takes, now that this much was loaded."""
+        """Whether to compute a prompt that could be loaded, to measure what computing takes."""
         if len(self._loads.get("secondary", ())) < KEPT_RATES // 2 or self._clock() - self._last_trial < FORGET_S:
             return False
         self._last_trial = self._clock()
@@ -112,12 +114,12 @@ class LoadAdmission:
 
 
 class SaveAdmission:
-    """Lets an object pass from the n-th prompt on that holds it: what is seen once is most of the traffic."""
+    """Admits an object from the n-th prompt on that contains it: most of the traffic is seen once."""
 
     def __init__(self, store_threshold: int) -> None:
         self._store_threshold = store_threshold
         self._uses = ReuseCounter()
 
     def is_due(self, key: bytes) -> bool:
-        """Count a sight of `key`; whether it is the n-th or a later one."""
+        """Count a use of `key`; whether it is the n-th or a later one."""
         return self._store_threshold <= 1 or self._uses.add(key) >= self._store_threshold

@@ -1,4 +1,4 @@
-"""Which slots fill which pages: the copies of a promised hit, and the leases that keep its objects where they are."""
+"""Which slots fill which pages: the copies of a hit, and the leases that keep its objects where they are."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +61,9 @@ class LoadPlanner:
             num_slots = self.num_slots(ref)
             picked, pages = groups.pick(ref.span, ref.end_token, range(num_slots), block_ids, blocks, end)
             if not pages:
-                load.ops.append(LoadOp(ref.hash, 0, (), (), (), *tokens))  # left behind by every window: nothing moves
+                load.ops.append(
+                    LoadOp(ref.hash, 0, (), (), (), *tokens)
+                )  # every window has slid past it: nothing moves
                 continue
             entry = self._index.get(ref.hash)
             fetch = entry is None
@@ -78,8 +80,8 @@ class LoadPlanner:
         load.lost_blocks = groups.needed(block_ids, range(at, usable), end)
         state.given_up = bool(load.lost_blocks)
 
-    def lose(self, request_id: str, block_ids: Sequence[int], *, is_async: bool) -> None:
-        """Instead of the request's load, tell the engine that these pages are not filled."""
+    def fail_load(self, request_id: str, block_ids: Sequence[int], *, is_async: bool) -> None:
+        """Drop the request's load and report these pages to the engine as not filled."""
         self._loads = [load for load in self._loads if load.request_id != request_id]
         self._loads.append(RequestLoad(request_id, [], 0, is_async, list(block_ids)))
 

@@ -1,4 +1,4 @@
-"""What do the secondary tiers hold? Asked in the background, so that a slow tier never holds up the scheduler."""
+"""Asks the secondary tiers what they hold, in the background: a slow tier never delays the scheduler."""
 
 import logging
 import time
@@ -41,7 +41,7 @@ class Lookup:
         self._asked: deque[tuple[list[bytes], Future[dict[bytes, bool]]]] = deque()  # in the order of their answers
 
     def ask(self, state: RequestState, partial_block: bytes | None, num_tokens: int) -> dict[bytes, bool] | None:
-        """Which of a request's objects are there; None while there is no answer; {} once it is late, failed or not
+        """Which of a request's objects are there; None while there is no answer; {} if it is late, has failed or is not
         worth waiting for. `partial_block` names a last block that the prompt fills in part, `num_tokens`
         could be loaded."""
         self._learn()
@@ -53,7 +53,7 @@ class Lookup:
             state.lookup_started_s = time.monotonic()
             self._asked.append((hashes if partial_block is None else [*hashes, partial_block], state.lookup))
             if self._admission.is_worth_waiting(num_tokens, INLINE_WAIT_S):
-                wait_s = INLINE_WAIT_S  # once: those that run would wait with it at every step
+                wait_s = INLINE_WAIT_S  # the first time only: requests that run wait as well
         try:
             known: dict[bytes, bool] = state.lookup.result(timeout=wait_s)
         except TimeoutError:
@@ -72,7 +72,7 @@ class Lookup:
         return known
 
     def _learn(self) -> None:
-        """From answers that have come, also those that nobody waited for."""
+        """From answers that have come, also those that came too late for their request."""
         while self._asked and self._asked[0][1].done():
             keys, answer = self._asked.popleft()
             if answer.exception() is None:
@@ -86,7 +86,7 @@ class Lookup:
         return time.monotonic() - state.lookup_started_s > self._timeout_s
 
     def restart(self, namespaces: Sequence[Namespace]) -> None:
-        """Ask under other namespaces from now on; answers to earlier questions are not learned from."""
+        """Ask under other namespaces from now on; answers to earlier questions are dropped."""
         self._namespaces = namespaces
         self._asked.clear()
 

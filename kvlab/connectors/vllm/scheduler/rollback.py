@@ -1,10 +1,10 @@
-"""Loads within a step that failed: what the step was promised is taken back before it runs.
+"""Roll back a scheduled step whose KV loads failed, before it runs.
 
-vLLM can be told of pages that were not filled, but hears of it after the step, too late: a scheduler that runs ahead
-has planned the next one, and vLLM 0.26's second model runner counts computed tokens on the GPU, where nobody corrects
-them ("Recovered from KV load failure", and other tokens than without a cache). So loads within a step are queued while
-it is planned, and where one fails the plan is lowered to what is there: the engine goes on as with a prompt that it
-computes in chunks.
+vLLM learns of pages that were not filled only after the step, which is too late: a scheduler that runs ahead has
+planned the next step, and the second model runner of vLLM 0.26 counts computed tokens on the GPU, where they are not
+corrected ("Recovered from KV load failure", and other tokens than without a cache). So loads within a step are queued
+while it is planned. Where one fails, `num_computed_tokens` of every request that would read its pages is lowered to the
+valid prefix, and the engine goes on as with a prompt that it computes in chunks.
 """
 
 from collections import Counter
@@ -30,19 +30,19 @@ class StepRollback:
     def __init__(self, block_tokens: int, counters: Counter[str]) -> None:
         self._block_tokens = block_tokens
         self._counters = counters
-        self._given: dict[str, Any] = {}  # requests that were given pages for this step, by id
-        # Page -> the request that computes it and the number of its tokens by which it has; nobody, if that one left.
+        self._allocated: dict[str, Any] = {}  # requests with new pages in this step, by id
+        # Block id -> (the request that computes it, or None if that one left; its token count from which it is valid).
         self._holes: dict[int, tuple[Any, int]] = {}
 
-    def given(self, request: Any) -> None:
-        """vLLM's `request` has been given pages for the step that is being planned."""
-        self._given[request.request_id] = request
+    def on_allocated(self, request: Any) -> None:
+        """vLLM has allocated pages to `request` for the step that is being planned."""
+        self._allocated[request.request_id] = request
 
-    def settle(self, output: Any, lost: Collection[int]) -> None:
-        """Pages `lost` were promised to this step and are not filled: lower the plan in `output`, and vLLM's requests
-        with it, for whoever would read them. Raises RuntimeError where vLLM counts otherwise than it did when this was
-        written: a step that reads such pages must not run."""
-        requests, self._given = self._given, {}
+    def apply(self, output: Any, lost: Collection[int]) -> None:
+        """Pages `lost` are part of this step's hits and were not filled: lower the plan in `output`, and vLLM's request
+        objects, for every request that would read them. Raises RuntimeError where vLLM counts otherwise than this
+        module expects: a step that reads such pages must not run."""
+        requests, self._allocated = self._allocated, {}
         if not lost and not self._holes:
             return
         scheduled = list(_scheduled(output))
@@ -65,7 +65,7 @@ class StepRollback:
             request = requests[each.request_id]
             if request.num_computed_tokens != each.num_computed:
                 raise RuntimeError(
-                    f"kvlab: cannot take back a failed load: vLLM counts {request.num_computed_tokens} computed tokens "
+                    f"kvlab: cannot roll back a failed load: vLLM counts {request.num_computed_tokens} computed tokens "
                     f"of request {each.request_id} and plans with {each.num_computed}"
                 )
             self._lower(each, request, first * block, output)
@@ -80,7 +80,7 @@ class StepRollback:
         output.num_scheduled_tokens[each.request_id] -= len(drafts)
         output.total_num_scheduled_tokens -= len(drafts)
         self._counters["load_rollbacks"] += 1
-        self._counters["taken_back_tokens"] += each.num_computed - num_computed
+        self._counters["rolled_back_tokens"] += each.num_computed - num_computed
 
 
 def _scheduled(output: Any) -> Iterator[_Scheduled]:

@@ -1,9 +1,9 @@
-"""Which of a step's computed pages become objects: the scheduler's other half, which decides on saves.
+"""Which of a step's computed pages become objects: the half of the scheduler side that decides on saves.
 
-Only what an object names may leave the engine. A block that a prompt fills in part is an object too, and its page may
-still hold what others left there: so the page is cleared in the step in which the request is given it, before any of
-its tokens are computed, and the object is saved in the step that computes the prompt's last token, before the first
-generated one is written behind it. Where that order was not kept the block is not saved.
+Only the tokens that an object names may leave the engine. A block that a prompt fills in part is an object too, and its
+page may still hold another request's bytes. So the page is cleared in the step that allocates it, before any of its
+tokens are computed, and the object is saved in the step that computes the prompt's last token, before the first
+generated token is written behind it. Where that order was not kept, the block is not saved.
 """
 
 from collections import Counter
@@ -22,18 +22,18 @@ from kvlab.connectors.vllm.scheduler.residency import Residency
 from kvlab.connectors.vllm.scheduler.slots import Entry
 
 
-def given_blocks(output: Any, block_tokens: int) -> list[int]:
-    """The pages that requests have been given for a step: those it may write to that others may have had before."""
+def allocated_blocks(output: Any, block_tokens: int) -> list[int]:
+    """The pages that a step allocates: the step may write to them, and other requests may have had them before."""
     tables: list[list[int]] = []
     for new in output.scheduled_new_reqs:
         tables += [table[new.num_computed_tokens // block_tokens :] for table in new.block_ids]
-    for more in filter(None, output.scheduled_cached_reqs.new_block_ids):  # most that decode were given none
+    for more in filter(None, output.scheduled_cached_reqs.new_block_ids):  # most requests that decode have none
         tables += more
     return [block for table in tables for block in table]
 
 
 def empty_blocks(output: Any, block_tokens: int, groups: Sequence[int]) -> list[int]:
-    """The pages of `groups` that requests have been given for a step, and that hold none of their tokens yet."""
+    """The pages of `groups` that a step allocates and that hold none of the request's tokens yet."""
     found: list[int] = []
     cached = output.scheduled_cached_reqs
     for new in output.scheduled_new_reqs:
@@ -42,7 +42,7 @@ def empty_blocks(output: Any, block_tokens: int, groups: Sequence[int]) -> list[
     for req_id, more, num_computed in zip(
         cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
     ):
-        if more:  # all pages of a request that begins again, or those behind the ones that it has
+        if more:  # all pages of a resumed request, or those behind the ones it has
             first = -(-num_computed // block_tokens) if req_id in cached.resumed_req_ids else 0
             found += [page for group in groups for page in more[group][first:]]
     return [page for page in found if page != NO_PAGE]
@@ -50,17 +50,17 @@ def empty_blocks(output: Any, block_tokens: int, groups: Sequence[int]) -> list[
 
 @dataclass
 class Write:
-    """An object on its way to the secondary tiers, whose slots are leased until all ranks have answered."""
+    """An object that is written to the secondary tiers; its slots are leased until all ranks have reported."""
 
     entry: Entry
     version: str
     ranks_left: int
-    refused: bool = False  # by some rank's tiers
+    failed: bool = False  # at some rank
 
 
 class SavePlanner:
     """Follows each request's pages until its prompt is computed. Where there are secondary tiers, all `ranks` write
-    each object to them of which they hold no sound copy, as far as is known."""
+    each object of which these hold no sound copy, as far as is known."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class SavePlanner:
         self._states: dict[str, RequestState] = {}  # requests that may still have something to save
         self._in_company = in_company
         self.version = ""  # of the namespace
-        self.unsettled: dict[int, Write] = {}  # by generation
+        self.in_flight: dict[int, Write] = {}  # by generation
 
     def follow(self, request_id: str, state: RequestState) -> None:
         self._states[request_id] = state
@@ -99,29 +99,29 @@ class SavePlanner:
         self.version = version
         self._states.clear()
 
-    def lose(self, key: bytes) -> None:
-        """No tier holds this object after all: who was to load it computes it, and saves it."""
+    def forget_saved(self, key: bytes) -> None:
+        """No tier holds this object after all: requests that were to load it compute it, and save it."""
         for state in self._states.values():
             if key in state.hashes:
                 at = state.hashes.index(key)
                 state.num_saved_blocks = min(state.num_saved_blocks, at - at % self._chunker.chunk_blocks)
 
-    def settle(self, generation: int, ranks: int, *, kept: bool) -> Entry | None:
-        """So many more ranks have written the object of this generation to the secondary tiers, or, unless `kept`,
-        failed to. The object, once all have."""
-        write = self.unsettled[generation]
-        write.refused |= not kept
+    def complete_write(self, generation: int, ranks: int, *, success: bool) -> Entry | None:
+        """`ranks` more ranks have written the object of this generation to the secondary tiers, or, unless `success`,
+        failed to. Returns the object once all have."""
+        write = self.in_flight[generation]
+        write.failed |= not success
         write.ranks_left -= ranks
         if write.ranks_left > 0:
             return None
-        del self.unsettled[generation]
-        if not write.refused and write.version == self.version:
+        del self.in_flight[generation]
+        if not write.failed and write.version == self.version:
             self._residency.written(write.entry.key)
         return write.entry
 
     def collect(self, output: Any, saves: list[SaveOp], unclean: list[int], *, enabled: bool) -> None:
-        """Add the step's saves to `saves`, and to `unclean` the pages to be cleared before it. Only requests with
-        something left to save are looked at: most of those that decode have nothing."""
+        """Add the step's saves to `saves`, and to `unclean` the pages to clear before it. Only requests with something
+        left to save are visited: most requests that decode have nothing."""
         if not self._states:
             return
         computed: dict[str, int] = {}
@@ -162,23 +162,23 @@ class SavePlanner:
         *,
         begins: bool,
     ) -> bool:
-        """Note pages that a request has been given for a step which starts at `num_computed` tokens; whether its KV is
-        what this engine computed, or what was loaded from here."""
+        """Note the pages that a request has got for a step that starts at `num_computed` tokens. False if other sources
+        than this engine and this connector may have filled pages it reads."""
         block = self._chunker.block_tokens
-        if begins and (num_computed >= state.expected_tokens + block or self._may_be_anothers(state)):
-            self.forget(state.request.request_id)  # another connector filled pages, or another adapter's requests did
+        if begins and (num_computed >= state.expected_tokens + block or self._may_be_foreign(state)):
+            self.forget(state.request.request_id)  # another connector, or another adapter's requests, filled pages
             return False
-        rest = state.request.num_prompt_tokens // block  # the block that the prompt fills in part
+        partial = state.request.num_prompt_tokens // block  # the block that the prompt fills in part
         first_empty = -(-num_computed // block)
         for table, more in zip(state.block_ids, new_blocks or (), strict=False):
-            given = len(table)
+            num_before = len(table)
             table += more
-            if given <= rest < len(table):
-                state.partial_block_is_clean = rest >= first_empty
-                unclean += [table[rest]] if state.partial_block_is_clean else []
+            if num_before <= partial < len(table):
+                state.partial_block_is_clean = partial >= first_empty
+                unclean += [table[partial]] if state.partial_block_is_clean else []
         return True
 
-    def _may_be_anothers(self, state: RequestState) -> bool:
+    def _may_be_foreign(self, state: RequestState) -> bool:
         """Whether pages that vLLM's own prefix cache found may hold KV of other LoRA weights than the request's, or
         such as another connector loaded."""
         lora = getattr(state.request, "lora_request", None)
@@ -190,12 +190,12 @@ class SavePlanner:
         request, block = state.request, self._chunker.block_tokens
         num_pages = len(state.block_ids[0]) if state.block_ids else 0
         if num_computed == request.num_prompt_tokens and state.partial_block_is_clean:
-            rest, at = state.partial_block_hash(self._chunker), request.num_prompt_tokens // block
-            if rest is not None and at < num_pages:
-                ref = ObjectRef(Span(at, at + 1), rest, request.num_prompt_tokens, in_memory=False)
+            key, last = state.partial_block_hash(self._chunker), request.num_prompt_tokens // block
+            if key is not None and last < num_pages:
+                ref = ObjectRef(Span(last, last + 1), key, request.num_prompt_tokens, in_memory=False)
                 self._save_object(ref, state, before, saves)
-                self._index.touch([rest])
-        # The engine may still take back generated tokens; it never takes back the prompt's.
+                self._index.touch([key])
+        # The engine may still discard generated tokens (drafts that are refused), never those of the prompt.
         limit = request.num_tokens - 1 if self._config.save_generated else request.num_prompt_tokens
         end = min(num_computed, limit) // block
         if end <= state.num_saved_blocks:
@@ -227,7 +227,7 @@ class SavePlanner:
         write = self._has_secondary and not is_written
         if write:
             self._index.lease(entry)
-            self.unsettled[entry.generation] = Write(entry, self.version, self._ranks)
+            self.in_flight[entry.generation] = Write(entry, self.version, self._ranks)
         first = ref.span.first_block * self._chunker.block_tokens
         saves.append(
             SaveOp(

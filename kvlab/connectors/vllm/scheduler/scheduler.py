@@ -29,7 +29,7 @@ from kvlab.connectors.vllm.scheduler.requests import (
 )
 from kvlab.connectors.vllm.scheduler.residency import Residency, Where
 from kvlab.connectors.vllm.scheduler.rollback import StepRollback
-from kvlab.connectors.vllm.scheduler.saves import SavePlanner, empty_blocks, given_blocks
+from kvlab.connectors.vllm.scheduler.saves import SavePlanner, allocated_blocks, empty_blocks
 from kvlab.connectors.vllm.scheduler.slots import Entry, SlotIndex
 from kvlab.hashing import Namespace, versioned
 from kvlab.stores import Store
@@ -73,7 +73,7 @@ class Scheduler:
         self._load_now = load_now
         self.counters = Counters()
         self._states: dict[str, RequestState] = {}
-        self._waiting = False  # since the last step somebody was told to ask again
+        self._waiting = False  # since the last step, a request was told to ask again
         self.admission = LoadAdmission(enabled=config.admission)
         self.residency = Residency(index, keeps_memory=config.keeps_memory)
         self._rollback = StepRollback(chunker.block_tokens, self.counters)
@@ -129,7 +129,7 @@ class Scheduler:
         plan = find_hit(state, self.chunker, self.residency, {})
         if self.secondary is not None and end_block(plan) < usable // block:
             wanted = usable - num_computed_tokens
-            if not plan and not self.admission.is_worth({"secondary": wanted}):  # the answer would cost a step
+            if not plan and not self.admission.is_worth({"secondary": wanted}):  # the question would cost a step
                 state.skip = SkipReason.NOT_WORTH_ASKING
                 return 0, False
             answer = self._lookup.ask(state, state.partial_block_hash(self.chunker), wanted)
@@ -158,8 +158,8 @@ class Scheduler:
         return tokens, self.loads.are_async(plan, request)
 
     def _served(self, plan: list[ObjectRef], usable: int) -> tuple[list[ObjectRef], int]:
-        """What of a plan serves the first `usable` tokens or fewer, and how many. Where layers see a window, an object
-        serves hits that end with it or later, or leave out its last token."""
+        """The part of a plan that serves the first `usable` tokens or fewer, and how many it serves. Where layers see a
+        window, an object serves hits that end with it or later, or leave out its last token."""
         if plan and self.groups.have_windows and usable < plan[-1].end_token - 1:
             plan = plan[:-1]
         return plan, min(end_token(plan), usable)
@@ -179,12 +179,13 @@ class Scheduler:
 
     # ---- take it
 
-    def given(self, request: Any) -> None:
-        """The engine has given `request` pages, with or without a hit."""
-        self._rollback.given(request)
+    def on_allocated(self, request: Any) -> None:
+        """The engine has allocated pages to `request`, with or without a hit."""
+        self._rollback.on_allocated(request)
 
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], num_external_tokens: int) -> None:
-        """Each group has pages for the tokens that `match` promised (0: none): note which objects fill them."""
+        """Each group has pages for the tokens of the hit that `match` returned (0: none). Notes which objects fill
+        them."""
         state = self._states.get(request.request_id)
         if state is None:
             return
@@ -203,12 +204,12 @@ class Scheduler:
         self.counters["hit_requests"] += 1
         self.counters["hit_tokens"] += num_external_tokens
 
-    def lose(self, request_id: str, block_ids: Sequence[int], *, is_async: bool) -> None:
-        """A promise cannot be kept: these pages must be computed, and an async wait must end. The engine will ask
-        again, and a second promise might end like the first."""
+    def fail_load(self, request_id: str, block_ids: Sequence[int], *, is_async: bool) -> None:
+        """A hit cannot be served: these pages must be computed, and an async wait must end. The request goes without
+        the cache from now on, as a second hit might fail like the first."""
         if (state := self._states.get(request_id)) is not None:
             state.given_up = True
-        self.loads.lose(request_id, block_ids, is_async=is_async)
+        self.loads.fail_load(request_id, block_ids, is_async=is_async)
 
     def _count_miss(self, state: RequestState, plan: Sequence[ObjectRef]) -> None:
         """Count why the first block that neither the engine nor a tier holds is not there."""
@@ -233,14 +234,14 @@ class Scheduler:
     # ---- each step
 
     def build(self, output: Any) -> StepMetadata:
-        """This step's loads between steps, and its saves. Loads within it begin here, before the engine prepares its
-        inputs, and what they could not fill is taken out of the plan in `output`."""
+        """This step's loads between steps, and its saves. Loads within the step begin here, before the engine prepares
+        its inputs; where they fail, the plan in `output` is rolled back."""
         loads = self.loads.take()
         within = [load for load in loads if not load.is_async]
         lost = self._load_now(within) if within else set()
-        self._rollback.settle(output, lost)
+        self._rollback.apply(output, lost)
         block = self.chunker.block_tokens
-        new_blocks = given_blocks(output, block)
+        new_blocks = allocated_blocks(output, block)
         between = [load for load in loads if load.is_async]
         total, prefills = output.total_num_scheduled_tokens, 0
         if total > len(output.num_scheduled_tokens):  # in most steps each request decodes one
@@ -248,7 +249,7 @@ class Scheduler:
         unclean = empty_blocks(output, block, self._unfilled_groups) if self._unfilled_groups else []
         metadata = StepMetadata(between, [], total, prefills, new_blocks, unclean, self.saves.version)
         if (self.loads.in_flight or self._waiting) and not loads and total == 0:
-            time.sleep(IDLE_WAIT_S)  # the engine would spin and keep the threads it waits for from running
+            time.sleep(IDLE_WAIT_S)  # the engine would spin and starve the threads it waits for
         self._waiting = False
         self.admission.is_busy = total > 0
         try:
@@ -260,24 +261,24 @@ class Scheduler:
         return metadata
 
     def absorb(self, report: WorkerReport) -> None:
-        """Learn what the workers finished."""
+        """Take in what the workers finished."""
         ranks = len(self.namespaces)
         ADAPTERS.learn(report.adapters)
         for key in report.absent:
             self.residency.corrupt(key)
-            self.saves.lose(key)
+            self.saves.forget_saved(key)
         if report.absent:
             self.counters["bad_objects"] += len(report.absent)
         for generation in report.broken:
             if (entry := self.index.generation(generation)) is not None:
                 self.index.drop(entry)
-                self.saves.lose(entry.key)
+                self.saves.forget_saved(entry.key)
                 self.counters["bad_objects"] += entry.key not in report.absent
         for req_id, count in report.loaded.items():
             for entry in self.loads.arrived(req_id, count, ranks):
                 self._release(entry)
-        for generation, count in report.settled.items():
-            written = self.saves.settle(generation, count, kept=generation not in report.refused)
+        for generation, count in report.written.items():
+            written = self.saves.complete_write(generation, count, success=generation not in report.failed_writes)
             if written is not None:
                 self._release(written)
         for row in report.rows:
@@ -297,7 +298,7 @@ class Scheduler:
             self.admission.forward(prefill_tokens, seconds)
 
     def _release(self, entry: Entry) -> None:
-        """All ranks have ended an operation on this object's slots."""
+        """All ranks have ended an operation on the object's slots."""
         self.index.release(entry)
         entry.ready = True
         # Without a memory tier, host memory is only a way to the secondary tiers: nothing stays.
@@ -318,9 +319,9 @@ class Scheduler:
         return state.secondary_tokens if state is not None else 0
 
     def reset(self) -> None:
-        """Nothing that was stored so far is loaded from now on, and nothing that was computed so far is stored: the
-        model may have other weights. What this engine stores next goes to a namespace of its own in every tier, which
-        no other process knows; requests that have begun are not cached any more."""
+        """From now on, nothing stored before is loaded and nothing computed before is stored: the model may have other
+        weights. What this engine stores next goes to a namespace of its own in every tier, which no other process
+        knows. Requests that have begun are not cached any more."""
         version = secrets.token_hex(8)
         self.namespaces = [versioned(namespace, version) for namespace in self._base_namespaces]
         self.residency.clear()

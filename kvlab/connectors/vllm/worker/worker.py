@@ -1,4 +1,4 @@
-"""The worker side: copies what the scheduler decided, and reports what finished. One per rank."""
+"""`Worker` copies what the scheduler side decided, and reports what finished."""
 
 import copy
 import logging
@@ -20,19 +20,19 @@ from kvlab.paged.slots import room
 from kvlab.paged.transfer import Clock, Transfer
 
 logger = logging.getLogger("vllm.kvlab")
-TIMED_STEPS = 8  # of the steps without a prefill one in so many is timed
+TIMED_STEPS = 8  # one in so many of the steps without a prefill is timed
 PAGE_AXES = ("blocks", "layers", "page_bytes")
-FETCH_THREADS = 4  # objects of a load come side by side: alone, disk, network and checks wait for each other
+FETCH_THREADS = 4  # objects of one load are read at once, so that disk, network and checks overlap
 
 
 class Worker:
-    """Executes a step's copies. `engine` holds the secondary tiers, or is None; `writes_early`: a step may write to new
-    pages before it begins here; `max_write_delay_s`: see `WriteBackQueue`.
+    """Executes a step's copies. `engine` holds the secondary tiers, or is None; `writes_early`: the engine may write to
+    new pages before `begin`; `max_write_delay_s`: see `WriteBackQueue`.
 
-    Each slot remembers the generation whose bytes it holds: before they are taken, and after, it must be the one that
-    the copy names. A load from a slot of another generation is told as lost, and the engine computes; a write of it is
-    not made. The scheduler gives no slot to another object while a copy may touch it; whatever goes wrong there, no
-    request sees another's KV, and no tier gets it under a wrong name.
+    Each slot remembers the generation whose bytes it holds. It must be the one that a copy names, before the bytes are
+    read and after. A load from a slot of another generation is reported as lost, and the engine computes; a write of
+    it is not made. The scheduler side gives no slot to another object while a copy may touch it. This check is the
+    second line of defence: no request sees another's KV, and no tier gets it under a wrong name.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Worker:
         self.write_back_early = writes_early
         self.counters: Counter[str] = Counter()
         self._owner: list[int | None] = [None] * num_slots  # generations
-        self._report: WorkerReport | None = None  # None: there is nothing to tell, as in most steps
+        self._report: WorkerReport | None = None  # None: there is nothing to report, as in most steps
         self._saves = True
         self._version = ""  # of the namespace
         self._lost_blocks: set[int] = set()
@@ -67,7 +67,7 @@ class Worker:
     # ---- each step
 
     def begin(self, metadata: StepMetadata) -> None:
-        """The step's forward pass comes next (some versions of vLLM start loads only after it)."""
+        """The step's forward pass comes next."""
         self._version = metadata.version
         self.transfer.before_writes(metadata.new_blocks)
         if metadata.unclean_blocks:
@@ -81,7 +81,7 @@ class Worker:
         self._forward = (prefill, self.transfer.clock()) if timed else None
 
     def _clear(self, block_ids: Sequence[int]) -> None:
-        """Clear pages of which objects will hold more than tokens write. Where that fails nothing is saved any more: a
+        """Zero pages of which objects will hold more than tokens write. Where that fails, nothing is saved any more: a
         page that was not cleared may be saved at any later step."""
         try:
             self.transfer.clear(block_ids)
@@ -90,7 +90,8 @@ class Worker:
             raise
 
     def load_now(self, loads: Iterable[RequestLoad]) -> set[int]:
-        """Loads that the engine's next work sees, before `begin`. The pages that they could not fill."""
+        """Loads within the step, before `begin`: the engine's next work sees them. Returns the pages they could not
+        fill."""
         return {page for load in loads for page in self._load(load)}
 
     def load(self, metadata: StepMetadata) -> None:
@@ -101,7 +102,7 @@ class Worker:
         metadata.loads = []
 
     def save(self, metadata: StepMetadata) -> None:
-        """All of a step's saves as one copy: few large pieces move faster than many small ones."""
+        """All of a step's saves as one copy: few large copies are faster than many small ones."""
         if self._forward is not None:
             self._forward[1].stop()
             self._forwards.append(self._forward)
@@ -130,7 +131,7 @@ class Worker:
                 self.write_back.put(op)
 
     def _may_save(self, op: SaveOp) -> bool:
-        """Whether the pages hold what the object's name says, as far as that is known; if not, it is not saved."""
+        """False if the pages are known not to hold what the object's key says; then it is not saved."""
         if self._saves and not _other_adapter(op.adapter):
             return True
         self._unsaved(op)
@@ -142,8 +143,8 @@ class Worker:
         return bool(self._finished)
 
     def take_finished(self) -> tuple[set[str], set[str]]:
-        """Requests whose async loads ended, and those of them that lost pages."""
-        if not self._finished:  # what ends from now on is told in the next step
+        """Requests whose async loads ended, and those of them with pages that were not filled."""
+        if not self._finished:  # what ends from now on is reported in the next step
             return set(), set()
         with self._lock:
             finished, self._finished = self._finished, set()
@@ -174,7 +175,7 @@ class Worker:
                     self._under_way.append((row, prompt_tokens, clock))
                 continue
             row.seconds, row.delay = seconds, clock.delay()
-            self._tell(row, prompt_tokens)
+            self._report_row(row, prompt_tokens)
         measured = [(entry, entry[1].seconds()) for entry in self._forwards]
         self._forwards = [entry for entry, seconds in measured if seconds is None]
         forwards = [(entry[0], seconds) for entry, seconds in measured if seconds is not None]
@@ -191,7 +192,7 @@ class Worker:
             self._report = WorkerReport()
         return self._report
 
-    def _tell(self, row: LoadRow, prompt_tokens: int) -> None:
+    def _report_row(self, row: LoadRow, prompt_tokens: int) -> None:
         with self._lock:
             self._news.rows.append(row)
         line = retrieved_line(row.num_tokens, prompt_tokens, row.num_bytes, row.seconds)
@@ -209,7 +210,7 @@ class Worker:
     # ----
 
     def _load(self, load: RequestLoad, after: Any = None, asked: float = 0.0) -> list[int]:
-        """`asked`: when the request began to wait for it, if not now."""
+        """`asked`: when the request began to wait, if not now."""
         start = time.perf_counter()
         pages: list[int] = []
         tiers: dict[str, None] = {}
@@ -219,14 +220,14 @@ class Worker:
         try:
             ops = [] if _other_adapter(load.adapter) else load.ops
             self._fetch_all([op for op in ops if op.fetch], load.version)
-            held = list(takewhile(self._present, ops))  # what follows a hole is useless: KV without its prefix
+            held = list(takewhile(self._present, ops))  # KV without its prefix is useless
             slots = [slot for op in held for slot in op.picked]
             pages = [block for op in held for block in op.block_ids]
             if slots and load.is_async:
                 self.transfer.load_and_wait(slots, pages, after)
             elif slots:
                 clock = self.transfer.load(slots, pages)
-            taken = list(takewhile(self._present, held))  # their slots were not given away while they were read
+            taken = list(takewhile(self._present, held))  # the slots were not given to others meanwhile
             if load.is_async and load.version != self._version:
                 taken = []  # the weights may have changed since
             pages = pages[: sum(len(op.block_ids) for op in taken)]
@@ -250,7 +251,7 @@ class Worker:
             if clock is not None:
                 self._under_way.append((row, load.prompt_tokens, clock))
         if clock is None and wanted:
-            self._tell(row, load.prompt_tokens)
+            self._report_row(row, load.prompt_tokens)
         return lost
 
     def _holds(self, op: LoadOp | SaveOp) -> bool:
@@ -271,14 +272,14 @@ class Worker:
         return False
 
     def _fetch_all(self, ops: Sequence[LoadOp], version: str) -> None:
-        """Fill objects' slots from the secondary tiers. When it returns nothing writes to them any more."""
+        """Fill objects' slots from the secondary tiers. When it returns, no thread writes to them any more."""
         if len(ops) == 1:
             self._fetch(ops[0], version)
         else:
             wait([self._fetches.submit(self._fetch, op, version) for op in ops])
 
     def _fetch(self, op: LoadOp, version: str) -> None:
-        """Fill one object's slots: in place where they lie in one run. Where that fails they hold no object."""
+        """Fill one object's slots, in place where they lie in one run. Where that fails, they hold no object."""
         for slot in op.slots:
             self._owner[slot] = None
         try:
@@ -300,10 +301,10 @@ class Worker:
 
     def _write(self, op: SaveOp) -> None:
         """Write an object to the secondary tiers. Its slots are leased until this is reported."""
-        kept = False
+        stored = False
         try:
             if (engine := self._engine_of(op.version)) is not None and self._holds(op):
-                kept = engine.contains_many([op.hash])[0] or engine.save_object(
+                stored = engine.contains_many([op.hash])[0] or engine.save_object(
                     engine.namespace.key(op.hash),
                     self.transfer.slots(op.slots),
                     PAGE_AXES,
@@ -313,7 +314,7 @@ class Worker:
                 )
         except Exception:
             self._failed("write", op)
-        self._settle(op, kept=kept)
+        self._end_write(op, success=stored)
 
     def _engine_of(self, version: str) -> CacheEngine | None:
         """The secondary tiers under this version of the namespace."""
@@ -323,11 +324,11 @@ class Worker:
         engine.namespace = versioned(self.engine.namespace, version)
         return engine
 
-    def _settle(self, op: SaveOp, *, kept: bool) -> None:
+    def _end_write(self, op: SaveOp, *, success: bool) -> None:
         with self._lock:
-            self._news.settled[op.generation] += 1
-            if not kept:
-                self._news.refused.add(op.generation)
+            self._news.written[op.generation] += 1
+            if not success:
+                self._news.failed_writes.add(op.generation)
 
     def _mark_broken(self, *ops: LoadOp | SaveOp) -> None:
         """These objects' slots do not hold them."""
@@ -344,10 +345,10 @@ class Worker:
         """An object whose slots were not filled."""
         self._mark_broken(op)
         if op.write:
-            self._settle(op, kept=False)
+            self._end_write(op, success=False)
 
     def _failed(self, what: str, *ops: LoadOp | SaveOp) -> None:
-        """An error of ours costs a miss, never the engine: count it, tell it with its trace the first time."""
+        """An error costs a miss, never the engine: counts it, and logs it with its traceback the first time."""
         self.counters[f"{what}_errors"] += 1
         if self.counters[f"{what}_errors"] == 1:
             logger.exception("kvlab: %s of object %s failed", what, ops[0].hash.hex())
