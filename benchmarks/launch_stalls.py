@@ -69,7 +69,7 @@ class Engine:
     def turn(self):
         """Milliseconds of some prompts; nothing is left to hand on."""
         done = [self._step(is_prompt=at % EVERY == 0) for at in range(PROMPTS_PER_TURN * EVERY)]
-        self._worker._writes.submit(int).result()
+        self._worker.write_back.flush()
         self._pending = None
         return [ms for ms in done if ms is not None]
 
