@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,8 +26,8 @@ class Hit:
     """
 
     num_tokens: int
-    keys: list[str]
-    spans: list[Span]
+    keys: list[str] = field(repr=False)
+    spans: list[Span] = field(repr=False)
     miss: str = ""
 
 

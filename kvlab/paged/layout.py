@@ -33,6 +33,10 @@ class PageLayout:
     pages: tuple[torch.Tensor, ...]
     name: str
 
+    def __repr__(self) -> str:
+        about = f"{self.num_blocks} blocks, {self.num_layers} layers, pages of {self.page_bytes:,} bytes"
+        return f"PageLayout({self.name}, {about}, block stride {self.block_stride:,})"
+
     # Tensors are asked once: each answer of theirs takes as long as a small numpy operation.
 
     @cached_property

@@ -66,3 +66,7 @@ def serde_to_read(name: str) -> Serde:
 def _found() -> dict[str, str]:
     """Kinds that other packages add. Reading what is installed takes 10 ms."""
     return {point.name: point.value for point in entry_points(group="kvlab.serde")}
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -51,6 +51,9 @@ class Simulation:
         """Histogram of reuse distances of the traffic, in blocks; see `kvlab.simulation.reuse`."""
         return reuse_histogram(self.traffic)
 
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:>18}  {_shown(value)}" for name, value in self.row.items())
+
     def _repr_html_(self) -> str:
         cells = "".join(
             f"<tr><th style='text-align:left'>{escape(name)}</th><td>{escape(_shown(value))}</td></tr>"

@@ -64,3 +64,7 @@ def open_stores(urls: Sequence[str]) -> Store:
         for store in stores:
             store.close()
         raise
+
+
+def __dir__() -> list[str]:
+    return __all__
