@@ -46,7 +46,7 @@ class CacheEngine(ObjectCache):
     auth : a key, or the path of its file. What is saved is signed with it; what is not signed with it is a miss.
 
     Nothing a tier does raises here: a failing or lying tier is a miss with a reason, in `stats`; what a tier gives as
-    its own reason is counted as ``tier_<reason>``. docs/format.md lists the reasons.
+    its own reason is counted as ``tier_<reason>``. docs/design/container.md lists the reasons.
     """
 
     def __init__(

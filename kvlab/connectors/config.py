@@ -21,7 +21,7 @@ class ConnectorConfig:
     tiers : store URLs, fastest first. At most one ``memory://`` (the engine's own host memory, the first tier);
         any others are secondary tiers. ``?serde=NAME`` on these chooses how they encode, ``?auth=FILE`` names the file
         of a key that their objects are signed with; neither differs between them. No password may stand in a URL, as
-        vLLM logs them: see docs/security.md.
+        vLLM logs them: see docs/guide/security.md.
     chunk_tokens : tokens of one stored object; a multiple of the engine's block size.
     staging : host memory for objects on their way to and from secondary tiers when no ``memory://`` tier is given.
     gpu_staging : GPU memory for the buffers between pages and host memory; on a CPU nothing is taken.
