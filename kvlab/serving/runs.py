@@ -94,24 +94,36 @@ def run(
 
     Parameters
     ----------
-    backend : a store URL or several, fastest first, for kvlab over those tiers; or a name of
+    backend
+        a store URL or several, fastest first, for kvlab over those tiers; or a name of
         `kvlab.serving.backends.NAMES`.
-    peer : names of that list, measured after it. The server is started anew for each.
-    model : folder or hub id; None is the small demo model.
-    dataset : ``sharegpt``, ``rounds``, ``documents`` or ``trace``; `dataset_path` is the user's own file. Several are
+    peer
+        names of that list, measured after it. The server is started anew for each.
+    model
+        folder or hub id; None is the small demo model.
+    dataset
+        ``sharegpt``, ``rounds``, ``documents`` or ``trace``; `dataset_path` is the user's own file. Several are
         sent one after the other to the same server; then `num_prompts`, `request_rate` and `seed` may be one for each.
         ``sharegpt`` with several seeds and one run each gives several first runs: no prompt of one is in another.
-    request_rate : requests per second, Poisson arrivals; a trace brings its own times.
-    runs : how often the same prompts are sent to the same server. The first fills the cache, later ones use it.
-    together : start all servers first and let their runs take turns, so that a machine that grows slower or faster
+    request_rate
+        requests per second, Poisson arrivals; a trace brings its own times.
+    runs
+        how often the same prompts are sent to the same server. The first fills the cache, later ones use it.
+    together
+        start all servers first and let their runs take turns, so that a machine that grows slower or faster
         does so for all alike. All must fit beside each other: give ``--kv-cache-memory-bytes``, as vLLM measures what
         is free wrongly while others start; and the disk and Redis of one are not at rest while another starts.
-    cache_size : bytes of each backend's tier; default 20GiB where there is an NVIDIA GPU, else 2GiB.
-    settings : of kvlab's connector, see `ConnectorConfig`. `server_flags` and `env` go to every server alike,
+    cache_size
+        bytes of each backend's tier; default 20GiB where there is an NVIDIA GPU, else 2GiB.
+    settings
+        of kvlab's connector, see `ConnectorConfig`. `server_flags` and `env` go to every server alike,
         `backend_flags` by name to one: a larger pool for ``vllm-prefix``, whose cache lies in it.
-    warmups : random prompts of 300 tokens, each sent twice before the first run; they share nothing with the dataset.
-    folder : where disk tiers, logs and detailed results go, and stay. None: a temporary folder, removed at the end.
-    out : a file of JSON lines; rows are appended as they come.
+    warmups
+        random prompts of 300 tokens, each sent twice before the first run; they share nothing with the dataset.
+    folder
+        where disk tiers, logs and detailed results go, and stay. None: a temporary folder, removed at the end.
+    out
+        a file of JSON lines; rows are appended as they come.
 
     A bar shows what runs, what is left and the latest run's result; ``TQDM_DISABLE=1`` turns it off.
 
