@@ -1,4 +1,5 @@
-# `make demo` shows it, `make test` proves it, `make quick` is for in between. Each makes the environment first, once.
+# `make demo` shows it, `make test` proves it, `make quick` is for in between, `make docs` is to read. Each makes the
+# environment first, once.
 PYTHON ?= python3
 VENV := .venv/bin
 EXECUTED := notebooks/executed
@@ -7,9 +8,9 @@ PYTEST = $(NOTEBOOK_ENV) $(VENV)/python -m pytest -n 2 --dist loadfile --no-load
 HEAVY := engine or server or notebook
 NOTEBOOK_ENV := TQDM_DISABLE=1 PLOTLY_RENDERER=plotly_mimetype HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 JUPYTER_PLATFORM_DIRS=1
 
-.PHONY: demo test quick lab check clean env-demo env-test env-dev model
+.PHONY: demo test quick lab check docs clean env-demo env-test env-dev env-docs model
 
-env-demo env-test env-dev:
+env-demo env-test env-dev env-docs:
 	@$(PYTHON) scripts/setup_env.py $(@:env-%=%)
 
 model: env-demo
@@ -39,5 +40,11 @@ check: env-dev
 	@$(VENV)/ruff check .
 	@$(VENV)/mypy
 
+# Any warning is an error. The pages of docs/measured/ are made by scripts/report.py and committed.
+docs: env-docs
+	@$(VENV)/python scripts/report.py --check
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 clean:
-	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache $(EXECUTED)
+	rm -rf site .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache $(EXECUTED)

@@ -30,7 +30,7 @@ mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
 if [ -d "$MODEL" ]; then MODEL=$(cd "$MODEL" && pwd); fi
 cd "$(dirname "$0")/.."
 
-# LMCache loads nothing where a step replays one full CUDA graph (docs/benchmarks.md), so none does here.
+# LMCache loads nothing where a step replays one full CUDA graph (docs/guide/benchmark.md), so none does here.
 graphs=${COMPILATION:-'{"cudagraph_mode": "PIECEWISE"}'}
 
 bench() { # name of the part, then flags of `kvlab bench`. Random weights would end an answer anywhere.

@@ -3,8 +3,9 @@
 Names are loaded on first use, so that ``import kvlab`` costs milliseconds and pulls in neither torch nor vllm.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvlab.lazy import lazy
 
 if TYPE_CHECKING:
     from kvlab.chunking import Chunker as Chunker
@@ -35,13 +36,4 @@ _HOME = {
     "vllm_config": "kvlab.connectors",
 }
 __all__ = [*_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'kvlab' has no attribute {name!r}; it has {', '.join(_HOME)}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+__getattr__, __dir__ = lazy(__name__, _HOME, shown=("__version__",))

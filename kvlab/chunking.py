@@ -24,8 +24,22 @@ class Span:
 
 @dataclass(frozen=True)
 class Chunker:
-    """Cuts prompts into chunks of `chunk_tokens`, a multiple of `block_tokens`.
+    """Cuts prompts into objects: chunks of `chunk_tokens`, then one tail of whole blocks.
 
+    Parameters
+    ----------
+    chunk_tokens
+        tokens of one object, a multiple of `block_tokens`
+    block_tokens
+        tokens of one block: vLLM's ``block_size``
+
+    Raises
+    ------
+    ConfigError
+        where one is no positive integer, or chunks are no whole number of blocks
+
+    Examples
+    --------
     >>> Chunker(chunk_tokens=256, block_tokens=16).spans(600)
     [Span(first_block=0, end_block=16), Span(first_block=16, end_block=32), Span(first_block=32, end_block=37)]
     """

@@ -2,7 +2,7 @@
 
 `safetensors` opens a chunk as it is. kvlab's own fields stand in ``__metadata__``, and the first of them, the *seal*,
 at fixed places: format version, length, a checksum and a MAC over every byte, header included. So a reader checks
-the bytes before it interprets any of them, and then within limits. Layout: docs/format.md.
+the bytes before it interprets any of them, and then within limits. Layout: docs/design/container.md.
 """
 
 import hmac

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,27 +26,45 @@ class Hit:
     """
 
     num_tokens: int
-    keys: list[str]
-    spans: list[Span]
+    keys: list[str] = field(repr=False)
+    spans: list[Span] = field(repr=False)
     miss: str = ""
 
 
 class CacheEngine(ObjectCache):
-    """KV of prompts in a store.
+    """KV of prompts in a store: `store`, `lookup` and `retrieve`, by token ids.
 
     Parameters
     ----------
-    store : a Store, or a URL for `open_store`; the engine closes what it opened itself.
-    namespace : what makes this KV differ from others' besides the tokens; a str is taken as a model's label. The engine
+    store
+        a Store, or a URL for `open_store`; the engine closes what it opened itself.
+    namespace
+        what makes this KV differ from others' besides the tokens; a str is taken as a model's label. The engine
         adds what `cache_namespace` adds.
-    chunker : chunk and block sizes.
-    serde : name of the serde for what is saved; what is loaded says itself which kind encoded it.
-    geometry : the KV's shape and dtype, where they are known: anything else is then refused before it is decoded.
+    chunker
+        chunk and block sizes.
+    serde
+        name of the serde for what is saved; what is loaded says itself which kind encoded it.
+    geometry
+        the KV's shape and dtype, where they are known: anything else is then refused before it is decoded.
         Without it the objects of one prompt must agree with each other, and may have up to 16 MiB a token.
-    auth : a key, or the path of its file. What is saved is signed with it; what is not signed with it is a miss.
+    auth
+        a key, or the path of its file. What is saved is signed with it; what is not signed with it is a miss.
 
+    Examples
+    --------
+    >>> kv = torch.zeros(2, 40, 1, 2, 4, dtype=torch.bfloat16)  # layers, tokens, kv_heads, kv, head_dim
+    >>> engine = CacheEngine("memory://?size=1MiB", namespace="model")
+    >>> engine.store(list(range(40)), kv)
+    32
+    >>> num_tokens, found = engine.retrieve(list(range(35)))
+    >>> num_tokens, tuple(found.shape)
+    (32, (2, 32, 1, 2, 4))
+
+    Notes
+    -----
     Nothing a tier does raises here: a failing or lying tier is a miss with a reason, in `stats`; what a tier gives as
-    its own reason is counted as ``tier_<reason>``. docs/format.md lists the reasons.
+    its own reason is counted as ``tier_<reason>``. docs/design/container.md lists the reasons.
     """
 
     def __init__(

@@ -16,11 +16,24 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "f
 
 @dataclass(frozen=True)
 class KVGeometry:
-    """Shape of the KV that one token leaves in every layer of an attention model.
+    """Shape of the KV that one token leaves in every layer of an attention model: (layers, 1, kv_heads, 2, head_dim).
 
-    `num_layers`, `num_kv_heads` and `head_dim` are counts; `dtype` is torch's name without ``torch.``. K and V
-    have the same width here; models where they differ are served as opaque pages and sized by the calculator.
+    K and V have the same width here; models where they differ are served as opaque pages and sized by the calculator.
 
+    Parameters
+    ----------
+    num_layers, num_kv_heads, head_dim
+        counts of one model, over all ranks
+    dtype
+        torch's name without ``torch.``: ``bfloat16``, ``float16``, ``float32``, ``float8_e4m3fn``, ``float8_e5m2``
+
+    Raises
+    ------
+    ConfigError
+        where a count is no positive integer, or the dtype is unknown
+
+    Examples
+    --------
     >>> KVGeometry(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16").bytes_per_token
     23040
     """

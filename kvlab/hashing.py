@@ -132,8 +132,10 @@ def block_hashes(
 
     Parameters
     ----------
-    parent : hash of the block before the first one, to go on with a chain; None starts it.
-    extras : block index (counted from the first block given here) -> (tag, value) pairs that change this block's
+    parent
+        hash of the block before the first one, to go on with a chain; None starts it.
+    extras
+        block index (counted from the first block given here) -> (tag, value) pairs that change this block's
         KV, such as ("lora", ...), ("cache_salt", ...) or ("mm", ...). Extras of a block also bind all later ones.
     """
     previous = parent if parent is not None else ROOT

@@ -50,7 +50,7 @@ class ObjectCache:
     """KV by key in a store, under one namespace: what `CacheEngine` is made of, which has the parameters' meaning.
 
     Nothing a tier does raises here: a failing or lying tier is a miss with a reason, in `stats`; what a tier gives as
-    its own reason is counted as ``tier_<reason>``. docs/format.md lists the reasons.
+    its own reason is counted as ``tier_<reason>``. docs/design/container.md lists the reasons.
     """
 
     def __init__(

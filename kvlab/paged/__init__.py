@@ -5,3 +5,7 @@ from kvlab.paged.reference import gather, scatter
 from kvlab.paged.transfer import Transfer, open_transfer
 
 __all__ = ["PageLayout", "Transfer", "gather", "open_transfer", "page_layout", "scatter"]
+
+
+def __dir__() -> list[str]:
+    return __all__

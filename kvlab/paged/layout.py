@@ -33,6 +33,10 @@ class PageLayout:
     pages: tuple[torch.Tensor, ...]
     name: str
 
+    def __repr__(self) -> str:
+        about = f"{self.num_blocks} blocks, {self.num_layers} layers, pages of {self.page_bytes:,} bytes"
+        return f"PageLayout({self.name}, {about}, block stride {self.block_stride:,})"
+
     # Tensors are asked once: each answer of theirs takes as long as a small numpy operation.
 
     @cached_property
@@ -86,11 +90,15 @@ def page_layout(
 
     Parameters
     ----------
-    kv_caches : layer name -> the engine's tensor, blocks in dimension 0; an engine may split one block of its
+    kv_caches
+        layer name -> the engine's tensor, blocks in dimension 0; an engine may split one block of its
         tables into several of the tensor's rows.
-    num_blocks : blocks in the engine's tables.
-    page_bytes : layer name -> bytes of one block's page, as the engine states them.
-    name : the engine's own name of the layout; one of COMPACT_LAYOUTS.
+    num_blocks
+        blocks in the engine's tables.
+    page_bytes
+        layer name -> bytes of one block's page, as the engine states them.
+    name
+        the engine's own name of the layout; one of COMPACT_LAYOUTS.
 
     Raises ConfigError where the strides do not make each page one run of bytes, or layers differ in page size.
     """

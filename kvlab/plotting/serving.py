@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvlab.plotting import theme
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Row = Mapping[str, Any]
-FIRST, LAST = "#9aa5b1", "#2f6db5"
 
 
 def reduction_bars(
@@ -22,36 +23,31 @@ def reduction_bars(
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    figure.add_bar(x=list(backends), y=list(first_ms), name="first run", marker_color=FIRST)
+    figure.add_bar(x=list(backends), y=list(first_ms), name="first run", marker_color=theme.FIRST)
     shown = (
         list(labels) if labels is not None else [f"{b / a - 1:+.0%}" for a, b in zip(first_ms, last_ms, strict=True)]
     )
-    figure.add_bar(
-        x=list(backends), y=list(last_ms), name="second run", marker_color=LAST, text=shown, textposition="outside"
-    )
-    figure.update_layout(
-        title=title, yaxis_title="mean TTFT (ms)", barmode="group", template="plotly_white", height=420
-    )
-    return figure
+    colors = [theme.color(name) or theme.BLUE for name in backends]
+    bar = {"marker_color": colors, "text": shown, "textposition": "outside"}
+    figure.add_bar(x=list(backends), y=list(last_ms), name="second run", **bar)
+    figure.update_layout(yaxis_title="mean TTFT (ms)", barmode="group")
+    return theme.styled(figure, title)
 
 
 def ttft_cdf(rows: Iterable[Row], *, title: str) -> "go.Figure":
     """Share of requests answered within a time; one line a row, a backend's first run dotted."""
-    import plotly.colors
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    colors: dict[str, str] = {}
     for row in rows:
-        color = colors.setdefault(row["backend"], plotly.colors.qualitative.D3[len(colors) % 10])
+        color = theme.color(row["backend"])
         times = sorted(row["ttfts_ms"])
         shares = [(n + 1) / len(times) for n in range(len(times))]
         line = {"color": color, "dash": "dot" if row["run"] == 1 else "solid", "shape": "hv"}
         figure.add_scatter(x=times, y=shares, mode="lines", line=line, name=f"{row['backend']}, run {row['run']}")
-    figure.update_layout(title=title, template="plotly_white", height=420)
     figure.update_xaxes(title="TTFT (ms)", type="log")
     figure.update_yaxes(title="share of requests", tickformat=".0%", range=[0, 1.03])
-    return figure
+    return theme.styled(figure, title)
 
 
 def itl_over_time(rows: Iterable[Row], *, title: str) -> "go.Figure":
@@ -62,8 +58,9 @@ def itl_over_time(rows: Iterable[Row], *, title: str) -> "go.Figure":
     for row in rows:
         steps = row["itl_over_time"]
         name = f"{row['backend']}, run {row['run']}"
-        figure.add_scatter(x=[step[0] for step in steps], y=[step[2] for step in steps], mode="lines", name=name)
-    figure.update_layout(title=title, template="plotly_white", height=380)
+        line = {"color": theme.color(row["backend"])}
+        seconds, worst = [step[0] for step in steps], [step[2] for step in steps]
+        figure.add_scatter(x=seconds, y=worst, mode="lines", line=line, name=name)
     figure.update_xaxes(title="seconds since the first request")
     figure.update_yaxes(title="p99 ITL (ms)", rangemode="tozero")
-    return figure
+    return theme.styled(figure, title)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvlab.plotting import theme
 from kvlab.simulation.prediction import TOLERANCE
 from kvlab.simulation.simulate import BOUND
 
@@ -41,7 +42,7 @@ def cost_figure(rows: Rows, title: str, *, by: str = "policy") -> "go.Figure":
         )
     figure.update_xaxes(title="cost of GPUs and storage for this traffic")
     figure.update_yaxes(title="TTFT saved per request (ms, mean)")
-    return figure.update_layout(title=title)
+    return theme.styled(figure, title)
 
 
 def reuse_figure(histogram: Rows, title: str, block_tokens: int) -> "go.Figure":
@@ -52,19 +53,19 @@ def reuse_figure(histogram: Rows, title: str, block_tokens: int) -> "go.Figure":
     labels = [_short(int(row["below_blocks"]) * block_tokens) for row in again]
     figure = go.Figure()
     figure.add_bar(x=labels, y=[100 * row["share"] for row in again], name="used again")
-    figure.add_bar(x=["never before"], y=[100 * first["share"]], name="first use")
+    figure.add_bar(x=["never before"], y=[100 * first["share"]], name="first use", marker_color=theme.FIRST)
     figure.update_xaxes(title="tokens of other prompts in between: below", type="category")
     figure.update_yaxes(title="share of block accesses (%)")
-    return figure.update_layout(title=title)
+    return theme.styled(figure, title)
 
 
 def predicted_figure(rows: Rows, title: str) -> "go.Figure":
     """TTFT against prompt length, measured and predicted (rows of `predict`); bars span 15% about what was measured."""
     import plotly.graph_objects as go
-    from plotly.colors import DEFAULT_PLOTLY_COLORS
 
     figure = go.Figure()
-    for color, (how, mine) in zip(DEFAULT_PLOTLY_COLORS, _grouped(rows, "how").items(), strict=False):
+    for how, mine in _grouped(rows, "how").items():
+        color = theme.color(how)
         tokens = [row["tokens"] for row in mine]
         told, seen = ([row[f"{name}_ms"] for row in mine] for name in ("predicted", "measured"))
         near = {"type": "percent", "value": 100 * TOLERANCE}
@@ -74,7 +75,7 @@ def predicted_figure(rows: Rows, title: str) -> "go.Figure":
     lengths = sorted({row["tokens"] for row in rows})
     figure.update_xaxes(type="log", title="tokens of the prompt", tickvals=lengths)
     figure.update_yaxes(type="log", title="TTFT (ms)", tickvals=[n * 10**k for k in range(5) for n in (1, 2, 5)])
-    return figure.update_layout(title=title)
+    return theme.styled(figure, title)
 
 
 def _lines(rows: Rows, title: str, by: str, value: Callable[[Mapping[str, Any]], float]) -> "go.Figure":
@@ -90,10 +91,10 @@ def _lines(rows: Rows, title: str, by: str, value: Callable[[Mapping[str, Any]],
             y=[value(row) for row in mine],
             name=str(name),
             mode="lines+markers",
-            line={"dash": "dash", "color": "black"} if name == BOUND else {},
+            line={"color": theme.color(str(name)), "dash": "dash" if name == BOUND else "solid"},
         )
     figure.update_xaxes(type="log", title=f"capacity ({'GiB' if unit == 'bytes' else 'blocks'})")
-    return figure.update_layout(title=title)
+    return theme.styled(figure, title)
 
 
 def _grouped(rows: Rows, by: str) -> dict[Any, list[Mapping[str, Any]]]:

@@ -30,6 +30,13 @@ class Encoded:
     parts: Mapping[str, torch.Tensor]
     params: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        parts = ", ".join(
+            f"{name} {str(part.dtype).removeprefix('torch.')}{list(part.shape)}" for name, part in self.parts.items()
+        )
+        about = f"{self.serde!r}, {self.dtype}{list(self.shape)} as {', '.join(self.axes)}"
+        return f"Encoded({about}; {sum(self.bits().values()) // 8:,} bytes: {parts[:1000]})"
+
     def bits(self) -> dict[str, int]:
         """Bits by kind of part: payload, scales, tables, anchors. The header is the container's."""
         counted = dict.fromkeys(PART_KINDS, 0)

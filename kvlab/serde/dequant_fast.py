@@ -23,11 +23,15 @@ def dequantize(
 
     Parameters
     ----------
-    symbols : uint8 (planes, steps, channels); 2 * radius + 1 stands for the next of `escapes` (int16).
-    step : float32 (planes, channels).
-    base : float32 (planes, groups, channels): the values of the anchors, which lead their groups; with `group` 0 the
+    symbols
+        uint8 (planes, steps, channels); 2 * radius + 1 stands for the next of `escapes` (int16).
+    step
+        float32 (planes, channels).
+    base
+        float32 (planes, groups, channels): the values of the anchors, which lead their groups; with `group` 0 the
         centers (planes, 1, channels), and every token is a step.
-    out : in host memory, bfloat16 or float32 (layers, kv, tokens, kv_heads, head_dim), any strides.
+    out
+        in host memory, bfloat16 or float32 (layers, kv, tokens, kv_heads, head_dim), any strides.
     """
     if out.dtype not in _BITS or out.device.type != "cpu":
         return False

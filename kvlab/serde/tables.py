@@ -69,6 +69,10 @@ class Tables:
     delta_model: Any = None
     anchor_model: Any = None
 
+    def __repr__(self) -> str:
+        planes, channels = self.unit.shape
+        return f"Tables(level={self.level:g}, {planes // 2} layers, {channels} channels, digest {self.digest})"
+
     def _about(self) -> dict[str, Any]:
         return {"level": self.level, "bins": list(self.bins), "deltas": self.deltas, "kv_heads": self.kv_heads}
 

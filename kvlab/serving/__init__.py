@@ -1,7 +1,8 @@
 """Serving benchmarks: servers with a backend each, the same prompts for all, rows and tables."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvlab.lazy import lazy
 
 if TYPE_CHECKING:
     from kvlab.serving.runs import run as run
@@ -10,9 +11,4 @@ if TYPE_CHECKING:
 
 _HOME = {"run": "kvlab.serving.runs", "report": "kvlab.serving.tables", "serving_block": "kvlab.serving.tables"}
 __all__ = [*_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'kvlab.serving' has no attribute {name!r}; it has {', '.join(_HOME)}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__, __dir__ = lazy(__name__, _HOME)

@@ -2,12 +2,12 @@
 
 import contextlib
 import json
+import logging
 import random
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from kvlab.errors import ConfigError
 from kvlab.machine.processes import usage
 from kvlab.machine.provenance import filesystem, gpu_name
 from kvlab.machine.redis_server import RedisServer
+from kvlab.progress import Progress
 from kvlab.serving import backends, client, counters, latency
 from kvlab.serving.backends import Backend
 from kvlab.serving.provenance import serving_provenance
@@ -26,6 +27,7 @@ from kvlab.stores import open_store
 from kvlab.units import parse_bytes
 
 Row = dict[str, Any]
+logger = logging.getLogger("kvlab")
 WARMUP_TOKENS = 300  # more than one chunk of 256, so that both a chunk and a tail are stored and loaded
 
 
@@ -53,7 +55,7 @@ class Plan:
     warmups: int
     start_timeout_s: float
     folder: Path
-    say: Callable[[str], None]
+    bar: Progress
     client: client.Client
     cache_bytes: int
     redis_url: str | None
@@ -87,30 +89,43 @@ def run(
     start_timeout_s: float = 600.0,
     folder: str | Path | None = None,
     out: str | Path | None = None,
-    say: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Measure `backend` and then each `peer` on the same prompts at the same times; one row per run.
 
     Parameters
     ----------
-    backend : a store URL or several, fastest first, for kvlab over those tiers; or a name of
+    backend
+        a store URL or several, fastest first, for kvlab over those tiers; or a name of
         `kvlab.serving.backends.NAMES`.
-    peer : names of that list, measured after it. The server is started anew for each.
-    model : folder or hub id; None is the small demo model.
-    dataset : ``sharegpt``, ``rounds``, ``documents`` or ``trace``; `dataset_path` is the user's own file. Several are
+    peer
+        names of that list, measured after it. The server is started anew for each.
+    model
+        folder or hub id; None is the small demo model.
+    dataset
+        ``sharegpt``, ``rounds``, ``documents`` or ``trace``; `dataset_path` is the user's own file. Several are
         sent one after the other to the same server; then `num_prompts`, `request_rate` and `seed` may be one for each.
         ``sharegpt`` with several seeds and one run each gives several first runs: no prompt of one is in another.
-    request_rate : requests per second, Poisson arrivals; a trace brings its own times.
-    runs : how often the same prompts are sent to the same server. The first fills the cache, later ones use it.
-    together : start all servers first and let their runs take turns, so that a machine that grows slower or faster
+    request_rate
+        requests per second, Poisson arrivals; a trace brings its own times.
+    runs
+        how often the same prompts are sent to the same server. The first fills the cache, later ones use it.
+    together
+        start all servers first and let their runs take turns, so that a machine that grows slower or faster
         does so for all alike. All must fit beside each other: give ``--kv-cache-memory-bytes``, as vLLM measures what
         is free wrongly while others start; and the disk and Redis of one are not at rest while another starts.
-    cache_size : bytes of each backend's tier; default 20GiB where there is an NVIDIA GPU, else 2GiB.
-    settings : of kvlab's connector, see `ConnectorConfig`. `server_flags` and `env` go to every server alike,
+    cache_size
+        bytes of each backend's tier; default 20GiB where there is an NVIDIA GPU, else 2GiB.
+    settings
+        of kvlab's connector, see `ConnectorConfig`. `server_flags` and `env` go to every server alike,
         `backend_flags` by name to one: a larger pool for ``vllm-prefix``, whose cache lies in it.
-    warmups : random prompts of 300 tokens, each sent twice before the first run; they share nothing with the dataset.
-    folder : where disk tiers, logs and detailed results go, and stay. None: a temporary folder, removed at the end.
-    out : a file of JSON lines; rows are appended as they come.
+    warmups
+        random prompts of 300 tokens, each sent twice before the first run; they share nothing with the dataset.
+    folder
+        where disk tiers, logs and detailed results go, and stay. None: a temporary folder, removed at the end.
+    out
+        a file of JSON lines; rows are appended as they come.
+
+    A bar shows what runs, what is left and the latest run's result; ``TQDM_DISABLE=1`` turns it off.
 
     Raises ConfigError or StoreError in one line. Whatever happens, an interrupt too, nothing it started stays behind.
     """
@@ -131,7 +146,6 @@ def run(
         raise ConfigError("servers that run together cannot share a port; give none for free ones")
     if unknown := set(backend_flags or ()) - {name for name in names if isinstance(name, str)}:
         raise ConfigError(f"backend_flags names {', '.join(sorted(unknown))}, which is not among the backends")
-    tell = say or _say
     size = parse_bytes(cache_size if cache_size is not None else ("20GiB" if gpu_name() else "2GiB"))
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
@@ -145,10 +159,12 @@ def run(
             _backend(name, size, place / "tier", redis_url or "redis://127.0.0.1:1", settings)
         model = demo_model(model)
         measuring = stack.enter_context(client.Client(place / "client.log"))
+        steps = len(datasets) + len(names) * (1 + len(datasets) * runs)
+        bar = stack.enter_context(Progress(steps, "serving", unit="step"))
         traffic: list[Traffic] = []
         sent: set[str] = set()
         for kind, count, rate, chance in zip(datasets, counts, rates, seeds, strict=True):
-            tell(f"making the {kind} workload")
+            bar.doing(f"making the {kind} workload")
             files = place / f"workload-{len(traffic)}"
             files.mkdir(exist_ok=True)
             workload = make_workload(
@@ -163,8 +179,11 @@ def run(
                 sent=sent,
             )
             if workload.num_prompts < count:
-                tell(f"{kind} has {workload.num_prompts} prompts that fit, not {count}; none is sent twice")
+                logger.warning(
+                    "%s has %d prompts that fit, not %d; none is sent twice", kind, workload.num_prompts, count
+                )
             traffic.append(Traffic(workload, rate, chance))
+            bar.step()
         plan = Plan(
             model,
             tuple(traffic),
@@ -177,7 +196,7 @@ def run(
             warmups,
             start_timeout_s,
             place,
-            tell,
+            bar,
             measuring,
             size,
             redis_url,
@@ -227,13 +246,14 @@ def _measure(plan: Plan, group: Sequence[tuple[int, Any]]) -> list[Row]:
         for one in running:
             one.server.wait()
             start_s.append(time.monotonic() - began)
-            plan.say(f"{one.backend.name}: healthy after {start_s[-1]:.0f} s")
+            plan.bar.step(f"{one.backend.name} healthy after {start_s[-1]:.0f} s")
         for one in running:
             _warm_up(one.server, plan.warmups)
         for traffic in plan.traffic:
             first_texts: dict[int, list[str]] = {}
             for turn in range(1, plan.runs + 1):
                 for at, one in enumerate(running):
+                    plan.bar.doing(f"{one.backend.name}: {traffic.workload.name}, run {turn} of {plan.runs}")
                     row, texts = _one_run(plan, traffic, one.server, one.backend, turn)
                     row["same_texts"] = _share_equal(first_texts.setdefault(at, texts), texts)
                     row |= {"server_start_s": round(start_s[at], 1), "cache_bytes": plan.cache_bytes}
@@ -242,11 +262,8 @@ def _measure(plan: Plan, group: Sequence[tuple[int, Any]]) -> list[Row]:
                         with open(plan.out, "a", encoding="utf-8") as file:
                             file.write(json.dumps(row) + "\n")
                     rows.append(row)
-                    plan.say(
-                        f"{one.backend.name}: {row['dataset']}, run {turn}/{plan.runs}: TTFT mean"
-                        f" {row['mean_ttft_ms']:.1f} ms, p99 {row['p99_ttft_ms']:.1f} ms; TPOT mean"
-                        f" {row['mean_tpot_ms']:.2f} ms; {row['hit_tokens']} of {row['total_input_tokens']} tokens hit"
-                    )
+                    share = row["hit_tokens"] / max(row["total_input_tokens"], 1)
+                    plan.bar.step(f"{one.backend.name}: mean TTFT {row['mean_ttft_ms']:.1f} ms, {share:.0%} hit")
     return rows
 
 
@@ -270,7 +287,7 @@ def _start(stack: contextlib.ExitStack, plan: Plan, name: str | Sequence[str], n
         log=plan.folder / f"server-{number}-{chosen.name.replace(' ', '-')}.log",
         timeout_s=plan.start_timeout_s,
     )
-    plan.say(f"{chosen.name}: starting the server")
+    plan.bar.doing(f"{chosen.name}: starting the server")
     stack.callback(server.stop)
     server.start()
     return _Running(chosen, server)
@@ -367,7 +384,3 @@ def _stored_bytes(chosen: Backend) -> int | None:
 def _shown(text: str, plan: Plan) -> str:
     """Without the folders of this machine."""
     return text.replace(str(plan.folder), "FOLDER").replace(plan.model, Path(plan.model).name)
-
-
-def _say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)

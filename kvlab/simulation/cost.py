@@ -98,10 +98,14 @@ class CostModel:
 
     Parameters
     ----------
-    overhead_ms : of every request, computed or loaded.
-    only_if_faster : load a hit only where that beats computing it.
-    servers : engines that take requests one after the other, in order of arrival; 0: no waiting.
-    per_gpu_hour, gpus : price of one GPU for an hour, and GPUs per engine. Only seconds of computing are charged.
+    overhead_ms
+        of every request, computed or loaded.
+    only_if_faster
+        load a hit only where that beats computing it.
+    servers
+        engines that take requests one after the other, in order of arrival; 0: no waiting.
+    per_gpu_hour, gpus
+        price of one GPU for an hour, and GPUs per engine. Only seconds of computing are charged.
     """
 
     prefill: Prefill

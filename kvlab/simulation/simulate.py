@@ -31,8 +31,8 @@ UNBOUNDED = 1 << 62
 class Simulation:
     """What happened. `row` is one flat row for pandas, `tiers` one row per tier.
 
-    Hit rates are told apart: `block_hit_rate` (blocks found / blocks asked for), `token_hit_rate` (tokens likewise),
-    `request_hit_rate` (the mean over prompts of each prompt's share of tokens found). Arrays have shape [requests].
+    Three hit rates are reported: `block_hit_rate` (blocks found / blocks asked for), `token_hit_rate` (tokens likewise)
+    and `request_hit_rate` (the mean over prompts of each prompt's share of tokens found). Arrays have shape [requests].
     """
 
     row: dict[str, Any]
@@ -50,6 +50,9 @@ class Simulation:
     def reuse(self) -> list[dict[str, int | float]]:
         """Histogram of reuse distances of the traffic, in blocks; see `kvlab.simulation.reuse`."""
         return reuse_histogram(self.traffic)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:>18}  {_shown(value)}" for name, value in self.row.items())
 
     def _repr_html_(self) -> str:
         cells = "".join(
@@ -71,27 +74,47 @@ def simulate(
     cost: CostModel | None = None,
     object_bytes: Callable[[int], int] | None = None,
 ) -> Simulation:
-    """Replay `trace` through a cache.
+    """What a cache of these tiers would do for `trace`; no KV is moved.
+
+    Prompts are cut, looked up, loaded, stored and renewed as `CacheEngine` does it, on the stores' eviction classes.
 
     Parameters
     ----------
-    trace : a `Traffic`, the path of a published trace, a list of token prompts, or ``chat``, ``agent``, ``document``
+    trace
+        a `Traffic`, the path of a published trace, a list of token prompts, or ``chat``, ``agent``, ``document``
         for made-up traffic.
-    tiers : fastest first: `Tier`, or the URL that a store or vLLM's connector takes, such as ``memory://?size=10GiB``
+    tiers
+        fastest first: `Tier`, or the URL that a store or vLLM's connector takes, such as ``memory://?size=10GiB``
         or ``file:///kv?size=1TiB``, with ``gb_per_s``, ``latency_ms`` and ``per_gb_month`` among its options; or a bare
         size of host memory: ``10GiB``, ``10000 blocks``, ``unbounded``.
-    policy : an eviction policy of the stores, for all tiers (None: what each URL says, else ``lru``), or ``belady``:
+    policy
+        an eviction policy of the stores, for all tiers (None: what each URL says, else ``lru``), or ``belady``:
         the bound of `kvlab.simulation.belady`, which is one on `block_hit_rate`; several tiers are one to it.
-    model : what `size_calculator` takes, or a `KVSize`; needed where capacities are bytes.
-    serde : raw bytes per stored byte (1.45), or the name of a serde whose ratio is fixed.
-    chunk_tokens : tokens of a stored object, as `Chunker`'s; 256, or a block of the traffic if that is larger.
-    admission : store only at the n-th sight (an int), or an `Admission`.
-    cost : adds seconds and money; needs `model` or `object_bytes`.
-    object_bytes : bytes of an object of so many tokens, instead of `model`'s and `serde`'s.
+    model
+        what `size_calculator` takes, or a `KVSize`; needed where capacities are bytes.
+    serde
+        raw bytes per stored byte (1.45), or the name of a serde whose ratio is fixed.
+    chunk_tokens
+        tokens of a stored object, as `Chunker`'s; 256, or a block of the traffic if that is larger.
+    admission
+        store only at the n-th use (an int), or an `Admission`.
+    cost
+        adds seconds and money; needs `model` or `object_bytes`.
+    object_bytes
+        bytes of an object of so many tokens, instead of `model`'s and `serde`'s.
 
     Raises
     ------
-    ConfigError : naming the argument; FormatError : naming the line of the trace.
+    ConfigError
+        naming the argument
+    FormatError
+        naming file, line, field and value of a trace
+
+    Examples
+    --------
+    >>> run = simulate("chat", "1000 blocks", policy="s3fifo")
+    >>> sorted(name for name in run.row if name.endswith("hit_rate"))
+    ['block_hit_rate', 'request_hit_rate', 'token_hit_rate']
     """
     traffic = as_traffic(trace)
     step_tokens = chunk_tokens or default_chunk(traffic)

@@ -18,9 +18,12 @@ class Tier:
 
     Parameters
     ----------
-    capacity : bytes, or blocks of the traffic where `in_blocks`; None is unbounded.
-    gb_per_s, latency_ms : reading from it, 10^9 bytes per second, and the time before the first byte.
-    per_gb_month : price of 10^9 bytes for 30 days, in any currency.
+    capacity
+        bytes, or blocks of the traffic where `in_blocks`; None is unbounded.
+    gb_per_s, latency_ms
+        reading from it, 10^9 bytes per second, and the time before the first byte.
+    per_gb_month
+        price of 10^9 bytes for 30 days, in any currency.
     """
 
     capacity: int | None = None

@@ -29,13 +29,19 @@ def load_traffic(
 
     Parameters
     ----------
-    format : ``mooncake``, ``bailian``, or ``auto``: a first line with a ``chat_id`` is bailian's.
-    block_tokens : tokens per block, where it is not the format's own (512, 16).
-    limit : stop after so many requests.
+    format
+        ``mooncake``, ``bailian``, or ``auto``: a first line with a ``chat_id`` is bailian's.
+    block_tokens
+        tokens per block, where it is not the format's own (512, 16).
+    limit
+        stop after so many requests.
 
     Raises
     ------
-    FormatError : naming file, line, field and value. ConfigError : no such file, unknown format.
+    FormatError
+        naming file, line, field and value
+    ConfigError
+        for a file that is not there, or of an unknown format
     """
     file = Path(path)
     if format not in ("auto", *FORMATS):

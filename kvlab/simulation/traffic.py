@@ -33,6 +33,9 @@ class Traffic:
     block_tokens: int
     requests: list[Request]
 
+    def __repr__(self) -> str:
+        return f"Traffic({self.name!r}, {len(self.requests):,} requests, blocks of {self.block_tokens} tokens)"
+
     @cached_property
     def num_tokens(self) -> npt.NDArray[np.int64]:
         """Tokens of each prompt, shape [requests]."""

@@ -8,3 +8,7 @@ from kvlab.sizing.compare import Comparison, compare_sizes
 from kvlab.sizing.kv_size import KVSize
 
 __all__ = ["Comparison", "KVSize", "compare_sizes", "size_calculator"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -31,22 +31,47 @@ def size_calculator(
 
     Parameters
     ----------
-    model: a name (``"Qwen2.5-7B"``; organisation optional, case-blind), a dict, a path to a config.json or its folder,
+    model
+        a name (``"Qwen2.5-7B"``; organisation optional, case-blind), a dict, a path to a config.json or its folder,
         or a transformers config object.
-    dtype: KV dtype: ``auto`` (what the config says, else the model's own), ``bf16``, ``fp8``, ``int4_per_token_head``,
+    dtype
+        KV dtype: ``auto`` (what the config says, else the model's own), ``bf16``, ``fp8``, ``int4_per_token_head``,
         ``fp8_ds_mla``, ``nvfp4``, ``q8_0``...; see `kvlab.sizing.dtypes.KV_DTYPES`.
-    tp, pp: tensor- and pipeline-parallel ranks.
-    engine: whose conventions logical bytes follow: ``vllm`` (a window of W tokens, K - 1 conv columns, fp8 indexer)
+    tp, pp
+        tensor- and pipeline-parallel ranks.
+    engine
+        whose conventions logical bytes follow: ``vllm`` (a window of W tokens, K - 1 conv columns, fp8 indexer)
         or ``transformers`` (W - 1, K, model dtype).
-    state_dtype: dtype of recurrent states: ``auto`` is the config's, else fp32.
-    factor: stored bytes per raw byte of a serde, for what is kept in a tier.
-    mtp: count the multi-token-prediction layers, which hold KV only under speculative decoding.
-    encoder_tokens: encoder (or vision) tokens that cross-attention layers hold.
-    hub: whether an unknown name may be looked up on the Hugging Face hub.
+    state_dtype
+        dtype of recurrent states: ``auto`` is the config's, else fp32.
+    factor
+        stored bytes per raw byte of a serde, for what is kept in a tier.
+    mtp
+        count the multi-token-prediction layers, which hold KV only under speculative decoding.
+    encoder_tokens
+        encoder (or vision) tokens that cross-attention layers hold.
+    hub
+        whether an unknown name may be looked up on the Hugging Face hub.
 
     Raises
     ------
-    UnknownModelError (with the nearest names) or ConfigError (naming the field, value or argument).
+    UnknownModelError
+        with the nearest names of the catalog
+    ConfigError
+        naming the field, value or argument
+
+    Notes
+    -----
+    A model is decided layer by layer from the fields of its config, each field by a rule with a source; a field that
+    changes what a cache holds and that no rule reads is refused by name.
+
+    Examples
+    --------
+    >>> size = size_calculator("Qwen2.5-7B")
+    >>> size
+    KVSize(Qwen/Qwen2.5-7B, bf16, tp=1, pp=1: 57,344 B/token)
+    >>> size.at("2k"), size_calculator("Qwen2.5-7B", "fp8", tp=2).rank_bytes("2k")
+    (117440512, 29360128)
     """
     for label, ranks in (("tp", tp), ("pp", pp)):
         if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:

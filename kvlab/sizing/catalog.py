@@ -23,7 +23,7 @@ _SUFFIX = re.compile(
 
 @cache
 def catalog() -> dict[str, dict[str, Any]]:
-    """Every model known offline, by its hub id. See docs/sizing.md for the schema."""
+    """Every model known offline, by its hub id. See docs/guide/sizing.md for the schema."""
     text = files("kvlab.sizing").joinpath("models.json").read_text(encoding="utf-8")
     models: dict[str, dict[str, Any]] = json.loads(text)["models"]
     return models

@@ -80,9 +80,26 @@ class Comparison:
 
 
 def compare_sizes(models: Iterable[Any], lengths: Sequence[int | str] = LENGTHS, **how: Any) -> Comparison:
-    """Compare `models` (each as `size_calculator` takes it, or a `KVSize`) at `lengths` tokens.
+    """Sizes of several models at several lengths, as rows, a table and a figure.
 
-    `how` is passed to `size_calculator`. Raises ConfigError for an empty list.
+    Parameters
+    ----------
+    models
+        each as `size_calculator` takes it, or a `KVSize`
+    lengths
+        tokens of one sequence: numbers, or text such as ``"32k"``
+    how
+        passed to `size_calculator`: ``dtype``, ``tp``, ``engine``, ...
+
+    Raises
+    ------
+    ConfigError
+        for an empty list, and what `size_calculator` raises
+
+    Examples
+    --------
+    >>> compare_sizes(["Qwen2.5-7B", "DeepSeek-V3"], ["1k"]).rows[0]["bytes_at_1024"]
+    58720256
     """
     if isinstance(models, str):
         raise ConfigError(f"compare_sizes takes a list of models, got the string {models!r}; try [{models!r}]")

@@ -27,7 +27,28 @@ STORES = {  # scheme -> ("module:Class", what to install when the import fails)
 
 
 def open_store(url: str) -> Store:
-    """Open the store that `url` names. Unknown schemes and options are refused with the known ones named."""
+    """Open the store that `url` names; use it as a context manager, or call `close`.
+
+    Parameters
+    ----------
+    url
+        ``memory://?size=1GiB``, ``file:///path?size=10GiB``, ``redis://host:6379/0``, ``rediss://``, ``unix://``,
+        ``redis-sentinel://``, ``redis-cluster://``, or a scheme of the entry point group ``kvlab.stores``. Sizes are
+        bytes or text such as ``200GiB``; times are milliseconds. docs/guide/stores.md lists the options.
+
+    Raises
+    ------
+    ConfigError
+        for an unknown scheme or option, with the known ones named
+    StoreError
+        where the medium cannot be opened
+
+    Examples
+    --------
+    >>> with open_store("memory://?size=1MiB&policy=s3fifo") as store:
+    ...     store.put("key", b"value"), bytes(store.get("key")), store.get("absent")
+    (True, b'value', None)
+    """
     parsed = StoreURL.parse(url)
     found = {point.name: (point.value, "") for point in entry_points(group="kvlab.stores")}
     if parsed.scheme not in STORES and parsed.scheme not in found:
@@ -64,3 +85,7 @@ def open_stores(urls: Sequence[str]) -> Store:
         for store in stores:
             store.close()
         raise
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -34,12 +34,16 @@ class DiskStore(Store):
 
     Parameters
     ----------
-    direct : bypass the page cache, so that the tier does not take the memory it was meant to save. Where the file
+    direct
+        bypass the page cache, so that the tier does not take the memory it was meant to save. Where the file
         system cannot, that is logged once and shown as `stats()["io"]`.
-    fsync : each value survives a power cut, at the price benchmarks/stores.py shows. Without it a power cut may
+    fsync
+        each value survives a power cut, at the price benchmarks/stores.py shows. Without it a power cut may
         leave files that a reader finds broken; a killed process leaves none either way.
-    check : read each header at the start and drop files that are shorter or longer than it says.
-    shared : other users may own the folder or write to it: they can then serve any value and lose any. Files are made
+    check
+        read each header at the start and drop files that are shorter or longer than it says.
+    shared
+        other users may own the folder or write to it: they can then serve any value and lose any. Files are made
         readable and writable by the folder's group.
 
     A folder that belongs to another user or that others may write to is refused without `shared` (ConfigError).

@@ -27,7 +27,8 @@ class MemoryStore(Store, ForkAware):
 
     Parameters
     ----------
-    pinned : register the arena with CUDA, so that copies to and from a GPU run at full speed and in the background.
+    pinned
+        register the arena with CUDA, so that copies to and from a GPU run at full speed and in the background.
         None does so where this process uses CUDA already.
     """
 

@@ -55,8 +55,10 @@ class RedisStore(Store):
 
     Parameters
     ----------
-    ttl_s : seconds a value lives on the server; 0 for ever.
-    limit : values over this many bytes are refused before anything is sent, and not read either; None is 512 MiB, or
+    ttl_s
+        seconds a value lives on the server; 0 for ever.
+    limit
+        values over this many bytes are refused before anything is sent, and not read either; None is 512 MiB, or
         the server's own limit if that is less.
     """
 

@@ -24,12 +24,15 @@ class TieredStore(Store):
 
     Parameters
     ----------
-    write : ``"through"``: `put` returns when every tier has it. ``"back"``: when the first has it; a background
+    write
+        ``"through"``: `put` returns when every tier has it. ``"back"``: when the first has it; a background
         thread carries it to the others, reading it from the first; `close` drains. At most `max_queued` keys wait,
         more are dropped and counted (`writer` in `rows`), so are those that left the first tier too early.
-    store_threshold : carry a value to the secondary tiers only at the n-th time its key is put or read; what is used
+    store_threshold
+        carry a value to the secondary tiers only at the n-th time its key is put or read; what is used
         once only then never costs them a write.
-    promote : copy what a secondary tier had to the tiers above.
+    promote
+        copy what a secondary tier had to the tiers above.
     """
 
     def __init__(

@@ -136,11 +136,16 @@ class FaultStore(WrapperStore):
 
     Parameters
     ----------
-    fail : calls that raise StoreError.
-    corrupt : reads in which one bit is wrong.
-    truncate : reads that end early (`get` only).
-    lose : writes that claim success and store nothing.
-    slow_s : seconds every call takes longer.
+    fail
+        calls that raise StoreError.
+    corrupt
+        reads in which one bit is wrong.
+    truncate
+        reads that end early (`get` only).
+    lose
+        writes that claim success and store nothing.
+    slow_s
+        seconds every call takes longer.
     """
 
     def __init__(

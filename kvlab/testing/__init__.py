@@ -1,7 +1,8 @@
 """Conformance suites that anybody may run on a store or serde of their own. Needs pytest and hypothesis."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvlab.lazy import lazy
 
 if TYPE_CHECKING:
     from kvlab.testing.budgets import BudgetTests as BudgetTests
@@ -14,9 +15,4 @@ _HOME = {
     "StoreTests": "kvlab.testing.stores",
 }
 __all__ = [*_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'kvlab.testing' has no attribute {name!r}; it has {', '.join(_HOME)}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__, __dir__ = lazy(__name__, _HOME)

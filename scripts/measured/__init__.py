@@ -1,0 +1,1 @@
+"""The pages of docs/measured/, made from rows."""

@@ -1,0 +1,261 @@
+"""Pages of the vLLM connector: TTFT of hits, cost of first runs, copies, hooks, stalls."""
+
+from measured.pages import Goal, Page, Row, Table, interval, num, pivot, read
+
+KV_BYTES = 57_344  # of a token of Qwen2.5-7B
+ORDER = ("none", "vllm-offload", "lmcache", "kvlab", "vllm-prefix")
+
+
+def ttft() -> Page:
+    rows = read("gpu_ttft.csv")
+    at = {(row["backend"], int(row["tokens"])): row for row in rows}
+    lengths = sorted({tokens for _, tokens in at})
+    longest = lengths[-1]
+
+    def median(backend: str, tokens: int) -> float:
+        return float(at[backend, tokens]["ttft_ms_median"])
+
+    def cell(backend: str, tokens: int) -> str:
+        row = at[backend, tokens]
+        return f"{num(row['ttft_ms_median'], 1)} ({num(row['ttft_ms_min'], 1)})"
+
+    link = max(float(row["memcpy_gb_per_s"]) for row in read("gpu_transfer.csv") if row["what"] == "load")
+    floor = {n: median("vllm-prefix", n) + n * KV_BYTES / link / 1e6 for n in lengths}
+    over_floor = {n: median("kvlab", n) / floor[n] for n in lengths}
+    below = [n for n in lengths if median("kvlab", n) < min(median("lmcache", n), median("vllm-offload", n))]
+    of_lmcache = median("kvlab", longest) / median("lmcache", longest)
+    return Page(
+        "ttft",
+        "What does a hit cost in TTFT?",
+        f"{longest:,} tokens: {median('kvlab', longest):.0f} ms from kvlab's memory tier, {median('none', longest):.0f} ms computed.",
+        [
+            Table(
+                "TTFT in ms, one request at a time: median (least)",
+                ["tokens", *ORDER],
+                [[f"{n:,}", *(cell(backend, n) for backend in ORDER)] for n in lengths],
+                rows,
+                "Qwen2.5-7B's shapes with random weights; five engines side by side, asked in turns; CUDA graphs for all but the attention, so that LMCache loads.",
+            ),
+            Table(
+                "kvlab against the others",
+                ["tokens", "/ LMCache", "/ OffloadingConnector", "/ (prefix hit + bytes)"],
+                [
+                    [
+                        f"{n:,}",
+                        num(median("kvlab", n) / median("lmcache", n)),
+                        num(median("kvlab", n) / median("vllm-offload", n)),
+                        num(over_floor[n]),
+                    ]
+                    for n in lengths
+                ],
+                rows,
+                f"The last column's floor is the median of vLLM's own prefix cache plus the KV's bytes at {link:.1f} GB/s, a pinned memcpy's rate.",
+            ),
+        ],
+        [
+            Goal("below both other caches in host memory at every length", f"at {len(below)} of {len(lengths)}", len(below) == len(lengths)),
+            Goal(
+                "at most 1.15 of a prefix hit plus the bytes",
+                ", ".join(f"{num(ratio)} ({n:,})" for n, ratio in over_floor.items()),
+                max(over_floor.values()) <= 1.15,
+            ),
+            Goal(f"0.65 of LMCache's time at {longest:,} tokens", num(of_lmcache), of_lmcache <= 0.65),
+        ],
+        "Backends that run one after the other, each alone on the card, differ by as much as these differ: look at the least before the medians. "
+        "At the shortest length the order of turns costs every cache some milliseconds in the median.",
+        ["gpu_ttft.csv", "gpu_transfer.csv"],
+    )  # fmt: skip
+
+
+def first_runs() -> Page:
+    rows = read("gpu_steps.csv")
+    turns = {"first": "new prompts", "second": "the same again", "lower": "the same, memory emptied"}
+
+    def graphs(row: Row) -> str:
+        return "pieces" if "PIECEWISE" in row["command"] else "full"
+
+    shown = [row for row in rows if row["turn"] in turns]
+    memory, secondary = ([row for row in shown if bool(row["lower"]) is lower] for lower in (False, True))
+    best = max((row for row in memory if row["turn"] == "first"), key=lambda row: int(row["rounds"]))
+    full = [row for row in secondary if row["turn"] == "first" and graphs(row) == "full"]
+    worst = max(full, key=lambda row: float(row["ttft_ms_over_off"]))
+
+    def cells(row: Row) -> list[str]:
+        where = {"file": "disk", "redis": "Redis", "": "memory alone"}[row["lower"]]
+        cpu = interval(row, "step_cpu_ms", 2) if row["step_cpu_ms_over_off"] else ""
+        return [
+            where, graphs(row), row["cores"], row["rounds"], turns[row["turn"]],
+            num(row["ttft_ms"], 1), interval(row, "ttft_ms", 2), interval(row, "gap_ms"), num(row["gap_p50_ms_over_off"], 3), cpu,
+        ]  # fmt: skip
+
+    head = [
+        "saves to",
+        "graphs",
+        "cores",
+        "rounds",
+        "prompts",
+        "TTFT ms",
+        "TTFT ratio",
+        "mean gap",
+        "median gap",
+        "engine thread's CPU",
+    ]
+    return Page(
+        "first_runs",
+        "What does saving cost a first run?",
+        f"Host memory alone: {interval(best, 'ttft_ms')} of the TTFT without the connector's hooks. With a secondary tier up to {num(worst['ttft_ms_over_off'])}.",
+        [
+            Table("Host memory alone", head, [cells(row) for row in memory], memory),
+            Table("Host memory, then a secondary tier", head, [cells(row) for row in secondary], secondary),
+        ],
+        [
+            Goal(
+                "host memory alone: at most 1% of TTFT and of the gap between tokens",
+                f"TTFT {interval(best, 'ttft_ms')}, mean gap {interval(best, 'gap_ms')}",
+                float(best["ttft_ms_over_off"]) <= 1.01 and float(best["gap_ms_over_off"]) <= 1.01,
+            ),
+            Goal(
+                "a secondary tier: at most 1% of TTFT, full CUDA graphs",
+                f"{min(float(row['ttft_ms_over_off']) for row in full):.2f} to {float(worst['ttft_ms_over_off']):.2f}",
+                float(worst["ttft_ms_over_off"]) <= 1.01,
+            ),
+        ],
+        "Ratios are to rounds of the same engine with the hooks out, 95% intervals in brackets; a request every eighth step. The last kind of prompt was stored before, but only the secondary tier still has it, and most of these "
+        "loads are not worth making. The rows with a secondary tier were measured before saves were written back between prefills ([write back](../design/write-back.md)); that change is measured on a stand-in for an engine only "
+        "([stalls](stalls.md)).",
+        ["gpu_steps.csv"],
+    )
+
+
+def gpu_transfer() -> Page:
+    rows = [{**row, "method": row["method"].replace("kvlab ring", "kvlab")} for row in read("gpu_transfer.csv")]
+    alone = [row for row in rows if "peers" not in row["command"] and row["method"] == "kvlab"]
+    beside = [row for row in rows if "peers" in row["command"]]
+    default = {
+        (row["what"], float(row["mib"])): float(row["ratio"]) for row in alone if row["command"].endswith("128MiB")
+    }
+    whats = ("load", "save", "both")
+    limits = [
+        (14, 0.9, ("load", "save")),
+        (64, 0.95, ("load", "save")),
+        (128, 0.97, ("load", "save")),
+        (64, 0.95, ("both",)),
+    ]
+    goals = []
+    for least, limit, which in limits:
+        near = {14: (13, 15), 64: (63, 1e9), 128: (127, 1e9)}[least]
+        found = [
+            round(ratio, 2) for (what, mib), ratio in default.items() if what in which and near[0] <= mib <= near[1]
+        ]
+        text = f"{' and '.join(which) if which != ('both',) else 'both directions at once'}: {limit} {'at' if least == 14 else 'from'} {least} MiB{' on' if least != 14 else ''}"
+        goals.append(Goal(text, f"{min(found):.2f} at least", min(found) >= limit))
+    tables = []
+    for what in whats:
+        of = [row for row in beside if row["what"] == what]
+        if of:
+            head, cells = pivot(of, "mib", "method", lambda row: num(row["ratio"]))
+            tables.append(Table(f"Beside other libraries: {what}", ["MiB", *head[1:]], cells, of))
+    sized = [{**row, "column": f"{row['what']}, {row['command'].rpartition(' ')[2]}"} for row in alone]
+    head, cells = pivot(sized, "mib", "column", lambda row: num(row["ratio"]))
+    tables.insert(
+        0,
+        Table(
+            "kvlab alone, by size of its GPU buffers",
+            ["MiB", *head[1:]],
+            cells,
+            alone,
+            "Shares of a single pinned memcpy's rate, timed in the same run.",
+        ),
+    )
+    profile = [row for row in read("gpu_transfer_profile.csv") if int(row["staging_mib"]) < 128]
+    columns = ("what", "mib", "pieces", "queue", "whole", "memcpy", "head", "copies", "gaps", "tail")
+    tables.append(
+        Table(
+            "Where the microseconds go",
+            columns,
+            [[row[name] for name in columns] for row in profile],
+            profile,
+            "*queue*: until the call returned; *whole*: until the GPU had ended; *memcpy*: one copy of the same bytes. The others are torch's profiler, which slows calls down: *head* passes before the first byte moves, *gaps* between copies, *tail* is the last scatter.",
+        )
+    )
+    large = min(ratio for (what, mib), ratio in default.items() if what == "load" and mib > 127)
+    small = default["load", 14.0]
+    return Page(
+        "gpu_transfer",
+        "How close do transfers come to a memcpy?",
+        f"Loads: {small:.2f} of a pinned memcpy at 14 MiB, {large:.2f} and more from 128 MiB on.",
+        tables,
+        goals,
+        "Pages of 32 KiB in one call of the driver (*batch*, and vLLM's own) are bound by the number of copies. LMCache's kernel reads and writes host memory itself.",
+        ["gpu_transfer.csv", "gpu_transfer_profile.csv"],
+    )
+
+
+def hooks() -> Page:
+    rows = read("hook_times.csv")
+    last = {}
+    for row in rows:
+        last[row["hook"], row["gpu"] or "CPU", row["lower"]] = row
+    shown = [{**row, "column": f"{gpu}{', secondary tier' if lower else ''}"} for (_, gpu, lower), row in last.items()]
+    head, cells = pivot(
+        shown,
+        "hook",
+        "column",
+        lambda row: f"{num(row['us_per_step'], 1)} ({num(row['lowest'], 1)} to {num(row['highest'], 1)})",
+    )
+    total = [row for row in shown if row["hook"].startswith("all but")]
+    return Page(
+        "hooks",
+        "What do the connector's hooks take of a step?",
+        "; ".join(f"{row['column']}: {float(row['us_per_step']):.0f} us" for row in total) + ", without the copies.",
+        [Table("Microseconds of a step, median (lowest to highest)", head, cells, list(last.values()))],
+        files=["hook_times.csv"],
+    )
+
+
+def stalls() -> Page:
+    saves, launches, waits = read("save_stalls.csv"), read("launch_stalls.csv"), read("lookup_waits.csv")
+    how = {"not at all": "not at all", "at once": "as soon as its copy ended", "waits": "between prefills"}
+    added = {(row["lower"], row["hands_on"]): float(row["added_ms"]) for row in launches}
+    names = {"redis": "Redis", "file": "disk"}
+    asked = [row for row in waits if row["skipped"] == "0"]
+    yes = {"0": "no", "1": "yes"}
+    return Page(
+        "stalls",
+        "How long do kvlab's threads hold up a busy engine?",
+        f"Writing back between prefills adds {max(added['redis', 'waits'], added['file', 'waits']):.2f} ms at most to a prompt, writing at once {min(added['redis', 'at once'], added['file', 'at once']):.2f} and more.",
+        [
+            Table(
+                "A prompt whose objects are written back",
+                ["tier", "an object is written", "prompt ms", "added ms", "quartiles"],
+                [
+                    [names[row["lower"]], how[row["hands_on"]], num(row["prompt_ms"], 1), num(row["added_ms"]), f"{num(row['added_q1_ms'])} to {num(row['added_q3_ms'])}"]
+                    for row in launches
+                ],
+                launches,
+                "A stand-in for an engine: thousands of calls that each release the GIL, as a prefill's launches do.",
+            ),
+            Table(
+                "A busy thread while objects are packed",
+                ["repeat", "objects", "MB each", "stalls for each object", "stalled ms for each", "longest ms"],
+                [
+                    [row["repeat"], row["objects"], num(int(row["object_bytes"]) / 1e6, 1), num(row["stalls_per_object"], 3), num(row["stalled_ms_per_object"], 3), num(row["longest_ms"], 1)]
+                    for row in saves
+                ],
+                saves,
+            ),
+            Table(
+                "Waiting for a tier's answer",
+                ["tier", "saves beside it", "questions", "no answer within 1 ms", "median ms", "p90 ms", "longest ms"],
+                [
+                    [names[row["store"]], yes[row["saving"]], row["questions"], f"{float(row['unanswered']):.1%}", num(row["median_ms"]), num(row["p90_ms"]), num(row["longest_ms"])]
+                    for row in asked
+                ],
+                asked,
+            ),
+        ],
+        files=["launch_stalls.csv", "save_stalls.csv", "lookup_waits.csv"],
+    )  # fmt: skip
+
+
+PAGES = (ttft, first_runs, gpu_transfer, hooks, stalls)
