@@ -22,8 +22,8 @@ class MemoryStore(Store, ForkAware):
     """Values in one arena of this process's memory, in whole pages, at most `max_bytes` of them.
 
     Copies run outside the lock. What is being read or written is leased and neither evicted nor overwritten; a `put`
-    that needs such room waits up to `wait_s` for it and is then refused. A forked child has a copy of its own; what
-    other threads of the parent had leased stays leased there.
+    that needs such room waits up to `wait_s` for it and is then refused, and then nothing leaves for it. A forked child
+    has a copy of its own; what other threads of the parent had leased stays leased there.
 
     Parameters
     ----------
@@ -47,7 +47,8 @@ class MemoryStore(Store, ForkAware):
         self._arena = Arena(max_bytes, pinned=cuda_is_in_use() if pinned is None else pinned)
         self._wait_s = wait_s
         self._held: dict[str, Region] = {}
-        self._leased: set[str] = set()
+        self._leased: set[str] = set()  # keys of `_held` that cannot leave now
+        self._busy: set[Region] = set()  # which are being read or written
         self._gone: dict[str, str] = {}
         self._lock = threading.Condition()
         self.watch_forks()
@@ -71,12 +72,14 @@ class MemoryStore(Store, ForkAware):
             if region is None:
                 self.stats_.refused += 1
                 return False
+            self._busy.add(region)
         into, at = self._arena.bytes_of(region), 0
         for piece in pieces:  # numpy lets other threads run meanwhile
             if piece.nbytes:
                 into[at : at + piece.nbytes] = np.frombuffer(piece, np.uint8)
                 at += piece.nbytes
         with self._lock:
+            self._busy.discard(region)
             self._drop(key, "replaced")
             self._held[key] = region
             self._policy.admit(key, region.span)
@@ -98,6 +101,7 @@ class MemoryStore(Store, ForkAware):
                 self._policy.touch(key)
                 region.readers += 1
                 self._leased.add(key)
+                self._busy.add(region)
         if region is None:
             yield None
             return
@@ -107,10 +111,10 @@ class MemoryStore(Store, ForkAware):
             with self._lock:
                 region.readers -= 1
                 if not region.readers:
+                    self._busy.discard(region)
                     if region.dropped:
                         self._arena.free(region)
-                    now = self._held.get(key)  # another one by now, if it was replaced meanwhile
-                    if now is None or not now.readers:
+                    else:
                         self._leased.discard(key)
                     self._lock.notify_all()
 
@@ -191,20 +195,22 @@ class MemoryStore(Store, ForkAware):
 
     def _make_room(self, size: int, key: str) -> Region | None:
         """A region for `size` bytes. Values leave by policy until there is one; waits for leases if it must."""
-        if max(-(-size // PAGE), 1) * PAGE > self._arena.max_bytes:
+        span = max(-(-size // PAGE), 1) * PAGE
+        if span > self._arena.max_bytes:
             return None
         deadline = time.monotonic() + self._wait_s
         while (region := self._arena.take(size)) is None:
             old = self._held.get(key)
-            victim = self._policy.victim(self._leased)
-            if old is not None and not old.readers:
+            if self._arena.longest_without(self._busy) < span:  # whatever leaves
+                if not self._lock.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
+                    return None
+            elif old is not None and not old.readers:
                 self._drop(key, "replaced")  # it leaves anyway; no other has to
-            elif victim is not None:
+            else:
+                victim = str(self._policy.victim(self._leased))
                 self.stats_.evictions += 1
-                self.stats_.evicted_bytes += self._held[str(victim)].size
-                self._drop(str(victim), "evicted")
-            elif not self._lock.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
-                return None
+                self.stats_.evicted_bytes += self._held[victim].size
+                self._drop(victim, "evicted")
         return region
 
     def _drop(self, key: str, why: str) -> bool:
@@ -212,6 +218,7 @@ class MemoryStore(Store, ForkAware):
         if region is None:
             return False
         self._policy.discard(key)
+        self._leased.discard(key)
         self._gone[key] = why
         if len(self._gone) > KEPT_REASONS:
             self._gone.pop(next(iter(self._gone)))
