@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvlab.hostmemory import pin, reserve
-
-PAGE = 4096  # regions start and end at pages: right for direct I/O and DMA
+from kvlab.hostmemory import PAGE, pin, reserve
 
 
 @dataclass(eq=False)

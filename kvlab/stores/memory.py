@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
-from kvlab.stores.arena import PAGE, Arena, Region, cuda_is_in_use
+from kvlab.hostmemory import PAGE, aligned
+from kvlab.stores.arena import Arena, Region, cuda_is_in_use
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_fits, fits_key
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.forks import ForkAware
@@ -125,6 +125,10 @@ class MemoryStore(Store, ForkAware):
         got = self._read(key, out.cast("B"))
         return None if got is None else got.nbytes
 
+    def get_head(self, key: str, num_bytes: int) -> Buffer | None:
+        with self.lease(key) as held:
+            return None if held is None else bytes(held[:num_bytes])
+
     def size_of(self, key: str) -> int | None:
         region = self._held.get(key)
         return None if region is None else region.size
@@ -137,8 +141,10 @@ class MemoryStore(Store, ForkAware):
         with self._lock:
             return self._drop(key, "deleted")
 
-    def quarantine(self, key: str, reason: str) -> bool:
+    def quarantine(self, key: str, reason: str, found: Value | None = None) -> bool:
         with self._lock:
+            if found is not None and not self.still_holds(key, found):
+                return False
             there = self._drop(key, f"set_aside:{'_'.join(reason.split())}")
             self.stats_.dropped += there
         return there
@@ -183,15 +189,13 @@ class MemoryStore(Store, ForkAware):
             size = held.nbytes
             if out is not None:
                 check_fits(key, size, [out])
-            into: npt.NDArray[np.uint8] = (
-                np.empty(size, np.uint8) if out is None else np.frombuffer(out[:size], np.uint8)
-            )
-            np.copyto(into, np.frombuffer(held, np.uint8))
+            into = (aligned(size) if out is None else out)[:size]
+            np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(held, np.uint8))
         with self._lock:
             self.stats_.hits += 1
             self.stats_.get_bytes += size
             self.stats_.get_s += time.perf_counter() - start
-        return into.data
+        return into
 
     def _make_room(self, size: int, key: str) -> Region | None:
         """A region for `size` bytes. Values leave by policy until there is one; waits for leases if it must."""

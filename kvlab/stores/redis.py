@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Self, TypeAlias, TypeVar
 
-import numpy as np
-
 from kvlab.errors import StoreError
+from kvlab.hostmemory import aligned
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
 from kvlab.stores.forks import Lock
 from kvlab.stores.redis_node import NodeDownError, RedisNode
@@ -135,7 +134,7 @@ class RedisStore(Store):
         return True
 
     def get(self, key: str) -> Buffer | None:
-        got = self._read(key, lambda size: [np.empty(size, np.uint8).data])
+        got = self._read(key, _room)
         return None if got is None else got[0]
 
     def get_into(self, key: str, out: memoryview) -> int | None:
@@ -148,6 +147,15 @@ class RedisStore(Store):
 
         got = self._read(key, room)
         return None if got is None else sum(piece.nbytes for piece in got)
+
+    def get_head(self, key: str, num_bytes: int) -> Buffer | None:
+        size = self.size_of(key)
+        if size is None or num_bytes == 0:
+            return None if size is None else b""
+        if size <= num_bytes:
+            return self.get(key)
+        got = self._read(key, _room, ["GETRANGE", name_of(key), "0", str(num_bytes - 1)])
+        return None if got is None else got[0]
 
     def size_of(self, key: str) -> int | None:
         return _size(self._pipelined(SIZE, [key])[0])
@@ -170,8 +178,8 @@ class RedisStore(Store):
         """A connection that is out of step gives other keys' values for ever."""
         self._topology.renew()
 
-    def quarantine(self, key: str, reason: str) -> bool:
-        there = super().quarantine(key, reason)
+    def quarantine(self, key: str, reason: str, found: Value | None = None) -> bool:
+        there = super().quarantine(key, reason, found)
         if there:
             self._left(key, f"set_aside:{'_'.join(reason.split())}")
         return there
@@ -249,9 +257,9 @@ class RedisStore(Store):
                 return default
             raise
 
-    def _read(self, key: str, room: BufferFactory) -> Sequence[memoryview] | None:
+    def _read(self, key: str, room: BufferFactory, command: Sequence[Any] | None = None) -> Sequence[memoryview] | None:
         start = time.perf_counter()
-        command = ["GET", name_of(key)]
+        command = command or ["GET", name_of(key)]
 
         def fetch(deadline: float) -> Callable[[RespConnection], Sequence[memoryview] | None]:
             return lambda connection: connection.fetch(command, deadline, room, self._most)
@@ -375,3 +383,7 @@ def _size(answers: Answers) -> int | None:
     """What the answers to `SIZE` say of a value: its length, or None if there is none."""
     there, size = answers or (0, 0)
     return size if there == 1 and isinstance(size, int) else None
+
+
+def _room(size: int) -> list[memoryview]:
+    return [aligned(size)[:size]]

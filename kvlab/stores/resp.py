@@ -116,10 +116,7 @@ class RespConnection:
             raise ProtocolError(f"the server announced a value of {size} bytes, longer than any can be")
         if size > most:
             raise ValueTooLongError(f"the server announced a value of {size} bytes; the limit is {most}")
-        try:
-            into = room(size)
-        except MemoryError:
-            raise StoreError(f"no memory for a value of {size} bytes", reason="memory") from None
+        into = room(size)
         self._fill_all(into, deadline)
         self._check_end()
         return into

@@ -3,8 +3,9 @@ import time
 
 import numpy as np
 
+from kvlab.hostmemory import PAGE
 from kvlab.stores import open_store
-from kvlab.stores.arena import PAGE, Arena
+from kvlab.stores.arena import Arena
 from kvlab.stores.memory import MemoryStore
 from kvlab.testing import BudgetTests, StoreTests
 from kvlab.testing.machines import pattern

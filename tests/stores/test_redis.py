@@ -11,8 +11,8 @@ import trustme
 from servers import PATIENT, Front, Server, free_port, running, wait_for
 
 from kvlab.errors import ConfigError, StoreError
+from kvlab.hostmemory import aligned
 from kvlab.stores import open_store
-from kvlab.stores.direct import aligned_buffer
 from kvlab.stores.redis_node import NodeDownError
 from kvlab.stores.redis_replies import name_of
 from kvlab.testing import StoreTests
@@ -137,7 +137,7 @@ def test_a_lookup_of_more_keys_than_a_reply_may_have_items(store):
 
 def test_large_values_go_into_the_callers_buffer(store):
     value = pattern(251 * 16) * 3600  # 14 MiB
-    room = aligned_buffer(len(value))
+    room = aligned(len(value))
     assert store.put("k", [value[:4096], memoryview(value)[4096:]])
     assert store.get_into("k", room) == len(value)
     assert bytes(room[: len(value)]) == value
