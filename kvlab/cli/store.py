@@ -60,8 +60,11 @@ def _looking_only(url: str) -> str:
         raise ConfigError("a memory store lives and ends with its process: there is nothing to look into")
     if parsed.scheme != "file":
         return url
-    if not Path(parsed.path).is_dir():
-        raise ConfigError(f"no folder {parsed.path!r}")
+    try:
+        if not Path(parsed.path).is_dir():
+            raise ConfigError(f"no folder {parsed.path!r}")
+    except OSError as error:
+        raise ConfigError(f"cannot look into {parsed.shown[:100]}: {error.strerror}") from error
     defaults = {"size": str((1 << 63) - 1), "check": "false"}
     extra = "&".join(f"{option}={value}" for option, value in defaults.items() if option not in parsed.options)
     return url + ("&" if parsed.options else "?") + extra if extra else url
