@@ -26,11 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kvlab.hostmemory import populate, reserve
+from kvlab.hostmemory import aligned, populate, reserve
 from kvlab.machine.provenance import provenance, write_rows
 from kvlab.simulation.trace_files import find_traces
 from kvlab.stores import open_store
-from kvlab.stores.direct import aligned_buffer
 from kvlab.stores.eviction import POLICIES, get_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,13 +73,13 @@ def compare(what: str, size: int, repeats: int, bare: Callable, ours: Callable, 
 
 def value_of(size: int) -> list[memoryview]:
     """A value as the engine hands it over: a header page, then aligned data."""
-    data = aligned_buffer(size - 4096)
+    data = aligned(size - 4096)
     data[:] = np.random.default_rng(0).integers(0, 256, data.nbytes, np.uint8).data
     return [memoryview(bytes(4096)), data]
 
 
 def memory_rows(size: int, repeats: int) -> list[dict]:
-    value, room = value_of(size), aligned_buffer(size)
+    value, room = value_of(size), aligned(size)
     room[:] = bytes(b"x" * len(room))  # touched, or the system would lend one page of zeros for all of it
     targets = [np.zeros(size, np.uint8) for _ in range(7)]  # as many places as the put goes to: caches help neither
     target, source, places = targets[0], np.frombuffer(room, np.uint8), itertools.cycle(targets)
@@ -136,8 +135,8 @@ def fresh_rows(repeats: int) -> list[dict]:
 
 
 def disk_rows(size: int, repeats: int, folder: Path) -> list[dict]:
-    value, room = value_of(size), aligned_buffer(size)
-    whole = aligned_buffer(size)
+    value, room = value_of(size), aligned(size)
+    whole = aligned(size)
     whole[:] = b"".join(value)
     unaligned = np.random.default_rng(1).integers(0, 256, size + 64, np.uint8).data[64:]
     rows = []
@@ -243,7 +242,7 @@ def redis_server(size: int):
 def redis_rows(size: int, repeats: int) -> list[dict]:
     import redis
 
-    value, room, one = value_of(size), aligned_buffer(size + 4096), None
+    value, room, one = value_of(size), aligned(size + 4096), None
     one = b"".join(value)
     rows = []
     with redis_server(size) as server:

@@ -25,12 +25,12 @@ from kvlab.connectors.vllm.messages import LoadOp, RequestLoad, StepMetadata
 from kvlab.connectors.vllm.worker.worker import PAGE_AXES, Worker
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
+from kvlab.hostmemory import aligned
 from kvlab.machine.provenance import append_rows
 from kvlab.machine.redis_server import RedisServer
 from kvlab.paged import page_layout
 from kvlab.paged.cpu import CPUTransfer
 from kvlab.stores import open_store
-from kvlab.stores.direct import aligned_buffer
 
 LAYERS, PAGE, BLOCK, CHUNK = 28, 32768, 16, 256
 BLOCKS = CHUNK // BLOCK
@@ -114,7 +114,7 @@ def beside(work, *, busy):
 def measure(tier, url, repeats):
     worker = make_worker(url, CHUNKS[-1])
     pools = {count: ThreadPoolExecutor(count) for count in THREADS}
-    room = aligned_buffer(BLOCKS * LAYERS * PAGE + (1 << 16))
+    room = aligned(BLOCKS * LAYERS * PAGE + (1 << 16))
     for busy in (False, True):
         for count in CHUNKS:
             times = {threads: [] for threads in (0, *THREADS)}

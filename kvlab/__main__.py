@@ -1,5 +1,7 @@
 """The command line: ``kvlab SUBCOMMAND ...``. Each subcommand lives in its own room and is imported on use."""
 
+import errno
+import io
 import os
 import select
 import sys
@@ -19,22 +21,40 @@ COMMANDS = {  # name -> ("module:function taking the remaining arguments", one l
 }
 
 
+OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # of a write to a file that print has no name of
 BROKEN_PIPE = 141  # what a shell shows for a command that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; exit status 2 and one line on stderr for anything the user can mend."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a key may hold what the terminal cannot show
     try:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))
         finally:
-            sys.stdout.flush()
+            _flush()
     except BrokenPipeError:
         if not _reader_has_left():
             raise
-        # The interpreter flushes once more at exit; what is left in the buffer has no reader.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in OUTPUT_ERRORS or error.filename is not None:
+            raise
+        print(f"kvlab: cannot write the output: {error.strerror}", file=sys.stderr)
+        _drop_output()
+        return 2
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # as it is where it was closed before the start
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """The interpreter flushes once more at exit; what is left in the buffer has no reader."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _reader_has_left() -> bool:

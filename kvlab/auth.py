@@ -49,7 +49,8 @@ class AuthKey:
                 secret = file.read(MAX_BYTES + 1) if stat.S_ISREG(about.st_mode) else b""
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "no path"
-            raise ConfigError(f"cannot read the auth key file {str(path)!r}: {reason}") from error
+            how = "make one with: head -c 32 /dev/urandom > FILE; chmod 600 FILE"
+            raise ConfigError(f"cannot read the auth key file {str(path)!r}: {reason}; {how}") from error
         if not stat.S_ISREG(about.st_mode):
             raise ConfigError(f"the auth key must be a plain file, {str(path)!r} is none")
         if about.st_mode & 0o077:

@@ -17,11 +17,11 @@ import xxhash
 
 from kvlab.auth import AuthKey
 from kvlab.errors import ConfigError, FormatError
+from kvlab.hostmemory import PAGE
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 VERSION = "2"
-ALIGNMENT = 4096  # direct I/O wants data at a page boundary
 # Limits of a header. The largest that a kind of kvlab writes has 12 parts and 2 KB besides key and namespace.
 MAX_HEADER_BYTES = 16 << 10
 MAX_PARTS = 64
@@ -86,7 +86,7 @@ def pack(
     if len(fields) != len(_BLANK) + 1 + len(metadata or {}):
         raise ConfigError(f"metadata must not use the names of the seal: {', '.join(_BLANK)}, key")
     text = json.dumps({"__metadata__": fields, **entries}, separators=(",", ":")).encode()
-    padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
+    padded = -(-(8 + len(text)) // PAGE) * PAGE - 8
     if padded > MAX_HEADER_BYTES:
         raise ConfigError(
             f"the header of an object must fit {MAX_HEADER_BYTES} bytes, this one has {len(text)}; "
@@ -126,20 +126,27 @@ def unpack(value: Buffer | Sequence[memoryview], key: str, *, auth: AuthKey | No
     the second if this begins behind the header, else into a copy of both.
     """
     head, data = _head_and_data(value, key)
-    seal = _SEAL.match(head, 8)
-    if seal is None:
-        known = head.startswith(_START, 8) and not head.startswith(VERSION.encode() + b'"', 8 + len(_START))
-        reason = "version" if known else "corrupt"
-        raise FormatError(f"object {key!r} does not begin as format {VERSION} does", reason=reason)
-    said, num_bytes = int(seal[_BYTES]), len(head) + data.nbytes
-    if said != num_bytes:
-        reason = "truncated" if said > num_bytes else "corrupt"
-        raise FormatError(f"object {key!r} must hold {said} bytes, got {num_bytes}", reason=reason)
+    seal = check_length(head, len(head) + data.nbytes, key)
     _check_seal(seal, head, data, key, auth)
     metadata, entries = _header(head, key)
     if metadata["key"] != key:
         raise FormatError(f"object under {key!r} says it is {metadata['key']!r}"[:300], reason="wrong_key")
     return Container(_parts(entries, data, key), metadata)
+
+
+def check_length(head: bytes, num_bytes: int, key: str) -> re.Match[bytes]:
+    """The seal of an object of `num_bytes` that begins with `head`; FormatError unless it says that it is so long."""
+    header_bytes = _header_bytes(head[:8], num_bytes, key)
+    seal = _SEAL.match(head, 8, 8 + header_bytes)
+    if seal is None:
+        known = head.startswith(_START, 8) and not head.startswith(VERSION.encode() + b'"', 8 + len(_START))
+        reason = "version" if known else "corrupt"
+        raise FormatError(f"object {key!r} does not begin as format {VERSION} does", reason=reason)
+    said = int(seal[_BYTES])
+    if said != num_bytes:
+        reason = "truncated" if said > num_bytes else "corrupt"
+        raise FormatError(f"object {key!r} must hold {said} bytes, got {num_bytes}", reason=reason)
+    return seal
 
 
 def parse_json(text: str) -> Any:
@@ -170,14 +177,20 @@ def _head_and_data(value: Buffer | Sequence[memoryview], key: str) -> tuple[byte
             return bytes(first), rest[0]
         value = b"".join(value)
     view = memoryview(value).cast("B")
-    if view.nbytes < 8:
-        raise FormatError(f"object {key!r} holds {view.nbytes} bytes, less than a header", reason="truncated")
-    header_bytes = int.from_bytes(view[:8], "little")
+    end = 8 + _header_bytes(view[:8], view.nbytes, key)
+    return bytes(view[:end]), view[end:]
+
+
+def _header_bytes(start: Buffer, num_bytes: int, key: str) -> int:
+    """How long the header says it is, of an object of `num_bytes`; `start` is its first 8."""
+    if num_bytes < 8:
+        raise FormatError(f"object {key!r} holds {num_bytes} bytes, less than a header", reason="truncated")
+    header_bytes = int.from_bytes(start, "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise FormatError(f"object {key!r} claims a header of {header_bytes} bytes")
-    if 8 + header_bytes > view.nbytes:
+    if 8 + header_bytes > num_bytes:
         raise FormatError(f"object {key!r} ends inside its header", reason="truncated")
-    return bytes(view[: 8 + header_bytes]), view[8 + header_bytes :]
+    return header_bytes
 
 
 def _check_seal(seal: re.Match[bytes], head: bytes, data: memoryview, key: str, auth: AuthKey | None) -> None:

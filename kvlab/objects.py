@@ -1,7 +1,6 @@
 """Objects of KV in a store: encode, seal and put; get, check and decode. What is wrong is a miss with a reason."""
 
 import logging
-import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -10,16 +9,17 @@ from dataclasses import dataclass, field
 import torch
 
 from kvlab.auth import AuthKey
-from kvlab.container import ALIGNMENT, pack, packed_bytes, parse_json, unpack
+from kvlab.container import pack, packed_bytes, parse_json, unpack
 from kvlab.errors import ConfigError, FormatError, StoreError
 from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Namespace
+from kvlab.hostmemory import PAGE, aligned, scratch
 from kvlab.serde import Encoded, Serde, get_serde, serde_to_read
 from kvlab.serde.wire import Expected, from_parts, to_parts, token_range
 from kvlab.stores import Store, open_store
 from kvlab.stores.base import Buffer, ValueTooLongError, cut
-from kvlab.stores.direct import aligned_buffer
 from kvlab.stores.forks import Lock
+from kvlab.stores.sealed import read_object
 
 logger = logging.getLogger("kvlab")
 HEADROOM_BYTES = 64 << 10  # of an object over its KV: the header, and what a codec adds where it cannot compress
@@ -72,7 +72,6 @@ class ObjectCache:
         self._serdes: dict[str, Serde] = {self.serde.name: self.serde}
         self._misfits: OrderedDict[str, None] = OrderedDict()  # which `store` replaces
         self._lock = Lock()  # which a forked child finds open
-        self._rooms = threading.local()
 
     def save_object(
         self,
@@ -135,8 +134,8 @@ class ObjectCache:
     def differing_fields(self, key: str) -> list[str]:
         """Fields in which the namespace of the object under `key` differs from this one; none if it is unreadable."""
         try:
-            value = self.store_.get(key)
-            metadata = {} if value is None else unpack(value, key).metadata
+            found, error = read_object(self.store_, key)
+            metadata = {} if found is None or error is not None else unpack(found, key).metadata
             other = parse_json(metadata["namespace"])
         except (StoreError, FormatError, KeyError, ValueError, RecursionError):
             return []
@@ -189,12 +188,16 @@ class ObjectCache:
         """
         start = time.perf_counter()
         failed: Exception | None = None
+        value: Buffer | list[memoryview] | None = None
+        is_there = True
         for _ in range(2):
             try:
                 if failed is not None:
                     self.store_.renew()
+                value = None
                 value = self._read(key, out, expected)
                 if value is None:
+                    is_there = False
                     break
                 kv = self._decode(value, key, out, expected)
             except StoreError as error:
@@ -220,8 +223,8 @@ class ObjectCache:
                 self._misfits[key] = None
                 if len(self._misfits) > MOST_MISFITS:
                     self._misfits.popitem(last=False)
-        elif self._is_broken_for_all(reason):
-            self._set_aside(key, reason)
+        elif is_there and self._is_broken_for_all(reason):
+            self._set_aside(key, reason, value)
         return None
 
     def _is_broken_for_all(self, reason: str) -> bool:
@@ -237,11 +240,9 @@ class ObjectCache:
         if out is None:
             return self._read_whole(key, expected)
         in_place = self.serde.name == "naive" and out.device.type == "cpu" and out.is_contiguous()
-        size = ALIGNMENT if in_place else out.nbytes + out.nbytes // 64 + HEADROOM_BYTES
-        room = getattr(self._rooms, "room", None)
-        if room is None or room.nbytes < size:
-            room = self._rooms.room = aligned_buffer(size)
-        pieces = [room[:ALIGNMENT], out.reshape(-1).view(torch.uint8).numpy().data] if in_place else [room]
+        size = PAGE if in_place else out.nbytes + out.nbytes // 64 + HEADROOM_BYTES
+        room = scratch("objects", size)
+        pieces = [room[:PAGE], out.reshape(-1).view(torch.uint8).numpy().data] if in_place else [room]
         try:
             length = self.store_.get_pieces(key, pieces)
         except ValueTooLongError:
@@ -255,7 +256,7 @@ class ObjectCache:
             return None
         if size > most:
             raise FormatError(f"object {key!r} has {size} bytes, at most {most} are expected", reason="too_large")
-        memory = aligned_buffer(size)
+        memory = aligned(size)
         try:
             length = self.store_.get_into(key, memory)  # at most `size`, whatever lies under the key by now
         except ValueTooLongError:
@@ -290,9 +291,9 @@ class ObjectCache:
         except StoreError as error:
             self._tier_failed("touch", error)
 
-    def _set_aside(self, key: str, reason: str) -> None:
+    def _set_aside(self, key: str, reason: str, found: Buffer | list[memoryview] | None) -> None:
         try:
-            self.store_.quarantine(key, reason)
+            self.store_.quarantine(key, reason, found)
         except StoreError as error:
             self._tier_failed("quarantine", error)
 

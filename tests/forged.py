@@ -6,7 +6,8 @@ from typing import Any
 
 import xxhash
 
-from kvlab.container import ALIGNMENT, VERSION
+from kvlab.container import VERSION
+from kvlab.hostmemory import PAGE
 
 SEAL = {"kvlab": VERSION, "bytes": "0" * 15, "checksum": "0" * 32, "mac": "0" * 64}
 
@@ -31,7 +32,7 @@ def forged(header: Mapping[str, Any], data: bytes = b"") -> bytes:
 
 def forged_text(text: bytes, data: bytes = b"") -> bytes:
     """As `forged`, of a header that need not be JSON but must begin with a seal of zeros."""
-    padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
+    padded = -(-(8 + len(text)) // PAGE) * PAGE - 8
     head = padded.to_bytes(8, "little") + text.ljust(padded)
     head = head.replace(b'"bytes":"' + b"0" * 15, b'"bytes":"%015d' % (len(head) + len(data)), 1)
     mark = b'"checksum":"'

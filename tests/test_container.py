@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlab import container
-from kvlab.container import ALIGNMENT, HASHED_AT_ONCE, MAX_HEADER_BYTES, Part, pack, unpack
+from kvlab.container import HASHED_AT_ONCE, MAX_HEADER_BYTES, Part, pack, unpack
 from kvlab.errors import ConfigError, FormatError
+from kvlab.hostmemory import PAGE
 from tests.forged import forged_text, seal_text
 
 KEY = "kvlab:model:0123456789abcdef:00112233"
@@ -38,7 +39,7 @@ def test_round_trip_and_alignment():
     assert bytes(opened.parts["payload"].data) == bytes(np.arange(600, dtype=np.uint8))
     assert opened.parts["scales"].shape == (7,)
     assert opened.metadata["num_tokens"] == "32"
-    assert int.from_bytes(sample()[:8], "little") + 8 == ALIGNMENT
+    assert int.from_bytes(sample()[:8], "little") + 8 == PAGE
 
 
 def test_plain_safetensors_opens_it():

@@ -1,5 +1,7 @@
 """CacheEngine over a store: what went in comes out, what is damaged is a miss with its reason."""
 
+import os
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Namespace
 from kvlab.stores import open_store, open_stores
 from kvlab.stores.base import cut
+from kvlab.stores.names import path_of
 
 GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=3, head_dim=8, dtype="bfloat16")
 CHUNKER = Chunker(chunk_tokens=32, block_tokens=8)
@@ -131,6 +134,35 @@ def test_a_disk_engine_survives_its_process(tmp_path):
 
 
 @pytest.mark.parametrize("url", ["memory://?size=8MiB", "file://{}?size=8MiB"])
+def test_a_good_object_written_after_the_broken_one_was_read_stays(url, tmp_path, monkeypatch):
+    with open_store(url.format(tmp_path)) as store:
+        engine = CacheEngine(store, namespace="m", chunker=CHUNKER)
+        engine.store(list(range(32)), kv(32))
+        (key,) = engine.lookup(list(range(32))).keys
+        good = bytes(store.get(key))
+        store.put(key, good[:-1] + bytes([good[-1] ^ 1]))
+        missed = engine._missed
+        monkeypatch.setattr(engine, "_missed", lambda *what: (store.put(key, good), missed(*what)))
+        assert engine.retrieve(list(range(32)))[0] == 0
+        assert engine.stats_.misses == {"checksum": 1}
+        assert bytes(store.get(key)) == good
+
+
+def test_no_memory_is_a_miss_with_its_reason(engine, monkeypatch, caplog):
+    """Of a process whose memory is limited."""
+    engine.store(list(range(32)), kv(32))
+
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("numpy.empty", no_memory)
+    assert engine.retrieve(list(range(32))) == (0, None)
+    assert engine.stats_.misses == {"tier_memory": 1}
+    assert "Traceback" not in caplog.text
+    assert engine.differing_fields(engine.lookup(list(range(32))).keys[0]) == []
+
+
+@pytest.mark.parametrize("url", ["memory://?size=8MiB", "file://{}?size=8MiB"])
 @pytest.mark.parametrize("serde", ["naive", "lossless"])
 def test_objects_read_one_after_the_other_do_not_share_memory(url, serde, tmp_path):
     with open_store(url.format(tmp_path)) as store:
@@ -223,6 +255,18 @@ def test_a_miss_names_the_field_in_which_another_namespace_differs(engine):
     for key in list(engine.store_.keys()):
         engine.store_.put(key, b"damaged")
     assert other.why_missing(ids[:40]) == "never_stored"
+
+
+def test_a_hostile_file_is_not_read_whole_to_tell_its_namespace(tmp_path):
+    """A sparse file takes no room on the disk."""
+    with open_store(f"file://{tmp_path}/kv?size=1TiB") as store:
+        engine = CacheEngine(store, namespace="m", chunker=CHUNKER)
+        engine.store(list(range(32)), kv(32))
+        (key,) = engine.lookup(list(range(32))).keys
+        os.truncate(tmp_path / "kv" / path_of(key), 300 << 30)
+        other = CacheEngine(store, namespace=Namespace("m", {"dtype": "fp8"}), chunker=CHUNKER)
+        assert other.differing_fields(key) == []
+        assert other.why_missing(list(range(32))) == "never_stored"
 
 
 def test_what_is_broken_in_a_slower_tier_leaves_it_and_is_replaced(tmp_path):

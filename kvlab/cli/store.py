@@ -13,6 +13,7 @@ from kvlab.container import parse_json, unpack
 from kvlab.errors import ConfigError, FormatError, StoreError
 from kvlab.stores import Store, StoreURL, open_store
 from kvlab.stores.base import Buffer
+from kvlab.stores.sealed import read_object
 from kvlab.units import format_bytes, parse_bytes
 
 EPILOG = """URLs: file:///path, redis://host:6379/0, unix:///run/redis.sock, redis-sentinel://..., redis-cluster://...
@@ -59,8 +60,11 @@ def _looking_only(url: str) -> str:
         raise ConfigError("a memory store lives and ends with its process: there is nothing to look into")
     if parsed.scheme != "file":
         return url
-    if not Path(parsed.path).is_dir():
-        raise ConfigError(f"no folder {parsed.path!r}")
+    try:
+        if not Path(parsed.path).is_dir():
+            raise ConfigError(f"no folder {parsed.path!r}")
+    except OSError as error:
+        raise ConfigError(f"cannot look into {parsed.shown[:100]}: {error.strerror}") from error
     defaults = {"size": str((1 << 63) - 1), "check": "false"}
     extra = "&".join(f"{option}={value}" for option, value in defaults.items() if option not in parsed.options)
     return url + ("&" if parsed.options else "?") + extra if extra else url
@@ -103,18 +107,18 @@ def _verify(store: Store, arguments: argparse.Namespace) -> int:
     of_others: Counter[str] = Counter()
     num_bytes = sound = 0
     for key in sorted(store.keys()):
-        size, error = _look(store, key, auth)
+        found, error = _look(store, key, auth)
         if error is not None:
             store.renew()
-            size, error = _look(store, key, auth)
-        num_bytes += size or 0
+            found, error = _look(store, key, auth)
+        num_bytes += 0 if found is None else memoryview(found).nbytes
         if error is not None:
             is_broken = error.reason not in OF_OTHERS
             (reasons if is_broken else of_others)[error.reason] += 1
             print(f"{error.reason}: {_shown(key)}: {_shown(str(error))}")
             if arguments.quarantine and is_broken:
-                store.quarantine(key, error.reason)
-        elif size is not None:
+                store.quarantine(key, error.reason, found)
+        elif found is not None:
             sound += 1
     states = [f"{sound} objects are sound", f"{sum(reasons.values())} broken{_listed(reasons)}"]
     if of_others:
@@ -128,18 +132,17 @@ def _listed(reasons: Counter[str]) -> str:
     return f" ({listed})" if listed else ""
 
 
-def _look(store: Store, key: str, auth: AuthKey | None) -> tuple[int | None, FormatError | None]:
-    """The object's size in bytes, None if it left meanwhile, and what is wrong with it."""
-    value = store.get(key)
-    if value is None:
-        return None, None
+def _look(store: Store, key: str, auth: AuthKey | None) -> tuple[Buffer | None, FormatError | None]:
+    """What was read of the object, None if it left meanwhile, and what is wrong with it."""
+    found, error = read_object(store, key)
+    if found is None or error is not None:
+        return found, error
     try:
-        unpack(value, key, auth=auth)
-    except FormatError as error:
-        if error.reason == "auth" and auth is not None and not _is_of(value, key, auth):
-            error = FormatError(str(error), reason="other_auth")
-        return memoryview(value).nbytes, error
-    return memoryview(value).nbytes, None
+        unpack(found, key, auth=auth)
+    except FormatError as wrong:
+        is_of_others = wrong.reason == "auth" and auth is not None and not _is_of(found, key, auth)
+        return found, FormatError(str(wrong), reason="other_auth") if is_of_others else wrong
+    return found, None
 
 
 def _is_of(value: Buffer, key: str, auth: AuthKey) -> bool:

@@ -11,8 +11,7 @@ from functools import cached_property
 import torch
 
 from kvlab.errors import ConfigError
-
-ALIGNMENT = 4096  # of host buffers: what direct I/O asks for
+from kvlab.hostmemory import aligned
 
 # Layout names in which the inside of a page is one run of bytes (the letters of vLLM's v1/kv_cache_layout.py:
 # Layers, Blocks, Heads, tokeNs, Content in memory order; NHD and HND are the older names). In LHBNC and BHLNC a
@@ -78,9 +77,7 @@ class PageLayout:
 
 def aligned_bytes(num_bytes: int) -> torch.Tensor:
     """Uninitialised host memory, uint8 [num_bytes], that starts at a multiple of 4,096."""
-    raw = torch.empty(num_bytes + ALIGNMENT - 1, dtype=torch.uint8)
-    start = -raw.data_ptr() % ALIGNMENT
-    return raw[start : start + num_bytes]
+    return torch.frombuffer(aligned(num_bytes), dtype=torch.uint8)[:num_bytes]
 
 
 def page_layout(

@@ -31,7 +31,7 @@ class CacheGenLMCacheSerde(Serde):
     def encode(self, kv: torch.Tensor, axes: tuple[str, ...]) -> Encoded:
         need_kv_axes(self.name, kv, axes)
         planes = planes_of(kv.detach().cpu(), axes).float().flatten(2)
-        top = planes.abs().amax(-1, keepdim=True) if planes.shape[2] else planes
+        top = planes.abs().amax(-1, keepdim=True) if planes.shape[2] else planes.new_zeros(*planes.shape[:2], 1)
         if top.numel():
             finite(top)
         most = levels_each_side(len(planes) // 2)
@@ -46,7 +46,9 @@ class CacheGenLMCacheSerde(Serde):
             np.bincount(flat.reshape(-1), minlength=index.size * SYMBOLS).reshape(-1, SYMBOLS)
         )
         model = rans.Model.of(index, frequencies)
-        words, lengths = coder.encode(codes, model, codes.shape[2])
+        words, lengths = np.zeros(0, np.uint16), np.zeros(index.shape, np.uint16)
+        if index.size:
+            words, lengths = coder.encode(codes, model, codes.shape[2])
         cdf = torch.from_numpy(model.cum.astype(np.int16).reshape(*index.shape, SYMBOLS + 1))
         parts = {"payload.words": as_part(words), "payload.lengths": torch.from_numpy(lengths.astype(np.int32))}
         parts |= {"tables.cdf": cdf, "scales.max": scales}

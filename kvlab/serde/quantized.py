@@ -146,15 +146,18 @@ class Int4Serde(ScaledSerde):
         low = finite(values.amin(dim, keepdim=True)).clamp_(-limit, limit).to(torch.bfloat16)
         high = finite(values.amax(dim, keepdim=True))
         step = (high / 15 - low.float() / 15).clamp_(0, limit).to(torch.bfloat16)
-        inverse = torch.where(step > 0, 1 / step.float(), 0.0).clamp_(0, limit)
-        codes = values.sub(low.float()).mul_(inverse).round_().clamp_(0, 15).to(torch.uint8)
+        small = away_from_the_end(high, low)
+        inverse = torch.where(step > 0, 1 / (step.float() * small), 0.0).clamp_(0, limit)
+        values = values if small == 1 else values * small
+        codes = values.sub(low.float() * small).mul_(inverse).round_().clamp_(0, 15).to(torch.uint8)
         return {"payload": nibbles(codes), "scales": step, "scales_low": low}
 
     def dequantize(self, parts: Parts, largest: float, out: torch.Tensor) -> None:
         codes = from_nibbles(parts["payload"], out.shape[-1])
-        limit = torch.finfo(out.dtype).max
-        wide = codes.float().mul_(parts["scales"]).add_(parts["scales_low"])
-        out.copy_(wide.clamp_(-limit, limit))
+        small = away_from_the_end(torch.tensor(largest))
+        limit = torch.finfo(out.dtype).max * small
+        wide = codes.float().mul_(parts["scales"].float() * small).add_(parts["scales_low"].float() * small)
+        out.copy_(wide.clamp_(-limit, limit).div_(small))
 
     def part_shapes(self, values: torch.Size, dim: int) -> Shapes:
         scales = (torch.bfloat16, one_of(values, dim))
@@ -180,6 +183,12 @@ def scaled(codes: torch.Tensor, scales: torch.Tensor, largest: float, out: torch
         torch.mul(codes, scales, out=out)
     else:
         out.copy_((codes.float() * scales.float()).clamp_(-limit, limit))
+
+
+def away_from_the_end(*tops: torch.Tensor) -> float:
+    """A power of two by which float32 numbers of such magnitudes can be multiplied, so that sums of a thousand of them
+    stay finite. 1 where they do anyway: nothing is rounded otherwise then."""
+    return 2.0**-16 if any(top.numel() and float(top.abs().amax()) > 2.0**100 for top in tops) else 1.0
 
 
 def finite(tops: torch.Tensor) -> torch.Tensor:

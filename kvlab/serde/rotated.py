@@ -12,7 +12,7 @@ import torch
 from kvlab.errors import ConfigError, FormatError
 from kvlab.serde.base import Encoded, Serde, checked_out
 from kvlab.serde.groups import checked_axes, need_kv_axes
-from kvlab.serde.quantized import checked_parts, finite, from_nibbles, nibbles
+from kvlab.serde.quantized import away_from_the_end, checked_parts, finite, from_nibbles, nibbles
 
 # Levels of the 16-level minimum-error quantizer of N(0, 1); J. Max, "Quantizing for minimum distortion" (1960).
 _HALF = (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326)
@@ -35,12 +35,14 @@ class Rotated4Serde(Serde):
         if vectors.numel():
             finite(vectors.abs().amax())
         # The largest magnitude is taken out first, so that no square overflows.
-        top = vectors.abs().amax(-1, keepdim=True) if vectors.shape[-1] else vectors
+        top = vectors.abs().amax(-1, keepdim=True) if dim else vectors.new_zeros(*vectors.shape[:-1], 1)
         unit = vectors / torch.where(top > 0, top, 1.0)
-        scales = (unit.square().mean(-1, keepdim=True).sqrt() * top).to(torch.bfloat16)
-        inverse = 1 / scales.float()
-        turned = vectors @ rotation(vectors.shape[-1]) * torch.where(torch.isfinite(inverse), inverse, 0.0)
-        codes = torch.bucketize(turned, BOUNDS).to(torch.uint8)
+        root = unit.square().mean(-1, keepdim=True).sqrt() if dim else unit.new_zeros(*unit.shape[:-1], 1)
+        scales = (root * top).clamp_(max=torch.finfo(torch.bfloat16).max).to(torch.bfloat16)
+        small = away_from_the_end(top)
+        inverse = 1 / (scales.float() * small)
+        turned = vectors * small @ rotation(dim) if dim else vectors
+        codes = torch.bucketize(turned * torch.where(torch.isfinite(inverse), inverse, 0.0), BOUNDS).to(torch.uint8)
         parts = {"payload": nibbles(codes), "scales": scales}
         return Encoded(self.name, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, parts)
 

@@ -100,7 +100,8 @@ def to_parts(encoded: Encoded) -> tuple[dict[str, Part], dict[str, str]]:
         if tensor.dtype not in NAMES or tensor.device.type != "cpu" or not tensor.is_contiguous():
             found = f"{tensor.dtype} on {tensor.device}"
             raise ConfigError(f"part {name!r} must be a contiguous CPU tensor of a container dtype, got {found}")
-        data = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+        flat = tensor.detach().reshape(-1)
+        data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
         parts[name] = Part(NAMES[tensor.dtype], tuple(tensor.shape), data)
     metadata = {
         "serde": encoded.serde,

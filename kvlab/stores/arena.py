@@ -3,15 +3,13 @@
 import os
 import sys
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from kvlab.hostmemory import pin, reserve
-
-PAGE = 4096  # regions start and end at pages: right for direct I/O and DMA
+from kvlab.hostmemory import PAGE, pin, reserve
 
 
 @dataclass(eq=False)
@@ -62,6 +60,14 @@ class Arena:
             insort(self._holes, (start + span, length - span))
         self.used += span
         return Region(start, span, size)
+
+    def longest_without(self, regions: Iterable[Region]) -> int:
+        """The longest stretch that could be one hole if all but these were given back."""
+        longest = end = 0
+        for region in sorted(regions, key=lambda region: region.start):
+            longest = max(longest, region.start - end)
+            end = region.start + region.span
+        return max(longest, self.max_bytes - end)
 
     def free(self, region: Region) -> None:
         """Give back; neighbouring holes become one."""

@@ -110,6 +110,12 @@ class Store(ABC):
             at += into.nbytes
         return at
 
+    def get_head(self, key: str, num_bytes: int) -> Buffer | None:
+        """The value's first bytes, at most `num_bytes`, or None. Here it is read whole; stores that need not have their
+        own: of a value that may be anything, the head says how much there should be."""
+        value = self.get(key)
+        return None if value is None else memoryview(value).cast("B")[:num_bytes]
+
     @abstractmethod
     def size_of(self, key: str) -> int | None:
         """Length of the value in bytes without reading it, or None if absent."""
@@ -144,13 +150,20 @@ class Store(ABC):
     def renew(self) -> None:  # noqa: B027 - a store without connections has nothing to do
         """What was read last is broken: let the next read come by a way of its own, as that may be what is broken."""
 
-    def quarantine(self, key: str, reason: str) -> bool:
+    def quarantine(self, key: str, reason: str, found: Value | None = None) -> bool:
         """A reader found this value broken, twice and with `renew` in between: make it unreadable (and countable), keep
-        it for a look if cheap. True if it was there."""
-        if not self.delete(key):
+        it for a look if cheap. True if it was there. `found` is what was read of it, whole or from its start on: where
+        by now another lies there, that one stays."""
+        if (found is not None and not self.still_holds(key, found)) or not self.delete(key):
             return False
         self.stats_.dropped += 1
         return True
+
+    def still_holds(self, key: str, found: Value) -> bool:
+        """Whether the value is `found`, or begins with it where that has more than 8 bytes."""
+        wanted = b"".join(buffers(found))
+        head = self.get_head(key, max(len(wanted), 8))
+        return head is not None and bytes(head) == wanted
 
     def why_missing(self, key: str) -> str:
         """Best known reason why `key` is not here: ``never_stored``, ``evicted``, ..."""

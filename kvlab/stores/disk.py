@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Self
 
 from kvlab.errors import ConfigError, StoreError
+from kvlab.hostmemory import PAGE, aligned
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_fits, fits_key
-from kvlab.stores.direct import BLOCK, aligned_buffer, read_file, write_file
+from kvlab.stores.direct import read_file, write_file
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.folder import ABSENT, Folder
 from kvlab.stores.forks import Lock
@@ -110,7 +111,7 @@ class DiskStore(Store):
         value: list[memoryview] = []
 
         def room(size: int) -> list[memoryview]:
-            value.append(aligned_buffer(size))
+            value.append(aligned(size))
             return value
 
         size = self._read(key, room)
@@ -125,6 +126,18 @@ class DiskStore(Store):
             return [piece.cast("B") for piece in out]
 
         return self._read(key, room)
+
+    def get_head(self, key: str, num_bytes: int) -> Buffer | None:
+        with self._medium("read"):
+            opened = self._open(path_of(key), direct=False) if fits_key(key) else None
+            if opened is None:
+                return None
+            fd, size, *_ = opened
+            try:
+                head = aligned(min(size, num_bytes))
+                return head[: read_file(fd, [head], min(size, num_bytes), direct=False)]
+            finally:
+                os.close(fd)
 
     def size_of(self, key: str) -> int | None:
         if not fits_key(key):
@@ -152,10 +165,11 @@ class DiskStore(Store):
         with self._medium("remove a file"):
             return fits_key(key) and self._folder.unlink(path_of(key), "deleted")
 
-    def quarantine(self, key: str, reason: str) -> bool:
+    def quarantine(self, key: str, reason: str, found: Value | None = None) -> bool:
         """Move the broken file to ``.kvlab/broken``, where the last few are kept for a look."""
+        why, is_it = f"set_aside:{'_'.join(reason.split())}", lambda: found is None or self.still_holds(key, found)
         with self._medium("set a file aside"):
-            there = fits_key(key) and self._folder.quarantine(path_of(key), f"set_aside:{'_'.join(reason.split())}")
+            there = fits_key(key) and self._folder.quarantine(path_of(key), why, is_it)
         self._count(dropped=there)
         return there
 
@@ -185,7 +199,7 @@ class DiskStore(Store):
         start = time.perf_counter()
         path = path_of(key) if fits_key(key) else ""
         with self._medium("read"):
-            opened = self._open(path) if path else None
+            opened = self._open(path, direct=self._direct) if path else None
             if opened is None:
                 self._count(misses=1)
                 if self._folder.index.holds(path):
@@ -206,10 +220,9 @@ class DiskStore(Store):
         self._count(hits=1, get_bytes=size, get_s=time.perf_counter() - start)
         return size
 
-    def _open(self, path: str) -> tuple[int, int, bool, bool] | None:
+    def _open(self, path: str, *, direct: bool) -> tuple[int, int, bool, bool] | None:
         """Descriptor, size, whether it bypasses the page cache and whether it has this one name only; None unless a
         plain file of fitting size."""
-        direct = self._direct
         try:
             fd = self._root.open_file(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
         except OSError as error:
@@ -252,7 +265,7 @@ class DiskStore(Store):
             fd = self._root.open_file(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT)
             try:
                 self._root.unlink(probe)  # before it has a size: it is not counted
-                write_file(fd, [memoryview(bytes(BLOCK))], direct=True)
+                write_file(fd, [memoryview(bytes(PAGE))], direct=True)
             finally:
                 os.close(fd)
         except OSError as error:

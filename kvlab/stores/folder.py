@@ -160,13 +160,16 @@ class Folder(ForkAware):
             if alone and not self._is_file(path):
                 self.index.remove(path, "vanished")
 
-    def quarantine(self, path: str, why: str) -> bool:
-        """Move a broken file out of the readers' sight, keeping the last few; True if it was there."""
+    def quarantine(self, path: str, why: str, is_it: Callable[[], bool]) -> bool:
+        """Move a broken file out of the readers' sight, keeping the last few; True if it was there. `is_it` is asked
+        while no other process can replace the file."""
         why = re.sub(r"[^\w:.-]", "_", why, flags=re.A)[:64]
         aside = f"{BROKEN}/{secrets.token_hex(4)}-{path.rpartition('/')[2]}"
         with self.index.locked():
             try:
                 state = self.root.state(path)
+                if not is_it():
+                    return False
                 if not stat.S_ISREG(state.st_mode):
                     return self.unlink(path, why)
                 self.index.add(aside, state.st_size)  # as in `begin`

@@ -4,12 +4,14 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from kvlab.stores.base import Store, ValueTooLongError
+from kvlab.stores.base import Store, Value, ValueTooLongError
 from kvlab.stores.circuit_breaker import FIRST_WAIT_S, LONGEST_WAIT_S, CircuitBreaker
+from kvlab.stores.forks import Lock
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+MOST_MISSED = 1 << 16  # keys whose values this tier did not take are remembered
 
 
 class GuardedStore:
@@ -17,6 +19,10 @@ class GuardedStore:
 
     A write that fails keeps the next writes away and no reads: a full disk can be read, and so can a folder that
     another process has locked. Going down is logged once per outage, coming back too.
+
+    A tier that does not take a write or a delete keeps what it had under that key before, which is not to be read: it
+    `misses` the key until it has taken a later write or has deleted it. One that has missed more than `MOST_MISSED`
+    keys, or a `clear`, is left out until it has been cleared.
     """
 
     def __init__(
@@ -26,10 +32,92 @@ class GuardedStore:
         self.health = CircuitBreaker(first_wait_s, longest_wait_s)
         self.write_health = CircuitBreaker(first_wait_s, longest_wait_s)
         self.last_error = ""
+        self._is_left_out = False
+        self._missed: dict[str, object] = {}  # by key, something new for each miss; the oldest first
+        self._lock = Lock()
 
     @property
     def is_up(self) -> bool:
-        return self.health.is_up
+        return self.health.is_up and not self._is_left_out
+
+    def misses(self, key: str) -> bool:
+        """Whether what may lie under `key` is older than the last write or delete of it."""
+        return self._is_left_out or key in self._missed
+
+    def may_read(self, key: str) -> bool:
+        """Not `misses`. What is too old is deleted, if the tier can be asked again."""
+        if self.misses(key):
+            self.delete(key)
+            return False
+        return True
+
+    def put(self, key: str, value: Value, *, since: object = None) -> bool:
+        """Whether the tier holds `value` now. One that does not take it loses what it held under `key` before. `since`
+        is what `missed` said before `value` was read, where it comes from another tier: by now there may be a newer
+        one."""
+        before = since or self.missed(key)
+        if self.write(self.store.put, key, value, default=False):
+            self._has_taken(key, before)
+            return True
+        self.delete(key)
+        return False
+
+    def delete(self, key: str) -> bool:
+        before = self.missed(key)
+        there = self.write(self.store.delete, key, default=None)
+        if there is None:
+            self.miss(key)
+        else:
+            self._has_taken(key, before)
+        return bool(there)
+
+    def quarantine(self, key: str, reason: str, found: Value | None) -> bool:
+        gone = self.write(self.store.quarantine, key, reason, found, default=None)
+        if gone is None:
+            self.miss(key)
+        return bool(gone)
+
+    def clear(self) -> None:
+        """If the tier does not take it, it is left out until it takes one."""
+
+        def clear() -> bool:
+            self.store.clear()
+            return True
+
+        self._leave_out()
+        self._is_left_out = not self.write(clear, default=False)
+
+    def missed(self, key: str) -> object:
+        """Which miss of `key` was the last, for `put`; None if the tier misses nothing."""
+        return self._missed.get(key)
+
+    def miss(self, key: str) -> None:
+        """There is a newer value, or none, under `key`, of which this tier has not heard."""
+        with self._lock:
+            if self._is_left_out:
+                return
+            self._missed.pop(key, None)
+            self._missed[key] = object()
+            if len(self._missed) <= MOST_MISSED:
+                return
+            oldest, miss = next(iter(self._missed.items()))
+        if self.write(self.store.delete, oldest, default=None) is not None:
+            self._has_taken(oldest, miss)
+        else:
+            self._leave_out()
+            advice = "it is left out until it is cleared or opened anew"
+            log.warning("tier %s has missed more than %d writes: %s", self.store.name, MOST_MISSED, advice)
+
+    def _leave_out(self) -> None:
+        with self._lock:
+            self._is_left_out = True
+            self._missed.clear()
+
+    def _has_taken(self, key: str, miss: object) -> None:
+        """A write or delete that began when `miss` was the last one."""
+        with self._lock:
+            if self._missed.get(key) is miss:
+                self._missed.pop(key, None)
 
     def call(self, method: Callable[..., T], *args: object, default: T) -> T:
         """``method(*args)`` of this tier's store, or `default` if it fails or is left alone."""

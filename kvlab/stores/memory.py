@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
-from kvlab.stores.arena import PAGE, Arena, Region, cuda_is_in_use
+from kvlab.hostmemory import PAGE, aligned
+from kvlab.stores.arena import Arena, Region, cuda_is_in_use
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_fits, fits_key
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.forks import ForkAware
@@ -22,8 +22,8 @@ class MemoryStore(Store, ForkAware):
     """Values in one arena of this process's memory, in whole pages, at most `max_bytes` of them.
 
     Copies run outside the lock. What is being read or written is leased and neither evicted nor overwritten; a `put`
-    that needs such room waits up to `wait_s` for it and is then refused. A forked child has a copy of its own; what
-    other threads of the parent had leased stays leased there.
+    that needs such room waits up to `wait_s` for it and is then refused, and then nothing leaves for it. A forked child
+    has a copy of its own; what other threads of the parent had leased stays leased there.
 
     Parameters
     ----------
@@ -48,7 +48,8 @@ class MemoryStore(Store, ForkAware):
         self._arena = Arena(max_bytes, pinned=cuda_is_in_use() if pinned is None else pinned)
         self._wait_s = wait_s
         self._held: dict[str, Region] = {}
-        self._leased: set[str] = set()
+        self._leased: set[str] = set()  # keys of `_held` that cannot leave now
+        self._busy: set[Region] = set()  # which are being read or written
         self._gone: dict[str, str] = {}
         self._lock = threading.Condition()
         self.watch_forks()
@@ -72,12 +73,14 @@ class MemoryStore(Store, ForkAware):
             if region is None:
                 self.stats_.refused += 1
                 return False
+            self._busy.add(region)
         into, at = self._arena.bytes_of(region), 0
         for piece in pieces:  # numpy lets other threads run meanwhile
             if piece.nbytes:
                 into[at : at + piece.nbytes] = np.frombuffer(piece, np.uint8)
                 at += piece.nbytes
         with self._lock:
+            self._busy.discard(region)
             self._drop(key, "replaced")
             self._held[key] = region
             self._policy.admit(key, region.span)
@@ -99,6 +102,7 @@ class MemoryStore(Store, ForkAware):
                 self._policy.touch(key)
                 region.readers += 1
                 self._leased.add(key)
+                self._busy.add(region)
         if region is None:
             yield None
             return
@@ -108,10 +112,10 @@ class MemoryStore(Store, ForkAware):
             with self._lock:
                 region.readers -= 1
                 if not region.readers:
+                    self._busy.discard(region)
                     if region.dropped:
                         self._arena.free(region)
-                    now = self._held.get(key)  # another one by now, if it was replaced meanwhile
-                    if now is None or not now.readers:
+                    else:
                         self._leased.discard(key)
                     self._lock.notify_all()
 
@@ -121,6 +125,10 @@ class MemoryStore(Store, ForkAware):
     def get_into(self, key: str, out: memoryview) -> int | None:
         got = self._read(key, out.cast("B"))
         return None if got is None else got.nbytes
+
+    def get_head(self, key: str, num_bytes: int) -> Buffer | None:
+        with self.lease(key) as held:
+            return None if held is None else bytes(held[:num_bytes])
 
     def size_of(self, key: str) -> int | None:
         region = self._held.get(key)
@@ -134,8 +142,10 @@ class MemoryStore(Store, ForkAware):
         with self._lock:
             return self._drop(key, "deleted")
 
-    def quarantine(self, key: str, reason: str) -> bool:
+    def quarantine(self, key: str, reason: str, found: Value | None = None) -> bool:
         with self._lock:
+            if found is not None and not self.still_holds(key, found):
+                return False
             there = self._drop(key, f"set_aside:{'_'.join(reason.split())}")
             self.stats_.dropped += there
         return there
@@ -180,32 +190,32 @@ class MemoryStore(Store, ForkAware):
             size = held.nbytes
             if out is not None:
                 check_fits(key, size, [out])
-            into: npt.NDArray[np.uint8] = (
-                np.empty(size, np.uint8) if out is None else np.frombuffer(out[:size], np.uint8)
-            )
-            np.copyto(into, np.frombuffer(held, np.uint8))
+            into = (aligned(size) if out is None else out)[:size]
+            np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(held, np.uint8))
         with self._lock:
             self.stats_.hits += 1
             self.stats_.get_bytes += size
             self.stats_.get_s += time.perf_counter() - start
-        return into.data
+        return into
 
     def _make_room(self, size: int, key: str) -> Region | None:
         """A region for `size` bytes. Values leave by policy until there is one; waits for leases if it must."""
-        if max(-(-size // PAGE), 1) * PAGE > self._arena.max_bytes:
+        span = max(-(-size // PAGE), 1) * PAGE
+        if span > self._arena.max_bytes:
             return None
         deadline = time.monotonic() + self._wait_s
         while (region := self._arena.take(size)) is None:
             old = self._held.get(key)
-            victim = self._policy.victim(self._leased)
-            if old is not None and not old.readers:
+            if self._arena.longest_without(self._busy) < span:  # whatever leaves
+                if not self._lock.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
+                    return None
+            elif old is not None and not old.readers:
                 self._drop(key, "replaced")  # it leaves anyway; no other has to
-            elif victim is not None:
+            else:
+                victim = str(self._policy.victim(self._leased))
                 self.stats_.evictions += 1
-                self.stats_.evicted_bytes += self._held[str(victim)].size
-                self._drop(str(victim), "evicted")
-            elif not self._lock.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
-                return None
+                self.stats_.evicted_bytes += self._held[victim].size
+                self._drop(victim, "evicted")
         return region
 
     def _drop(self, key: str, why: str) -> bool:
@@ -213,6 +223,7 @@ class MemoryStore(Store, ForkAware):
         if region is None:
             return False
         self._policy.discard(key)
+        self._leased.discard(key)
         self._gone[key] = why
         if len(self._gone) > KEPT_REASONS:
             self._gone.pop(next(iter(self._gone)))

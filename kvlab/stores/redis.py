@@ -1,15 +1,15 @@
 """A tier in Redis (or Valkey): one key per object, shared by every process that can reach the server."""
 
 import logging
+import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Self, TypeVar
-
-import numpy as np
+from typing import Any, Self, TypeAlias, TypeVar
 
 from kvlab.errors import StoreError
+from kvlab.hostmemory import aligned
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
 from kvlab.stores.forks import Lock
 from kvlab.stores.redis_node import NodeDownError, RedisNode
@@ -39,10 +39,14 @@ DEFAULT_LIMIT = 512 << 20  # Redis' own default of proto-max-bulk-len
 LEAST_LIMIT = 1 << 20  # no server takes less for it
 LIMIT_KEPT_S = 30.0  # what a server said; CONFIG SET and a restart change it
 LISTING = 60  # times the deadline of a call: how long a list of all keys may take
-MOST_LISTED_BYTES = 1 << 29  # of names; a server that goes on naming keys is not listened to for ever
+MOST_LISTED_BYTES = 1 << 29  # of memory for names; a server that goes on naming keys is not listened to for ever
+ENTRY_BYTES = 104  # what a dict has for a name besides it
+PIPELINED = 8192  # keys asked for at once: a deadline is for this many, and a reply has bounds
 
-
+Answers: TypeAlias = list[int | ReplyError]  # to the commands about one key
+SIZE = ("EXISTS", "STRLEN")  # which tell an empty value from none, and a value from another program's list
 _NOT_OURS = frozenset({"wrongtype"})  # another program's list or hash: no value of ours is there
+_ELSEWHERE = frozenset({"moved", "ask"})
 
 
 class RedisStore(Store):
@@ -78,7 +82,7 @@ class RedisStore(Store):
         self.errors: Counter[str] = Counter()
         self._topology: Topology = make_topology(place, first_wait_s, longest_wait_s)
         self._timeout_s = timeout_s
-        self._ttl_ms = round(ttl_s * 1000)
+        self._ttl_ms = max(1, round(ttl_s * 1000)) if ttl_s else 0
         self._limit = limit
         self._told: tuple[int, float] | None = None  # the server's own limit, and until when to go by it
         self._most = limit or DEFAULT_LIMIT
@@ -132,7 +136,7 @@ class RedisStore(Store):
         return True
 
     def get(self, key: str) -> Buffer | None:
-        got = self._read(key, lambda size: [np.empty(size, np.uint8).data])
+        got = self._read(key, _room)
         return None if got is None else got[0]
 
     def get_into(self, key: str, out: memoryview) -> int | None:
@@ -146,20 +150,24 @@ class RedisStore(Store):
         got = self._read(key, room)
         return None if got is None else sum(piece.nbytes for piece in got)
 
+    def get_head(self, key: str, num_bytes: int) -> Buffer | None:
+        size = self.size_of(key)
+        if size is None or num_bytes == 0:
+            return None if size is None else b""
+        if size <= num_bytes:
+            return self.get(key)
+        got = self._read(key, _room, ["GETRANGE", name_of(key), "0", str(num_bytes - 1)])
+        return None if got is None else got[0]
+
     def size_of(self, key: str) -> int | None:
-        name = name_of(key)
-        commands = [["EXISTS", name], ["STRLEN", name]]
-        nothing: list[int | ReplyError] = [0, 0]
-        ask = lambda deadline: send_pipeline(commands, deadline, number, _NOT_OURS)  # noqa: E731
-        there, size = self._asked(key, ask, default=nothing)
-        return size if there == 1 and isinstance(size, int) else None
+        return _size(self._pipelined(SIZE, [key])[0])
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
-        """One round trip per server, however many keys."""
-        return [answer is True for answer in self._pipelined("EXISTS", keys)]
+        """One round trip per server and 8,192 keys, each with a deadline of its own."""
+        return [_size(answers) is not None for answers in self._pipelined(SIZE, keys)]
 
     def touch(self, keys: Iterable[str]) -> None:
-        self._pipelined("TOUCH", list(keys))
+        self._pipelined(["TOUCH"], list(keys))
 
     def delete(self, key: str) -> bool:
         name = name_of(key)
@@ -172,14 +180,14 @@ class RedisStore(Store):
         """A connection that is out of step gives other keys' values for ever."""
         self._topology.renew()
 
-    def quarantine(self, key: str, reason: str) -> bool:
-        there = super().quarantine(key, reason)
+    def quarantine(self, key: str, reason: str, found: Value | None = None) -> bool:
+        there = super().quarantine(key, reason, found)
         if there:
             self._left(key, f"set_aside:{'_'.join(reason.split())}")
         return there
 
     def keys(self) -> Iterator[str]:
-        """A server that lists for longer than 60 deadlines, or more than 512 MiB of names, has failed."""
+        """A server that lists for longer than 60 deadlines, or names that take more than 512 MiB, has failed."""
         found: dict[str, None] = {}
         end, held = time.monotonic() + LISTING * self._timeout_s, 0
         try:
@@ -189,7 +197,7 @@ class RedisStore(Store):
                     deadline = min(self._deadline(), end)
                     command = ["SCAN", cursor, "MATCH", PREFIX + b"*", "COUNT", "1000"]
                     cursor, keys = node.run(send_command(command, deadline, scanned), deadline)
-                    held += sum(len(key) for key in keys)
+                    held += sum(sys.getsizeof(key) + ENTRY_BYTES for key in keys)
                     if held > MOST_LISTED_BYTES:
                         raise ProtocolError(f"the server listed more than {format_bytes(MOST_LISTED_BYTES)} of names")
                     found.update(dict.fromkeys(keys))
@@ -251,9 +259,9 @@ class RedisStore(Store):
                 return default
             raise
 
-    def _read(self, key: str, room: BufferFactory) -> Sequence[memoryview] | None:
+    def _read(self, key: str, room: BufferFactory, command: Sequence[Any] | None = None) -> Sequence[memoryview] | None:
         start = time.perf_counter()
-        command = ["GET", name_of(key)]
+        command = command or ["GET", name_of(key)]
 
         def fetch(deadline: float) -> Callable[[RespConnection], Sequence[memoryview] | None]:
             return lambda connection: connection.fetch(command, deadline, room, self._most)
@@ -273,30 +281,38 @@ class RedisStore(Store):
                 self.stats_.get_s += time.perf_counter() - start
         return value
 
-    def _pipelined(self, command: str, keys: Sequence[str]) -> list[bool | ReplyError | None]:
-        """The answers to one command per key, None where a node of the cluster is down."""
+    def _pipelined(self, commands: Sequence[str], keys: Sequence[str]) -> list[Answers]:
+        """The answers to these commands for each key, none where a node of the cluster is down."""
+        found: list[Answers] = []
+        for at in range(0, len(keys), PIPELINED):
+            found += self._pipelined_at_once(commands, keys[at : at + PIPELINED])
+        return found
+
+    def _pipelined_at_once(self, commands: Sequence[str], keys: Sequence[str]) -> list[Answers]:
         names = [name_of(key) for key in keys]
-        answers: list[bool | ReplyError | None] = [None] * len(keys)
+        nothing: Answers = []
+        answers = [nothing] * len(keys)
         deadline = self._deadline()
         try:
-            groups = self._topology.group(names, deadline) if names else {}
+            groups = self._topology.group(names, deadline)
         except StoreError as error:
             self._failed(error)
             raise
         failures: list[StoreError] = []
         for node, places in groups.items():
+            asked = [[command, names[place]] for place in places for command in commands]
             try:
-                commands = [[command, names[place]] for place in places]
-                replies = node.run(send_pipeline(commands, deadline, flag, _NOT_OURS | {"moved", "ask"}), deadline)
+                replies = node.run(send_pipeline(asked, deadline, number, _NOT_OURS | _ELSEWHERE), deadline)
             except StoreError as error:
                 self._failed(error)
                 failures.append(error)
                 continue
-            for place, reply in zip(places, replies, strict=True):
-                answers[place] = reply
-                if isinstance(reply, ReplyError) and reply.reason in ("moved", "ask"):
-                    ask = partial(send_command, [command, names[place]], parse=flag)
-                    answers[place] = self._asked(keys[place], ask, default=None, deadline=deadline)
+            for index, place in enumerate(places):
+                answers[place] = replies[index * len(commands) : (index + 1) * len(commands)]
+                if any(isinstance(reply, ReplyError) and reply.reason in _ELSEWHERE for reply in answers[place]):
+                    again = [[command, names[place]] for command in commands]
+                    work: Work[Answers] = partial(send_pipeline, again, parse=number, leave=_NOT_OURS)
+                    answers[place] = self._asked(keys[place], work, default=nothing, deadline=deadline)
         if failures and len(failures) == len(groups):
             raise failures[0]
         return answers
@@ -363,3 +379,13 @@ class RedisStore(Store):
             self._gone[key] = why
             if len(self._gone) > KEPT_PUTS:
                 self._gone.popitem(last=False)
+
+
+def _size(answers: Answers) -> int | None:
+    """What the answers to `SIZE` say of a value: its length, or None if there is none."""
+    there, size = answers or (0, 0)
+    return size if there == 1 and isinstance(size, int) else None
+
+
+def _room(size: int) -> list[memoryview]:
+    return [aligned(size)[:size]]

@@ -38,7 +38,8 @@ class RedisNode(ForkAware):
         self.watch_forks()
 
     def __str__(self) -> str:
-        return self.address if isinstance(self.address, str) else f"{self.address[0]}:{self.address[1]}"
+        """For messages: another server may have named this one, by whatever name."""
+        return self._login.hide(self.address if isinstance(self.address, str) else "{}:{}".format(*self.address))
 
     def run(self, work: Callable[[RespConnection], T], deadline: float) -> T:
         """`work` on a connection of this server. A connection that died while idle is replaced once."""
@@ -50,10 +51,10 @@ class RedisNode(ForkAware):
                 result = work(connection)
             except ReplyError as error:  # the connection is fine, the server may not be
                 self._give_back(connection)
-                if error.reason in FATAL_REPLIES:
-                    raise self._down(error.reason, error) from error
-                self.health.succeeded()
-                raise
+                if error.reason not in FATAL_REPLIES:
+                    self.health.succeeded()
+                    raise
+                down = self._down(error.reason, error)
             except ValueTooLongError:
                 self._drop(connection)  # the rest of the value is still on its way
                 raise
@@ -62,16 +63,19 @@ class RedisNode(ForkAware):
                 if was_idle:
                     self.close_idle()
                     continue
-                raise self._down("disconnected", error) from error
-            except BaseException as error:
+                down = self._down("disconnected", error)
+            except OSError as error:
                 self._drop(connection)
-                if isinstance(error, OSError):
-                    raise self._down(_reason(error), error) from error
+                down = self._down(_reason(error), error)
+            except BaseException:
+                self._drop(connection)
                 raise
-            self._give_back(connection)
-            if self.health.succeeded():
-                log.warning("Redis at %s is back", self)
-            return result
+            else:
+                self._give_back(connection)
+                if self.health.succeeded():
+                    log.warning("Redis at %s is back", self)
+                return result
+            raise down
 
     def close(self) -> None:
         self.close_idle()
@@ -95,9 +99,11 @@ class RedisNode(ForkAware):
         try:
             connection = _connect(self.address, self._login, deadline)
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
-            raise self._down(_reason(error), error) from error
-        self._open.add(connection)
-        return connection, False
+            down = self._down(_reason(error), error)
+        else:
+            self._open.add(connection)
+            return connection, False
+        raise down
 
     def _give_back(self, connection: RespConnection) -> None:
         with self._lock:
@@ -111,11 +117,15 @@ class RedisNode(ForkAware):
         connection.close()
 
     def _down(self, reason: str, error: BaseException) -> NodeDownError:
+        """To be raised where `error` is handled no more. It may show a secret, and is the cause only if it does not."""
+        text = self._login.hide(str(error))
         self.last_reason = reason
         self.close_idle()
         if self.health.failed():
-            log.warning("Redis at %s failed (%s): %s", self, reason, error)
-        return NodeDownError(f"Redis at {self} failed ({reason}): {error}", reason=reason)
+            log.warning("Redis at %s failed (%s): %s", self, reason, text)
+        down = NodeDownError(f"Redis at {self} failed ({reason}): {text}", reason=reason)
+        down.__cause__ = error if text == str(error) else None
+        return down
 
 
 def _connect(address: tuple[str, int] | str, login: Login, deadline: float) -> RespConnection:
@@ -125,7 +135,7 @@ def _connect(address: tuple[str, int] | str, login: Login, deadline: float) -> R
         if login.tls is not None and not isinstance(address, str):
             sock.settimeout(time_left(deadline))  # of the whole handshake
             sock = login.tls.wrap_socket(sock, server_hostname=address[0])
-        connection = RespConnection(sock, [login.password.reveal()] if login.password else [])
+        connection = RespConnection(sock, [secret.reveal() for secret in login.hidden])
         _log_in(connection, login, deadline)
     except BaseException:
         sock.close()

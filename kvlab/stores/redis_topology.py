@@ -231,7 +231,7 @@ def key_slot(key: bytes) -> int:
 
 def _address(host: str, port: int) -> Address:
     if not _HOST.fullmatch(host) or not 0 < port < 1 << 16:
-        raise ProtocolError(f"the server named {ascii(host)[:60]} at port {port}, which is no address")
+        raise ProtocolError(f"the server named a host of {len(host)} characters at port {port}, which is no address")
     return host, port
 
 
@@ -265,7 +265,7 @@ def _ranges(reply: Reply, own_host: str) -> list[tuple[int, int, Address]]:
 
 def _redirected(error: ReplyError, node: RedisNode) -> Address:
     """Where MOVED or ASK points to."""
-    host, _, port = (error.words[2] if len(error.words) > 2 else "").rpartition(":")
+    host, _, port = error.target.reveal().rpartition(":")
     return _address(host or _host_of(node), int(port) if port.isascii() and port.isdigit() and len(port) < 6 else 0)
 
 

@@ -14,12 +14,20 @@ SENTINEL_PASSWORD = "KVLAB_REDIS_SENTINEL_PASSWORD"
 
 @dataclass(frozen=True)
 class Login:
-    """What a connection begins with."""
+    """What a connection begins with. `hidden` are the secrets that no message may show: these and those of the other
+    servers of one store, for each may have heard of them."""
 
     user: str = ""
     password: Secret | None = None
     db: int = 0
     tls: ssl.SSLContext | None = None
+    hidden: tuple[Secret, ...] = ()
+
+    def hide(self, text: str) -> str:
+        """`text`, in which a server's words may stand, with the secrets starred out."""
+        for secret in self.hidden:
+            text = text.replace(secret.reveal(), "***")
+        return text
 
 
 @dataclass(frozen=True)
@@ -59,14 +67,15 @@ class RedisTarget:
         if not (db.isascii() and db.isdigit() and len(db) < 10) or (kind == "cluster" and db != "0"):
             form = "redis://host:6379/0"
             raise ConfigError(f"a database must be a number (a cluster has only 0), as in {form}; got {url.shown!r}")
+        hidden = tuple(secret for secret in (password, sentinel_password) if secret is not None)
         tls = _tls(url) if url.scheme == "rediss" or url.take_bool("tls", False) else None
         return cls(
             kind,
             hosts,
             socket_path=url.path if url.scheme == "unix" else "",
             master=path if kind == "sentinel" else "",
-            login=Login(url.user, password, int(db), tls),
-            sentinel_login=Login("", sentinel_password, 0, tls),
+            login=Login(url.user, password, int(db), tls, hidden),
+            sentinel_login=Login("", sentinel_password, 0, tls, hidden),
         )
 
 

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from kvlab.errors import StoreError
 from kvlab.stores.base import ValueTooLongError
+from kvlab.stores.url import Secret
 
 Reply: TypeAlias = Any  # int, Status, memoryview (a bulk string), None, a list of those, or a ReplyError among them
 BufferFactory: TypeAlias = Callable[[int], Sequence[memoryview]]
@@ -50,12 +51,12 @@ class ProtocolError(StoreError):
 
 class ReplyError(StoreError):
     """The server answered with an error; its first word (OOM, MOVED, WRONGTYPE...) is the `reason` if Redis has it.
-    `words` are those of a redirection, for others none."""
+    `target` is where a redirection leads to: as the server may name anything, not to be shown."""
 
-    def __init__(self, message: str, words: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, target: str = "") -> None:
         word = message.split(" ", 1)[0].lower()
         super().__init__(message or "an error without words", reason=word if word in _REASONS else "refused")
-        self.words = words
+        self.target = Secret(target)
 
 
 class Status(bytes):
@@ -115,10 +116,7 @@ class RespConnection:
             raise ProtocolError(f"the server announced a value of {size} bytes, longer than any can be")
         if size > most:
             raise ValueTooLongError(f"the server announced a value of {size} bytes; the limit is {most}")
-        try:
-            into = room(size)
-        except MemoryError:
-            raise StoreError(f"no memory for a value of {size} bytes", reason="memory") from None
+        into = room(size)
         self._fill_all(into, deadline)
         self._check_end()
         return into
@@ -220,10 +218,11 @@ class RespConnection:
 
     def _error(self, raw: bytes) -> ReplyError:
         words = raw.decode(errors="replace").split(" ", 3) if raw.startswith((b"MOVED ", b"ASK ")) else []
+        target = words[2] if len(words) > 2 else ""
         for secret in self._hidden:
             raw = raw.replace(secret, b"***")
         text = raw[:MOST_TEXT].decode(errors="replace")
-        return ReplyError("".join(char if char.isprintable() else "?" for char in text), words)
+        return ReplyError("".join(char if char.isprintable() else "?" for char in text), target)
 
     def _check_end(self) -> None:
         if self._start != self._end:

@@ -21,6 +21,8 @@ class TieredStore(Store):
 
     `stores` are given fastest first; the stack owns and closes them. A tier that fails is left alone for a growing
     while (`first_wait_s` to `longest_wait_s`) and never fails a call: its values are misses, its writes are dropped.
+    What a tier had under a key before a write or delete that it did not take is a miss in it from then on, as long as
+    this stack is open; one that has missed more than 65,536 is left out until the stack is cleared or opened anew.
 
     Parameters
     ----------
@@ -30,7 +32,8 @@ class TieredStore(Store):
         more are dropped and counted (`writer` in `rows`), so are those that left the first tier too early.
     store_threshold
         carry a value to the secondary tiers only at the n-th time its key is put or read; what is used
-        once only then never costs them a write.
+        once only then never costs them a write. A key must then always be put with the same value, as those of kvlab's
+        objects are: what a secondary tier has under it from before is not replaced.
     promote
         copy what a secondary tier had to the tiers above.
     """
@@ -76,13 +79,16 @@ class TieredStore(Store):
 
     def put(self, key: str, value: Value) -> bool:
         """True if at least one tier holds it now."""
-        first = self.tiers[0]
-        stored = _put(first, key, value)
+        stored = self.tiers[0].put(key, value)
         if self._is_due(key) or not stored:
             if stored and self._writer is not None:
+                for tier in self.tiers[1:]:
+                    tier.miss(key)  # until it is carried down, if it ever is
                 self._writer.add(key)
             else:
-                stored |= self._put_below(key, value)
+                if self._writer is not None:
+                    self._writer.cancel(key)  # the value before, which may be on its way
+                stored |= any([tier.put(key, value) for tier in self.tiers[1:]])
         with self._lock:
             self.stats_.puts += stored
             self.stats_.refused += not stored
@@ -91,7 +97,7 @@ class TieredStore(Store):
 
     def get(self, key: str) -> Buffer | None:
         for level, tier in enumerate(self.tiers):
-            value = tier.call(tier.store.get, key, default=None)
+            value = tier.call(tier.store.get, key, default=None) if tier.may_read(key) else None
             if value is not None:
                 self._found(key, level, value)
                 return value
@@ -103,16 +109,23 @@ class TieredStore(Store):
 
     def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
         for level, tier in enumerate(self.tiers):
-            size = tier.call(tier.store.get_pieces, key, out, default=None)
+            size = tier.call(tier.store.get_pieces, key, out, default=None) if tier.may_read(key) else None
             if size is not None:
                 self._found(key, level, cut(out, size))
                 return size
         self._missed()
         return None
 
+    def get_head(self, key: str, num_bytes: int) -> Buffer | None:
+        for tier in self.tiers:
+            head = tier.call(tier.store.get_head, key, num_bytes, default=None) if tier.may_read(key) else None
+            if head is not None:
+                return head
+        return None
+
     def size_of(self, key: str) -> int | None:
         for tier in self.tiers:
-            size = tier.call(tier.store.size_of, key, default=None)
+            size = None if tier.misses(key) else tier.call(tier.store.size_of, key, default=None)
             if size is not None:
                 return size
         return None
@@ -121,9 +134,9 @@ class TieredStore(Store):
         """Each tier is asked once, for those the tiers above do not have."""
         found = [False] * len(keys)
         for tier in self.tiers:
-            missing = [index for index, there in enumerate(found) if not there]
+            missing = [index for index, there in enumerate(found) if not there and not tier.misses(keys[index])]
             if not missing:
-                break
+                continue
             asked = [keys[index] for index in missing]
             answers = tier.call(tier.store.contains_many, asked, default=[False] * len(asked))
             for index, there in zip(missing, answers, strict=True):
@@ -133,12 +146,20 @@ class TieredStore(Store):
     def delete(self, key: str) -> bool:
         if self._writer is not None:
             self._writer.cancel(key)  # or it would come back
-        return any([tier.write(tier.store.delete, key, default=False) for tier in self.tiers])
+        return any([tier.delete(key) for tier in self.tiers])
+
+    def clear(self) -> None:
+        if self._writer is not None:
+            for key in list(self.keys()):
+                self._writer.cancel(key)
+        for tier in self.tiers:
+            tier.clear()
 
     def keys(self) -> Iterator[str]:
         nothing: list[str] = []
         listing: Callable[[Store], list[str]] = lambda store: list(store.keys())  # noqa: E731 - listed within the call
-        return iter({key: None for tier in self.tiers for key in tier.call(listing, tier.store, default=nothing)})
+        listed = ((tier, key) for tier in self.tiers for key in tier.call(listing, tier.store, default=nothing))
+        return iter({key: None for tier, key in listed if not tier.misses(key)})
 
     def touch(self, keys: Iterable[str]) -> None:
         keys = list(keys)
@@ -149,11 +170,11 @@ class TieredStore(Store):
         """What this thread read last is broken: the next read must not find the copies of it in faster tiers."""
         key, level = getattr(self._last, "promoted", None) or ("", 0)
         for tier in self.tiers[:level]:
-            tier.write(tier.store.delete, key, default=False)
+            tier.delete(key)
         for tier in self.tiers:
             tier.call(tier.store.renew, default=None)
 
-    def quarantine(self, key: str, reason: str) -> bool:
+    def quarantine(self, key: str, reason: str, found: Value | None = None) -> bool:
         """The tier the value last came from loses it, and those it was copied to; a good copy further down stays.
 
         A value that was not read lately leaves every tier.
@@ -164,7 +185,7 @@ class TieredStore(Store):
             self._writer.cancel(key)
         gone = False
         for tier in self.tiers:
-            gone |= tier.write(tier.store.quarantine, key, reason, default=False)
+            gone |= tier.quarantine(key, reason, found)
             if tier is source:
                 break
         with self._lock:
@@ -209,12 +230,13 @@ class TieredStore(Store):
         self._last.promoted = (key, level) if self._promote and level else None
         if self._promote:
             for tier in self.tiers[:level]:
-                tier.write(tier.store.put, key, value, default=False)
+                tier.put(key, value)
         if level == 0 and self._store_threshold > 1 and self._is_due(key, exactly=True):
             if self._writer is not None:
                 self._writer.add(key)
             else:
-                self._put_below(key, value)
+                for tier in self.tiers[1:]:
+                    tier.put(key, value)
 
     def _missed(self) -> None:
         with self._lock:
@@ -229,22 +251,12 @@ class TieredStore(Store):
         return num_uses == self._store_threshold if exactly else num_uses >= self._store_threshold
 
     def _carry_down(self, key: str) -> None:
-        first = self.tiers[0]
-        value = first.call(first.store.get, key, default=None)
+        first, *others = self.tiers
+        missed = [tier.missed(key) for tier in others]
+        value = first.call(first.store.get, key, default=None) if first.may_read(key) else None
         if value is None:  # evicted or deleted meanwhile
             if self._writer is not None:
                 self._writer.dropped += 1
             return
-        self._put_below(key, value)
-
-    def _put_below(self, key: str, value: Value) -> bool:
-        """Whether some tier below the first holds `value` now."""
-        return any([_put(tier, key, value) for tier in self.tiers[1:]])
-
-
-def _put(tier: GuardedStore, key: str, value: Value) -> bool:
-    """Whether the tier holds `value` now. One that did not take it loses what it held under `key` before."""
-    if tier.write(tier.store.put, key, value, default=False):
-        return True
-    tier.write(tier.store.delete, key, default=False)
-    return False
+        for tier, since in zip(others, missed, strict=True):
+            tier.put(key, value, since=since)

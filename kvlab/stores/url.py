@@ -11,6 +11,15 @@ from kvlab.units import parse_bytes
 MOST_SECRET_BYTES = 4096
 MOST_MS = 1e11  # three years
 SIMULATION_OPTIONS = ("gb_per_s", "latency_ms", "per_gb_month")  # of a tier that is not opened
+# Options that are right in other places, and where.
+_OF_TIERS = "it is for the tiers of a vLLM connector (kvlab.vllm_config)"
+_OF_STORES = "it is for open_store; a vLLM connector's host memory has settings of its own, so leave it out"
+ELSEWHERE = {
+    "serde": f"{_OF_TIERS}; elsewhere give it as CacheEngine(..., serde='int4')",
+    "auth": f"{_OF_TIERS}; elsewhere give it as CacheEngine(..., auth='/path'), or as kvlab store verify --auth FILE",
+    "pinned": _OF_STORES,
+    "wait_ms": _OF_STORES,
+}
 _HOST = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\[\]:,@]*)(:\d{1,5})?")
 _OPTION = re.compile(r"[a-z][a-z0-9_]{0,40}")
 
@@ -79,6 +88,8 @@ class StoreURL:
         if not all(_HOST.fullmatch(host) for host in netloc.split(",")):
             hint = "a login needs an @ behind it"
             raise ConfigError(f"a server must be given as host or host:port in {shown!r}; {hint}")
+        if any("\0" in text for text in (unquote(parts.path), *options.values())):
+            raise ConfigError(f"a path or an option of {shown!r} holds a NUL byte (%00), which no file's name has")
         secrets = {name: Secret(options.pop(name)) for name in list(options) if _is_secret(name)}
         return cls(
             parts.scheme,
@@ -149,6 +160,9 @@ class StoreURL:
         """Raise ConfigError if an option was given that was not taken."""
         self.refuse_simulation_options()
         unknown = sorted({*self.options, *self._secrets} - self._taken)
+        for option in unknown:
+            if option in ELSEWHERE:
+                raise ConfigError(f"{option} is no option of {self.shown!r} here: {ELSEWHERE[option]}")
         if unknown:
             known = ", ".join(sorted(self._taken))
             if self._secrets:  # the rest of a password with an unescaped & looks like an option

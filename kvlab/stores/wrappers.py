@@ -51,6 +51,11 @@ class WrapperStore(Store):
         self._around("get_pieces", size or 0)
         return size
 
+    def get_head(self, key: str, num_bytes: int) -> Buffer | None:
+        head = self.inner.get_head(key, num_bytes)
+        self._around("get_head", 0 if head is None else memoryview(head).nbytes)
+        return head
+
     def size_of(self, key: str) -> int | None:
         self._around("size_of", 0)
         return self.inner.size_of(key)
@@ -74,9 +79,9 @@ class WrapperStore(Store):
     def renew(self) -> None:
         self.inner.renew()
 
-    def quarantine(self, key: str, reason: str) -> bool:
+    def quarantine(self, key: str, reason: str, found: Value | None = None) -> bool:
         self._around("quarantine", 0)
-        return self.inner.quarantine(key, reason)
+        return self.inner.quarantine(key, reason, found)
 
     def why_missing(self, key: str) -> str:
         return self.inner.why_missing(key)

@@ -49,6 +49,7 @@ class SerdeTests:
     layers, kv_heads, head_dim = 3, 2, 16  # change them where a serde is made for one model
     max_error: ClassVar[float] = 0.0  # relative L2 error allowed on normal numbers; unused by lossless serdes
     mutations: ClassVar[int] = 10_000
+    of_one_model: ClassVar[bool] = False  # it takes no other number of layers, heads and channels
 
     def shape(self, tokens: int) -> tuple[int, ...]:
         return (self.layers, tokens, self.kv_heads, 2, self.head_dim)
@@ -114,6 +115,26 @@ class SerdeTests:
 
     def test_zeros_and_constants_come_back(self, serde: Serde) -> None:
         assert not serde.decode(serde.encode(torch.zeros(self.shape(12)), AXES)).any()
+
+    @pytest.mark.parametrize("part", [1.0, 0.5])
+    def test_numbers_near_the_dtypes_end_come_back_finite(self, serde: Serde, part: float) -> None:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            wide = kv_like(self.shape(11), "float32").double()
+            for numbers in (wide / wide.abs().amax(), wide.sign()):
+                kv = (numbers * part * torch.finfo(dtype).max).to(dtype)
+                back = serde.decode(self.through_container(serde.encode(kv, AXES)))
+                assert serde.lossless or torch.isfinite(back).all()
+                if not self.of_one_model:
+                    self.check(serde, kv, back)
+
+    @pytest.mark.parametrize("axis", [0, 1, 2, 4])
+    def test_an_axis_of_nothing_comes_back(self, serde: Serde, axis: int) -> None:
+        if axis != 1 and self.of_one_model:
+            return
+        shape = list(self.shape(11))
+        shape[axis] = 0
+        kv = torch.zeros(shape)
+        self.check(serde, kv, serde.decode(self.through_container(serde.encode(kv, AXES))))
 
     def test_bits_add_up_to_the_length_on_a_medium(self, serde: Serde) -> None:
         encoded = serde.encode(kv_like(self.shape(31)), AXES)

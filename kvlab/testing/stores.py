@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import pytest
 
+from kvlab.hostmemory import aligned
 from kvlab.stores.base import MAX_KEY_BYTES, Buffer, Store, ValueTooLongError
-from kvlab.stores.direct import aligned_buffer
 from kvlab.testing.machines import ODD_KEYS, StoreMachine, drive, in_child, pattern, run_threads
 
 MAX_BYTES = 1 << 20
@@ -96,7 +96,7 @@ class StoreTests(ABC):
     def test_a_value_fills_buffers_one_after_the_other(self, store: Store, size: int) -> None:
         store.put("k", pattern(size))
         for lengths in ((4096, 65_536), (4096, 16_384, 65_536), (1, 0, 70_000), (66_000, 10)):
-            room = aligned_buffer(sum(lengths))
+            room = aligned(sum(lengths))
             room[:] = b"\xee" * room.nbytes
             edges = [0, *itertools.accumulate(lengths)]
             assert store.get_pieces("k", [room[a:b] for a, b in itertools.pairwise(edges)]) == size
@@ -160,6 +160,28 @@ class StoreTests(ABC):
         assert bytes(store.get("other") or b"") == b"good"
         assert store.put("k", b"new")
         assert bytes(store.get("k") or b"") == b"new"
+
+    def test_a_value_that_replaced_the_broken_one_is_not_set_aside(self, store: Store) -> None:
+        for broken in (b"", b"broken", pattern(9000, 1)):
+            store.put("k", pattern(9000))
+            assert store.quarantine("k", "checksum", broken) is False
+            assert bytes(store.get("k") or b"") == pattern(9000)
+            store.put("k", broken)
+            found = [memoryview(broken)[:5000], memoryview(broken)[5000:]]
+            assert store.quarantine("k", "checksum", found) is True
+            assert store.get("k") is None
+        store.put("k", pattern(9000))
+        assert store.quarantine("k", "truncated", pattern(9000)[:4096]) is True, "as far as it was read"
+        assert store.quarantine("absent", "checksum", b"") is False
+
+    @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 20_000])
+    def test_a_head_is_the_first_bytes_of_a_value(self, store: Store, size: int) -> None:
+        store.put("k", pattern(size))
+        for num_bytes in (0, 8, 4096, 16_392, 30_000):
+            got = store.get_head("k", num_bytes)
+            assert got is not None
+            assert bytes(got) == pattern(size)[:num_bytes]
+        assert store.get_head("absent", 8) is None
 
     def test_a_read_after_renew_is_a_read_like_any_other(self, store: Store) -> None:
         store.renew()

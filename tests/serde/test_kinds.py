@@ -11,6 +11,7 @@ from tests.serde.kinds import MAX_ERROR, SPECS, serde_of
 def serde(request: pytest.FixtureRequest) -> Serde:
     made = serde_of(request.param)
     TestKinds.max_error = MAX_ERROR.get(made.name, 0.0)
+    TestKinds.of_one_model = made.name == "cachegen"
     return made
 
 

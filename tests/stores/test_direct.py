@@ -6,17 +6,19 @@ import threading
 
 import pytest
 
+from kvlab import hostmemory
+from kvlab.hostmemory import PAGE, aligned
 from kvlab.stores import direct
-from kvlab.stores.direct import BLOCK, aligned_buffer, read_file, write_file
+from kvlab.stores.direct import read_file, write_file
 from kvlab.testing.machines import pattern
 
-SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 5 * BLOCK + 17]
+SIZES = [0, 1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE, 5 * PAGE + 17]
 
 
 @pytest.fixture(params=[True, False], ids=["direct", "buffered"])
 def open_file(tmp_path, request, monkeypatch):
-    monkeypatch.setattr(direct, "SCRATCH_BYTES", 2 * BLOCK)  # so that small values meet its edges too
-    monkeypatch.setattr(direct, "_local", threading.local())
+    monkeypatch.setattr(direct, "SCRATCH_BYTES", 2 * PAGE)  # so that small values meet its edges too
+    monkeypatch.setattr(hostmemory, "_local", threading.local())
     flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if request.param else 0)
     fd = os.open(tmp_path / "file", flags, 0o600)
     yield fd, tmp_path / "file", request.param
@@ -24,14 +26,14 @@ def open_file(tmp_path, request, monkeypatch):
 
 
 def in_memory(value, offset):
-    room = aligned_buffer(len(value) + BLOCK)
+    room = aligned(len(value) + PAGE)
     room[offset : offset + len(value)] = value
     return room[offset : offset + len(value)]
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("offset", [0, 64])
-@pytest.mark.parametrize("cuts", [(), (1,), (BLOCK,), (BLOCK, 2 * BLOCK), (100, BLOCK + 100)])
+@pytest.mark.parametrize("cuts", [(), (1,), (PAGE,), (PAGE, 2 * PAGE), (100, PAGE + 100)])
 def test_written_bytes_and_length(open_file, size, offset, cuts):
     fd, path, direct_io = open_file
     value = pattern(size)
@@ -43,7 +45,7 @@ def test_written_bytes_and_length(open_file, size, offset, cuts):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("offset", [0, 64])
-@pytest.mark.parametrize("extra", [0, 10, BLOCK])
+@pytest.mark.parametrize("extra", [0, 10, PAGE])
 def test_read_bytes(open_file, size, offset, extra):
     fd, path, direct_io = open_file
     path.write_bytes(pattern(size))
@@ -54,7 +56,7 @@ def test_read_bytes(open_file, size, offset, extra):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("offset", [0, 64])
-@pytest.mark.parametrize("lengths", [(BLOCK, 8 * BLOCK), (2 * BLOCK, BLOCK, 8 * BLOCK), (10, BLOCK), (BLOCK,)])
+@pytest.mark.parametrize("lengths", [(PAGE, 8 * PAGE), (2 * PAGE, PAGE, 8 * PAGE), (10, PAGE), (PAGE,)])
 def test_read_into_several_buffers(open_file, size, offset, lengths):
     fd, path, direct_io = open_file
     path.write_bytes(pattern(size))
@@ -66,5 +68,5 @@ def test_read_into_several_buffers(open_file, size, offset, lengths):
 
 def test_a_shorter_file_gives_less(open_file):
     fd, path, direct_io = open_file
-    path.write_bytes(pattern(BLOCK + 5))
-    assert read_file(fd, [aligned_buffer(4 * BLOCK)], 3 * BLOCK, direct=direct_io) == BLOCK + 5
+    path.write_bytes(pattern(PAGE + 5))
+    assert read_file(fd, [aligned(4 * PAGE)], 3 * PAGE, direct=direct_io) == PAGE + 5

@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from kvlab.container import Part, pack, unpack
 from kvlab.errors import ConfigError, StoreError
+from kvlab.hostmemory import aligned
 from kvlab.stores import open_store
-from kvlab.stores.direct import aligned_buffer
 from kvlab.stores.disk import DiskStore
 from kvlab.stores.folder import Folder
 from kvlab.stores.names import path_of
@@ -73,10 +73,10 @@ def test_a_file_opens_with_safetensors_and_is_its_owners_alone(store):
 
 
 def test_aligned_buffers_go_straight_to_the_file(store):
-    value = aligned_buffer(3 * 4096)
+    value = aligned(3 * 4096)
     value[:] = pattern(len(value))
     assert store.put("k", [pattern(4096, 1), value, b"tail"])
-    room = aligned_buffer(5 * 4096)
+    room = aligned(5 * 4096)
     assert store.get_into("k", room) == 4 * 4096 + 4
     assert bytes(room[: 4 * 4096 + 4]) == pattern(4096, 1) + pattern(3 * 4096) + b"tail"
 

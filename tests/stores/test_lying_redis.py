@@ -225,6 +225,27 @@ def test_a_list_without_end_ends(monkeypatch):
             assert store.errors[reason] == 1
 
 
+def test_a_list_of_short_names_takes_bounded_memory(monkeypatch):
+    """A Python string takes many times the bytes of a short name."""
+    monkeypatch.setattr("kvlab.stores.redis.MOST_LISTED_BYTES", 4 << 20)
+    sent = []
+
+    def names(liar, sock, args):
+        sent.append(args)
+        fresh = [b"kvlab:%x" % (5000 * len(sent) + index) for index in range(5000)]
+        return b"*2\r\n" + bulk(b"%d" % len(sent)) + b"*5000\r\n" + b"".join(map(bulk, fresh))
+
+    url = "redis://127.0.0.1:{}?timeout_ms=60000"
+    with Liar({b"SCAN": names}) as liar, open_store(url.format(liar.port)) as store:
+        tracemalloc.start()
+        try:
+            with pytest.raises(StoreError, match="more than 4 MiB of names"):
+                store.keys()
+            assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        finally:
+            tracemalloc.stop()
+
+
 def test_names_that_no_key_has_are_not_listed():
     with Liar() as liar, open_store(URLS["single"].format(liar.port)) as store:
         liar.data = {b"kvlab:a": b"v", b"kvlab:\xff\xfe": b"v", b"kvlab:" + b"x" * 5000: b"v", b"kvlab::kvlab:b": b"v"}

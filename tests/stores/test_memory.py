@@ -3,8 +3,9 @@ import time
 
 import numpy as np
 
+from kvlab.hostmemory import PAGE
 from kvlab.stores import open_store
-from kvlab.stores.arena import PAGE, Arena
+from kvlab.stores.arena import Arena
 from kvlab.stores.memory import MemoryStore
 from kvlab.testing import BudgetTests, StoreTests
 from kvlab.testing.machines import pattern
@@ -98,3 +99,25 @@ def test_pinning_takes_exactly_the_arena_or_tells_that_it_cannot(caplog):
                 assert torch.frombuffer(held, dtype=torch.uint8).is_pinned()
         else:
             assert "not pinned" in caplog.text
+
+
+def test_a_put_that_is_refused_evicts_nothing():
+    """A leased value in the middle leaves no stretch that is long enough, whatever else leaves."""
+    with MemoryStore(10 * PAGE, wait_s=0.01) as store:
+        for index in range(10):
+            store.put(f"k{index}", b"x")
+        with store.lease("k5"):
+            assert store.put("large", pattern(7 * PAGE)) is False
+            assert store.put("k1", pattern(7 * PAGE)) is False
+            assert sorted(store.keys()) == [f"k{index}" for index in range(10)]
+            assert (store.stats_.evictions, store.stats_.refused) == (0, 2)
+            assert store.put("as long as what lies before it", pattern(5 * PAGE))
+        assert store.put("large", pattern(10 * PAGE))
+
+
+def test_a_value_that_replaced_a_leased_one_can_leave():
+    with MemoryStore(4 * PAGE, wait_s=0.01) as store:
+        store.put("a", pattern(PAGE))
+        with store.lease("a"):
+            store.put("a", pattern(3 * PAGE))
+            assert store.put("b", pattern(3 * PAGE))

@@ -11,8 +11,8 @@ import trustme
 from servers import PATIENT, Front, Server, free_port, running, wait_for
 
 from kvlab.errors import ConfigError, StoreError
+from kvlab.hostmemory import aligned
 from kvlab.stores import open_store
-from kvlab.stores.direct import aligned_buffer
 from kvlab.stores.redis_node import NodeDownError
 from kvlab.stores.redis_replies import name_of
 from kvlab.testing import StoreTests
@@ -113,25 +113,40 @@ def test_keys_of_others_are_neither_seen_nor_cleared(store, server):
         assert client.get("session:1") == b"somebody's"
 
 
-def test_a_lookup_of_a_thousand_keys_is_one_round_trip(server):
+def test_a_lookup_of_many_keys_is_one_round_trip(server):
     front = Front(server.port)
     try:
         with open_store(f"redis://127.0.0.1:{front.port}") as store:
             store.put("k7", b"v")
             before = front.turns
-            found = store.contains_many([f"k{index}" for index in range(1000)])
+            found = store.contains_many([f"k{index}" for index in range(500)])
             assert front.turns == before + 1
             assert [index for index, there in enumerate(found) if there] == [7]
     finally:
         front.close()
 
 
+def test_a_lookup_of_more_keys_than_a_reply_may_have_items(store):
+    store.put("k599999", b"v")
+    found = store.contains_many([f"k{index}" for index in range(600_000)])
+    assert found.index(True) == 599_999
+    assert sum(found) == 1
+    store.touch(f"k{index}" for index in range(600_000))
+    assert store.errors == {}
+
+
 def test_large_values_go_into_the_callers_buffer(store):
     value = pattern(251 * 16) * 3600  # 14 MiB
-    room = aligned_buffer(len(value))
+    room = aligned(len(value))
     assert store.put("k", [value[:4096], memoryview(value)[4096:]])
     assert store.get_into("k", room) == len(value)
     assert bytes(room[: len(value)]) == value
+
+
+@pytest.mark.parametrize("ttl_ms", ["0.4", "0.6"])
+def test_a_ttl_of_less_than_a_millisecond_is_not_for_ever(server, ttl_ms):
+    with open_store(f"redis://127.0.0.1:{server.port}?ttl_ms={ttl_ms}") as store:
+        assert store._ttl_ms == 1
 
 
 def test_ttl(server):
@@ -315,7 +330,10 @@ def test_a_value_of_another_kind_is_a_miss_and_can_be_replaced(store, server):
         client.rpush(name_of("k"), "a", "list")
     assert store.get("k") is None
     assert store.size_of("k") is None
+    store.put("empty", b"")
+    assert store.contains_many(["k", "empty", "absent"]) == [False, True, False]
     assert store.put("k", b"v")
+    assert store.contains_many(["k"]) == [True]
     assert bytes(store.get("k")) == b"v"
 
 

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from servers import Server, running
 
@@ -52,6 +54,28 @@ def test_verify_names_what_is_broken(url, tmp_path, capsys):
     assert main(["verify", url, "--quarantine"]) == 1
     assert main(["verify", url]) == 0
     assert len(list((tmp_path / "kv" / ".kvlab" / "broken").iterdir())) == 2
+
+
+def test_verify_reads_no_more_of_a_hostile_file_than_its_header(url, tmp_path, capsys):
+    """A sparse file takes no room on the disk, and all the memory when it is read."""
+    os.truncate(tmp_path / "kv" / path_of(KEYS[0]), 300 << 30)
+    empty = tmp_path / "kv" / path_of(KEYS[1])
+    empty.write_bytes(b"")
+    os.truncate(empty, 300 << 30)
+    assert main(["verify", url]) == 1
+    found = capsys.readouterr().out
+    assert "4 objects are sound, 2 broken (2 corrupt)" in found
+    assert main(["verify", url, "--quarantine"]) == 1
+    assert main(["verify", url]) == 0
+
+
+def test_verify_without_memory_is_one_line(url, monkeypatch, capsys):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("numpy.empty", no_memory)
+    assert main(["verify", url]) == 2
+    assert "no memory for" in capsys.readouterr().err
 
 
 def test_set_aside_takes_only_what_is_broken_for_everyone(tmp_path, capsys):
