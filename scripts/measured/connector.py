@@ -216,7 +216,7 @@ def hooks() -> Page:
 def stalls() -> Page:
     saves, launches, waits = read("save_stalls.csv"), read("launch_stalls.csv"), read("lookup_waits.csv")
     how = {"not at all": "not at all", "at once": "as soon as its copy ended", "waits": "between prefills"}
-    added = {(row["lower"], row["hands_on"]): float(row["added_ms"]) for row in launches}
+    added = {(row["lower"], row["writes"]): float(row["added_ms"]) for row in launches}
     names = {"redis": "Redis", "file": "disk"}
     asked = [row for row in waits if row["skipped"] == "0"]
     yes = {"0": "no", "1": "yes"}
@@ -229,7 +229,7 @@ def stalls() -> Page:
                 "A prompt whose objects are written back",
                 ["tier", "an object is written", "prompt ms", "added ms", "quartiles"],
                 [
-                    [names[row["lower"]], how[row["hands_on"]], num(row["prompt_ms"], 1), num(row["added_ms"]), f"{num(row['added_q1_ms'])} to {num(row['added_q3_ms'])}"]
+                    [names[row["lower"]], how[row["writes"]], num(row["prompt_ms"], 1), num(row["added_ms"]), f"{num(row['added_q1_ms'])} to {num(row['added_q3_ms'])}"]
                     for row in launches
                 ],
                 launches,

@@ -119,7 +119,7 @@ def test_a_write_is_deferred_no_longer_than_its_bound(never_idle):
     worker.close()
 
 
-def test_closing_hands_on_what_still_waits(never_idle):
+def test_closing_writes_what_waits(never_idle):
     worker = make_worker(FOR_EVER_S)
     held = []
     worker.engine.store_.close = lambda: held.append(written(worker))
