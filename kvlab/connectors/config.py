@@ -10,6 +10,7 @@ from kvlab.auth import AuthKey, auth_key
 from kvlab.chunking import Chunker
 from kvlab.errors import ConfigError
 from kvlab.serde import get_serde
+from kvlab.stores import check_url
 from kvlab.stores.url import StoreURL, shown_url
 from kvlab.units import parse_bytes
 
@@ -124,7 +125,10 @@ class ConnectorConfig:
             serdes.add(url.options.pop("serde", "naive"))
             key_files.add(url.options.pop("auth", ""))
             base = raw.partition("?")[0]
+            if any(base == other.partition("?")[0] for other in lower):
+                raise ConfigError(f"{url.shown!r} stands twice among the tiers; name it once")
             lower.append(f"{base}?{urlencode(url.options)}" if url.options else base)
+            check_url(lower[-1])
         if len(serdes) > 1:
             raise ConfigError(
                 f"all secondary tiers must use one serde, got {sorted(serdes)}; objects move between them as they are"

@@ -2,18 +2,21 @@
 
 ``open_store("memory://?size=1GiB")``, ``open_store("file:///path?size=10GiB")``, and several of them, fastest first,
 as one: ``open_stores(["memory://?size=1GiB", "file:///path?size=10GiB"])``. A package adds a scheme through
-the entry point group ``kvlab.stores`` (scheme -> class with ``from_url(StoreURL)``).
+the entry point group ``kvlab.stores``: scheme -> class with ``from_url(StoreURL)``. A class may have
+``arguments(StoreURL)`` instead: it returns the constructor's keyword arguments and opens nothing, so that `check_url`
+can tell what is wrong with a URL.
 """
 
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any
 
 from kvlab.errors import ConfigError
 from kvlab.stores.base import Store, StoreStats
 from kvlab.stores.url import StoreURL
 
-__all__ = ["STORES", "Store", "StoreStats", "StoreURL", "open_store", "open_stores"]
+__all__ = ["STORES", "Store", "StoreStats", "StoreURL", "check_url", "open_store", "open_stores"]
 
 STORES = {  # scheme -> ("module:Class", what to install when the import fails)
     "memory": ("kvlab.stores.memory:MemoryStore", ""),
@@ -50,25 +53,43 @@ def open_store(url: str) -> Store:
     (True, b'value', None)
     """
     parsed = StoreURL.parse(url)
-    found = {point.name: (point.value, "") for point in entry_points(group="kvlab.stores")}
-    if parsed.scheme not in STORES and parsed.scheme not in found:
-        known = ", ".join(sorted({*STORES, *found}))
-        raise ConfigError(f"unknown store scheme {parsed.scheme!r} in {parsed.shown!r}; known: {known}")
-    target, hint = STORES.get(parsed.scheme) or found[parsed.scheme]
-    module, _, name = target.partition(":")
-    try:
-        cls = getattr(import_module(module), name)
-    except ImportError as error:
-        raise ConfigError(f"{parsed.scheme}:// needs an extra package: {hint or error}") from error
-    store = cls.from_url(parsed)
+    cls = _class_of(parsed)
+    if hasattr(cls, "arguments"):  # nothing is opened for a wrong option
+        arguments = cls.arguments(parsed)
+        parsed.done()
+        store = cls(**arguments)
+    else:
+        store = cls.from_url(parsed)
     if not isinstance(store, Store):
-        raise ConfigError(f"{target} must be a kvlab Store, got {type(store).__name__}")
+        raise ConfigError(f"{cls.__module__}.{cls.__qualname__} must be a kvlab Store, got {type(store).__name__}")
     try:
         parsed.done()
     except ConfigError:
         store.close()
         raise
     return store
+
+
+def check_url(url: str) -> None:
+    """Raise the ConfigError that `open_store(url)` would raise, as far as it can be told without opening the store."""
+    parsed = StoreURL.parse(url)
+    cls = _class_of(parsed)
+    if hasattr(cls, "arguments"):
+        cls.arguments(parsed)
+        parsed.done()
+
+
+def _class_of(url: StoreURL) -> Any:
+    found = {point.name: (point.value, "") for point in entry_points(group="kvlab.stores")}
+    if url.scheme not in STORES and url.scheme not in found:
+        known = ", ".join(sorted({*STORES, *found}))
+        raise ConfigError(f"unknown store scheme {url.scheme!r} in {url.shown!r}; known: {known}")
+    target, hint = STORES.get(url.scheme) or found[url.scheme]
+    module, _, name = target.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except ImportError as error:
+        raise ConfigError(f"{url.scheme}:// needs an extra package: {hint or error}") from error
 
 
 def open_stores(urls: Sequence[str]) -> Store:

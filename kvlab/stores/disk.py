@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 from kvlab.errors import ConfigError, StoreError
 from kvlab.hostmemory import PAGE, aligned
@@ -82,18 +82,20 @@ class DiskStore(Store):
             raise StoreError(f"cannot use {self.root} as a store: {error}") from error
 
     @classmethod
-    def from_url(cls, url: StoreURL) -> Self:
+    def arguments(cls, url: StoreURL) -> dict[str, Any]:
         if url.netloc not in ("", "localhost"):
             raise ConfigError(f"a folder needs three slashes, like file:///data/kv?size=10GiB, got {url.shown!r}")
-        return cls(
-            url.path,
-            url.take_bytes("size", default="10GiB"),
-            policy=url.take("policy", "lru"),
-            direct=url.take_bool("direct", True),
-            fsync=url.take_bool("fsync", False),
-            check=url.take_bool("check", True),
-            shared=url.take_bool("shared", False),
-        )
+        policy = url.take("policy", "lru")
+        get_policy(policy)
+        return {
+            "root": url.path,
+            "max_bytes": url.take_bytes("size", default="10GiB"),
+            "policy": policy,
+            "direct": url.take_bool("direct", True),
+            "fsync": url.take_bool("fsync", False),
+            "check": url.take_bool("check", True),
+            "shared": url.take_bool("shared", False),
+        }
 
     def put(self, key: str, value: Value) -> bool:
         start = time.perf_counter()

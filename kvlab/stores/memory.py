@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Self
+from typing import Any
 
 import numpy as np
 
@@ -55,14 +55,15 @@ class MemoryStore(Store, ForkAware):
         self.watch_forks()
 
     @classmethod
-    def from_url(cls, url: StoreURL) -> Self:
-        pinned = url.take("pinned", "auto")
-        return cls(
-            url.take_bytes("size", default="1GiB"),
-            policy=url.take("policy", "lru"),
-            pinned=None if pinned == "auto" else url.take_bool("pinned", False),
-            wait_s=url.take_ms("wait_ms", "100"),
-        )
+    def arguments(cls, url: StoreURL) -> dict[str, Any]:
+        policy, pinned = url.take("policy", "lru"), url.take("pinned", "auto")
+        get_policy(policy)
+        return {
+            "max_bytes": url.take_bytes("size", default="1GiB"),
+            "policy": policy,
+            "pinned": None if pinned == "auto" else url.take_bool("pinned", False),
+            "wait_s": url.take_ms("wait_ms", "100"),
+        }
 
     def put(self, key: str, value: Value) -> bool:
         start = time.perf_counter()

@@ -6,7 +6,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from kvlab.errors import StoreError
 from kvlab.hostmemory import aligned
@@ -68,7 +68,7 @@ class RedisStore(Store):
 
     def __init__(
         self,
-        place: RedisTarget,
+        target: RedisTarget,
         *,
         timeout_s: float = 1.0,
         ttl_s: float = 0.0,
@@ -80,7 +80,7 @@ class RedisStore(Store):
         self.name = name
         self.stats_ = StoreStats()
         self.errors: Counter[str] = Counter()
-        self._topology: Topology = make_topology(place, first_wait_s, longest_wait_s)
+        self._topology: Topology = make_topology(target, first_wait_s, longest_wait_s)
         self._timeout_s = timeout_s
         self._ttl_ms = max(1, round(ttl_s * 1000)) if ttl_s else 0
         self._limit = limit
@@ -92,16 +92,16 @@ class RedisStore(Store):
         self._lock = Lock()
 
     @classmethod
-    def from_url(cls, url: StoreURL) -> Self:
+    def arguments(cls, url: StoreURL) -> dict[str, Any]:
         limit = url.take("limit", "")
-        return cls(
-            RedisTarget.from_url(url),
-            timeout_s=url.take_ms("timeout_ms", "1000"),
-            ttl_s=url.take_ms("ttl_ms", "0"),
-            limit=parse_bytes(limit) if limit else None,
-            first_wait_s=url.take_ms("retry_ms", "250"),
-            longest_wait_s=url.take_ms("longest_retry_ms", "10000"),
-        )
+        return {
+            "target": RedisTarget.from_url(url),
+            "timeout_s": url.take_ms("timeout_ms", "1000"),
+            "ttl_s": url.take_ms("ttl_ms", "0"),
+            "limit": parse_bytes(limit) if limit else None,
+            "first_wait_s": url.take_ms("retry_ms", "250"),
+            "longest_wait_s": url.take_ms("longest_retry_ms", "10000"),
+        }
 
     def put(self, key: str, value: Value) -> bool:
         start = time.perf_counter()
