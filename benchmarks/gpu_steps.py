@@ -3,7 +3,7 @@
     python benchmarks/gpu_steps.py MODEL [--rounds 40] [--secondary URL] [--compilation-config JSON]
 
 Machines drift by more than the cost that is looked for, so nothing is compared across processes: the same engine runs
-the same workload with its connector's hooks taken out (*off*), with prompts nobody has seen (*first*: each is saved),
+the same workload with its connector's hooks taken out (*off*), with new prompts (*first*: each is saved),
 and with these again (*second*: each is loaded), round after round, every other round with *off* last. With a lower
 tier, once more after the memory tier was emptied (*lower*: loaded or computed, as the admission decides). A request is
 added every few steps, so that prompts are computed beside others that decode, and by steps, not by the clock: the turns

@@ -4,7 +4,7 @@
 
 A step without a GPU's graphs waits for the host, so what the hooks take is added to it: 50 us are 1% of a step of 5 ms.
 One real engine, a request every few steps, new prompts only. Medians over rounds of the time per step. `wait_for_save`
-is told apart: on a GPU it launches a copy, on a CPU it is the copy.
+stands apart: on a GPU it launches a copy, on a CPU it is the copy.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What does handing saved objects on to a secondary tier cost the thread that launches the engine's steps?
+"""What does writing saved objects back to a secondary tier cost the thread that launches the engine's steps?
 
     python benchmarks/launch_stalls.py --secondary redis://127.0.0.1:6379 [--rows FILE]
 
 The main thread stands in for an engine whose prefills are bound by launching: thousands of short calls that each let
-go of the interpreter, as launches do. Every eighth step computes a prompt (275 tokens of Qwen2.5-7B: objects of 16, 1
+go of the GIL, as launches do. Every eighth step computes a prompt (275 tokens of Qwen2.5-7B: objects of 16, 1
 and 1 blocks) and saves it through the connector's worker; the others replay one graph. A step's output is handled while
 the next one runs, as in vLLM. Told: a prompt's time from the beginning of its step to its output, and by how much it is
-above that of the same prompt of a turn in which nothing is handed on: medians and quartiles. The worker hands on when
+above that of the same prompt of a turn in which nothing is written back: medians and quartiles. The worker writes when
 the copy has ended (`at once`), or waits for steps that only decode, as it does (`waits`).
 """
 
@@ -67,7 +67,7 @@ class Engine:
         self._generations = count(1)
 
     def turn(self):
-        """Milliseconds of some prompts; nothing is left to hand on."""
+        """Milliseconds of some prompts; nothing is left to write back."""
         done = [self._step(is_prompt=at % EVERY == 0) for at in range(PROMPTS_PER_TURN * EVERY)]
         self._worker.write_back.flush()
         self._pending = None

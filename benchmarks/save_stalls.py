@@ -3,7 +3,7 @@
     python benchmarks/save_stalls.py [--rows FILE]
 
 A thread packs objects of 275 tokens of Qwen2.5-7B (15.8 MB, checksum included), 25 a second at most. The main thread
-stands in for the engine: short calls that let go of the interpreter and want it back. A stall is a call that took more
+stands in for the engine: short calls that release the GIL and want it back. A stall is a call that took more
 than 1 ms. On an idle machine; with its cores busy the system's own scheduling shows instead.
 """
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=Path("data/measured/save_stalls.csv"))
     options = parser.parse_args()
     buffers = [np.random.default_rng(i).integers(0, 255, NUM_BYTES, dtype=np.uint8) for i in range(8)]
-    short = np.zeros(70_000, np.uint8)  # above 64 KiB xxhash lets go of the interpreter
+    short = np.zeros(70_000, np.uint8)  # above 64 KiB xxhash releases the GIL
     for repeat in range(options.repeats):
         over, packed = threading.Event(), [0]
 

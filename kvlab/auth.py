@@ -61,7 +61,7 @@ class AuthKey:
         return cls(secret)
 
     def mac(self, pieces: Iterable[Buffer]) -> str:
-        """The MAC of `pieces` in a row, 64 hex digits. Lets go of the interpreter, once a piece."""
+        """The MAC of `pieces` in a row, 64 hex digits. Releases the GIL, once a piece."""
         mac = blake3(key=self._key)
         for piece in pieces:
             mac.update(piece)

@@ -103,7 +103,7 @@ def pack(
     head[places[_BYTES]] = b"%0*d" % (MAX_DIGITS, len(head) + offset)
     if auth is not None:
         head[places[_MAC]] = auth.mac([bytes(head), *data]).encode()
-    digest = xxhash.xxh3_128()  # lets go of the interpreter: a save is in no hurry, and the engine must not wait
+    digest = xxhash.xxh3_128()  # releases the GIL: saves are off the critical path, and the engine must not wait
     pieces: list[Buffer] = [bytes(head), *data]
     for piece in pieces:
         digest.update(piece)
@@ -215,8 +215,8 @@ def _without(head: bytes, seal: re.Match[bytes], group: int) -> bytes:
 
 
 def _digest(*pieces: Buffer) -> str:
-    """XXH3-128 of `pieces` in a row, for a load: in bites so small that xxhash keeps the interpreter, as to get it back
-    from a busy engine takes up to 5 ms, and hashing 14 MiB 0.7."""
+    """XXH3-128 of `pieces` in a row, for a load: updates so small that xxhash keeps the GIL, as to get it back from a
+    busy engine takes up to 5 ms, and hashing 14 MiB only 0.7."""
     digest = xxhash.xxh3_128()
     for piece in pieces:
         view = memoryview(piece)

@@ -8,7 +8,7 @@ so `fast` is for a model that the operator chose, not for adapters, which may co
 
 Digests are kept in the user's cache, so that a second start reads nothing. An entry counts for one state of one file
 (path, device, inode, size, times of the last change of content and of inode). The cache is believed only where
-nobody but the user can write to it, and only for files on file systems whose times can be relied on. The names of blobs
+the user alone can write to it, and only for files on file systems whose times can be relied on. The names of blobs
 in a hub cache are not used: they say what was downloaded once, not what the file holds now.
 """
 

@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("config", type=Path, help="the model's config.json")
     parser.add_argument("--source", required=True, help="where the config was read, with its revision")
     parser.add_argument("--kind", default="config_json_copy", help="what the source is; see docs/guide/sizing.md")
-    parser.add_argument("--unknown", action="append", default=[], help="a field the source lacks and nobody may guess")
+    parser.add_argument("--unknown", action="append", default=[], help="a field the source lacks, not to be guessed")
     parser.add_argument("--replace", action="store_true", help="replace an entry of that name")
     parser.add_argument("--catalog", type=Path, default=CATALOG)
     args = parser.parse_args()

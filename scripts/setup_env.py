@@ -118,8 +118,8 @@ def main() -> None:
     profiles = [*EXTRAS, DOCS]
     if len(sys.argv) != 2 or sys.argv[1] not in profiles:
         sys.exit(f"usage: python3 scripts/setup_env.py {'|'.join(profiles)}")
-    if sys.version_info < (3, 11):  # noqa: UP036 - runs before pip could have refused
-        sys.exit(f"kvlab needs Python 3.11 or newer, got {sys.version.split()[0]}; try make PYTHON=python3.12")
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):  # runs before pip could have refused
+        sys.exit(f"kvlab needs Python 3.11, 3.12 or 3.13, got {sys.version.split()[0]}; try make PYTHON=python3.12")
     profile = sys.argv[1]
     done = json.loads(STAMP.read_text()) if STAMP.exists() else {}
     there = set(done["profiles"]) if done.get("digest") == digest() else set()

@@ -19,6 +19,7 @@ import yaml
 
 from kvlab.__main__ import main
 from kvlab.connectors import ConnectorConfig, vllm_config
+from tests.test_layering import FLOORS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -144,3 +145,10 @@ def test_every_file_of_rows_is_described():
     described = re.findall(r"`([\w*]+\.(?:csv|jsonl))`", (ROOT / "data" / "README.md").read_text(encoding="utf-8"))
     files = [path.name for path in (ROOT / "data" / "measured").iterdir() if path.is_file()]
     assert [name for name in files if not any(fnmatch(name, pattern) for pattern in described)] == []
+
+
+def test_the_table_of_floors_is_that_of_the_layering():
+    text = (DOCS / "design" / "architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("| floor | modules |") :].split("\n\n")[0]
+    lines = [re.sub(r"\([^)]*\)", "", line) for line in table.splitlines()[2:]]
+    assert [re.findall(r"`(\w+)`", line) for line in lines] == FLOORS

@@ -33,8 +33,7 @@ def main(argv: Sequence[str]) -> int:
     names: list[Any] = [name for name in options.backends.split(",") if name]
     try:
         rows = run(
-            names[0] if names else None,
-            names[1:],
+            names,
             model=options.model,
             dataset=options.dataset.split(","),
             dataset_path=options.dataset_path,

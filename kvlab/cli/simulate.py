@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="whose KV it is: a name or a config.json; needed where capacities are bytes")
     p.add_argument("--serde", default=None, help="ratios or serdes of a fixed ratio, with commas: 1.45,int4")
     p.add_argument("--chunk-tokens", type=int, default=None, help="tokens of a stored object")
-    p.add_argument("--store-threshold", type=int, default=1, help="store at the n-th sight only")
+    p.add_argument("--store-threshold", type=int, default=1, help="store an object from its n-th use on")
     p.add_argument("--min-tokens", type=int, default=0, help="store prompts of so many tokens or more only")
     p.add_argument("--format", default="auto", choices=("auto", *FORMATS))
     p.add_argument("--block-tokens", type=int, default=None, help="tokens per block, where not the format's own")

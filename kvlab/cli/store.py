@@ -33,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "ls":
             command.add_argument("--prefix", default="", help="only keys that start with this")
         if name == "verify":
-            command.add_argument(
-                "--quarantine", action="store_true", help="take what is broken out of the readers' sight"
-            )
+            command.add_argument("--quarantine", action="store_true", help="put what is broken into quarantine")
             command.add_argument("--auth", metavar="FILE", help="the key that objects must be signed with")
         if name == "evict":
             command.add_argument("--to", required=True, metavar="SIZE", help="bytes that may stay, like 2GiB")

@@ -93,7 +93,7 @@ def to_parts(encoded: Encoded) -> tuple[dict[str, Part], dict[str, str]]:
     """Parts and metadata of `encoded` for `kvlab.container.pack`.
 
     Parts with wide items come first, so that each starts aligned behind the container's 4,096-byte header. They
-    view the encoded tensors' memory and are valid as long as nobody writes it.
+    view the encoded tensors' memory and are valid until that memory is written to.
     """
     parts: dict[str, Part] = {}
     for name, tensor in sorted(encoded.parts.items(), key=lambda item: -item[1].element_size()):

@@ -45,7 +45,7 @@ NAMES = (
 NEEDS_REDIS = ("lmcache-redis", "kvlab-redis")
 
 
-def backend(
+def named_backend(
     name: str,
     *,
     cache_bytes: int,

@@ -66,7 +66,7 @@ def read_loads(log: str) -> list[Load]:
 
 
 def hits_by_prompt(loads: Iterable[Load], prompt_lens: Sequence[int], prefix: str) -> list[int]:
-    """Tokens loaded for each prompt of the run, 0 where none were. Prompts are told apart by their request ids."""
+    """Tokens loaded for each prompt of the run, 0 where none were. Request ids say which prompt a load is of."""
     hits = [0] * len(prompt_lens)
     number = re.compile(re.escape(prefix) + r"(\d+)")
     for load in loads:

@@ -18,8 +18,8 @@ from kvlab.machine.processes import usage
 from kvlab.machine.provenance import filesystem, gpu_name
 from kvlab.machine.redis_server import RedisServer
 from kvlab.progress import Progress
-from kvlab.serving import backends, client, counters, latency
-from kvlab.serving.backends import Backend
+from kvlab.serving import client, counters, latency
+from kvlab.serving.backends import NAMES, NEEDS_REDIS, Backend, from_tiers, named_backend
 from kvlab.serving.provenance import serving_provenance
 from kvlab.serving.server import Server
 from kvlab.serving.workloads import KINDS, Workload, check_kind, make_workload
@@ -40,7 +40,7 @@ class Traffic:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What every backend of one comparison shares."""
 
@@ -64,8 +64,7 @@ class Plan:
 
 
 def run(
-    backend: str | Sequence[str] | None = None,
-    peer: str | Sequence[str] | None = None,
+    backends: str | Sequence[str | Sequence[str]],
     *,
     model: str | None = None,
     dataset: str | Sequence[str] = "sharegpt",
@@ -90,15 +89,14 @@ def run(
     folder: str | Path | None = None,
     out: str | Path | None = None,
 ) -> list[Row]:
-    """Measure `backend` and then each `peer` on the same prompts at the same times; one row per run.
+    """Measure each of `backends` on the same prompts at the same times; one row per run.
 
     Parameters
     ----------
-    backend
-        a store URL or several, fastest first, for kvlab over those tiers; or a name of
-        `kvlab.serving.backends.NAMES`.
-    peer
-        names of that list, measured after it. The server is started anew for each.
+    backends
+        one or a list, measured in this order, each with a server of its own: names of
+        `kvlab.serving.backends.NAMES`, or store URLs for kvlab over that tier. A list of URLs inside the list, fastest
+        first, is one backend over these tiers: ``["none", ["memory://?size=1GiB", "file:///kv?size=8GiB"]]``.
     model
         folder or hub id; None is the small demo model.
     dataset
@@ -129,9 +127,9 @@ def run(
 
     Raises ConfigError or StoreError in one line. Whatever happens, an interrupt too, nothing it started stays behind.
     """
-    names = [*([backend] if backend is not None else []), *([peer] if isinstance(peer, str) else peer or [])]
+    names = [backends] if isinstance(backends, str) else list(backends)
     if not names:
-        raise ConfigError(f"give a backend: a store URL, or one of {', '.join(backends.NAMES)}")
+        raise ConfigError(f"give a backend: a store URL, or one of {', '.join(NAMES)}")
     datasets = [dataset] if isinstance(dataset, str) else list(dataset)
     if not datasets:
         raise ConfigError(f"give a dataset: one of {', '.join(KINDS)}")
@@ -185,23 +183,23 @@ def run(
             traffic.append(Traffic(workload, rate, chance))
             bar.step()
         plan = Plan(
-            model,
-            tuple(traffic),
-            runs,
-            tuple(server_flags),
-            dict(backend_flags or {}),
-            dict(env or {}),
-            port,
-            ignore_eos,
-            warmups,
-            start_timeout_s,
-            place,
-            bar,
-            measuring,
-            size,
-            redis_url,
-            settings,
-            out,
+            model=model,
+            traffic=tuple(traffic),
+            runs=runs,
+            server_flags=tuple(server_flags),
+            backend_flags=dict(backend_flags or {}),
+            env=dict(env or {}),
+            port=port,
+            ignore_eos=ignore_eos,
+            warmups=warmups,
+            start_timeout_s=start_timeout_s,
+            folder=place,
+            bar=bar,
+            client=measuring,
+            cache_bytes=size,
+            redis_url=redis_url,
+            settings=settings,
+            out=out,
         )
         numbered = list(enumerate(names))
         for group in [numbered] if together else [[one] for one in numbered]:
@@ -224,8 +222,8 @@ def _backend(
     name: str | Sequence[str], size: int, folder: Path, redis_url: str | None, settings: Mapping[str, Any] | None
 ) -> Backend:
     if isinstance(name, str) and "://" not in name:
-        return backends.backend(name, cache_bytes=size, folder=folder, redis_url=redis_url, settings=settings)
-    return backends.from_tiers([name] if isinstance(name, str) else list(name), settings=settings)
+        return named_backend(name, cache_bytes=size, folder=folder, redis_url=redis_url, settings=settings)
+    return from_tiers([name] if isinstance(name, str) else list(name), settings=settings)
 
 
 @dataclass(frozen=True)
@@ -270,7 +268,7 @@ def _measure(plan: Plan, group: Sequence[tuple[int, Any]]) -> list[Row]:
 def _start(stack: contextlib.ExitStack, plan: Plan, name: str | Sequence[str], number: int) -> _Running:
     """Start a backend's server, on an empty tier; `stack` ends it and what it needs."""
     redis_url = plan.redis_url
-    if name in backends.NEEDS_REDIS and redis_url is None:
+    if name in NEEDS_REDIS and redis_url is None:
         redis_url = stack.enter_context(
             RedisServer(f"maxmemory {plan.cache_bytes}", "maxmemory-policy allkeys-lru")
         ).url

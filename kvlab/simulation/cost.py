@@ -5,7 +5,7 @@
     prefill(h -> n) = a (n - h) + b (n^2 - h^2)    h tokens loaded, n in the prompt, one at least is computed
 
 ``a`` and ``b`` come from a measured rate, from FLOPs, or from measured TTFTs (`fit_prefill`). Loading and computing do
-not overlap, chunks are not computed while others load, and a request that is being decoded slows nobody down.
+not overlap, chunks are not computed while others load, and a request that is being decoded slows no other.
 """
 
 import heapq

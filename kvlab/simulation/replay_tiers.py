@@ -21,7 +21,8 @@ class Admission:
     def __post_init__(self) -> None:
         if self.store_threshold < 1 or self.min_tokens < 0:
             raise ConfigError(
-                f"admission needs sights >= 1 and min_tokens >= 0, got {self.store_threshold} and {self.min_tokens}"
+                f"admission needs store_threshold >= 1 and min_tokens >= 0, "
+                f"got {self.store_threshold} and {self.min_tokens}"
             )
 
 

@@ -51,7 +51,7 @@ def _larger_before(values: Ints) -> Ints:
     width = 1 << max(count - 1, 1).bit_length()
     ranks = np.full(width, -1, np.int64)  # the padding comes last and is never larger
     ranks[:count] = np.argsort(np.argsort(values, kind="stable"), kind="stable") + 1
-    # Only first uses share a value, and nobody reads their counts.
+    # Only first uses share a value, and their counts are not read.
     larger = np.zeros(width, np.int64)
     half = 1
     while half < width:

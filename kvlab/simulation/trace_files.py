@@ -1,6 +1,6 @@
 """Read and write request traces: JSON lines with one prompt's block hashes each.
 
-Two published formats are known, told apart by their fields:
+Two published formats are known; their fields say which one a file has:
 
 - *mooncake* (github.com/kvcache-ai/Mooncake, FAST25-release): ``timestamp`` in ms, ``input_length``,
   ``output_length``, ``hash_ids`` of 512-token blocks, the last of which may be partly filled.

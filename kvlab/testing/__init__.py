@@ -1,4 +1,4 @@
-"""Conformance suites that anybody may run on a store or serde of their own. Needs pytest and hypothesis."""
+"""Conformance suites for kvlab's stores and serdes, and for those of other packages. Needs pytest and hypothesis."""
 
 from typing import TYPE_CHECKING
 

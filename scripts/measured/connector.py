@@ -223,7 +223,7 @@ def stalls() -> Page:
     return Page(
         "stalls",
         "How long do kvlab's threads hold up a busy engine?",
-        f"Writing back between prefills adds {max(added['redis', 'waits'], added['file', 'waits']):.2f} ms at most to a prompt, writing at once {min(added['redis', 'at once'], added['file', 'at once']):.2f} and more.",
+        f"Written back between prefills, objects add {max(added['redis', 'waits'], added['file', 'waits']):.2f} ms at most to a prompt in the median; written at once {min(added['redis', 'at once'], added['file', 'at once']):.2f} and more.",
         [
             Table(
                 "A prompt whose objects are written back",

@@ -140,7 +140,7 @@ def serde_speed() -> Page:
                 ["kind", "ratio", "encode", "decode", "pays below, decode after transfer", "during", "memcpy beside it"],
                 _columns(rows, ("kind", "ratio", "encode_gb_s", "decode_gb_s", "break_even_serial_gb_s", "break_even_pipelined_gb_s", "copy_gb_s")),
                 rows,
-                "Kernels of `cachegen` hold no lock, so chunks decode side by side on several cores. *naive* is handed over without a copy on encode.",
+                "Kernels of `cachegen` hold no lock, so chunks decode side by side on several cores. *naive* encodes without a copy.",
             ),
             Table(
                 "Decoding on a GPU, GB/s of raw KV",

@@ -46,8 +46,7 @@ def measured(demo_model_path, tmp_path_factory):
     part.write_text(json.dumps(short))
     with RedisServer() as redis:
         rows = run(
-            BACKENDS[0],
-            BACKENDS[1:],
+            BACKENDS,
             model=demo_model_path,
             dataset_path=str(part),
             num_prompts=NUM_PROMPTS,
@@ -153,8 +152,7 @@ def test_it_is_reported_and_drawn(measured):
 @pytest.mark.timeout(600)
 def test_servers_that_run_together_take_turns_on_every_dataset(demo_model_path, tmp_path):
     rows = run(
-        "none",
-        "kvlab-memory",
+        ["none", "kvlab-memory"],
         model=demo_model_path,
         dataset_path=str(small_file(tmp_path)),
         dataset=["sharegpt", "rounds"],
@@ -287,7 +285,7 @@ def test_a_missing_dataset_a_wrong_backend_and_a_port_in_use(demo_model_path, tm
     with pytest.raises(ConfigError, match="not among the backends"):
         run("none", model=demo_model_path, backend_flags={"vllm-prefix": []})
     with pytest.raises(ConfigError, match="cannot share a port"):
-        run("none", "kvlab-memory", model=demo_model_path, together=True, port=8000)
+        run(["none", "kvlab-memory"], model=demo_model_path, together=True, port=8000)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

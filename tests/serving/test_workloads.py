@@ -7,7 +7,7 @@ import pytest
 from kvlab.datasets.sharegpt import encoder, read_conversations, sharegpt_file
 from kvlab.engine import retrieved_line
 from kvlab.errors import ConfigError
-from kvlab.serving.backends import NAMES, NEEDS_REDIS, backend, from_tiers
+from kvlab.serving.backends import NAMES, NEEDS_REDIS, from_tiers, named_backend
 from kvlab.serving.counters import by_tier, difference, hits_by_prompt, read_counters, read_loads
 from kvlab.serving.workloads import make_workload
 
@@ -103,7 +103,7 @@ def test_no_prompt_of_one_first_run_is_in_another(demo_model_path, part, tmp_pat
 
 @pytest.mark.parametrize("name", NAMES)
 def test_backends_differ_in_their_cache_alone(name, tmp_path):
-    chosen = backend(name, cache_bytes=2 << 30, folder=tmp_path, redis_url="redis://127.0.0.1:6379")
+    chosen = named_backend(name, cache_bytes=2 << 30, folder=tmp_path, redis_url="redis://127.0.0.1:6379")
     on = "--enable-prefix-caching" in chosen.flags
     assert on == (name == "vllm-prefix")
     assert ("--no-enable-prefix-caching" in chosen.flags) != on

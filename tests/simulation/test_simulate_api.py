@@ -93,7 +93,7 @@ def test_token_prompts_are_traffic():
         ({"chunk_tokens": 100}, "chunk_tokens must be a multiple of the traffic's block_tokens=16, got 100"),
         ({"serde": 0.0}, "must be positive"),
         ({"serde": 2.0}, "give model"),
-        ({"admission": 0}, "admission needs sights >= 1"),
+        ({"admission": 0}, "admission needs store_threshold >= 1"),
         ({"cost": CostModel(Prefill(1.0))}, "a cost model needs bytes"),
     ],
 )
