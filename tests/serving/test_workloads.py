@@ -112,7 +112,7 @@ def test_backends_differ_in_their_cache_alone(name, tmp_path):
         assert json.loads(chosen.flags[2])["kv_role"] == "kv_both"
     if name in NEEDS_REDIS:
         with pytest.raises(ConfigError, match="needs a Redis server"):
-            backend(name, cache_bytes=1, folder=tmp_path)
+            named_backend(name, cache_bytes=1, folder=tmp_path)
 
 
 def test_any_store_urls_are_a_backend():
