@@ -157,7 +157,7 @@ def simulate(
         "unit": "bytes" if in_bytes else "blocks",
         "serde_ratio": ratio,
         "chunk_tokens": step_tokens,
-        "sights": admission.store_threshold if admission else 1,
+        "store_threshold": admission.store_threshold if admission else 1,
         "requests": len(traffic.requests),
         "block_hit_rate": float(hit_blocks.sum() / traffic.num_blocks.sum()),
         "token_hit_rate": float(hit_tokens.sum() / traffic.num_tokens.sum()),

@@ -13,7 +13,7 @@ class ReuseCounter:
         self._counts: OrderedDict[Hashable, int] = OrderedDict()
 
     def add(self, key: Hashable) -> int:
-        """Count one more sight of `key`; how many there are now."""
+        """Count one more use of `key`; how many there are now."""
         num_uses = self._counts[key] = self._counts.pop(key, 0) + 1
         if len(self._counts) > KEPT_SIGHTS:
             self._counts.popitem(last=False)

@@ -243,7 +243,7 @@ class TieredStore(Store):
             self.stats_.misses += 1
 
     def _is_due(self, key: str, *, exactly: bool = False) -> bool:
-        """Count one more sight of `key`; whether the secondary tiers are to have it by now (`exactly`: just now)."""
+        """Count one more use of `key`; whether the secondary tiers are to have it by now (`exactly`: just now)."""
         if self._store_threshold == 1:
             return True
         with self._lock:

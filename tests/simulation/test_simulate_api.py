@@ -160,7 +160,7 @@ def test_command_line(tmp_path, capsys):
     assert main(["simulate", *arguments, "--workers", "1", "--json", "--store-threshold", "2"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert [row["policy"] for row in answer["rows"]] == ["lru", "lru", "s3fifo", "s3fifo"]
-    assert answer["rows"][0]["sights"] == 2
+    assert answer["rows"][0]["store_threshold"] == 2
     assert main(["simulate", "agent", "--limit", "40", "--csv"]) == 0
     assert capsys.readouterr().out.startswith("traffic,policy,")
     for bad in (["simulate"], ["simulate", "absent.jsonl"], ["simulate", "chat", "--tiers", "1GiB"]):
