@@ -93,7 +93,7 @@ def main():
             "traffic",
             "policy",
             "capacity",
-            "sights",
+            "store_threshold",
             "block_hit_rate",
             "token_hit_rate",
             "request_hit_rate",

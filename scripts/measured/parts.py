@@ -155,7 +155,7 @@ def serde_speed() -> Page:
 
 def simulation() -> Page:
     rates, speed, plain = read("simulate_rates.csv"), read("simulate_speed.csv"), read("eviction.csv")
-    once = [row for row in rates if row["sights"] == "1"]
+    once = [row for row in rates if row["store_threshold"] == "1"]
     tables = []
     for traffic in dict.fromkeys(row["traffic"] for row in once):
         of = [row for row in once if row["traffic"] == traffic]
