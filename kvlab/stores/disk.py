@@ -256,6 +256,8 @@ class DiskStore(Store):
         return True
 
     def _can_bypass_page_cache(self) -> bool:
+        if self._folder.index.read_only:
+            return True  # nothing can be tried; a read that the file system refuses goes without
         probe = f"{WRITING}/{secrets.token_hex(8)}"
         try:
             fd = self._root.open_file(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT)

@@ -100,6 +100,8 @@ class Folder(ForkAware):
         """
         temp = f"{WRITING}/{secrets.token_hex(8)}"
         with self.index.locked():
+            if self.index.read_only:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
             if not self._make_room(size, replacing=path):
                 return None
             self.index.add(temp, size)  # before it is there: a death in between has counted too much, not too little
@@ -204,6 +206,8 @@ class Folder(ForkAware):
     def _make_room(self, size: int, replacing: str = "") -> bool:
         """Let files go until `size` more bytes fit: broken ones, the one that is replaced, then by policy."""
         index = self.index
+        if index.read_only:
+            return False
         while self.touched:  # even where there is room: they came before what is about to enter
             self._policy.touch(self.touched.popleft())
         if index.used + size <= self.max_bytes:
@@ -277,7 +281,7 @@ class Folder(ForkAware):
             for path, state in self.root.files(top):
                 if not is_own(path):
                     continue
-                if self._is_left_over(path, state.st_size):
+                if not self.index.read_only and self._is_left_over(path, state.st_size):
                     try:
                         self.root.unlink(path)
                         self._count(dropped=1)

@@ -1,4 +1,4 @@
-"""The command line as a shell starts it: any key, any terminal, any place for its output, one line for what is wrong."""
+"""The command line as a shell starts it: any key, terminal and place for its output, and one line for what is wrong."""
 
 import os
 import subprocess
