@@ -12,10 +12,10 @@ import time
 import pytest
 
 from kvlab.errors import StoreError
-from kvlab.stores import index as folder_index
 from kvlab.stores import open_store
 from kvlab.stores.disk import DiskStore
-from kvlab.stores.names import WRITING, path_of
+from kvlab.stores.disk import index as folder_index
+from kvlab.stores.disk.names import WRITING, path_of
 
 BUDGET = 100_000
 CALLS = ("open", "write", "pwritev", "pread", "preadv", "ftruncate", "rename", "unlink", "stat", "fstat", "mkdir",

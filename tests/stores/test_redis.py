@@ -13,8 +13,8 @@ from servers import PATIENT, Front, Server, free_port, running, wait_for
 from kvlab.errors import ConfigError, StoreError
 from kvlab.hostmemory import aligned
 from kvlab.stores import open_store
-from kvlab.stores.redis_node import NodeDownError
-from kvlab.stores.redis_replies import name_of
+from kvlab.stores.redis.node import NodeDownError
+from kvlab.stores.redis.replies import name_of
 from kvlab.testing import StoreTests
 from kvlab.testing.machines import pattern
 

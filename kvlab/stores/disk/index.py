@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from kvlab.stores.circuit_breaker import CircuitBreaker
+from kvlab.stores.disk.journal import JOURNAL, open_journal
+from kvlab.stores.disk.names import is_own
+from kvlab.stores.disk.root import Root
 from kvlab.stores.forks import ForkAware
-from kvlab.stores.journal import JOURNAL, open_journal
-from kvlab.stores.names import is_own
-from kvlab.stores.root import Root
 
 log = logging.getLogger(__name__)
 

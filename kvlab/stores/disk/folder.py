@@ -3,11 +3,12 @@
 Layout::
 
     <root>/3f/<percent-encoded key>.safetensors    objects, spread over 256 folders
-    <root>/.kvlab/journal                          lock and journal (kvlab.stores.index)
+    <root>/.kvlab/journal                          lock and journal (kvlab.stores.disk.index)
     <root>/.kvlab/writing/                         files in the making; each locked by its living writer
     <root>/.kvlab/broken/                          files set aside; the first to go when room is needed
 
-Files with such names are counted; others are neither counted nor touched. No link is followed (`kvlab.stores.root`).
+Files with such names are counted; others are neither counted nor touched. No link is followed
+(`kvlab.stores.disk.root`).
 """
 
 import errno
@@ -21,11 +22,11 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
+from kvlab.stores.disk.index import FolderIndex, FolderLockedError
+from kvlab.stores.disk.names import BROKEN, FANOUT, HEAD_BYTES, PRIVATE, WRITING, is_cut_short, is_own
+from kvlab.stores.disk.root import Root
 from kvlab.stores.eviction import EvictionPolicy
 from kvlab.stores.forks import ForkAware
-from kvlab.stores.index import FolderIndex, FolderLockedError
-from kvlab.stores.names import BROKEN, FANOUT, HEAD_BYTES, PRIVATE, WRITING, is_cut_short, is_own
-from kvlab.stores.root import Root
 
 log = logging.getLogger(__name__)
 

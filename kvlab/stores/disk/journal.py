@@ -4,8 +4,8 @@ import errno
 import os
 import stat
 
-from kvlab.stores.names import BROKEN, PRIVATE, WRITING
-from kvlab.stores.root import RefusedError, Root
+from kvlab.stores.disk.names import BROKEN, PRIVATE, WRITING
+from kvlab.stores.disk.root import RefusedError, Root
 
 JOURNAL = f"{PRIVATE}/journal"
 
