@@ -22,8 +22,9 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
+from kvlab.container import SEAL_BYTES, is_cut_short
 from kvlab.stores.disk.index import FolderIndex, FolderLockedError
-from kvlab.stores.disk.names import BROKEN, FANOUT, HEAD_BYTES, PRIVATE, WRITING, is_cut_short, is_own
+from kvlab.stores.disk.names import BROKEN, FANOUT, PRIVATE, WRITING, is_own
 from kvlab.stores.disk.root import Root
 from kvlab.stores.eviction import EvictionPolicy
 from kvlab.stores.forks import ForkAware
@@ -302,15 +303,13 @@ class Folder(ForkAware):
         if size > self.max_bytes or not self._check:
             return size > self.max_bytes
         try:
-            return is_cut_short(self._head(path), size)
+            return size == 0 or is_cut_short(self._head(path), size)
         except OSError:  # what cannot be read takes room all the same
             return False
 
     def _head(self, path: str) -> bytes:
-        """The file's first bytes, as many as a container's header says it has."""
         fd = self.root.open_file(path, os.O_RDONLY)
         try:
-            head = os.pread(fd, 8, 0)
-            return os.pread(fd, min(8 + int.from_bytes(head, "little"), HEAD_BYTES), 0)
+            return os.pread(fd, SEAL_BYTES, 0)
         finally:
             os.close(fd)
