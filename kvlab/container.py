@@ -41,6 +41,7 @@ _SEAL = re.compile(
 _BYTES, _CHECKSUM, _MAC = 1, 2, 3  # groups of the pattern
 _BLANK = {"kvlab": VERSION, "bytes": "0" * MAX_DIGITS, "checksum": "0" * 32, "mac": "0" * 64}
 _NO_MAC = _BLANK["mac"].encode()
+SEAL_BYTES = 8 + len(_START) + len('2","bytes":"","checksum":"","mac":"","key":"') + MAX_DIGITS + 32 + 64
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,15 @@ def check_length(head: bytes, num_bytes: int, key: str) -> re.Match[bytes]:
         reason = "truncated" if said > num_bytes else "corrupt"
         raise FormatError(f"object {key!r} must hold {said} bytes, got {num_bytes}", reason=reason)
     return seal
+
+
+def is_cut_short(head: bytes, num_bytes: int) -> bool:
+    """Whether a file of `num_bytes` begins as an object does and is not as long as that says, as after a power cut;
+    `head` is its first `SEAL_BYTES`. Bytes of other kinds are not judged: a reader checks them."""
+    seal = _SEAL.match(head, 8)
+    if seal is not None:
+        return int(seal[_BYTES]) != num_bytes
+    return 8 < num_bytes < SEAL_BYTES and (head.startswith(_START, 8) or _START.startswith(head[8:]))
 
 
 def parse_json(text: str) -> Any:

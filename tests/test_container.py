@@ -11,13 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlab import container
-from kvlab.container import HASHED_AT_ONCE, MAX_HEADER_BYTES, Part, pack, unpack
+from kvlab.container import HASHED_AT_ONCE, MAX_HEADER_BYTES, SEAL_BYTES, Part, is_cut_short, pack, unpack
 from kvlab.errors import ConfigError, FormatError
 from kvlab.hostmemory import PAGE
 from tests.forged import forged_text, seal_text
 
 KEY = "kvlab:model:0123456789abcdef:00112233"
 GOLDEN = Path(__file__).parent / "golden" / "container.v2.safetensors"
+
+
+def test_an_object_that_is_cut_short_is_known_by_its_seal():
+    value = bytes(sample())
+    assert value[SEAL_BYTES - 7 : SEAL_BYTES] == b'"key":"'
+    assert not is_cut_short(value[:SEAL_BYTES], len(value))
+    for num_bytes in (9, 30, 100, SEAL_BYTES - 1, SEAL_BYTES, 4096, len(value) - 1, len(value) + 1):
+        assert is_cut_short(value[: min(num_bytes, SEAL_BYTES)], num_bytes), num_bytes
+    for other in (b"", b"value", b"12345678", b"x" * 100, (10).to_bytes(8, "little") + b'{"x":1}   '):
+        assert not is_cut_short(other, len(other))
 
 
 def sample() -> bytes:

@@ -12,7 +12,7 @@ from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Namespace
 from kvlab.stores import open_store, open_stores
 from kvlab.stores.base import cut
-from kvlab.stores.names import path_of
+from kvlab.stores.disk.names import path_of
 
 GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=3, head_dim=8, dtype="bfloat16")
 CHUNKER = Chunker(chunk_tokens=32, block_tokens=8)

@@ -1,13 +1,14 @@
 """Reserved memory: where it starts, what it holds, and that the system gives it when told."""
 
 import mmap
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvlab.errors import ConfigError
-from kvlab.hostmemory import HUGE_PAGE, populate, reserve
+from kvlab.errors import ConfigError, StoreError
+from kvlab.hostmemory import HUGE_PAGE, PAGE, address, aligned, populate, reserve, scratch
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, HUGE_PAGE - 1, (5 << 20) + 3])
@@ -61,3 +62,31 @@ def test_it_is_left_out_of_core_dumps():
         elif first == "VmFlags:" and inside:
             flags = rest
     assert "dd" in flags.split()
+
+
+@pytest.mark.parametrize("size", [0, 1, PAGE - 1, PAGE, PAGE + 1, 5 << 20])
+def test_an_aligned_buffer_is_whole_pages_at_a_page(size):
+    memory = aligned(size)
+    assert address(memory) % PAGE == 0
+    assert memory.nbytes % PAGE == 0
+    assert size <= memory.nbytes <= max(size, 1) + PAGE - 1
+    memory[:] = b"\xff" * memory.nbytes
+
+
+def test_more_than_there_is_memory_is_a_reason():
+    for size in (1 << 60, (1 << 63) - 1):
+        with pytest.raises(StoreError, match=f"no memory for {size} bytes") as caught:
+            aligned(size)
+        assert caught.value.reason == "memory"
+
+
+def test_scratch_is_a_threads_own_and_an_owners_own():
+    mine = scratch("a", 100)
+    assert address(scratch("a", PAGE)) == address(mine)
+    assert scratch("a", PAGE + 1).nbytes == 2 * PAGE
+    assert address(scratch("b", 100)) != address(scratch("a", 100))
+    others = []
+    thread = threading.Thread(target=lambda: others.append(scratch("a", 100)))
+    thread.start()
+    thread.join()
+    assert address(others[0]) != address(scratch("a", 100))

@@ -1,9 +1,10 @@
-"""A Redis-compatible server of one's own, for notebooks and measurements: on a free port, stopped at the end."""
+"""A Redis-compatible server of one's own, for notebooks, measurements and tests: on a free port, stopped at the end."""
 
 import shutil
 import socket
 import tempfile
 import time
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,34 +13,43 @@ from typing import Self
 from kvlab.errors import ConfigError
 from kvlab.machine.processes import Child
 
+TRIES = 5  # another process may take the port before the server does
+START_S = 120.0
+_given: set[int] = set()
+
 
 class RedisServer:
-    """`settings` are lines of the server's configuration. Use as a context manager; `url` opens it as a store."""
+    """`settings` are lines of the server's configuration. Use as a context manager; `url` opens it as a store.
 
-    def __init__(self, *settings: str) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="kvlab-redis-"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {self._folder}", 'save ""', *settings]
-        (self._folder / "conf").write_text("\n".join(lines) + "\n")
+    Its files lie in `folder`, or in one of their own that goes with it. With `sentinel` it is one.
+    """
+
+    def __init__(self, *settings: str, folder: Path | None = None, sentinel: bool = False) -> None:
+        self._own = None if folder else Path(tempfile.mkdtemp(prefix="kvlab-redis-"))
+        self._folder = folder or self._own or Path()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._command = [server_binary(), str(self._folder / "conf"), *(["--sentinel"] if sentinel else [])]
         self._process: Child | None = None
-        self.start()
+        for _ in range(TRIES):
+            self.port = _free_port()
+            lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {self._folder}", 'save ""', "appendonly no"]
+            (self._folder / "conf").write_text("\n".join([*lines, *settings]) + "\n")
+            if self._starts():
+                return
+        raise self._failed()
 
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process is not None else -1
+
     def start(self) -> None:
-        """Start, and wait until it listens."""
-        with open(self._folder / "log", "ab") as log:
-            self._process = Child([server_binary(), str(self._folder / "conf")], log)
-        for _ in range(500):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.01)
-        raise ConfigError(f"the Redis server did not come up: {(self._folder / 'log').read_text()[-300:]}")
+        """Start it again after `kill`, and wait until it answers."""
+        if not self._starts():
+            raise self._failed()
 
     def kill(self) -> None:
         """End it as a power cut would."""
@@ -51,7 +61,47 @@ class RedisServer:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._own is not None:
+            shutil.rmtree(self._own, ignore_errors=True)
+
+    def _starts(self) -> bool:
+        """Whether it answers; not if it has ended before."""
+        with open(self._folder / "log", "ab") as log:
+            self._process = Child(self._command, log)
+        end = time.monotonic() + START_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > end:
+                self.kill()
+                return False
+            time.sleep(0.01)
+        return True
+
+    def _answers(self) -> bool:
+        """Whatever it says but that it is still loading: without a login some say no more than that they want one."""
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), START_S) as probe:
+            probe.sendall(b"PING\r\n")
+            reply = probe.recv(64)
+            return bool(reply) and not reply.startswith(b"-LOADING")
+        return False
+
+    def _failed(self) -> ConfigError:
+        return ConfigError(f"the Redis server did not come up: {(self._folder / 'log').read_text()[-300:]}")
+
+
+def _free_port() -> int:
+    """A port that is free, and so high that the port of a cluster's bus, 10,000 above, exists."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port > 50_000:
+            port -= 20_000
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    continue
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 def server_binary() -> str:

@@ -8,8 +8,8 @@ import pytest
 
 from kvlab import hostmemory
 from kvlab.hostmemory import PAGE, aligned
-from kvlab.stores import direct
-from kvlab.stores.direct import read_file, write_file
+from kvlab.stores.disk import direct
+from kvlab.stores.disk.direct import read_file, write_file
 from kvlab.testing.machines import pattern
 
 SIZES = [0, 1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE, 5 * PAGE + 17]

@@ -19,8 +19,8 @@ from kvlab.errors import ConfigError, StoreError
 from kvlab.hostmemory import aligned
 from kvlab.stores import open_store
 from kvlab.stores.disk import DiskStore
-from kvlab.stores.folder import Folder
-from kvlab.stores.names import path_of
+from kvlab.stores.disk.folder import Folder
+from kvlab.stores.disk.names import path_of
 from kvlab.testing import BudgetTests, StoreTests
 from kvlab.testing.machines import pattern
 

@@ -12,10 +12,10 @@ import time
 import pytest
 
 from kvlab.errors import StoreError
-from kvlab.stores import index as folder_index
 from kvlab.stores import open_store
 from kvlab.stores.disk import DiskStore
-from kvlab.stores.names import WRITING, path_of
+from kvlab.stores.disk import index as folder_index
+from kvlab.stores.disk.names import WRITING, path_of
 
 BUDGET = 100_000
 CALLS = ("open", "write", "pwritev", "pread", "preadv", "ftruncate", "rename", "unlink", "stat", "fstat", "mkdir",
@@ -117,6 +117,49 @@ def test_each_call_failing_alone(tmp_path, monkeypatch):
         if not faulty.failed:
             break
     assert number > 150, "it did nothing"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE])
+def test_a_file_that_cannot_be_opened_for_writing_is_not_counted(tmp_path, monkeypatch, code):
+    root, opened = tmp_path / "kv", os.open
+    with DiskStore(root, BUDGET) as store:
+        assert store.put("kept", bytes(30_000))
+
+        def full(path, flags, *mode, **options):
+            if flags & os.O_CREAT:
+                raise OSError(code, "injected", path)
+            return opened(path, flags, *mode, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", full)
+            for _ in range(20):
+                with pytest.raises(StoreError) as caught:
+                    store.put("new", bytes(20_000))
+                assert caught.value.reason == errno.errorcode[code].lower()
+                assert store.used_bytes == bytes_in(root) == 30_000
+            assert bytes(store.get("kept")) == bytes(30_000)
+        assert store.put("new", bytes(70_000))
+        assert store.used_bytes == bytes_in(root) == BUDGET
+        assert not list((root / ".kvlab" / "writing").iterdir())
+
+
+def test_a_full_disk_can_be_opened_and_read(tmp_path, monkeypatch, caplog):
+    root, opened = tmp_path / "kv", os.open
+    with DiskStore(root, BUDGET) as store:
+        assert store.put("kept", bytes(30_000))
+
+    def full(path, flags, *mode, **options):
+        if flags & os.O_CREAT and not (root / str(path)).exists() and path != "journal":
+            raise OSError(errno.ENOSPC, "injected", path)
+        return opened(path, flags, *mode, **options)
+
+    monkeypatch.setattr(os, "open", full)
+    with DiskStore(root, BUDGET) as store:
+        assert bytes(store.get("kept")) == bytes(30_000)
+        assert store.stats()["io"] == "buffered"
+        assert store.delete("kept")
+        assert store.used_bytes == 0
+    assert "no room under" in caplog.text
 
 
 def test_a_file_that_cannot_be_removed_goes_on_counting_and_others_leave(tmp_path, monkeypatch):

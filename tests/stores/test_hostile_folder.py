@@ -10,7 +10,7 @@ from kvlab.cli.store import main
 from kvlab.errors import ConfigError, StoreError
 from kvlab.stores import open_store
 from kvlab.stores.disk import DiskStore
-from kvlab.stores.names import is_own, path_of
+from kvlab.stores.disk.names import is_own, path_of
 from kvlab.testing.machines import ODD_KEYS, pattern
 
 EPOCH = "# 0123456789abcde\n"

@@ -13,8 +13,10 @@ from lying import URLS, recovers
 from servers import wait_for
 
 from kvlab.errors import StoreError
-from kvlab.stores import open_store, redis, redis_topology, resp
-from kvlab.stores.redis_url import PASSWORD
+from kvlab.stores import open_store
+from kvlab.stores.redis import resp, topology
+from kvlab.stores.redis import store as redis_store
+from kvlab.stores.redis.url import PASSWORD
 
 REPLIES = {
     "garbage": b"\x00\xff\x17hello\r\n",
@@ -204,8 +206,8 @@ def test_a_reply_byte_by_byte_ends_at_the_deadline(kind, where):
 
 def test_a_list_without_end_ends(monkeypatch):
     """SCAN that goes on for ever, with new names or with none."""
-    monkeypatch.setattr("kvlab.stores.redis.LISTING", 3)
-    monkeypatch.setattr("kvlab.stores.redis.MOST_LISTED_BYTES", 100_000)
+    monkeypatch.setattr("kvlab.stores.redis.store.LISTING", 3)
+    monkeypatch.setattr("kvlab.stores.redis.store.MOST_LISTED_BYTES", 100_000)
     scans = []
 
     def names(liar, sock, args):
@@ -227,7 +229,7 @@ def test_a_list_without_end_ends(monkeypatch):
 
 def test_a_list_of_short_names_takes_bounded_memory(monkeypatch):
     """A Python string takes many times the bytes of a short name."""
-    monkeypatch.setattr("kvlab.stores.redis.MOST_LISTED_BYTES", 4 << 20)
+    monkeypatch.setattr("kvlab.stores.redis.store.MOST_LISTED_BYTES", 4 << 20)
     sent = []
 
     def names(liar, sock, args):
@@ -283,7 +285,7 @@ def test_replies_out_of_step_end_with_renew():
 
 
 def test_ever_new_nodes_are_not_remembered_for_ever(monkeypatch):
-    monkeypatch.setattr(redis_topology, "MOST_NODES", 8)
+    monkeypatch.setattr(topology, "MOST_NODES", 8)
     moved = iter(range(1, 60_000))
     hosts = lambda: b"127.1.%d.%d" % divmod(next(moved), 250)  # noqa: E731
     for kind, lies in {
@@ -301,7 +303,7 @@ def test_ever_new_nodes_are_not_remembered_for_ever(monkeypatch):
 @pytest.mark.parametrize("told", [b"1", b"0", b"1048575", b"-1", b"x", b"1048576", b"4611686018427387904"])
 def test_a_limit_that_no_server_has_is_not_believed_and_none_for_ever(told, monkeypatch):
     """Redis' own least is 1 MiB. A limit that may be one holds for a while: CONFIG SET and restarts change it."""
-    monkeypatch.setattr(redis, "LIMIT_KEPT_S", 0.2, raising=False)
+    monkeypatch.setattr(redis_store, "LIMIT_KEPT_S", 0.2, raising=False)
     lie = b"*2\r\n" + bulk(b"proto-max-bulk-len") + bulk(told)
     url = "redis://127.0.0.1:{}?timeout_ms=10000"
     with Liar({b"CONFIG": lie}) as liar, open_store(url.format(liar.port)) as store:

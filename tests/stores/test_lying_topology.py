@@ -7,10 +7,11 @@ from liars import Liar
 from lying import URLS, recovers
 
 from kvlab.errors import StoreError
-from kvlab.stores import open_store, redis_topology
-from kvlab.stores.redis_topology import key_slot
-from kvlab.stores.redis_url import PASSWORD
-from kvlab.stores.resp import ProtocolError
+from kvlab.stores import open_store
+from kvlab.stores.redis import topology
+from kvlab.stores.redis.resp import ProtocolError
+from kvlab.stores.redis.topology import key_slot
+from kvlab.stores.redis.url import PASSWORD
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def test_more_slots_than_there_are_is_a_lie(ranges):
     """16,384 slots have one owner each; so what a topology costs to take in is bounded."""
     reply = [[low, high, [memoryview(b"h"), 1]] for low, high in ranges]
     with pytest.raises(ProtocolError, match="slots"):
-        redis_topology._ranges(reply, "h")
+        topology._ranges(reply, "h")
     with Liar({b"CLUSTER": slots(*ranges)}) as liar, open_store(URLS["cluster"].format(liar.port)) as store:
         with pytest.raises(StoreError) as caught:
             store.get("kvlab:a")
@@ -48,7 +49,7 @@ def test_more_slots_than_there_are_is_a_lie(ranges):
 
 def test_slots_that_all_lie_apart_are_a_cluster():
     reply = [[slot, slot, [memoryview(b"h"), 1 + slot % 3]] for slot in range(16384)]
-    assert len(redis_topology._ranges(reply, "h")) == 16384
+    assert len(topology._ranges(reply, "h")) == 16384
 
 
 def test_slots_are_those_of_redis():

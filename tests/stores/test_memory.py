@@ -5,8 +5,8 @@ import numpy as np
 
 from kvlab.hostmemory import PAGE
 from kvlab.stores import open_store
-from kvlab.stores.arena import Arena
 from kvlab.stores.memory import MemoryStore
+from kvlab.stores.memory.arena import Arena
 from kvlab.testing import BudgetTests, StoreTests
 from kvlab.testing.machines import pattern
 

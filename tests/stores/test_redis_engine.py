@@ -10,7 +10,7 @@ from servers import Server, running, wait_for
 from kvlab.chunking import Chunker
 from kvlab.engine import CacheEngine
 from kvlab.stores import open_store, open_stores
-from kvlab.stores.redis_replies import name_of
+from kvlab.stores.redis.replies import name_of
 from kvlab.stores.wrappers import WrapperStore
 
 TOKENS = list(range(1000, 1128))

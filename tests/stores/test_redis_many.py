@@ -7,7 +7,7 @@ from servers import Server, running, wait_for
 
 from kvlab.errors import StoreError
 from kvlab.stores import open_store
-from kvlab.stores.redis_replies import name_of
+from kvlab.stores.redis.replies import name_of
 from kvlab.testing.machines import pattern
 
 

@@ -20,8 +20,8 @@ from kvlab.errors import ConfigError, KVLabError, StoreError
 from kvlab.machine.provenance import provenance
 from kvlab.serving.provenance import serving_provenance
 from kvlab.stores import StoreURL, open_store, open_stores
-from kvlab.stores.redis_url import PASSWORD, SENTINEL_PASSWORD, RedisTarget
-from kvlab.stores.resp import RespConnection, ok
+from kvlab.stores.redis.resp import RespConnection, ok
+from kvlab.stores.redis.url import PASSWORD, SENTINEL_PASSWORD, RedisTarget
 from kvlab.stores.url import Secret, hide_logins, shown_url
 
 MARK = "S3cr3t-hunter2"

@@ -8,7 +8,7 @@ from kvlab.cli.store import main
 from kvlab.container import Part, pack
 from kvlab.hashing import Namespace
 from kvlab.stores import open_store
-from kvlab.stores.names import path_of
+from kvlab.stores.disk.names import path_of
 
 KEYS = [f"kvlab:org-Model:00{ns}:{index:032x}" for ns in ("aa", "bb") for index in range(3)]
 

@@ -6,8 +6,8 @@ import pytest
 from kvlab.errors import ConfigError, StoreError
 from kvlab.stores import open_stores
 from kvlab.stores.disk import DiskStore
+from kvlab.stores.disk.names import path_of
 from kvlab.stores.memory import MemoryStore
-from kvlab.stores.names import path_of
 from kvlab.stores.tiered import TieredStore
 from kvlab.testing import StoreTests
 from kvlab.testing.machines import pattern

@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from kvlab.stores import guarded
 from kvlab.stores.memory import MemoryStore
-from kvlab.stores.tiered import TieredStore
+from kvlab.stores.tiered import TieredStore, guarded
 from kvlab.stores.wrappers import FaultStore
 from tests.support.gate import Gate
 

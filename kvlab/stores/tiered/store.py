@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from kvlab.errors import ConfigError
-from kvlab.stores.background import BackgroundWriter
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, cut
 from kvlab.stores.circuit_breaker import FIRST_WAIT_S, LONGEST_WAIT_S
 from kvlab.stores.forks import Lock
-from kvlab.stores.guarded import GuardedStore
 from kvlab.stores.reuse import ReuseCounter
+from kvlab.stores.tiered.background import BackgroundWriter
+from kvlab.stores.tiered.guarded import GuardedStore
 
 KEPT_SOURCES = 1 << 14
 

@@ -10,8 +10,8 @@ from kvlab.errors import StoreError
 from kvlab.stores.base import ValueTooLongError
 from kvlab.stores.circuit_breaker import CircuitBreaker
 from kvlab.stores.forks import ForkAware, Lock
-from kvlab.stores.redis_url import Login
-from kvlab.stores.resp import ReplyError, RespConnection, ok, time_left
+from kvlab.stores.redis.resp import ReplyError, RespConnection, ok, time_left
+from kvlab.stores.redis.url import Login
 
 log = logging.getLogger(__name__)
 

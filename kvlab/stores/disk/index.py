@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from kvlab.stores.circuit_breaker import CircuitBreaker
+from kvlab.stores.disk.journal import JOURNAL, open_journal
+from kvlab.stores.disk.names import is_own
+from kvlab.stores.disk.root import Root
 from kvlab.stores.forks import ForkAware
-from kvlab.stores.names import BROKEN, PRIVATE, WRITING, is_own
-from kvlab.stores.root import RefusedError, Root
 
 log = logging.getLogger(__name__)
 
-JOURNAL = f"{PRIVATE}/journal"
 JOURNAL_BYTES = 1 << 20  # beyond this it starts afresh
 LOCK_WAIT_S = 10.0  # changes under the lock take milliseconds; counting a large folder anew takes seconds
 RETRY_WAIT_S = 0.1  # where nobody could have the lock for LOCK_WAIT_S
@@ -60,6 +60,7 @@ class FolderIndex(ForkAware):
     ) -> None:
         self.sizes: dict[str, int] = {}
         self.used = 0
+        self.read_only = False  # the file system is mounted so: nothing is written, and nothing that is there leaves
         self._root = root
         self._scan, self._added, self._removed = scan, added, removed
         # What other processes announced, path -> why it left or "" if it came; the file system is asked under the lock.
@@ -219,27 +220,7 @@ class FolderIndex(ForkAware):
         if self._fd >= 0:
             os.close(self._fd)  # of a deleted folder
             self._fd = -1
-        self._root.open()
-        for folder in (PRIVATE, WRITING, BROKEN):
-            try:
-                self._root.make_folder(folder)
-            except NotADirectoryError:
-                raise RefusedError(f"{self._root.path / folder} is in the place of a folder; remove it") from None
-        journal = self._root.path / JOURNAL
-        try:
-            fd = self._root.open_file(JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise
-            raise RefusedError(f"{journal} is in the place of a plain file; remove it") from None
-        try:
-            state = os.fstat(fd)
-            if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
-                raise RefusedError(f"{journal} is no file of its own, but a pipe, a device or a hard link; remove it")
-            self._root.check(state, journal)
-        except BaseException:
-            os.close(fd)
-            raise
+        fd, self.read_only = open_journal(self._root)
         self._fd, self._offset, self._epoch = fd, 0, b""
 
     def _lock_patiently(self) -> None:
@@ -276,9 +257,12 @@ class FolderIndex(ForkAware):
 
     def _is_in_place(self) -> bool:
         """Whether the open journal is the one that other processes find: neither removed nor moved away."""
-        with suppress(OSError):
+        try:
             return os.path.samestat(os.fstat(self._fd), self._root.state(JOURNAL))
-        return False
+        except FileNotFoundError:
+            return self.read_only
+        except OSError:
+            return False
 
     def _flock(self, wait_s: float) -> bool:
         """Whether the lock could be had. Asked again and again: a process that was stopped may hold it for ever."""

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from kvlab.hostmemory import PAGE, aligned
-from kvlab.stores.arena import Arena, Region, cuda_is_in_use
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_fits, fits_key
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.forks import ForkAware
+from kvlab.stores.memory.arena import Arena, Region, cuda_is_in_use
 from kvlab.stores.url import StoreURL
 
 KEPT_REASONS = 1 << 16  # keys whose reason of leaving is remembered

@@ -1,7 +1,7 @@
 """What a store's keys are called on a Redis server, and what its commands' replies must look like."""
 
 from kvlab.stores.base import fits_key
-from kvlab.stores.resp import ProtocolError, Reply, array, bulk, text
+from kvlab.stores.redis.resp import ProtocolError, Reply, array, bulk, text
 
 PREFIX = b"kvlab:"
 FOREIGN = b"kvlab::"  # keys that do not start with PREFIX are stored under this

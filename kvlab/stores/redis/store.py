@@ -12,11 +12,9 @@ from kvlab.errors import StoreError
 from kvlab.hostmemory import aligned
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
 from kvlab.stores.forks import Lock
-from kvlab.stores.redis_node import NodeDownError, RedisNode
-from kvlab.stores.redis_replies import PREFIX, memory_facts, name_of, scanned, told_limit
-from kvlab.stores.redis_topology import Topology, make_topology
-from kvlab.stores.redis_url import RedisTarget
-from kvlab.stores.resp import (
+from kvlab.stores.redis.node import NodeDownError, RedisNode
+from kvlab.stores.redis.replies import PREFIX, memory_facts, name_of, scanned, told_limit
+from kvlab.stores.redis.resp import (
     BufferFactory,
     ProtocolError,
     ReplyError,
@@ -27,6 +25,8 @@ from kvlab.stores.resp import (
     send_command,
     send_pipeline,
 )
+from kvlab.stores.redis.topology import Topology, make_topology
+from kvlab.stores.redis.url import RedisTarget
 from kvlab.stores.url import StoreURL
 from kvlab.units import format_bytes, parse_bytes
 
@@ -50,7 +50,7 @@ _ELSEWHERE = frozenset({"moved", "ask"})
 
 
 class RedisStore(Store):
-    """Values in a Redis server, behind sentinels, or spread over a cluster (`kvlab.stores.redis_topology`).
+    """Values in a Redis server, behind sentinels, or spread over a cluster (`kvlab.stores.redis.topology`).
 
     The budget is the server's ``maxmemory`` and the order of leaving its ``maxmemory-policy``: give it both, for
     many clients share it. Every call ends within `timeout_s`; a server that fails is left alone for `first_wait_s`,

@@ -9,9 +9,9 @@ from functools import partial
 from typing import TypeVar
 
 from kvlab.stores.circuit_breaker import CircuitBreaker
-from kvlab.stores.redis_node import NodeDownError, RedisNode
-from kvlab.stores.redis_url import RedisTarget
-from kvlab.stores.resp import ProtocolError, Reply, ReplyError, RespConnection, array, number, send_command, text
+from kvlab.stores.redis.node import NodeDownError, RedisNode
+from kvlab.stores.redis.resp import ProtocolError, Reply, ReplyError, RespConnection, array, number, send_command, text
+from kvlab.stores.redis.url import RedisTarget
 
 T = TypeVar("T")
 Address = tuple[str, int]

@@ -1,6 +1,5 @@
 """File names of keys: readable by people, harmless whatever the key, and back again."""
 
-import json
 import re
 import zlib
 from functools import lru_cache
@@ -9,7 +8,6 @@ from urllib.parse import quote, unquote_to_bytes
 SUFFIX = ".safetensors"
 FANOUT = [f"{n:02x}" for n in range(256)]
 NAME_CHARS = 200  # longer names are split into folders; file systems allow 255 bytes
-HEAD_BYTES = 8 + (1 << 20)  # a header of more is no container's
 PRIVATE = ".kvlab"
 WRITING = f"{PRIVATE}/writing"
 BROKEN = f"{PRIVATE}/broken"
@@ -51,21 +49,3 @@ def is_own(path: str) -> bool:
     (False, True)
     """
     return _PRIVATE_FILE.fullmatch(path) is not None or key_of(path) is not None
-
-
-def is_cut_short(head: bytes, size: int) -> bool:
-    """Whether a file of `size` bytes is empty, or starts like a safetensors file but is not as long as its header says;
-    `head` is its beginning, at most `HEAD_BYTES`.
-
-    That is what a power cut leaves. Bytes of other kinds are not judged here: a reader checks them.
-    """
-    if size == 0:
-        return True
-    length = int.from_bytes(head[:8], "little")
-    if not 2 <= length <= HEAD_BYTES - 8 or head[8:9] != b"{":
-        return False
-    try:
-        parts = [entry for name, entry in json.loads(head[8 : 8 + length]).items() if name != "__metadata__"]
-        return bool(8 + length + max((entry["data_offsets"][1] for entry in parts), default=0) != size)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        return True

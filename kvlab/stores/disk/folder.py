@@ -3,11 +3,12 @@
 Layout::
 
     <root>/3f/<percent-encoded key>.safetensors    objects, spread over 256 folders
-    <root>/.kvlab/journal                          lock and journal (kvlab.stores.index)
+    <root>/.kvlab/journal                          lock and journal (kvlab.stores.disk.index)
     <root>/.kvlab/writing/                         files in the making; each locked by its living writer
     <root>/.kvlab/broken/                          files set aside; the first to go when room is needed
 
-Files with such names are counted; others are neither counted nor touched. No link is followed (`kvlab.stores.root`).
+Files with such names are counted; others are neither counted nor touched. No link is followed
+(`kvlab.stores.disk.root`).
 """
 
 import errno
@@ -21,11 +22,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
+from kvlab.container import SEAL_BYTES, is_cut_short
+from kvlab.stores.disk.index import FolderIndex, FolderLockedError
+from kvlab.stores.disk.names import BROKEN, FANOUT, PRIVATE, WRITING, is_own
+from kvlab.stores.disk.root import Root
 from kvlab.stores.eviction import EvictionPolicy
 from kvlab.stores.forks import ForkAware
-from kvlab.stores.index import FolderIndex, FolderLockedError
-from kvlab.stores.names import BROKEN, FANOUT, HEAD_BYTES, PRIVATE, WRITING, is_cut_short, is_own
-from kvlab.stores.root import Root
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,8 @@ class Folder(ForkAware):
         """
         temp = f"{WRITING}/{secrets.token_hex(8)}"
         with self.index.locked():
+            if self.index.read_only:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
             if not self._make_room(size, replacing=path):
                 return None
             self.index.add(temp, size)  # before it is there: a death in between has counted too much, not too little
@@ -204,6 +208,8 @@ class Folder(ForkAware):
     def _make_room(self, size: int, replacing: str = "") -> bool:
         """Let files go until `size` more bytes fit: broken ones, the one that is replaced, then by policy."""
         index = self.index
+        if index.read_only:
+            return False
         while self.touched:  # even where there is room: they came before what is about to enter
             self._policy.touch(self.touched.popleft())
         if index.used + size <= self.max_bytes:
@@ -277,7 +283,7 @@ class Folder(ForkAware):
             for path, state in self.root.files(top):
                 if not is_own(path):
                     continue
-                if self._is_left_over(path, state.st_size):
+                if not self.index.read_only and self._is_left_over(path, state.st_size):
                     try:
                         self.root.unlink(path)
                         self._count(dropped=1)
@@ -297,15 +303,13 @@ class Folder(ForkAware):
         if size > self.max_bytes or not self._check:
             return size > self.max_bytes
         try:
-            return is_cut_short(self._head(path), size)
+            return size == 0 or is_cut_short(self._head(path), size)
         except OSError:  # what cannot be read takes room all the same
             return False
 
     def _head(self, path: str) -> bytes:
-        """The file's first bytes, as many as a container's header says it has."""
         fd = self.root.open_file(path, os.O_RDONLY)
         try:
-            head = os.pread(fd, 8, 0)
-            return os.pread(fd, min(8 + int.from_bytes(head, "little"), HEAD_BYTES), 0)
+            return os.pread(fd, SEAL_BYTES, 0)
         finally:
             os.close(fd)

@@ -15,13 +15,13 @@ from typing import Any
 from kvlab.errors import ConfigError, StoreError
 from kvlab.hostmemory import PAGE, aligned
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_fits, fits_key
-from kvlab.stores.direct import read_file, write_file
+from kvlab.stores.disk.direct import read_file, write_file
+from kvlab.stores.disk.folder import ABSENT, Folder
+from kvlab.stores.disk.index import FolderLockedError
+from kvlab.stores.disk.names import WRITING, key_of, path_of
+from kvlab.stores.disk.root import RefusedError, Root
 from kvlab.stores.eviction import get_policy
-from kvlab.stores.folder import ABSENT, Folder
 from kvlab.stores.forks import Lock
-from kvlab.stores.index import FolderLockedError
-from kvlab.stores.names import WRITING, key_of, path_of
-from kvlab.stores.root import RefusedError, Root
 from kvlab.stores.url import StoreURL
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 class DiskStore(Store):
     """Values as files under `root`, at most `max_bytes` of them, files from before and in the making included.
 
-    Safe for several processes on one folder (`kvlab.stores.folder`, `kvlab.stores.index`). Publishing is a rename:
-    a reader sees a whole value or none. Files are readable by their owner only.
+    Safe for several processes on one folder (`folder` and `index` beside this file). Publishing is a rename: a reader
+    sees a whole value or none. Files are readable by their owner only.
 
     Parameters
     ----------
@@ -262,6 +262,8 @@ class DiskStore(Store):
         return True
 
     def _can_bypass_page_cache(self) -> bool:
+        if self._folder.index.read_only:
+            return True  # nothing can be tried; a read that the file system refuses goes without
         probe = f"{WRITING}/{secrets.token_hex(8)}"
         try:
             fd = self._root.open_file(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT)

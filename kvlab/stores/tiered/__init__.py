@@ -1,0 +1,5 @@
+"""Several tiers as one store."""
+
+from kvlab.stores.tiered.store import TieredStore
+
+__all__ = ["TieredStore"]
