@@ -210,8 +210,8 @@ def test_ranks_that_loaded_different_weights_are_not_believed():
     assert (report.adapters[1].digest, report.adapters[2].digest) == (None, "a")
 
 
-def feature(identifier: str | None, offset: int) -> SimpleNamespace:
-    return SimpleNamespace(identifier=identifier, mm_position=SimpleNamespace(offset=offset))
+def feature(offset: int) -> SimpleNamespace:
+    return SimpleNamespace(mm_position=SimpleNamespace(offset=offset))
 
 
 @pytest.mark.parametrize(
@@ -219,11 +219,16 @@ def feature(identifier: str | None, offset: int) -> SimpleNamespace:
     [
         ({}, {}),
         ({"cache_salt": "s"}, {0: [("cache_salt", "s")]}),
-        ({"mm_features": [feature("cat", 5), feature("dog", 40)]}, {0: [("mm", "cat@5")], 1: [("mm", "dog@40")]}),
-        ({"mm_features": [feature(None, 5)]}, None),
+        ({"mm_features": [feature(5), feature(40)]}, {0: [("mm", "cat@5")], 1: [("mm", "dog@40")]}),
+        ({"mm_features": [feature(5), feature(40), feature(70)]}, None),
         ({"prompt_embeds": object()}, None),
         ({"lora_request": SimpleNamespace(lora_int_id=99, lora_path="p")}, None),  # none was loaded
     ],
 )
 def test_what_is_in_the_key(request_fields, extras):
-    assert request_extras(SimpleNamespace(**request_fields), 32) == extras
+    assert (
+        request_extras(
+            SimpleNamespace(**request_fields), 32, media=["cat", "dog"][: len(request_fields.get("mm_features", ()))]
+        )
+        == extras
+    )

@@ -86,9 +86,10 @@ def request_adapter(request: Any) -> LoadedAdapter | None:
 
 
 def request_extras(
-    request: Any, block_tokens: int, adapter: LoadedAdapter | None = None
+    request: Any, block_tokens: int, adapter: LoadedAdapter | None = None, media: Sequence[str] = ()
 ) -> dict[int, list[Extra]] | None:
-    """Tagged extras by block: LoRA, cache salt, multimodal inputs. None where the KV cannot be named by tokens."""
+    """Tagged extras by block: LoRA, cache salt, multimodal inputs, which are named by `media`. None where the KV cannot
+    be named by tokens."""
     if getattr(request, "prompt_embeds", None) is not None or getattr(request, "resumable", False):
         return None
     if getattr(request, "lora_request", None) is not None and adapter is None:
@@ -99,11 +100,12 @@ def request_extras(
         extras.setdefault(0, []).append(("cache_salt", salt))
     if adapter is not None:
         extras.setdefault(0, []).append(("lora", str(adapter.digest)))
-    for feature in getattr(request, "mm_features", None) or ():
-        if feature.identifier is None:  # a placeholder: nothing says which input it stands for
-            return None
+    features = getattr(request, "mm_features", None) or ()
+    if len(media) != len(features):
+        return None
+    for feature, name in zip(features, media, strict=True):
         offset = feature.mm_position.offset
-        extras.setdefault(offset // block_tokens, []).append(("mm", f"{feature.identifier}@{offset}"))
+        extras.setdefault(offset // block_tokens, []).append(("mm", f"{name}@{offset}"))
     return extras
 
 

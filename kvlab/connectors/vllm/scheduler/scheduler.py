@@ -19,6 +19,7 @@ from kvlab.connectors.vllm.scheduler.admission import LoadAdmission
 from kvlab.connectors.vllm.scheduler.hits import end_block, end_token, find_hit, ready_run
 from kvlab.connectors.vllm.scheduler.loads import LoadPlanner
 from kvlab.connectors.vllm.scheduler.lookup import Lookup
+from kvlab.connectors.vllm.scheduler.media import MediaNames
 from kvlab.connectors.vllm.scheduler.requests import (
     ObjectRef,
     RequestState,
@@ -73,6 +74,7 @@ class Scheduler:
         self._load_now = load_now
         self.counters = Counters()
         self._states: dict[str, RequestState] = {}
+        self._media = MediaNames()
         self._waiting = False  # since the last step, a request was told to ask again
         self.admission = LoadAdmission(enabled=config.admission)
         self.residency = Residency(index, keeps_memory=config.keeps_memory)
@@ -103,6 +105,8 @@ class Scheduler:
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond `num_computed_tokens`, and whether between steps; None: ask again."""
         if not self.enabled or wants_recompute(request):
+            if request.request_id not in self._states:
+                self._media.names(getattr(request, "mm_features", None) or (), request.request_id)
             return 0, False
         is_known = request.request_id in self._states
         state = self._state(request)
@@ -308,6 +312,7 @@ class Scheduler:
     def finished(self, request: Any) -> dict[str, Any] | None:
         """The request is done. Its row, where reports are wanted."""
         state = self._states.pop(request.request_id, None)
+        self._media.forget(request.request_id)
         self.saves.forget(request.request_id)
         if state is None or not self.config.report:
             return None
@@ -340,7 +345,8 @@ class Scheduler:
         state = self._states.get(request.request_id)
         if state is None:
             adapter = request_adapter(request)
-            extras = request_extras(request, self.chunker.block_tokens, adapter)
+            media = self._media.names(getattr(request, "mm_features", None) or (), request.request_id)
+            extras = request_extras(request, self.chunker.block_tokens, adapter, media or ())
             if extras is None:
                 self.counters["unnameable_requests"] += 1
                 return None
