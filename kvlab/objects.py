@@ -276,7 +276,12 @@ class ObjectCache:
             serde = self._serdes[encoded.serde] = serde_to_read(encoded.serde)
         if serde.name != "naive" and not isinstance(value, bytes | bytearray | memoryview) and len(value) > 1:
             return self._decode(b"".join(value), key, out, expected)  # its parts lie where the KV is to go
-        return serde.decode(encoded, out)
+        kv = serde.decode(encoded, out)
+        if out is None or kv is out:
+            return kv
+        if (kv.shape, kv.dtype) != (out.shape, out.dtype):
+            raise FormatError(f"serde {serde.name!r} decodes to {kv.dtype}{list(kv.shape)}", reason="serde")
+        return out.copy_(kv)  # a serde of another package may leave `out` as it was
 
     def _contains(self, keys: Sequence[str]) -> list[bool]:
         try:

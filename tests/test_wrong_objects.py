@@ -218,6 +218,31 @@ def test_what_a_serde_of_another_package_raises_is_a_miss(store, monkeypatch, ca
     assert "ZeroDivisionError" in caplog.text
 
 
+@pytest.mark.parametrize("shape", [None, (2, 32, 3, 2, 4)])
+def test_a_serde_of_another_package_that_leaves_out_alone(store, monkeypatch, shape):
+    """What lay in `out` before, another's KV perhaps, is not taken for the object."""
+
+    class Own(type(get_serde("naive"))):
+        name = "own"
+
+        def decode(self, encoded, out=None):
+            kv = super().decode(encoded, None).clone()
+            return kv if shape is None else kv[..., :4]
+
+    monkeypatch.setitem(serdes.SERDES, "own", f"{__name__}:unused")
+    monkeypatch.setattr(serdes, "get_serde", lambda _spec: Own())
+    engine = engine_on(store)
+    engine.serde = Own()
+    kv, out = kv_of(32), torch.full((2, 32, 3, 2, 8), 7.0)
+    assert engine.save_object("k", kv, AXES, first_token=0, end_token=32)
+    loaded = engine.load_object("k", out, axes=AXES, first_token=0, end_token=32)
+    if shape is None:
+        assert loaded is out
+        assert torch.equal(out, kv)
+    else:
+        assert loaded is None
+
+
 # ---- limits before work
 
 

@@ -11,6 +11,7 @@ from kvlab.chunking import Chunker
 from kvlab.errors import ConfigError
 from kvlab.serde import get_serde
 from kvlab.stores import check_url
+from kvlab.stores.eviction import get_policy
 from kvlab.stores.url import StoreURL, shown_url
 from kvlab.units import parse_bytes
 
@@ -34,6 +35,8 @@ class ConnectorConfig:
         GPU memory for the buffers between pages and host memory; on a CPU nothing is taken.
     lookup_timeout_ms
         how long a request may wait for secondary tiers to say what they have; then it goes without.
+    load_timeout_ms
+        how long a request may wait for a load from secondary tiers; then it is computed.
     save_partial_block
         save also the block that a prompt fills only in part, so that the same prompt computes one
         token when it comes again. Costs a block of each prompt; the bytes beyond its tokens are zeros.
@@ -58,6 +61,7 @@ class ConnectorConfig:
     staging: int = 256 << 20
     gpu_staging: int = 128 << 20
     lookup_timeout_ms: float = 100.0
+    load_timeout_ms: float = 30_000.0
     save_partial_block: bool = True
     save_generated: bool = False
     min_hit_tokens: int = 1
@@ -76,6 +80,8 @@ class ConnectorConfig:
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> Self:
         """Check a dict from the user; unknown keys are refused with the known ones named."""
+        if not isinstance(extra, Mapping):
+            raise ConfigError(f"kv_connector_extra_config must be a dict of settings, got {type(extra).__name__}")
         known = [f.name for f in fields(cls) if f.init]
         unknown = sorted(set(extra) - set(known))
         if unknown:
@@ -85,7 +91,7 @@ class ConnectorConfig:
     def __post_init__(self) -> None:
         put = object.__setattr__
         listed: object = self.tiers  # from users, whatever the annotation says
-        if isinstance(listed, str) or not self.tiers or not all(isinstance(url, str) for url in self.tiers):
+        if not isinstance(listed, list | tuple) or not listed or not all(isinstance(url, str) for url in listed):
             raise ConfigError(f"tiers must be a list of store URLs like ['memory://?size=1GiB'], got {_shown(listed)}")
         Chunker(self.chunk_tokens, 1)
         for name in ("staging", "gpu_staging"):
@@ -93,9 +99,10 @@ class ConnectorConfig:
         for name in ("save_partial_block", "save_generated", "admission", "report", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        timeout_ms = self.lookup_timeout_ms
-        if not isinstance(timeout_ms, int | float) or isinstance(timeout_ms, bool) or not 0 <= timeout_ms < 1e9:
-            raise ConfigError(f"lookup_timeout_ms must be a number from 0 to 10^9, got {timeout_ms!r}")
+        for name in ("lookup_timeout_ms", "load_timeout_ms"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e9:
+                raise ConfigError(f"{name} must be a number from 0 to 10^9, got {value!r}")
         if not isinstance(self.namespace, str):
             raise ConfigError(f"namespace must be text, got {type(self.namespace).__name__}")
         for name in ("min_hit_tokens", "store_threshold"):
@@ -119,6 +126,9 @@ class ConnectorConfig:
                     )
                 put(self, "memory_bytes", url.take_bytes("size", default="1GiB"))
                 put(self, "policy", url.take("policy", "lru"))
+                get_policy(self.policy)
+                if url.netloc or url.path:
+                    raise ConfigError(f"memory:// is this process's memory and has no place, got {url.shown!r}")
                 url.done()
                 continue
             url.refuse_simulation_options()
@@ -187,7 +197,7 @@ def vllm_config(tiers: Sequence[str] = ("memory://?size=1GiB",), **settings: Any
     >>> vllm_config(["memory://?size=8GiB", "file:///kv?size=1TiB&serde=lossless"], report=True)["kv_connector"]
     'KVLabConnector'
     """
-    extra = {"tiers": tiers if isinstance(tiers, str) else list(tiers), **settings}
+    extra = {"tiers": list(tiers) if isinstance(tiers, tuple) else tiers, **settings}
     ConnectorConfig.from_extra(extra)
     return {
         "kv_connector": "KVLabConnector",

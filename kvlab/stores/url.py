@@ -79,6 +79,8 @@ class StoreURL:
         for name, value in pairs:  # neither is shown: it may be a part of a password, or one in the place of its file
             if not _OPTION.fullmatch(name):
                 raise ConfigError(f"an option of {shown!r} is no word of lower-case letters, as in ?size=10GiB")
+            if not value:  # an unset variable in a template: an empty auth= would store unsigned objects
+                raise ConfigError(f"option {name!r} of {shown!r} has no value; give one or leave it out")
             if name.endswith("_file") and not value.startswith("/"):
                 raise ConfigError(f"{name} must be the absolute path of a file that holds the password")
         login, _, netloc = parts.netloc.rpartition("@")

@@ -30,6 +30,13 @@ from tests.connectors.engine import SETTINGS
         ({"tiers": ["redis://h?size=1GiB"]}, "unknown option 'size' in 'redis://h'; known: limit, "),
         ({"tiers": ["redis-sentinel://h"]}, "name the master"),
         ({"tiers": ["file:///x?size=1GiB", "file:///x?size=2GiB"]}, "stands twice among the tiers"),
+        ({"tiers": ["file:///x?auth="]}, "option 'auth' of 'file:///x' has no value; give one or leave it out"),
+        ({"tiers": 5}, "tiers must be a list of store URLs"),
+        ({"tiers": None}, "tiers must be a list of store URLs"),
+        ({"tiers": {"a": 1}}, "tiers must be a list of store URLs"),
+        ({"tiers": ["memory://host/path"]}, "memory:// is this process's memory and has no place"),
+        ({"tiers": ["memory://?policy=../x"]}, "unknown eviction policy"),
+        ({"load_timeout_ms": "soon"}, "load_timeout_ms must be a number from 0"),
         ({"chunk_tokens": 0}, "chunk_tokens must be a positive integer"),
         ({"lookup_timeout_ms": -1}, "lookup_timeout_ms must be a number from 0"),
         ({"report": "yes"}, "report must be true or false"),
@@ -41,6 +48,12 @@ def test_bad_settings_are_one_clear_error(settings, message):
     tiers = settings.pop("tiers", ["memory://"])
     with pytest.raises(ConfigError, match=message):
         kvlab.vllm_config(tiers, **settings)
+
+
+@pytest.mark.parametrize("extra", [None, [], 1, "tiers"])
+def test_settings_are_a_dict(extra):
+    with pytest.raises(ConfigError, match="kv_connector_extra_config must be a dict of settings"):
+        kvlab.connectors.ConnectorConfig.from_extra(extra)
 
 
 def test_the_dict_is_json_for_the_command_line():

@@ -15,6 +15,7 @@ from kvlab.connectors.vllm.scheduler.residency import KEPT_KEYS, LatestKeys, Res
 from kvlab.connectors.vllm.scheduler.saves import Write
 from kvlab.connectors.vllm.scheduler.scheduler import Scheduler
 from kvlab.connectors.vllm.scheduler.slots import SlotIndex
+from kvlab.errors import StoreError
 from kvlab.hashing import Namespace
 from kvlab.stores.memory import MemoryStore
 from tests.support.gate import Gate
@@ -63,6 +64,22 @@ def test_an_answer_in_time_is_taken(asked):
         finish(one)
     assert known[CHUNKS[-1]] is True
     assert one.skip is None
+
+
+def test_what_a_store_raises_reaches_no_scheduler(asked, monkeypatch):
+    gate, _, _, ask = asked
+
+    class Panic(BaseException):
+        pass
+
+    def panic(keys):
+        raise Panic("planted")
+
+    monkeypatch.setattr(gate, "contains_many", panic)
+    one = state()
+    while (known := ask(one)) is None:
+        assert isinstance(one.lookup.exception(timeout=20), StoreError)
+    assert known == {}
 
 
 def test_as_long_as_nothing_is_known_a_request_waits(asked):

@@ -10,7 +10,7 @@ import torch
 
 from kvlab.connectors.vllm_plugin import FILES_BEFORE_LOAD
 from kvlab.errors import ConfigError
-from tests.connectors.engine import connector, drain, engine, generate, prompt
+from tests.connectors.engine import connector, drain, empty_memory, engine, generate, prompt
 from tests.connectors.stress import tiny_model
 
 PROMPT, NEW = prompt(300), prompt(480, ending=0)
@@ -46,11 +46,27 @@ def test_a_reset_after_an_update_reaches_every_tier(tmp_path, expected, changed,
             assert [answer.hit for answer in answers] == hits
             assert [answer.tokens for answer in answers] == [changed[tuple(PROMPT)], changed[tuple(NEW)]]
             drain(llm)
+        waits_for_a_load(llm)
+        assert llm.reset_prefix_cache(reset_connector=True) is False, "this request will use what was stored before"
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+        assert llm.reset_prefix_cache(reset_connector=True) is True
         assert not connector(llm).hook_errors
     with engine(tiers) as llm:  # with the folder's weights again
         answers = generate(llm, [PROMPT, NEW])
         assert [answer.hit for answer in answers] == [299, 288], "of the new prompt what it shares with the first"
         assert [answer.tokens for answer in answers] == [expected(PROMPT), expected(NEW)]
+
+
+def waits_for_a_load(llm):
+    from vllm import SamplingParams
+
+    vllm, sampling = llm.llm_engine, SamplingParams(temperature=0, max_tokens=2)
+    while not connector(llm).scheduler.unbegun:
+        if not vllm.has_unfinished_requests():
+            empty_memory(llm)
+            vllm.add_request("waits", {"prompt_token_ids": PROMPT}, sampling)
+        vllm.step()
 
 
 def test_requests_that_run_through_a_reset_are_not_stored(tmp_path, changed):

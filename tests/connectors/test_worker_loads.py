@@ -15,6 +15,7 @@ from kvlab.paged import page_layout
 from kvlab.paged.cpu import CPUTransfer
 from kvlab.stores import open_store
 from kvlab.stores.wrappers import WrapperStore
+from tests.support.gate import Gate
 
 LAYERS, PAGE, BLOCKS, OBJECTS = 3, 4096, 2, 6
 
@@ -54,8 +55,8 @@ def content(number):
     return torch.full((BLOCKS, LAYERS, PAGE), number + 1, dtype=torch.uint8)
 
 
-def load(worker, order=range(OBJECTS * BLOCKS)):
-    """One request's load of all objects, into the pages in order; slots in `order`. What was lost."""
+def begin_load(worker, order=range(OBJECTS * BLOCKS)):
+    """One request's load of all objects, into the pages in order; slots in `order`."""
     slots = list(order)
     ops = []
     for number in range(OBJECTS):
@@ -63,6 +64,11 @@ def load(worker, order=range(OBJECTS * BLOCKS)):
         pages = tuple(range(number * BLOCKS, (number + 1) * BLOCKS))
         ops.append(LoadOp(name(number), number, mine, mine, pages, **place(number), num_tokens=32, fetch=True))
     worker.load(StepMetadata([RequestLoad("r", ops, 192, is_async=True)]))
+
+
+def load(worker, order=range(OBJECTS * BLOCKS)):
+    """The same, to its end. What was lost."""
+    begin_load(worker, order)
     deadline = time.monotonic() + 30
     while not (ended := worker.take_finished())[0]:
         assert time.monotonic() < deadline
@@ -116,6 +122,42 @@ def test_an_error_in_a_read_is_a_hole(worker, monkeypatch):
     assert worker.counters["fetch_errors"] == 1
     report = worker.take_report()
     assert (report.absent, report.broken) == ({name(4)}, {4})
+
+
+class Panic(BaseException):
+    """As raised by some packages that are no Python: no Exception."""
+
+
+def test_what_is_no_exception_is_a_hole_too(worker, monkeypatch):
+    def panic(*args, **kwargs):
+        raise Panic("planted")
+
+    monkeypatch.setattr(worker.engine.store_, "get_pieces", panic)
+    assert load(worker) == set(range(OBJECTS * BLOCKS))
+    assert worker.take_report().loaded["r"] == 1
+
+
+def test_a_load_that_takes_too_long_is_lost_and_writes_no_page(worker):
+    gate = Gate(worker.engine.store_)
+    worker.engine.store_ = gate
+    worker._load_timeout_s = 0.0
+    begin_load(worker)
+    worker.begin(StepMetadata())
+    assert worker.take_finished() == ({"r"}, {"r"})
+    assert worker.take_lost_blocks() == set(range(OBJECTS * BLOCKS))
+    report = worker.take_report()
+    assert [(request_id, tokens) for request_id, tokens, _ in report.overdue] == [("r", OBJECTS * 32)]
+    assert not report.loaded, "the thread may still write to the slots, whose leases go on"
+    worker.begin(StepMetadata())
+    assert worker.take_finished() == (set(), set()), "told once"
+    gate.is_open.set()
+    deadline = time.monotonic() + 30
+    while (report := worker.take_report()) is None or not report.loaded:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert worker.take_finished() == (set(), set())
+    assert worker.take_lost_blocks() == set()
+    assert filled(worker) == [False] * OBJECTS, "the pages may be another request's by now"
 
 
 def test_slots_given_away_while_they_are_read_are_lost(worker, monkeypatch):

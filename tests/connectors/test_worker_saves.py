@@ -157,6 +157,19 @@ def test_slots_that_change_while_they_are_read_are_not_written(deferring, monkey
     assert deferring.engine.stats()["save_failed_overwritten"] == 1
 
 
+def test_a_write_that_raises_no_exception_ends(deferring, monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    def panic(*args, **kwargs):
+        raise Panic("planted")
+
+    monkeypatch.setattr(deferring.engine.store_, "put", panic)
+    step(deferring, saves=[1])
+    report = reported(deferring, lambda report: report.written)
+    assert report.failed_writes == {GENERATIONS[1]}, "its lease ends"
+
+
 def test_a_save_that_fails_after_the_slots_were_given_to_it_leaves_nothing_in_them(deferring, monkeypatch):
     step(deferring, saves=[0])
     assert settled(deferring, 1) == GENERATIONS[:1]

@@ -165,7 +165,13 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 secondary, namespace=namespace, chunker=self.chunker, serde=self.config.serde, auth=self.config.auth
             )
         transfer = open_transfer(layout, self.num_slots, staging_bytes=self.config.gpu_staging)
-        self.worker = Worker(transfer, self.num_slots, engine, writes_early=self._writes_early)
+        self.worker = Worker(
+            transfer,
+            self.num_slots,
+            engine,
+            writes_early=self._writes_early,
+            load_timeout_s=self.config.load_timeout_ms / 1e3,
+        )
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -303,10 +309,10 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
 
     def reset_cache(self) -> bool | None:
         """vLLM calls it where weights may have changed: from now on, no tier serves what was stored before. False where
-        that failed."""
+        that failed, or a request that has not begun holds KV that was."""
         try:
-            if self.scheduler is not None:
-                self.scheduler.reset()
+            if self.scheduler is not None and not self.scheduler.reset():
+                return False
         except Exception:
             self._hook_failed("reset_cache")
             if self.scheduler is not None:

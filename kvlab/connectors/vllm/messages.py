@@ -48,6 +48,11 @@ class RequestLoad:
     version: str = ""
     adapter: Adapter | None = None
 
+    @property
+    def pages(self) -> list[int]:
+        """All pages that the hit promised."""
+        return self.lost_blocks + [block for op in self.ops for block in op.block_ids]
+
 
 @dataclass
 class SaveOp:
@@ -105,6 +110,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     broken: set[int] = field(default_factory=set)  # generations whose slots do not hold their object
     absent: set[bytes] = field(default_factory=set)  # hashes that secondary tiers hold broken or not at all
     rows: list[LoadRow] = field(default_factory=list)
+    overdue: list[tuple[str, int, float]] = field(default_factory=list)  # loads given up: request id, tokens, seconds
     forwards: list[tuple[int, float]] = field(default_factory=list)  # prefill tokens and seconds of forward passes
     adapters: dict[int, LoadedAdapter] = field(default_factory=dict)  # LoRA adapters loaded since the last report
 
@@ -116,6 +122,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.broken |= other.broken
             self.absent |= other.absent
             self.rows += other.rows
+            self.overdue += other.overdue
             self.forwards += other.forwards
             for adapter_id, loaded in other.adapters.items():
                 self.adapters[adapter_id] = loaded.agreed(self.adapters.get(adapter_id, loaded))

@@ -16,6 +16,7 @@ DOCUMENTATION = {
     "bad_objects": "Objects that could not be served as promised: broken, gone, or a failed copy.",
     "lookup_late": "Requests that went without the secondary tiers because these answered too late.",
     "lookup_failed": "Lookups in the secondary tiers that failed.",
+    "loads_overdue": "Loads between steps that were given up after load_timeout_ms; their requests are computed.",
     "errors": "Errors of kvlab's own that cost a save.",
     "load_rollbacks": "Requests whose pages a load within a step could not fill; they are computed instead.",
 }

@@ -10,6 +10,7 @@ from kvlab.chunking import Chunker, query_prefix
 from kvlab.connectors.vllm.scheduler.admission import LoadAdmission
 from kvlab.connectors.vllm.scheduler.requests import RequestState, SkipReason
 from kvlab.connectors.vllm.scheduler.residency import Residency
+from kvlab.errors import StoreError
 from kvlab.hashing import Namespace
 from kvlab.stores import Store
 
@@ -110,4 +111,10 @@ class Lookup:
                     held = [a and b for a, b in zip(held, found, strict=True)]
             return held
 
-        return query_prefix(hashes, self._chunker.chunk_blocks, contains_many, elsewhere=in_memory, last=partial_block)
+        step = self._chunker.chunk_blocks
+        try:
+            return query_prefix(hashes, step, contains_many, elsewhere=in_memory, last=partial_block)
+        except Exception:
+            raise
+        except BaseException as error:  # of a store of another package: it must not reach the scheduler as what it is
+            raise StoreError(f"a store raised {type(error).__name__}", reason="raised") from error

@@ -75,6 +75,7 @@ class Scheduler:
         self.counters = Counters()
         self._states: dict[str, RequestState] = {}
         self._media = MediaNames()
+        self.unbegun: set[str] = set()  # requests with a load between steps that no step has computed since
         self._waiting = False  # since the last step, a request was told to ask again
         self.admission = LoadAdmission(enabled=config.admission)
         self.residency = Residency(index, keeps_memory=config.keeps_memory)
@@ -205,6 +206,8 @@ class Scheduler:
         # Some tier holds these already. (The rest of a prompt is an object beside the block that it may grow into.)
         state.num_saved_blocks = max(state.num_saved_blocks, min(end_block(plan), len(state.hashes)))
         self.index.touch(ref.hash for ref in reversed(plan))
+        if self.loads.are_async(plan, request):
+            self.unbegun.add(request.request_id)
         self.counters["hit_requests"] += 1
         self.counters["hit_tokens"] += num_external_tokens
 
@@ -247,6 +250,8 @@ class Scheduler:
         block = self.chunker.block_tokens
         new_blocks = allocated_blocks(output, block)
         between = [load for load in loads if load.is_async]
+        if self.unbegun:
+            self.unbegun.difference_update(output.num_scheduled_tokens)
         total, prefills = output.total_num_scheduled_tokens, 0
         if total > len(output.num_scheduled_tokens):  # in most steps each request decodes one
             prefills = sum(count for count in output.num_scheduled_tokens.values() if count > MOST_DECODED)
@@ -298,6 +303,11 @@ class Scheduler:
             self.admission.loaded("secondary" if "secondary" in row.tier else "memory", row.num_tokens, row.delay)
             self.counters["load_seconds"] += row.seconds  # type: ignore[assignment]  # a Counter adds floats too
 
+        for request_id, num_tokens, seconds in report.overdue:
+            self.counters["loads_overdue"] += 1
+            self.admission.loaded("secondary", num_tokens, seconds)
+            if (state := self._states.get(request_id)) is not None:
+                state.given_up = True
         for prefill_tokens, seconds in report.forwards:
             self.admission.forward(prefill_tokens, seconds)
 
@@ -313,6 +323,7 @@ class Scheduler:
         """The request is done. Its row, where reports are wanted."""
         state = self._states.pop(request.request_id, None)
         self._media.forget(request.request_id)
+        self.unbegun.discard(request.request_id)
         self.saves.forget(request.request_id)
         if state is None or not self.config.report:
             return None
@@ -323,10 +334,13 @@ class Scheduler:
         state = self._states.get(request_id)
         return state.secondary_tokens if state is not None else 0
 
-    def reset(self) -> None:
+    def reset(self) -> bool:
         """From now on, nothing stored before is loaded and nothing computed before is stored: the model may have other
         weights. What this engine stores next goes to a namespace of its own in every tier, which no other process
-        knows. Requests that have begun are not cached any more."""
+        knows. Requests that have begun are not cached any more.
+
+        False if a request has loaded KV, or waits for it, and has not begun to compute: it will use what was stored
+        before."""
         version = secrets.token_hex(8)
         self.namespaces = [versioned(namespace, version) for namespace in self._base_namespaces]
         self.residency.clear()
@@ -335,6 +349,7 @@ class Scheduler:
         self.saves.restart(version)
         for state in self._states.values():
             state.given_up = True
+        return not self.unbegun
 
     def close(self) -> None:
         self._lookup.close()

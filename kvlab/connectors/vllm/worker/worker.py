@@ -13,6 +13,7 @@ from typing import Any
 from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.messages import Adapter, LoadOp, LoadRow, RequestLoad, SaveOp, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.scheduler.admission import MIN_PREFILL_TOKENS
+from kvlab.connectors.vllm.worker.pending import PendingLoad
 from kvlab.connectors.vllm.worker.write_back import MAX_DELAY_S, WriteBackQueue
 from kvlab.engine import CacheEngine, retrieved_line
 from kvlab.hashing import versioned
@@ -22,12 +23,14 @@ from kvlab.paged.transfer import Clock, Transfer
 logger = logging.getLogger("vllm.kvlab")
 TIMED_STEPS = 8  # one in so many of the steps without a prefill is timed
 PAGE_AXES = ("blocks", "layers", "page_bytes")
+LOAD_TIMEOUT_S = 30.0
 FETCH_THREADS = 4  # objects of one load are read at once, so that disk, network and checks overlap
 
 
 class Worker:
     """Executes a step's copies. `engine` holds the secondary tiers, or is None; `writes_early`: the engine may write to
-    new pages before `begin`; `max_write_delay_s`: see `WriteBackQueue`.
+    new pages before `begin`; `max_write_delay_s`: see `WriteBackQueue`; `load_timeout_s`: after so long a load between
+    steps is given up.
 
     Each slot remembers the generation whose bytes it holds. It must be the one that a copy names, before the bytes are
     read and after. A load from a slot of another generation is reported as lost, and the engine computes; a write of
@@ -43,10 +46,11 @@ class Worker:
         *,
         writes_early: bool = False,
         max_write_delay_s: float = MAX_DELAY_S,
+        load_timeout_s: float = LOAD_TIMEOUT_S,
     ) -> None:
         self.transfer = transfer
         self.engine = engine
-        self.write_back_early = writes_early
+        self._writes_early = writes_early
         self.counters: Counter[str] = Counter()
         self._owner: list[int | None] = [None] * num_slots  # generations
         self._report: WorkerReport | None = None  # None: there is nothing to report, as in most steps
@@ -55,6 +59,8 @@ class Worker:
         self._lost_blocks: set[int] = set()
         self._finished: set[str] = set()
         self._lost_requests: set[str] = set()
+        self._pending: dict[str, PendingLoad] = {}  # loads between steps, by request id
+        self._load_timeout_s = load_timeout_s
         self._under_way: list[tuple[LoadRow, int, Clock]] = []  # loads whose copies have not ended
         self._num_decodes = 0  # steps without a prefill
         self._forward: tuple[int, Clock] | None = None  # prefill tokens of this step's forward pass
@@ -69,6 +75,8 @@ class Worker:
     def begin(self, metadata: StepMetadata) -> None:
         """The step's forward pass comes next."""
         self._version = metadata.version
+        if self._pending:
+            self._expire_loads()
         self.transfer.before_writes(metadata.new_blocks)
         if metadata.unclean_blocks:
             self._clear(metadata.unclean_blocks)
@@ -97,8 +105,9 @@ class Worker:
     def load(self, metadata: StepMetadata) -> None:
         """Begin loads between steps."""
         for load in metadata.loads:
+            pending = self._pending[load.request_id] = PendingLoad(load)
             # The pages may be those of a request that has just ended and whose last step is still under way.
-            self._loads.submit(self._load, load, self.transfer.fence(), time.perf_counter())
+            self._loads.submit(self._load, load, self.transfer.fence(), pending)
         metadata.loads = []
 
     def save(self, metadata: StepMetadata) -> None:
@@ -118,7 +127,7 @@ class Worker:
             for slot in slots:
                 self._owner[slot] = None
             self.transfer.save(blocks, slots)
-            if self.write_back_early:
+            if self._writes_early:
                 self.transfer.before_writes(blocks)
         except Exception:
             for op in ops:
@@ -209,8 +218,21 @@ class Worker:
 
     # ----
 
-    def _load(self, load: RequestLoad, after: Any = None, asked: float = 0.0) -> list[int]:
-        """`asked`: when the request began to wait, if not now."""
+    def _expire_loads(self) -> None:
+        """Give up loads that take too long: their requests compute, and their pages are left alone."""
+        for pending in list(self._pending.values()):
+            load, seconds = pending.load, pending.waited_s()
+            if seconds < self._load_timeout_s or not pending.claim("timeout"):
+                continue
+            self._pending.pop(load.request_id, None)
+            with self._lock:
+                self._lost_blocks.update(load.pages)
+                self._finished.add(load.request_id)
+                self._lost_requests.add(load.request_id)
+                self._news.overdue.append((load.request_id, sum(op.num_tokens for op in load.ops), seconds))
+
+    def _load(self, load: RequestLoad, after: Any = None, pending: PendingLoad | None = None) -> list[int]:
+        """The pages that could not be filled. `pending`: of a load between steps."""
         start = time.perf_counter()
         pages: list[int] = []
         tiers: dict[str, None] = {}
@@ -220,6 +242,8 @@ class Worker:
         try:
             ops = [] if _other_adapter(load.adapter) else load.ops
             self._fetch_all([op for op in ops if op.fetch], load.version)
+            if pending is not None and not pending.claim("load"):
+                return self._end_overdue(load)
             held = list(takewhile(self._present, ops))  # KV without its prefix is useless
             slots = [slot for op in held for slot in op.picked]
             pages = [block for op in held for block in op.block_ids]
@@ -236,13 +260,16 @@ class Worker:
         except Exception:
             pages, tokens = [], 0
             self._failed("load", *load.ops)
+            if pending is not None and not pending.claim("load"):
+                return self._end_overdue(load)
         num_bytes = len(pages) * self.transfer.layout.block_bytes
         seconds = time.perf_counter() - start
-        delay = start + seconds - (asked or start)
+        delay = pending.waited_s() if pending is not None else seconds
         row = LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", delay)
         lost = load.lost_blocks + wanted[len(pages) :]
         with self._lock:
             if load.is_async:
+                self._pending.pop(load.request_id, None)
                 self._lost_blocks.update(lost)
                 self._news.loaded[load.request_id] += 1
                 self._finished.add(load.request_id)
@@ -253,6 +280,13 @@ class Worker:
         if clock is None and wanted:
             self._report_row(row, load.prompt_tokens)
         return lost
+
+    def _end_overdue(self, load: RequestLoad) -> list[int]:
+        """The request was told that its load failed. The leases of its objects end only here: the thread wrote to
+        their slots until now."""
+        with self._lock:
+            self._news.loaded[load.request_id] += 1
+        return load.pages
 
     def _holds(self, op: LoadOp | SaveOp) -> bool:
         """Whether the operation's slots hold its object now."""
@@ -293,7 +327,7 @@ class Worker:
                 return
             if place is None:
                 self.transfer.fill(op.slots, out)
-        except Exception:
+        except BaseException:  # a store of another package may raise what is no Exception
             self._failed("fetch", op)
             self._mark_absent(op)
             return
@@ -312,7 +346,7 @@ class Worker:
                     end_token=op.end_token,
                     confirm=lambda: self._holds(op),
                 )
-        except Exception:
+        except BaseException:  # likewise: the lease must end
             self._failed("write", op)
         self._end_write(op, success=stored)
 
