@@ -42,6 +42,7 @@ def open_store(url: str) -> Store:
     store = cls.from_url(parsed)
     if not isinstance(store, Store):
         raise ConfigError(f"{target} must be a kvlab Store, got {type(store).__name__}")
+    store.url = parsed.masked
     try:
         parsed.done()
     except ConfigError:

@@ -3,7 +3,7 @@
 import os
 import re
 from dataclasses import dataclass, field
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from kvlab.errors import ConfigError
 from kvlab.units import parse_bytes
@@ -106,6 +106,13 @@ class StoreURL:
     def holds_secret(self) -> bool:
         """Whether a password stands in the URL itself."""
         return self.password is not None or bool(self._secrets)
+
+    @property
+    def masked(self) -> str:
+        """The URL without login and with stars for the secrets among its options."""
+        options = [*self.options.items(), *((name, repr(secret)) for name, secret in self._secrets.items())]
+        text = "&".join(f"{name}={quote(value, safe='/:,*')}" for name, value in options)
+        return f"{self.shown}?{text}" if text else self.shown
 
     def take(self, option: str, default: str) -> str:
         self._taken.add(option)
