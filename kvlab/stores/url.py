@@ -13,7 +13,7 @@ MOST_MS = 1e11  # three years
 SIMULATION_OPTIONS = ("gb_per_s", "latency_ms", "per_gb_month")  # of a tier that is not opened
 # Options that are right in other places, and where.
 _OF_TIERS = "it is for the tiers of a vLLM connector (kvlab.vllm_config)"
-_OF_STORES = "it is for open_store; a vLLM connector's host memory has settings of its own, so leave it out"
+_OF_STORES = "it is for memory:// of open_store; a vLLM connector settles that for its own host memory, so leave it out"
 ELSEWHERE = {
     "serde": f"{_OF_TIERS}; elsewhere give it as CacheEngine(..., serde='int4')",
     "auth": f"{_OF_TIERS}; elsewhere give it as CacheEngine(..., auth='/path'), or as kvlab store verify --auth FILE",
