@@ -139,7 +139,7 @@ class GuardedStore:
             result = method(*args)
         except ValueTooLongError:
             raise  # the caller's affair
-        except Exception as error:  # a stack must outlive whatever a tier of somebody else's raises
+        except Exception as error:  # a stack must outlive whatever a tier of another package raises
             self.last_error = f"{type(error).__name__}: {error}"
             if health.failed():
                 log.warning("tier %s%s failed, going on without: %s", self.store.name, what, self.last_error)
