@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Extra, Namespace, block_hashes, cache_namespace
 from kvlab.objects import ObjectCache, logger, name_of
 from kvlab.stores import Store
+from kvlab.stores.shown import call_of
 
 TOKENS_AXIS = AXES.index("tokens")
 
@@ -86,6 +88,16 @@ class CacheEngine(ObjectCache):
             auth=key.id if key else None,
         )
         super().__init__(store, namespace=named, serde=serde, geometry=geometry, auth=key)
+        self._given = namespace
+
+    def __repr__(self) -> str:
+        options = {"chunker": self.chunker, "serde": self.serde.spec, "geometry": self.geometry, "auth": self.auth}
+        if self.chunker == Chunker():
+            del options["chunker"]
+        return call_of(self, self.store_, namespace=self._given, **options)
+
+    def _repr_html_(self) -> str:
+        return f"<code>{escape(repr(self))}</code>{self.store_._repr_html_()}"
 
     def hashes(self, token_ids: Sequence[int], extras: Mapping[int, Sequence[Extra]] | None = None) -> list[bytes]:
         """The chain's hash at every full block of `token_ids`."""

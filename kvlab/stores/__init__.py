@@ -62,6 +62,7 @@ def open_store(url: str) -> Store:
         store = cls.from_url(parsed)
     if not isinstance(store, Store):
         raise ConfigError(f"{cls.__module__}.{cls.__qualname__} must be a kvlab Store, got {type(store).__name__}")
+    store.url = parsed.masked
     try:
         parsed.done()
     except ConfigError:

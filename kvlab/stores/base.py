@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self, TypeAlias
 
 from kvlab.errors import StoreError
+from kvlab.stores.shown import table_of
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Value: TypeAlias = Buffer | Sequence[Buffer]
@@ -75,6 +76,7 @@ class Store(ABC):
     """
 
     name: str = "store"
+    url: str = ""  # that `open_store` was given, with its secrets starred out
     max_bytes: int
     stats_: StoreStats
 
@@ -180,6 +182,19 @@ class Store(ABC):
     def rows(self) -> list[dict[str, int | float | str]]:
         """`stats` of every tier below, one row each; a single store is its only tier."""
         return [self.stats()]
+
+    def _as_call(self) -> str:
+        """What makes such a store where no URL did; subclasses know."""
+        return object.__repr__(self)
+
+    def __repr__(self) -> str:
+        return f"open_store({self.url!r})" if self.url else self._as_call()
+
+    def _repr_html_(self) -> str:
+        try:
+            return table_of(repr(self), self.rows())
+        except StoreError as error:
+            return table_of(f"{self!r}: {error}", [])
 
     def close(self) -> None:  # noqa: B027 - a store without resources has nothing to do
         """Finish writing and release what is held; a closed store is not used again."""

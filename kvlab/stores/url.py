@@ -3,7 +3,7 @@
 import os
 import re
 from dataclasses import dataclass, field
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from kvlab.errors import ConfigError
 from kvlab.units import parse_bytes
@@ -13,7 +13,7 @@ MOST_MS = 1e11  # three years
 SIMULATION_OPTIONS = ("gb_per_s", "latency_ms", "per_gb_month")  # of a tier that is not opened
 # Options that are right in other places, and where.
 _OF_TIERS = "it is for the tiers of a vLLM connector (kvlab.vllm_config)"
-_OF_STORES = "it is for open_store; a vLLM connector's host memory has settings of its own, so leave it out"
+_OF_STORES = "it is for memory:// of open_store; a vLLM connector settles that for its own host memory, so leave it out"
 ELSEWHERE = {
     "serde": f"{_OF_TIERS}; elsewhere give it as CacheEngine(..., serde='int4')",
     "auth": f"{_OF_TIERS}; elsewhere give it as CacheEngine(..., auth='/path'), or as kvlab store verify --auth FILE",
@@ -108,6 +108,13 @@ class StoreURL:
     def holds_secret(self) -> bool:
         """Whether a password stands in the URL itself."""
         return self.password is not None or bool(self._secrets)
+
+    @property
+    def masked(self) -> str:
+        """The URL without login and with stars for the secrets among its options."""
+        options = [*self.options.items(), *((name, repr(secret)) for name, secret in self._secrets.items())]
+        text = "&".join(f"{name}={quote(value, safe='/:,*')}" for name, value in options)
+        return f"{self.shown}?{text}" if text else self.shown
 
     def take(self, option: str, default: str) -> str:
         self._taken.add(option)

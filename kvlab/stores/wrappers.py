@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from kvlab.errors import ConfigError, StoreError
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers
 from kvlab.stores.forks import Lock
+from kvlab.stores.shown import call_of
 
 
 class WrapperStore(Store):
@@ -16,6 +17,9 @@ class WrapperStore(Store):
     def __init__(self, inner: Store, *, name: str | None = None) -> None:
         self.inner = inner
         self.name = name or inner.name
+
+    def _as_call(self) -> str:
+        return call_of(self, self.inner)
 
     @property
     def max_bytes(self) -> int:  # type: ignore[override]
@@ -128,6 +132,9 @@ class LatencyStore(WrapperStore):
         self._line_free = 0.0
         self._lock = Lock()
 
+    def _as_call(self) -> str:
+        return call_of(self, self.inner, latency_s=self._latency_s, bytes_per_s=self._bytes_per_s)
+
     def _around(self, method: str, num_bytes: int) -> None:
         with self._lock:
             now = time.monotonic()
@@ -172,6 +179,11 @@ class FaultStore(WrapperStore):
         self._random = random.Random(seed)
         self._lock = Lock()
         self._sleep = sleep
+        self._seed = seed
+
+    def _as_call(self) -> str:
+        knobs = {name: getattr(self, name) for name in ("fail", "corrupt", "truncate", "lose", "slow_s")}
+        return call_of(self, self.inner, **knobs, seed=self._seed)
 
     def put(self, key: str, value: Value) -> bool:
         if self._happens("lose", self.lose):

@@ -5,7 +5,10 @@ from servers import Server, running
 
 from kvlab.auth import AuthKey
 from kvlab.cli.store import main
+from kvlab.connectors.config import vllm_config
 from kvlab.container import Part, pack
+from kvlab.engine import CacheEngine
+from kvlab.errors import ConfigError
 from kvlab.hashing import Namespace
 from kvlab.stores import open_store
 from kvlab.stores.disk.names import path_of
@@ -144,6 +147,21 @@ def test_on_redis(tmp_path, capsys):
 def test_wrong_use_is_one_line(argv, capsys):
     assert main(argv) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        (lambda: CacheEngine("memory://?serde=int4", namespace="m"), r"serde is no option of 'memory://' here.*serde="),
+        (lambda: CacheEngine("memory://?auth=/key", namespace="m"), r"auth is no option.*CacheEngine\(.*--auth FILE"),
+        (lambda: vllm_config(["memory://?pinned=true"]), "pinned is no option of 'memory://' here.*open_store"),
+        (lambda: vllm_config(["memory://?wait_ms=5"]), "wait_ms is no option of 'memory://' here.*leave it out"),
+        (lambda: open_store("memory://?sise=1GiB"), "unknown option 'sise'"),
+    ],
+)
+def test_an_option_of_another_place_says_where_it_belongs(use, words):
+    with pytest.raises(ConfigError, match=words):
+        use()
 
 
 def test_looking_makes_no_folder(tmp_path, capsys):

@@ -85,6 +85,40 @@ def test_a_tier_that_missed_too_many_writes_is_left_out(stack, monkeypatch, capl
     assert bytes(store.get("k0")) == b"new"
 
 
+def test_a_tier_that_takes_no_writes_at_all_is_read_on(stack, monkeypatch):
+    """As a folder that is mounted read-only: what it never had is not worth remembering for ever."""
+    monkeypatch.setattr(guarded, "MOST_MISSED", 10)
+    store, upper, lower = stack
+    lower.put("old", b"value")
+    monkeypatch.setattr(lower, "_around", lambda method, _: 1 / 0 if method in ("put", "delete") else None)
+    for index in range(100):
+        assert store.put(f"k{index}", b"new")
+    upper.inner.clear()
+    assert bytes(store.get("old")) == b"value"
+    assert store.rows()[1]["up"] == 1
+
+
+def test_a_tier_that_is_left_out_is_left_alone(stack, monkeypatch):
+    store, _, lower = stack
+    lower.put("k", b"of others")
+    lower.fail = 1.0
+    store.clear()
+    lower.fail = 0.0
+    assert store.get("k") is None
+    assert lower.contains("k")
+
+
+def test_a_value_on_its_way_down_hides_no_newer_one():
+    """It was read before the newer one came, of which the tier must go on to know that it has missed it."""
+    tier = guarded.GuardedStore(MemoryStore(1 << 20))
+    since = tier.missed("k")
+    tier.miss("k")
+    assert tier.put("k", b"older", since=since)
+    assert tier.misses("k")
+    assert tier.put("k", b"newer")
+    assert not tier.misses("k")
+
+
 def test_what_a_sound_tier_missed_is_deleted_there_before_it_is_forgotten(monkeypatch):
     monkeypatch.setattr(guarded, "MOST_MISSED", 10)
     lower = MemoryStore(1 << 20)

@@ -91,13 +91,13 @@ def read_file(fd: int, out: Sequence[memoryview], size: int, *, direct: bool) ->
 
 def _read_one(fd: int, out: memoryview, size: int, *, direct: bool) -> int:
     buffer = scratch("direct", SCRATCH_BYTES)
-    aligned = not direct or address(out) % PAGE == 0
+    is_aligned = not direct or address(out) % PAGE == 0
     at = 0
     while at < size:
         room = min(out.nbytes - at, _MOST)
         if not direct:
             got = os.preadv(fd, [out[at : at + min(room, size - at)]], at)
-        elif aligned and at % PAGE == 0 and room >= PAGE:
+        elif is_aligned and at % PAGE == 0 and room >= PAGE:
             whole = min(room, -(-(size - at) // PAGE) * PAGE) // PAGE * PAGE
             got = os.preadv(fd, [out[at : at + whole], buffer[:PAGE]], at)
             over = min(got, size - at) - whole

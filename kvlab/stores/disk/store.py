@@ -22,6 +22,7 @@ from kvlab.stores.disk.names import WRITING, key_of, path_of
 from kvlab.stores.disk.root import RefusedError, Root
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.forks import Lock
+from kvlab.stores.shown import call_of
 from kvlab.stores.url import StoreURL
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class DiskStore(Store):
         name: str = "disk",
     ) -> None:
         self.name = name
+        self._options = {"policy": policy, "direct": direct, "fsync": fsync, "check": check, "shared": shared}
         self.root = Path(root)
         if not self.root.is_absolute():
             raise ConfigError(f"a disk store needs an absolute folder, like file:///data/kv, got {str(root)!r}")
@@ -96,6 +98,9 @@ class DiskStore(Store):
             "check": url.take_bool("check", True),
             "shared": url.take_bool("shared", False),
         }
+
+    def _as_call(self) -> str:
+        return call_of(self, str(self.root), self.max_bytes, **self._options)
 
     def put(self, key: str, value: Value) -> bool:
         start = time.perf_counter()

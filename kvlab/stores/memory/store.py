@@ -13,6 +13,7 @@ from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_f
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.forks import ForkAware
 from kvlab.stores.memory.arena import Arena, Region, cuda_is_in_use
+from kvlab.stores.shown import call_of
 from kvlab.stores.url import StoreURL
 
 KEPT_REASONS = 1 << 16  # keys whose reason of leaving is remembered
@@ -42,6 +43,7 @@ class MemoryStore(Store, ForkAware):
         name: str = "memory",
     ) -> None:
         self.name = name
+        self._options = {"policy": policy, "pinned": pinned, "wait_s": wait_s}
         self.max_bytes = max_bytes
         self.stats_ = StoreStats()
         self._policy = get_policy(policy)
@@ -64,6 +66,9 @@ class MemoryStore(Store, ForkAware):
             "pinned": None if pinned == "auto" else url.take_bool("pinned", False),
             "wait_s": url.take_ms("wait_ms", "100"),
         }
+
+    def _as_call(self) -> str:
+        return call_of(self, self.max_bytes, **self._options)
 
     def put(self, key: str, value: Value) -> bool:
         start = time.perf_counter()

@@ -27,6 +27,7 @@ from kvlab.stores.redis.resp import (
 )
 from kvlab.stores.redis.topology import Topology, make_topology
 from kvlab.stores.redis.url import RedisTarget
+from kvlab.stores.shown import call_of
 from kvlab.stores.url import StoreURL
 from kvlab.units import format_bytes, parse_bytes
 
@@ -102,6 +103,9 @@ class RedisStore(Store):
             "first_wait_s": url.take_ms("retry_ms", "250"),
             "longest_wait_s": url.take_ms("longest_retry_ms", "10000"),
         }
+
+    def _as_call(self) -> str:
+        return call_of(self, self._topology.place)
 
     def put(self, key: str, value: Value) -> bool:
         start = time.perf_counter()

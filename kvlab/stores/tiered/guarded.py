@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MOST_MISSED = 1 << 16  # keys whose values this tier did not take are remembered
+_NOW = object()
 
 
 class GuardedStore:
@@ -22,7 +23,7 @@ class GuardedStore:
 
     A tier that does not take a write or a delete keeps what it had under that key before, which is not to be read: it
     `misses` the key until it has taken a later write or has deleted it. One that has missed more than `MOST_MISSED`
-    keys, or a `clear`, is left out until it has been cleared.
+    keys and cannot say that it has nothing under the oldest, or a `clear`, is left out until it has been cleared.
     """
 
     def __init__(
@@ -46,16 +47,16 @@ class GuardedStore:
 
     def may_read(self, key: str) -> bool:
         """Not `misses`. What is too old is deleted, if the tier can be asked again."""
-        if self.misses(key):
+        if key in self._missed:
             self.delete(key)
             return False
-        return True
+        return not self._is_left_out
 
-    def put(self, key: str, value: Value, *, since: object = None) -> bool:
+    def put(self, key: str, value: Value, *, since: object = _NOW) -> bool:
         """Whether the tier holds `value` now. One that does not take it loses what it held under `key` before. `since`
         is what `missed` said before `value` was read, where it comes from another tier: by now there may be a newer
         one."""
-        before = since or self.missed(key)
+        before = self.missed(key) if since is _NOW else since
         if self.write(self.store.put, key, value, default=False):
             self._has_taken(key, before)
             return True
@@ -101,7 +102,9 @@ class GuardedStore:
             if len(self._missed) <= MOST_MISSED:
                 return
             oldest, miss = next(iter(self._missed.items()))
-        if self.write(self.store.delete, oldest, default=None) is not None:
+        unknown: int | None = -1
+        is_gone = self.write(self.store.delete, oldest, default=None) is not None
+        if is_gone or self.call(self.store.size_of, oldest, default=unknown) is None:
             self._has_taken(oldest, miss)
         else:
             self._leave_out()
@@ -136,7 +139,7 @@ class GuardedStore:
             result = method(*args)
         except ValueTooLongError:
             raise  # the caller's affair
-        except Exception as error:  # a stack must outlive whatever a tier of somebody else's raises
+        except Exception as error:  # a stack must outlive whatever a tier of another package raises
             self.last_error = f"{type(error).__name__}: {error}"
             if health.failed():
                 log.warning("tier %s%s failed, going on without: %s", self.store.name, what, self.last_error)

@@ -10,6 +10,7 @@ from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, cut
 from kvlab.stores.circuit_breaker import FIRST_WAIT_S, LONGEST_WAIT_S
 from kvlab.stores.forks import Lock
 from kvlab.stores.reuse import ReuseCounter
+from kvlab.stores.shown import call_of
 from kvlab.stores.tiered.background import BackgroundWriter
 from kvlab.stores.tiered.guarded import GuardedStore
 
@@ -55,6 +56,8 @@ class TieredStore(Store):
         if write not in ("through", "back") or store_threshold < 1:
             raise ConfigError(f"write must be through or back, store_threshold >= 1; got {write!r}, {store_threshold}")
         self.name = name
+        self._options: dict[str, object] = {"write": write, "store_threshold": store_threshold, "promote": promote}
+        self._options |= {"max_queued": max_queued, "first_wait_s": first_wait_s, "longest_wait_s": longest_wait_s}
         names = [store.name for store in stores]
         for index, store in enumerate(stores):  # so that rows tell two folders apart
             if names.count(store.name) > 1:
@@ -68,6 +71,9 @@ class TieredStore(Store):
         self._lock = Lock()
         self._last = threading.local()  # promoted: key and level of this thread's last read, where it was promoted
         self._writer = BackgroundWriter(self._carry_down, max_keys=max_queued) if write == "back" else None
+
+    def _as_call(self) -> str:
+        return call_of(self, [tier.store for tier in self.tiers], **self._options)
 
     @property
     def max_bytes(self) -> int:  # type: ignore[override]
