@@ -143,6 +143,8 @@ class CacheEngine(ObjectCache):
         """
         if kv.dim() != len(AXES) or kv.shape[TOKENS_AXIS] != len(token_ids):
             raise ConfigError(f"kv must have axes {AXES} and {len(token_ids)} tokens, got shape {tuple(kv.shape)}")
+        if len(token_ids) and not kv.numel():
+            raise ConfigError(f"kv must have values, got shape {tuple(kv.shape)}")
         geometry = self.geometry
         if geometry and (tuple(kv.shape), name_of(kv.dtype)) != (geometry.shape(len(token_ids)), geometry.dtype):
             wanted = f"{geometry.dtype}{list(geometry.shape(len(token_ids)))}"

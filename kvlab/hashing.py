@@ -42,6 +42,15 @@ class Namespace:
     fields: Mapping[str, str | int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if reserved := {"format", "model"} & set(self.fields):
+            raise ConfigError(
+                f"a namespace has no field {sorted(reserved)[0]!r}: that name is kvlab's own; take another"
+            )
+        try:
+            for text in (self.model, *self.fields, *self.fields.values()):
+                str(text).encode()
+        except UnicodeEncodeError:  # in JSON, a pair of lone surrogates reads as another character
+            raise ConfigError("a namespace must be text without lone surrogates") from None
         if (size := len(json.dumps(self.canonical))) > MAX_NAMESPACE_BYTES:
             raise ConfigError(
                 f"a namespace must fit {MAX_NAMESPACE_BYTES} bytes, this one takes {size}; shorten a field"
@@ -112,6 +121,8 @@ def _encode_extras(extras: Iterable[Extra]) -> bytes:
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:
     """`token_ids` as little-endian u32, the form that is hashed."""
+    if isinstance(token_ids, bytes | bytearray | str):  # which an array takes for items of four bytes
+        raise ConfigError(f"token ids must be a list of integers, got {type(token_ids).__name__}")
     try:
         packed = array("I", token_ids)
     except (OverflowError, TypeError) as error:
@@ -138,6 +149,9 @@ def block_hashes(
         block index (counted from the first block given here) -> (tag, value) pairs that change this block's
         KV, such as ("lora", ...), ("cache_salt", ...) or ("mm", ...). Extras of a block also bind all later ones.
     """
+    for index in extras or ():
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:  # it would bind no block
+            raise ConfigError(f"extras must be given by block index, an integer from 0 on, got {index!r}")
     previous = parent if parent is not None else ROOT
     raw = token_bytes(token_ids)
     step = block_tokens * 4

@@ -277,11 +277,9 @@ class ObjectCache:
         if serde.name != "naive" and not isinstance(value, bytes | bytearray | memoryview) and len(value) > 1:
             return self._decode(b"".join(value), key, out, expected)  # its parts lie where the KV is to go
         kv = serde.decode(encoded, out)
-        if out is None or kv is out:
-            return kv
-        if (kv.shape, kv.dtype) != (out.shape, out.dtype):
+        if (tuple(kv.shape), name_of(kv.dtype)) != (tuple(encoded.shape), encoded.dtype):  # of another package's serde
             raise FormatError(f"serde {serde.name!r} decodes to {kv.dtype}{list(kv.shape)}", reason="serde")
-        return out.copy_(kv)  # a serde of another package may leave `out` as it was
+        return kv if out is None or kv is out else out.copy_(kv)  # it may leave `out` as it was
 
     def _contains(self, keys: Sequence[str]) -> list[bool]:
         try:

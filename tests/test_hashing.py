@@ -85,3 +85,31 @@ def test_a_salt_may_be_any_string():
     odd, plain = block_hashes(range(16), 16, extras={0: [("cache_salt", "\ud800")]}), block_hashes(range(16), 16)
     assert odd != plain
     assert odd != block_hashes(range(16), 16, extras={0: [("cache_salt", "\ud801")]})
+
+
+@pytest.mark.parametrize("index", ["0", -1, 1.0, True, None])
+def test_extras_that_bind_no_block_are_refused(index):
+    """Or tenants would share what their salts were to keep apart."""
+    with pytest.raises(ConfigError, match="extras must be given by block index"):
+        block_hashes(list(range(32)), 16, extras={index: [("cache_salt", "s")]})
+
+
+@pytest.mark.parametrize("token_ids", [b"abcdefgh", bytearray(8), "text"])
+def test_token_ids_are_no_bytes(token_ids):
+    with pytest.raises(ConfigError, match="token ids must be"):
+        block_hashes(token_ids, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        ("m", {"tenant": "\ud83d\ude00"}),
+        ("\ud800", {}),
+        ("m", {"\udc00": 1}),
+        ("m", {"model": "x"}),
+        ("m", {"format": 1}),
+    ],
+)
+def test_namespaces_that_could_be_anothers_are_refused(model, fields):
+    with pytest.raises(ConfigError, match=r"surrogates|kvlab's own"):
+        Namespace(model, fields)

@@ -65,7 +65,7 @@ def _looking_only(url: str) -> str:
         raise ConfigError(f"cannot look into {parsed.shown[:100]}: {error.strerror}") from error
     defaults = {"size": str((1 << 63) - 1), "check": "false"}
     extra = "&".join(f"{option}={value}" for option, value in defaults.items() if option not in parsed.options)
-    return url + ("&" if parsed.options else "?") + extra if extra else url
+    return url.rstrip("?&") + ("&" if parsed.options else "?") + extra if extra else url
 
 
 def _ls(store: Store, arguments: argparse.Namespace) -> int:
@@ -103,12 +103,19 @@ def _verify(store: Store, arguments: argparse.Namespace) -> int:
     auth = auth_key(arguments.auth)
     reasons: Counter[str] = Counter()
     of_others: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     num_bytes = sound = 0
     for key in sorted(store.keys()):
-        found, error = _look(store, key, auth)
-        if error is not None:
-            store.renew()
+        try:
             found, error = _look(store, key, auth)
+            if error is not None:
+                found = None  # let go of, as the second look takes as much memory
+                store.renew()
+                found, error = _look(store, key, auth)
+        except StoreError as failed:
+            unread[failed.reason] += 1
+            print(f"{failed.reason}: {_shown(key)}: {_shown(str(failed))}")
+            continue
         num_bytes += 0 if found is None else memoryview(found).nbytes
         if error is not None:
             is_broken = error.reason not in OF_OTHERS
@@ -121,8 +128,10 @@ def _verify(store: Store, arguments: argparse.Namespace) -> int:
     states = [f"{sound} objects are sound", f"{sum(reasons.values())} broken{_listed(reasons)}"]
     if of_others:
         states.append(f"{sum(of_others.values())} for other readers{_listed(of_others)}")
+    if unread:
+        states.append(f"{sum(unread.values())} could not be read{_listed(unread)}")
     print(f"{', '.join(states)}; read {format_bytes(num_bytes)}")
-    return 1 if reasons else 0
+    return 1 if reasons or unread else 0
 
 
 def _listed(reasons: Counter[str]) -> str:

@@ -132,8 +132,10 @@ class ConnectorConfig:
                 url.done()
                 continue
             url.refuse_simulation_options()
-            serdes.add(url.options.pop("serde", "naive"))
-            key_files.add(url.options.pop("auth", ""))
+            serdes.add(url.take("serde", "naive"))
+            key_files.add(url.take("auth", ""))
+            for option in ("serde", "auth"):
+                url.options.pop(option, None)
             base = raw.partition("?")[0]
             if any(base == other.partition("?")[0] for other in lower):
                 raise ConfigError(f"{url.shown!r} stands twice among the tiers; name it once")

@@ -72,8 +72,10 @@ def open_store(url: str) -> Store:
 
 
 def check_url(url: str) -> None:
-    """Raise the ConfigError that `open_store(url)` would raise, as far as it can be told without opening the store."""
+    """Raise the ConfigError that `open_store(url)` would raise, as far as it can be told without opening the store
+    or reading the files that the URL names."""
     parsed = StoreURL.parse(url)
+    parsed.reads_files = False
     cls = _class_of(parsed)
     if hasattr(cls, "arguments"):
         cls.arguments(parsed)

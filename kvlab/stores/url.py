@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
@@ -57,6 +58,7 @@ class StoreURL:
     user: str = field(default="", repr=False)
     password: Secret | None = None
     _secrets: dict[str, Secret] = field(default_factory=dict)
+    reads_files: bool = True  # False: the URL is only checked, the files it names may be on another host
     _taken: set[str] = field(default_factory=set, repr=False)
 
     @classmethod
@@ -79,8 +81,6 @@ class StoreURL:
         for name, value in pairs:  # neither is shown: it may be a part of a password, or one in the place of its file
             if not _OPTION.fullmatch(name):
                 raise ConfigError(f"an option of {shown!r} is no word of lower-case letters, as in ?size=10GiB")
-            if not value:  # an unset variable in a template: an empty auth= would store unsigned objects
-                raise ConfigError(f"option {name!r} of {shown!r} has no value; give one or leave it out")
             if name.endswith("_file") and not value.startswith("/"):
                 raise ConfigError(f"{name} must be the absolute path of a file that holds the password")
         login, _, netloc = parts.netloc.rpartition("@")
@@ -118,7 +118,10 @@ class StoreURL:
 
     def take(self, option: str, default: str) -> str:
         self._taken.add(option)
-        return self.options.get(option, default)
+        value = self.options.get(option, default)
+        if not value and option in self.options:  # an unset variable in a template: auth= would store unsigned objects
+            raise ConfigError(f"option {option!r} of {self.shown!r} has no value; give one or leave it out")
+        return value
 
     def take_secret(self, option: str, given: Secret | None = None, *, variable: str = "") -> Secret | None:
         """A password by one of three ways: `given` or as the option itself, in the file that ``<option>_file`` names,
@@ -129,7 +132,7 @@ class StoreURL:
         if file:
             if given is not None:
                 raise ConfigError(f"give the password in the URL or by {option}_file, not both, in {self.shown!r}")
-            return _read_secret(file, f"{option}_file")
+            return _read_secret(file, f"{option}_file") if self.reads_files else Secret("")
         value = os.environ.get(variable, "") if variable else ""
         return given or (Secret(value) if value else None)
 
@@ -190,6 +193,8 @@ def shown_url(raw: str) -> str:
     scheme, mark, rest = raw.partition("://")
     if not mark or not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*", scheme):
         scheme, mark, rest = "", "", raw
+    if mark and "@" in "".join(re.split(r"[?#]", rest, maxsplit=1)[1:]):
+        return f"{scheme}{mark}***"  # of a login or of an option: where the host begins is not known
     _, at, rest = rest.rpartition("@")
     rest = re.split(r"[?#]", rest, maxsplit=1)[0]
     if not mark and (at or (":" in rest and not rest.startswith(("file:", "memory:")))):
@@ -208,7 +213,17 @@ def hide_logins(text: str) -> str:
     >>> hide_logins("--redis-url redis://:hunter2@host:6379/0 --seed 1")
     '--redis-url redis://***@host:6379/0 --seed 1'
     """
+    text = re.sub(r"(\w:/+[^\s?#]*)[?#](\S*)", _hide_options, text)
     return re.sub(r"(?i)(password=)[^&]+", r"\1***", re.sub(r"(\w:/+).*@", r"\1***@", text))
+
+
+def _hide_options(url: re.Match[str]) -> str:
+    """The options of a URL stay only if none of them can be a secret: half of a password may look like one."""
+    for pair in url[2].rstrip(",'\"").split("&"):
+        name, sign, value = pair.partition("=")
+        if not (sign and _OPTION.fullmatch(name)) or _is_secret(name) or "@" in value:
+            return f"{url[1]}?***"
+    return url[0]
 
 
 def _is_secret(option: str) -> bool:
@@ -225,8 +240,8 @@ def _split(raw: str) -> SplitResult | None:
 
 def _read_secret(file: str, option: str) -> Secret:
     try:
-        with open(file, "rb") as stream:
-            raw = stream.read(MOST_SECRET_BYTES + 1)
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
+            raw = stream.read(MOST_SECRET_BYTES + 1) if stat.S_ISREG(os.fstat(stream.fileno()).st_mode) else b""
     except OSError as error:
         raise ConfigError(f"cannot read {option} {file!r}: {error.strerror}") from error
     text = raw.decode(errors="replace").rstrip("\r\n")

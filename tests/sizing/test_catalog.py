@@ -43,7 +43,7 @@ def test_every_entry_obeys_the_schema() -> None:
 
 def test_every_entry_computes_or_refuses_and_the_docs_list_the_refusals() -> None:
     refused = _refused()
-    text = (ROOT / "docs" / "sizing.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "design" / "sizes.md").read_text(encoding="utf-8")
     section = text.partition("## Refused models")[2].partition("\n## ")[0]
     assert set(re.findall(r"`([\w.-]+/[\w.-]+)`", section)) == set(refused)
     for reason in refused.values():

@@ -258,6 +258,21 @@ def test_a_folder_that_vanishes_is_made_again(store):
     assert store.used_bytes == 1
 
 
+def test_a_folder_that_is_moved_away_is_left_as_it_is(tmp_path):
+    """It may be a backup."""
+    with DiskStore(tmp_path / "kv", 100_000) as store:
+        for key in "xy":
+            store.put(key, bytes(40_000))
+        (tmp_path / "kv").rename(tmp_path / "backup")
+        before = sorted(path for path in (tmp_path / "backup").rglob("*") if path.is_file())
+        for number in range(4):
+            assert store.put(str(number), bytes(40_000))
+        assert sorted(path for path in (tmp_path / "backup").rglob("*") if path.is_file()) == before
+        assert store.get("x") is None
+        assert bytes(store.get("3")) == bytes(40_000)
+        assert store.used_bytes <= 100_000
+
+
 def test_a_place_that_cannot_be_used_is_told(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match="cannot use"):

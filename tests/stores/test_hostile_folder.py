@@ -143,6 +143,18 @@ def test_a_journal_with_a_second_name_is_refused(root, outside):
         DiskStore(root, 1 << 20)
 
 
+def test_a_file_outside_keeps_its_mode(root, outside):
+    """With `shared`, whoever may write to the folder may put a hard link in the place of one of its files."""
+    thesis = outside / "thesis.txt"
+    thesis.chmod(0o600)
+    (root / ".kvlab").mkdir(exist_ok=True)
+    (root / ".kvlab" / "journal").unlink(missing_ok=True)
+    os.link(thesis, root / ".kvlab" / "journal")
+    with pytest.raises(ConfigError, match="hard link"):
+        open_store(f"file://{root}?shared=true")
+    assert thesis.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_link_made_while_the_store_is_open_is_not_followed(root, outside):
     with DiskStore(root, 1 << 20) as store:
         (root / LINKS["fanout"]).symlink_to(outside)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import os
 import pickle
 import socket
 import time
@@ -335,6 +336,41 @@ def test_a_server_that_names_the_password_as_a_host_is_not_quoted(scheme, secret
 
         attempt(use)
         assert command in [args[0] for args in liar.asked]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"redis://h?password=@{MARK}",
+        f"redis://h:6379/0?password=p@{MARK}",
+        f"redis-sentinel://h:26379/m?sentinel_password=p@{MARK}&db=1",
+        f"rediss://h/0?key_password=a@{MARK}",
+        f"redis://h?password_file=/x@{MARK}",
+        f"redis://u:a#b@{MARK}",
+    ],
+)
+def test_an_at_in_an_option_is_no_end_of_a_login(url):
+    with pytest.raises(ConfigError) as raised:
+        open_store(url)
+    assert not found(str(raised.value))
+    with pytest.raises(ConfigError) as raised:
+        vllm_config([url])
+    assert not found(str(raised.value))
+    assert not found(hide_logins(f"--redis-url {url} --seed 1"))
+
+
+@pytest.mark.parametrize("query", ["password=a&{}", "passwd={}", "pass={}", "sentinel_password={}&x=1", "a={}@", "{}"])
+def test_recorded_options_of_a_url_are_no_secrets(query):
+    shown = hide_logins(f"--redis-url redis://h/0?{query.format(MARK)} --seed 1")
+    assert not found(shown)
+    assert shown.endswith("--seed 1")
+    assert hide_logins("--tiers file:///kv?size=1GiB&fsync=true") == "--tiers file:///kv?size=1GiB&fsync=true"
+
+
+def test_a_password_files_place_may_be_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="must hold one password"):
+        open_store(f"redis://h?password_file={tmp_path}/pipe")
 
 
 def test_half_of_a_password_is_no_options_name():

@@ -220,6 +220,8 @@ class FolderIndex(ForkAware):
         if self._fd >= 0:
             os.close(self._fd)  # of a deleted folder
             self._fd = -1
+            if not self._root.is_in_place():
+                self._root.open()
         fd, self.read_only = open_journal(self._root)
         self._fd, self._offset, self._epoch = fd, 0, b""
 
@@ -256,7 +258,10 @@ class FolderIndex(ForkAware):
         return True
 
     def _is_in_place(self) -> bool:
-        """Whether the open journal is the one that other processes find: neither removed nor moved away."""
+        """Whether the open journal is the one that other processes find: neither removed nor moved away, alone or with
+        the whole folder. What lies in a folder that was moved is no longer this store's: a backup, perhaps."""
+        if not self._root.is_in_place():
+            return False
         try:
             return os.path.samestat(os.fstat(self._fd), self._root.state(JOURNAL))
         except FileNotFoundError:

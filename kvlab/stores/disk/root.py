@@ -51,6 +51,13 @@ class Root:
         finally:
             os.close(fd)
 
+    def is_in_place(self) -> bool:
+        """Whether `path` still leads to the open folder: it was not moved or replaced."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except OSError:
+            return False
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -73,8 +80,9 @@ class Root:
             fd = os.open(name, flags | _FILE, 0o600, dir_fd=folder)
         if self.shared and flags & os.O_CREAT:
             try:
-                if os.fstat(fd).st_uid == os.geteuid():
-                    os.fchmod(fd, 0o660)
+                state = os.fstat(fd)
+                if state.st_uid == os.geteuid() and state.st_nlink == 1 and stat.S_ISREG(state.st_mode):
+                    os.fchmod(fd, 0o660)  # no hard link: it may be to a file outside
             except BaseException:
                 os.close(fd)
                 raise

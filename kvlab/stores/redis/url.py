@@ -90,6 +90,8 @@ def _tls(url: StoreURL) -> ssl.SSLContext:
     ca, cert, key = (url.take(option, "") for option in ("ca", "cert", "key"))
     verify = url.take_bool("verify", True)
     secret = url.take_secret("key_password")
+    if not url.reads_files:
+        ca = cert = key = ""
     try:
         context = ssl.create_default_context(cafile=ca or None)
         if cert or key:  # the empty password keeps OpenSSL from asking for one at the terminal
