@@ -31,12 +31,18 @@ def scanned(reply: Reply) -> tuple[bytes, list[str]]:
 
 
 def memory_facts(reply: Reply) -> dict[str, int]:
-    """The whole numbers of INFO."""
-    facts = text(reply)
-    if len(facts) > MOST_FACTS_BYTES:
-        raise ProtocolError(f"the server told {len(facts)} characters about its memory")
-    pairs = (line.partition(":") for line in facts.split("\r\n"))
-    return {name: int(value) for name, _, value in pairs if _is_count(value)}
+    """What INFO says of the memory in use, of what there is, and whether that has no limit of its own."""
+    told = text(reply)
+    if len(told) > MOST_FACTS_BYTES:
+        raise ProtocolError(f"the server told {len(told)} characters about its memory")
+    pairs = (line.partition(":") for line in told.split("\r\n"))
+    facts = {name: int(value) for name, _, value in pairs if _is_count(value)}
+    maxmemory = facts.get("maxmemory", 0)
+    return {
+        "used_bytes": facts.get("used_memory", 0),
+        "max_bytes": maxmemory or facts.get("total_system_memory", 0),
+        "unbounded": int(not maxmemory),
+    }
 
 
 def told_limit(reply: Reply) -> int:
