@@ -5,7 +5,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from kvlab.errors import StoreError
 from kvlab.hostmemory import aligned
@@ -14,7 +14,7 @@ from kvlab.stores.forks import Lock
 from kvlab.stores.redis.listing import listed
 from kvlab.stores.redis.node import NodeDownError
 from kvlab.stores.redis.removal import HEAD_BYTES, remove
-from kvlab.stores.redis.replies import memory_facts, name_of, told_limit
+from kvlab.stores.redis.replies import SIZE, Answers, memory_facts, name_of, size_in, told_limit
 from kvlab.stores.redis.resp import (
     BufferFactory,
     ProtocolError,
@@ -43,8 +43,6 @@ LEAST_LIMIT = 1 << 20  # no server takes less for it
 LIMIT_KEPT_S = 30.0  # what a server said; CONFIG SET and a restart change it
 PIPELINED = 8192  # keys asked for at once: a deadline is for this many, and a reply has bounds
 
-Answers: TypeAlias = list[int | ReplyError]  # to the commands about one key
-SIZE = ("EXISTS", "STRLEN")  # which tell an empty value from none, and a value from another program's list
 _NOT_OURS = frozenset({"wrongtype"})  # another program's list or hash: no value of ours is there
 _ELSEWHERE = frozenset({"moved", "ask"})
 
@@ -161,7 +159,7 @@ class RedisStore(Store):
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
         """One round trip per server and 8,192 keys, each with a deadline of its own."""
-        return [_size(answers) is not None for answers in self._pipelined(SIZE, keys)]
+        return [size_in(answers) is not None for answers in self._pipelined(SIZE, keys)]
 
     def touch(self, keys: Iterable[str]) -> None:
         self._pipelined(["TOUCH"], list(keys))
@@ -238,7 +236,7 @@ class RedisStore(Store):
             raise
 
     def _size_of(self, key: str, deadline: float) -> int | None:
-        return _size(self._pipelined_at_once(SIZE, [key], deadline)[0])
+        return size_in(self._pipelined_at_once(SIZE, [key], deadline)[0])
 
     def _head(self, key: str, num_bytes: int, deadline: float) -> Buffer | None:
         def room(size: int) -> list[memoryview]:
@@ -304,12 +302,21 @@ class RedisStore(Store):
             for index, place in enumerate(places):
                 answers[place] = replies[index * len(commands) : (index + 1) * len(commands)]
                 if any(isinstance(reply, ReplyError) and reply.reason in _ELSEWHERE for reply in answers[place]):
-                    again = [[command, names[place]] for command in commands]
-                    work: Work[Answers] = partial(send_pipeline, again, parse=number, leave=_NOT_OURS)
-                    answers[place] = self._asked(keys[place], work, default=nothing, deadline=deadline)
+                    answers[place] = self._one_by_one(commands, keys[place], deadline)
         if failures and len(failures) == len(groups):
             raise failures[0]
         return answers
+
+    def _one_by_one(self, commands: Sequence[str], key: str, deadline: float) -> Answers:
+        """A node that is taking a slot over answers a single command after each ASKING."""
+        found: Answers = []
+        for command in commands:
+            work: Work[Answers] = partial(send_pipeline, [[command, name_of(key)]], parse=number, leave=_NOT_OURS)
+            answer = self._asked(key, work, default=None, deadline=deadline)
+            if answer is None:
+                return []
+            found += answer
+        return found
 
     def _ask_server(self) -> None:
         """Refresh what is known of the servers; whoever does not answer keeps its last numbers."""
@@ -380,12 +387,6 @@ class RedisStore(Store):
         wanted = b"".join(buffers(found))
         head = self._head(key, max(len(wanted), HEAD_BYTES), deadline)
         return head is not None and bytes(head) == wanted
-
-
-def _size(answers: Answers) -> int | None:
-    """What the answers to `SIZE` say of a value: its length, or None if there is none."""
-    there, size = answers or (0, 0)
-    return size if there == 1 and isinstance(size, int) else None
 
 
 def _room(size: int) -> list[memoryview]:
