@@ -78,6 +78,8 @@ class Liar:
             b"EXISTS": lambda: b":%d\r\n" % (value is not None),
             b"TOUCH": lambda: b":%d\r\n" % (value is not None),
             b"STRLEN": lambda: b":%d\r\n" % len(value or b""),
+            b"EVAL": lambda: b":%d\r\n" % (self.data.pop(rest[2], None) is not None),
+            b"GETRANGE": lambda: bulk((value or b"")[int(rest[1]) : int(rest[2]) + 1]),
             b"UNLINK": lambda: b":%d\r\n" % (self.data.pop(rest[0], None) is not None),
             b"INFO": lambda: bulk(b"used_memory:1\r\nmaxmemory:1000000\r\n"),
             b"CONFIG": lambda: b"*2\r\n" + bulk(b"proto-max-bulk-len") + bulk(b"536870912"),

@@ -115,7 +115,7 @@ def judge(store, name):
 
 
 ASKED = {  # what a lie is the answer to, and the calls that ask it
-    "single": ((b"GET", b"EXISTS", b"STRLEN", b"SET", b"UNLINK", b"TOUCH", b"SCAN", b"INFO", b"CONFIG"), [*CALLS]),
+    "single": ((b"GET", b"EXISTS", b"STRLEN", b"SET", b"EVAL", b"TOUCH", b"SCAN", b"INFO", b"CONFIG"), [*CALLS]),
     "login": ((b"AUTH", b"SELECT"), ["get"]),
     "sentinel": ((b"SENTINEL",), ["get", "contains_many"]),
     "cluster": ((b"CLUSTER",), ["get", "contains_many"]),
@@ -172,7 +172,7 @@ def test_random_replies(kind):
         return reply if reply[-2:] == b"\r\n" else sock.sendall(reply)  # what is cut off ends with hanging up
 
     with Liar() as liar, open_store(URLS[kind].format(liar.port)) as store:
-        commands = b"AUTH SELECT SENTINEL CLUSTER ASKING GET EXISTS STRLEN SET UNLINK TOUCH SCAN INFO CONFIG".split()
+        commands = b"AUTH SELECT SENTINEL CLUSTER ASKING GET EXISTS STRLEN SET EVAL TOUCH SCAN INFO CONFIG".split()
         liar.lies = dict.fromkeys(commands, answer)
         for _ in range(300):
             judge(store, draw.choice([*CALLS]))
@@ -206,8 +206,8 @@ def test_a_reply_byte_by_byte_ends_at_the_deadline(kind, where):
 
 def test_a_list_without_end_ends(monkeypatch):
     """SCAN that goes on for ever, with new names or with none."""
-    monkeypatch.setattr("kvlab.stores.redis.store.LISTING", 3)
-    monkeypatch.setattr("kvlab.stores.redis.store.MOST_LISTED_BYTES", 100_000)
+    monkeypatch.setattr("kvlab.stores.redis.listing.LISTING", 3)
+    monkeypatch.setattr("kvlab.stores.redis.listing.MOST_LISTED_BYTES", 100_000)
     scans = []
 
     def names(liar, sock, args):
@@ -229,7 +229,7 @@ def test_a_list_without_end_ends(monkeypatch):
 
 def test_a_list_of_short_names_takes_bounded_memory(monkeypatch):
     """A Python string takes many times the bytes of a short name."""
-    monkeypatch.setattr("kvlab.stores.redis.store.MOST_LISTED_BYTES", 4 << 20)
+    monkeypatch.setattr("kvlab.stores.redis.listing.MOST_LISTED_BYTES", 4 << 20)
     sent = []
 
     def names(liar, sock, args):

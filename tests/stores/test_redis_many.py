@@ -165,3 +165,26 @@ def test_the_keys_of_a_killed_node_are_misses_and_the_others_stay(cluster):
         cluster[2].start()
         wait_for(lambda: store.put(f"k{lost[0]}", b"v"), "the node to come back")
         assert bytes(store.get(f"k{lost[0]}")) == b"v"
+
+
+def test_keys_of_a_slot_on_its_way_are_found_where_they_are(cluster):
+    """A node that takes a slot over answers one command after each ASKING."""
+    from redis.crc import key_slot
+
+    with open_store(url_of(cluster)) as store:
+        tag = next(index for index in range(1000) if key_slot(b"%d" % index) < 5461)
+        moved, stays, absent = (f"{{{tag}}}{end}" for end in "abc")
+        slot = key_slot(name_of(moved))
+        assert store.put(moved, b"moved")
+        assert store.put(stays, b"stays")
+        with cluster[0].client() as source, cluster[1].client() as target:
+            source_id, target_id = (client.execute_command("CLUSTER", "MYID") for client in (source, target))
+            target.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
+            source.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
+            source.execute_command("MIGRATE", "127.0.0.1", cluster[1].port, name_of(moved), 0, 60_000)
+        assert store.contains_many([moved, stays, absent]) == [True, True, False]
+        assert bytes(store.get_head(moved, 2)) == b"mo"
+        assert store.quarantine(moved, "test", b"moved") is True
+        assert store.quarantine(stays, "test", b"stays") is True
+        assert store.contains_many([moved, stays]) == [False, False]
+        assert sum(store.errors.values()) == 0

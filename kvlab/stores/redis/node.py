@@ -10,6 +10,7 @@ from kvlab.errors import StoreError
 from kvlab.stores.base import ValueTooLongError
 from kvlab.stores.circuit_breaker import CircuitBreaker
 from kvlab.stores.forks import ForkAware, Lock
+from kvlab.stores.redis.lookup import addresses_of
 from kvlab.stores.redis.resp import ReplyError, RespConnection, ok, time_left
 from kvlab.stores.redis.url import Login
 
@@ -129,7 +130,7 @@ class RedisNode(ForkAware):
 
 
 def _connect(address: tuple[str, int] | str, login: Login, deadline: float) -> RespConnection:
-    """A connection that is let in, by `deadline` (but for the system's own look-up of a host name)."""
+    """A connection that is let in, by `deadline`."""
     sock = _reach(address, deadline)
     try:
         if login.tls is not None and not isinstance(address, str):
@@ -147,7 +148,7 @@ def _reach(address: tuple[str, int] | str, deadline: float) -> socket.socket:
     if isinstance(address, str):
         places: list[tuple[int, Any]] = [(socket.AF_UNIX, address)]
     else:
-        places = [(found[0], found[4]) for found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
+        places = addresses_of(*address, deadline)
     refused: OSError = ConnectionRefusedError(f"no address of {address}")
     for tried, (family, place) in enumerate(places):
         sock = socket.socket(family, socket.SOCK_STREAM)

@@ -1,10 +1,14 @@
 """What a store's keys are called on a Redis server, and what its commands' replies must look like."""
 
+from typing import TypeAlias
+
 from kvlab.stores.base import fits_key
-from kvlab.stores.redis.resp import ProtocolError, Reply, array, bulk, text
+from kvlab.stores.redis.resp import ProtocolError, Reply, ReplyError, array, bulk, text
 
 PREFIX = b"kvlab:"
 FOREIGN = b"kvlab::"  # keys that do not start with PREFIX are stored under this
+Answers: TypeAlias = list[int | ReplyError]  # to the commands about one key
+SIZE = ("EXISTS", "STRLEN")  # which tell an empty value from none, and a value from another program's list
 MOST_FACTS_BYTES = 64 << 10  # of INFO's part on memory, which has some 3 KiB
 
 
@@ -30,13 +34,25 @@ def scanned(reply: Reply) -> tuple[bytes, list[str]]:
     return bulk(cursor), [key for name in array(names) if (key := key_of(bulk(name))) is not None]
 
 
+def size_in(answers: Answers) -> int | None:
+    """What the answers to `SIZE` say of a value: its length, or None if there is none."""
+    there, size = answers or (0, 0)
+    return size if there == 1 and isinstance(size, int) else None
+
+
 def memory_facts(reply: Reply) -> dict[str, int]:
-    """The whole numbers of INFO."""
-    facts = text(reply)
-    if len(facts) > MOST_FACTS_BYTES:
-        raise ProtocolError(f"the server told {len(facts)} characters about its memory")
-    pairs = (line.partition(":") for line in facts.split("\r\n"))
-    return {name: int(value) for name, _, value in pairs if _is_count(value)}
+    """What INFO says of the memory in use, of what there is, and whether that has no limit of its own."""
+    told = text(reply)
+    if len(told) > MOST_FACTS_BYTES:
+        raise ProtocolError(f"the server told {len(told)} characters about its memory")
+    pairs = (line.partition(":") for line in told.split("\r\n"))
+    facts = {name: int(value) for name, _, value in pairs if _is_count(value)}
+    maxmemory = facts.get("maxmemory", 0)
+    return {
+        "used_bytes": facts.get("used_memory", 0),
+        "max_bytes": maxmemory or facts.get("total_system_memory", 0),
+        "unbounded": int(not maxmemory),
+    }
 
 
 def told_limit(reply: Reply) -> int:

@@ -1,19 +1,20 @@
 """A tier in Redis (or Valkey): one key per object, shared by every process that can reach the server."""
 
 import logging
-import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from kvlab.errors import StoreError
 from kvlab.hostmemory import aligned
 from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
 from kvlab.stores.forks import Lock
-from kvlab.stores.redis.node import NodeDownError, RedisNode
-from kvlab.stores.redis.replies import PREFIX, memory_facts, name_of, scanned, told_limit
+from kvlab.stores.redis.listing import listed
+from kvlab.stores.redis.node import NodeDownError
+from kvlab.stores.redis.removal import HEAD_BYTES, remove
+from kvlab.stores.redis.replies import SIZE, Answers, memory_facts, name_of, size_in, told_limit
 from kvlab.stores.redis.resp import (
     BufferFactory,
     ProtocolError,
@@ -29,23 +30,19 @@ from kvlab.stores.redis.topology import Topology, make_topology
 from kvlab.stores.redis.url import RedisTarget
 from kvlab.stores.shown import call_of
 from kvlab.stores.url import StoreURL
-from kvlab.units import format_bytes, parse_bytes
+from kvlab.units import parse_bytes
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+D = TypeVar("D")
 Work = Callable[[float], Callable[[RespConnection], T]]  # of a deadline, on a connection
 KEPT_PUTS = 1 << 16
 DEFAULT_LIMIT = 512 << 20  # Redis' own default of proto-max-bulk-len
 LEAST_LIMIT = 1 << 20  # no server takes less for it
 LIMIT_KEPT_S = 30.0  # what a server said; CONFIG SET and a restart change it
-LISTING = 60  # times the deadline of a call: how long a list of all keys may take
-MOST_LISTED_BYTES = 1 << 29  # of memory for names; a server that goes on naming keys is not listened to for ever
-ENTRY_BYTES = 104  # what a dict has for a name besides it
 PIPELINED = 8192  # keys asked for at once: a deadline is for this many, and a reply has bounds
 
-Answers: TypeAlias = list[int | ReplyError]  # to the commands about one key
-SIZE = ("EXISTS", "STRLEN")  # which tell an empty value from none, and a value from another program's list
 _NOT_OURS = frozenset({"wrongtype"})  # another program's list or hash: no value of ours is there
 _ELSEWHERE = frozenset({"moved", "ask"})
 
@@ -155,62 +152,37 @@ class RedisStore(Store):
         return None if got is None else sum(piece.nbytes for piece in got)
 
     def get_head(self, key: str, num_bytes: int) -> Buffer | None:
-        size = self.size_of(key)
-        if size is None or num_bytes == 0:
-            return None if size is None else b""
-        if size <= num_bytes:
-            return self.get(key)
-        got = self._read(key, _room, ["GETRANGE", name_of(key), "0", str(num_bytes - 1)])
-        return None if got is None else got[0]
+        return self._head(key, num_bytes, self._deadline())
 
     def size_of(self, key: str) -> int | None:
-        return _size(self._pipelined(SIZE, [key])[0])
+        return self._size_of(key, self._deadline())
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
         """One round trip per server and 8,192 keys, each with a deadline of its own."""
-        return [_size(answers) is not None for answers in self._pipelined(SIZE, keys)]
+        return [size_in(answers) is not None for answers in self._pipelined(SIZE, keys)]
 
     def touch(self, keys: Iterable[str]) -> None:
         self._pipelined(["TOUCH"], list(keys))
 
     def delete(self, key: str) -> bool:
-        name = name_of(key)
-        there = self._asked(key, lambda deadline: send_command(["UNLINK", name], deadline, flag), default=False)
-        if there:
-            self._left(key, "deleted")
-        return there
+        return self._remove(key, None, "deleted")
 
     def renew(self) -> None:
         """A connection that is out of step gives other keys' values for ever."""
         self._topology.renew()
 
     def quarantine(self, key: str, reason: str, found: Value | None = None) -> bool:
-        there = super().quarantine(key, reason, found)
-        if there:
-            self._left(key, f"set_aside:{'_'.join(reason.split())}")
+        there = self._remove(key, found, f"set_aside:{'_'.join(reason.split())}")
+        self.stats_.dropped += there
         return there
 
     def keys(self) -> Iterator[str]:
         """A server that lists for longer than 60 deadlines, or names that take more than 512 MiB, has failed."""
-        found: dict[str, None] = {}
-        end, held = time.monotonic() + LISTING * self._timeout_s, 0
         try:
-            for node in self._topology.nodes(self._deadline()):
-                cursor = b"0"
-                while True:
-                    deadline = min(self._deadline(), end)
-                    command = ["SCAN", cursor, "MATCH", PREFIX + b"*", "COUNT", "1000"]
-                    cursor, keys = node.run(send_command(command, deadline, scanned), deadline)
-                    held += sum(sys.getsizeof(key) + ENTRY_BYTES for key in keys)
-                    if held > MOST_LISTED_BYTES:
-                        raise ProtocolError(f"the server listed more than {format_bytes(MOST_LISTED_BYTES)} of names")
-                    found.update(dict.fromkeys(keys))
-                    if cursor == b"0":
-                        break
+            return iter(listed(self._topology.nodes(self._deadline()), self._timeout_s))
         except StoreError as error:
             self._failed(error)
             raise
-        return iter(found)
 
     @property
     def max_bytes(self) -> int:  # type: ignore[override]
@@ -254,7 +226,7 @@ class RedisStore(Store):
             self._failed(error)
             raise
 
-    def _asked(self, key: str, work: Work[T], default: T, deadline: float | None = None) -> T:
+    def _asked(self, key: str, work: Work[T], default: D, deadline: float | None = None) -> T | D:
         """Like `_run`, with `default` for keys of a cluster's failed node."""
         try:
             return self._run(key, work, deadline)
@@ -263,7 +235,24 @@ class RedisStore(Store):
                 return default
             raise
 
-    def _read(self, key: str, room: BufferFactory, command: Sequence[Any] | None = None) -> Sequence[memoryview] | None:
+    def _size_of(self, key: str, deadline: float) -> int | None:
+        return size_in(self._pipelined_at_once(SIZE, [key], deadline)[0])
+
+    def _head(self, key: str, num_bytes: int, deadline: float) -> Buffer | None:
+        def room(size: int) -> list[memoryview]:
+            if size > num_bytes:
+                raise ProtocolError(f"the server announced {size} bytes where at most {num_bytes} were asked for")
+            return _room(size)
+
+        size = self._size_of(key, deadline)
+        if not size or not num_bytes:
+            return None if size is None else b""
+        got = self._read(key, room, ["GETRANGE", name_of(key), "0", str(num_bytes - 1)], deadline)
+        return got[0] if got and got[0].nbytes else None  # by now it may be gone
+
+    def _read(
+        self, key: str, room: BufferFactory, command: Sequence[Any] | None = None, deadline: float | None = None
+    ) -> Sequence[memoryview] | None:
         start = time.perf_counter()
         command = command or ["GET", name_of(key)]
 
@@ -271,7 +260,7 @@ class RedisStore(Store):
             return lambda connection: connection.fetch(command, deadline, room, self._most)
 
         try:
-            value = self._asked(key, fetch, default=None)
+            value = self._asked(key, fetch, default=None, deadline=deadline)
         except ReplyError as error:
             if error.reason not in _NOT_OURS:
                 raise
@@ -289,14 +278,13 @@ class RedisStore(Store):
         """The answers to these commands for each key, none where a node of the cluster is down."""
         found: list[Answers] = []
         for at in range(0, len(keys), PIPELINED):
-            found += self._pipelined_at_once(commands, keys[at : at + PIPELINED])
+            found += self._pipelined_at_once(commands, keys[at : at + PIPELINED], self._deadline())
         return found
 
-    def _pipelined_at_once(self, commands: Sequence[str], keys: Sequence[str]) -> list[Answers]:
+    def _pipelined_at_once(self, commands: Sequence[str], keys: Sequence[str], deadline: float) -> list[Answers]:
         names = [name_of(key) for key in keys]
         nothing: Answers = []
         answers = [nothing] * len(keys)
-        deadline = self._deadline()
         try:
             groups = self._topology.group(names, deadline)
         except StoreError as error:
@@ -314,12 +302,21 @@ class RedisStore(Store):
             for index, place in enumerate(places):
                 answers[place] = replies[index * len(commands) : (index + 1) * len(commands)]
                 if any(isinstance(reply, ReplyError) and reply.reason in _ELSEWHERE for reply in answers[place]):
-                    again = [[command, names[place]] for command in commands]
-                    work: Work[Answers] = partial(send_pipeline, again, parse=number, leave=_NOT_OURS)
-                    answers[place] = self._asked(keys[place], work, default=nothing, deadline=deadline)
+                    answers[place] = self._one_by_one(commands, keys[place], deadline)
         if failures and len(failures) == len(groups):
             raise failures[0]
         return answers
+
+    def _one_by_one(self, commands: Sequence[str], key: str, deadline: float) -> Answers:
+        """A node that is taking a slot over answers a single command after each ASKING."""
+        found: Answers = []
+        for command in commands:
+            work: Work[Answers] = partial(send_pipeline, [[command, name_of(key)]], parse=number, leave=_NOT_OURS)
+            answer = self._asked(key, work, default=None, deadline=deadline)
+            if answer is None:
+                return []
+            found += answer
+        return found
 
     def _ask_server(self) -> None:
         """Refresh what is known of the servers; whoever does not answer keeps its last numbers."""
@@ -327,22 +324,13 @@ class RedisStore(Store):
         deadline = self._deadline()
         try:
             for node in self._topology.nodes(deadline):
-                totals.update(self._memory_of(node, deadline))
+                totals.update(node.run(send_command(["INFO", "memory"], deadline, memory_facts), deadline))
         except StoreError as error:
             self._failed(error)
             return
         if "max_bytes" not in self._server and totals["unbounded"]:
             log.warning("Redis has no maxmemory: it will grow; set maxmemory and maxmemory-policy allkeys-lru")
         self._server |= totals
-
-    def _memory_of(self, node: RedisNode, deadline: float) -> dict[str, int]:
-        facts = node.run(send_command(["INFO", "memory"], deadline, memory_facts), deadline)
-        maxmemory = facts.get("maxmemory", 0)
-        return {
-            "used_bytes": facts.get("used_memory", 0),
-            "max_bytes": maxmemory or facts.get("total_system_memory", 0),
-            "unbounded": int(not maxmemory),
-        }
 
     def _value_limit(self, deadline: float) -> int:
         """The longest value that is sent. What a server says of itself is asked for again, and believed only where a
@@ -378,17 +366,27 @@ class RedisStore(Store):
         known = self._topology.known()
         return self._topology.place.kind == "cluster" and any(node.health.is_up for node in known)
 
-    def _left(self, key: str, why: str) -> None:
-        with self._lock:
-            self._gone[key] = why
-            if len(self._gone) > KEPT_PUTS:
-                self._gone.popitem(last=False)
+    def _remove(self, key: str, found: Value | None, why: str) -> bool:
+        deadline, name = self._deadline(), name_of(key)
+        script: Work[bool | None] = partial(remove, name, found)
+        there = self._asked(key, script, default=False, deadline=deadline)
+        if there is None:  # without scripts another client may write between these two questions
+            unlink: Work[bool] = partial(send_command, ["UNLINK", name], parse=flag)
+            there = self._is(key, found, deadline) and self._asked(key, unlink, default=False, deadline=deadline)
+        if there:
+            with self._lock:
+                self._gone[key] = why
+                if len(self._gone) > KEPT_PUTS:
+                    self._gone.popitem(last=False)
+        return there
 
-
-def _size(answers: Answers) -> int | None:
-    """What the answers to `SIZE` say of a value: its length, or None if there is none."""
-    there, size = answers or (0, 0)
-    return size if there == 1 and isinstance(size, int) else None
+    def _is(self, key: str, found: Value | None, deadline: float) -> bool:
+        """Whether there is a value; one that `found` is, or the head of, where that is given."""
+        if found is None:
+            return self._size_of(key, deadline) is not None
+        wanted = b"".join(buffers(found))
+        head = self._head(key, max(len(wanted), HEAD_BYTES), deadline)
+        return head is not None and bytes(head) == wanted
 
 
 def _room(size: int) -> list[memoryview]:
