@@ -124,6 +124,11 @@ class ConnectorConfig:
                     raise ConfigError(
                         f"memory:// must be the first tier and the only one of its kind, got {_shown(self.tiers)}"
                     )
+                for option in {"auth", "serde"} & set(url.options):
+                    raise ConfigError(
+                        f"{option} is for the URLs of secondary tiers; the engine's own host memory, {url.shown!r}, "
+                        "holds KV as it is"
+                    )
                 put(self, "memory_bytes", url.take_bytes("size", default="1GiB"))
                 put(self, "policy", url.take("policy", "lru"))
                 get_policy(self.policy)
@@ -140,7 +145,7 @@ class ConnectorConfig:
             if any(base == other.partition("?")[0] for other in lower):
                 raise ConfigError(f"{url.shown!r} stands twice among the tiers; name it once")
             lower.append(f"{base}?{urlencode(url.options)}" if url.options else base)
-            check_url(lower[-1])
+            check_url(lower[-1], also=("auth", "serde"))
         if len(serdes) > 1:
             raise ConfigError(
                 f"all secondary tiers must use one serde, got {sorted(serdes)}; objects move between them as they are"
@@ -151,7 +156,11 @@ class ConnectorConfig:
             )
         put(self, "auth", auth_key(next(iter(key_files), "") or None))
         put(self, "serde", serdes.pop() if serdes else "naive")
-        get_serde(self.serde)
+        if get_serde(self.serde).needs_kv_axes:
+            raise ConfigError(
+                f"serde {self.serde!r} must tell K from V, which an engine's opaque pages do not show; "
+                "use naive or lossless"
+            )
         put(self, "secondary_tiers", tuple(lower))
 
     def __repr__(self) -> str:

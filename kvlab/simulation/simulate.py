@@ -123,6 +123,8 @@ def simulate(
     if not given:
         raise ConfigError("simulate needs at least one tier, such as 'memory://?size=10GiB' or '10000 blocks'")
     stack = [tier for tier, _ in given]
+    if policy is not None and not (isinstance(policy, str) and policy):
+        raise ConfigError(f"policy must be the name of an eviction policy, got {policy!r}")
     policies = [policy or named or "lru" for _, named in given]
     ratio = serde_ratio(serde)
     sizes, in_bytes = _sizes(traffic.block_tokens, objects.step, model, ratio, object_bytes)

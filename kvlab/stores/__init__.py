@@ -71,14 +71,16 @@ def open_store(url: str) -> Store:
     return store
 
 
-def check_url(url: str) -> None:
+def check_url(url: str, *, also: Sequence[str] = ()) -> None:
     """Raise the ConfigError that `open_store(url)` would raise, as far as it can be told without opening the store
-    or reading the files that the URL names."""
+    or reading the files that the URL names. `also`: options that the caller takes itself."""
     parsed = StoreURL.parse(url)
     parsed.reads_files = False
     cls = _class_of(parsed)
     if hasattr(cls, "arguments"):
         cls.arguments(parsed)
+        for option in also:
+            parsed.take(option, "")
         parsed.done()
 
 

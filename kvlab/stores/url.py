@@ -63,6 +63,8 @@ class StoreURL:
 
     @classmethod
     def parse(cls, raw: str) -> "StoreURL":
+        if not isinstance(raw, str):
+            raise ConfigError(f"a store needs a URL like memory://?size=1GiB, got {type(raw).__name__}")
         shown = shown_url(raw)
         parts = _split(raw)
         if parts is None:  # raised here: an error from within would carry the URL along

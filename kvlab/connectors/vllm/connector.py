@@ -31,7 +31,6 @@ from kvlab.engine import CacheEngine
 from kvlab.errors import ConfigError
 from kvlab.hashing import cache_namespace
 from kvlab.paged import open_transfer, page_layout
-from kvlab.serde import get_serde
 from kvlab.stores import open_stores
 from kvlab.units import format_bytes
 
@@ -89,12 +88,6 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 f"host memory of {format_bytes(self.config.arena_bytes)} must hold a block of "
                 f"{format_bytes(slot_bytes)}; give a larger size"
             )
-        serde = get_serde(self.config.serde)
-        if serde.needs_kv_axes and self.config.secondary_tiers:
-            raise ConfigError(
-                f"serde {self.config.serde!r} must tell K from V, which an engine's opaque pages do not show; "
-                "use naive or lossless"
-            )
         named = engine_namespace(
             vllm_config,
             kv_cache_config,
@@ -113,11 +106,12 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self._match = (0, False)  # tokens that the engine had computed, and whether the load is async
         self.scheduler: Scheduler | None = None
         self.worker: Worker | None = None
+        # Here, as vLLM keeps a connector whose later hook raises, and gives it to the next engine in this process.
+        self._secondary = open_stores(self.config.secondary_tiers) if self.config.secondary_tiers else None
         if role == KVConnectorRole.SCHEDULER:
             ranks = vllm_config.parallel_config.tensor_parallel_size
             namespaces = [rank_namespace(self.namespace, rank) for rank in range(ranks)]
             index = SlotIndex(self.num_slots, policy=self.config.policy)
-            secondary = open_stores(self.config.secondary_tiers) if self.config.secondary_tiers else None
             # Beside other connectors, which may have read the plan before a rollback, loads run between steps.
             alone = has_kv_transfer_group() and isinstance(get_kv_transfer_group(), KVLabConnector)
             self.scheduler = Scheduler(
@@ -125,7 +119,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 self.chunker,
                 self.groups,
                 index,
-                secondary,
+                self._secondary,
                 namespaces,
                 self._load_now,
                 at_once=ranks == 1 and alone and not self._writes_early and not self.groups.fail_whole,
@@ -158,11 +152,14 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 "run this model without the connector"
             )
         engine = None
-        if self.config.secondary_tiers:
+        if self._secondary is not None:
             namespace = rank_namespace(self.namespace, self._vllm_config.parallel_config.rank)
-            secondary = open_stores(self.config.secondary_tiers)
             engine = CacheEngine(
-                secondary, namespace=namespace, chunker=self.chunker, serde=self.config.serde, auth=self.config.auth
+                self._secondary,
+                namespace=namespace,
+                chunker=self.chunker,
+                serde=self.config.serde,
+                auth=self.config.auth,
             )
         transfer = open_transfer(layout, self.num_slots, staging_bytes=self.config.gpu_staging)
         self.worker = Worker(

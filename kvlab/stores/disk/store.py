@@ -87,6 +87,8 @@ class DiskStore(Store):
     def arguments(cls, url: StoreURL) -> dict[str, Any]:
         if url.netloc not in ("", "localhost"):
             raise ConfigError(f"a folder needs three slashes, like file:///data/kv?size=10GiB, got {url.shown!r}")
+        if not url.path.strip("/"):
+            raise ConfigError(f"a disk store needs a folder, like file:///data/kv?size=10GiB, got {url.shown!r}")
         policy = url.take("policy", "lru")
         get_policy(policy)
         return {
