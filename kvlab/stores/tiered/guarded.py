@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from kvlab.stores.base import Store, Value, ValueTooLongError
+from kvlab.stores.base import Buffer, Store, Value, ValueTooLongError
 from kvlab.stores.circuit_breaker import FIRST_WAIT_S, LONGEST_WAIT_S, CircuitBreaker
 from kvlab.stores.forks import Lock
 from kvlab.stores.tiered.order import Copy, Turns
@@ -136,6 +136,24 @@ class GuardedStore:
         with self._lock:
             if self._missed.get(key) is miss:
                 self._missed.pop(key, None)
+
+    def read(self, method: Callable[..., Buffer | None], *args: object) -> Buffer | None:
+        """As `call`; what is not bytes is a failure too."""
+
+        def read() -> Buffer | None:
+            value = method(*args)
+            if value is not None:
+                memoryview(value)
+            return value
+
+        return self.call(read, default=None)
+
+    def close(self) -> None:
+        try:
+            self.store.close()
+        except Exception as error:  # the tiers below are to be closed too
+            self.last_error = f"{type(error).__name__}: {error}"
+            log.warning("tier %s could not be closed: %s", self.store.name, self.last_error)
 
     def call(self, method: Callable[..., T], *args: object, default: T) -> T:
         """``method(*args)`` of this tier's store, or `default` if it fails or is left alone."""

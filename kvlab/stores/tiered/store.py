@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from kvlab.errors import ConfigError
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, cut
+from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, cut, held
 from kvlab.stores.circuit_breaker import FIRST_WAIT_S, LONGEST_WAIT_S
 from kvlab.stores.forks import Lock
 from kvlab.stores.reuse import ReuseCounter
@@ -81,7 +81,7 @@ class TieredStore(Store):
 
     @property
     def max_bytes(self) -> int:  # type: ignore[override]
-        return sum(tier.store.max_bytes for tier in self.tiers)
+        return sum(tier.call(lambda store: store.max_bytes, tier.store, default=0) for tier in self.tiers)
 
     @property
     def used_bytes(self) -> int:
@@ -112,7 +112,7 @@ class TieredStore(Store):
     def get(self, key: str) -> Buffer | None:
         with self._writes.copy(key) as copy:
             for level, tier in enumerate(self.tiers):
-                value = tier.call(tier.store.get, key, default=None) if tier.may_read(key) else None
+                value = tier.read(tier.store.get, key) if tier.may_read(key) else None
                 if value is not None:
                     self._found(copy, level, value)
                     return value
@@ -134,7 +134,7 @@ class TieredStore(Store):
 
     def get_head(self, key: str, num_bytes: int) -> Buffer | None:
         for tier in self.tiers:
-            head = tier.call(tier.store.get_head, key, num_bytes, default=None) if tier.may_read(key) else None
+            head = tier.read(tier.store.get_head, key, num_bytes) if tier.may_read(key) else None
             if head is not None:
                 return head
         return None
@@ -154,7 +154,7 @@ class TieredStore(Store):
             if not missing:
                 continue
             asked = [keys[index] for index in missing]
-            answers = tier.call(tier.store.contains_many, asked, default=[False] * len(asked))
+            answers = tier.call(held, tier.store, asked, default=[False] * len(asked))
             for index, there in zip(missing, answers, strict=True):
                 found[index] = there
         return found
@@ -236,7 +236,7 @@ class TieredStore(Store):
         if self._writer is not None:
             self._writer.close()
         for tier in self.tiers:
-            tier.store.close()
+            tier.close()
 
     def _found(self, copy: Copy, level: int, value: Value) -> None:
         key = copy.key
@@ -273,7 +273,7 @@ class TieredStore(Store):
         """A later write of `key` ends this copy; where it is a put, it has the key carried down anew."""
         first, *others = self.tiers
         with self._writes.copy(key) as copy:
-            value = first.call(first.store.get, key, default=None) if first.may_read(key) else None
+            value = first.read(first.store.get, key) if first.may_read(key) else None
             if value is not None:
                 for tier in others:
                     tier.put(key, value, copy=copy)
