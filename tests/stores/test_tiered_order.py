@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 
 from kvlab.stores.memory import MemoryStore
-from kvlab.stores.tiered import TieredStore
+from kvlab.stores.tiered import TieredStore, guarded
 from kvlab.testing.machines import in_child
 from tests.support.gate import Gate
 
@@ -177,3 +177,18 @@ def test_a_forked_child_writes_the_keys_that_the_parent_is_writing():
         lower.is_open.set()
     assert status == 0
     assert bytes(lower.inner.get("k")) == b"new"
+
+
+def test_a_miss_is_not_forgotten_while_an_older_value_is_on_its_way(monkeypatch):
+    monkeypatch.setattr(guarded, "MOST_MISSED", 1)
+    lower = Paused("put")
+    upper = MemoryStore(1 << 20)
+    with TieredStore([upper, lower], write="back", promote=False) as stack:
+        stack.put("k", b"old")
+        assert lower.is_inside.wait(200)
+        stack.put("k", b"new")
+        stack.put("a", b"value")
+        upper.delete("k")
+        lower.is_open.set()
+        assert stack.drain(200)
+        assert stack.get("k") is None
