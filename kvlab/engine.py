@@ -111,7 +111,7 @@ class CacheEngine(ObjectCache):
         keys = [self.namespace.key(hashes[span.end_block - 1]) for span in spans]
         end = spans[-1].end_block if spans else 0
         missing = hashes[end : end - end % step + step]  # the rest of the chunk behind the hit
-        miss = self.store_.why_missing(self.namespace.key(missing[-1])) if missing else ""
+        miss = self._why_missing(self.namespace.key(missing[-1])) if missing else ""
         self._touch(keys)
         return Hit(end * self.chunker.block_tokens, keys, spans, miss)
 
@@ -128,7 +128,7 @@ class CacheEngine(ObjectCache):
             block_hash.hex()
             for block_hash in self.hashes(token_ids, extras)[hit.num_tokens // self.chunker.block_tokens :]
         }
-        for key in self.store_.keys():  # noqa: SIM118 - a store is no dict
+        for key in self._keys():
             if key.rpartition(":")[2] in wanted and (fields := self.differing_fields(key)):
                 return f"other_namespace:{','.join(fields)}"
         return hit.miss

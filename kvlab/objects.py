@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from kvlab.hostmemory import PAGE, aligned, scratch
 from kvlab.serde import Encoded, Serde, get_serde, serde_to_read
 from kvlab.serde.wire import Expected, from_parts, to_parts, token_range
 from kvlab.stores import Store, open_store
-from kvlab.stores.base import Buffer, ValueTooLongError, cut
+from kvlab.stores.base import Buffer, ValueTooLongError, cut, held
 from kvlab.stores.forks import Lock
 from kvlab.stores.sealed import read_object
 
@@ -41,7 +41,7 @@ class EngineStats:
     load_s: float = 0.0
     saved: int = 0
     save_failures: Counter[str] = field(default_factory=Counter)
-    tier_failures: Counter[str] = field(default_factory=Counter)  # of lookups, touches and quarantines, by reason
+    tier_failures: Counter[str] = field(default_factory=Counter)  # of calls other than gets and puts, by reason
     saved_bytes: int = 0
     save_s: float = 0.0
 
@@ -88,19 +88,19 @@ class ObjectCache:
         nothing is put."""
         _check_tokens(kv, axes, first_token, end_token)
         start = time.perf_counter()
+        parts, metadata = to_parts(self.serde.encode(kv, axes))
+        metadata |= {"namespace": self.namespace.canonical, **token_range(first_token, end_token)}
+        value = pack(key, parts, metadata, auth=self.auth)
+        if confirm is not None and not confirm():
+            self._save_failed("overwritten", key, None)
+            return False
+        if packed_bytes(value) > _most_bytes(kv.numel() * kv.element_size()):
+            self._save_failed("too_large", key, None)
+            return False
         try:
-            parts, metadata = to_parts(self.serde.encode(kv, axes))
-            metadata |= {"namespace": self.namespace.canonical, **token_range(first_token, end_token)}
-            value = pack(key, parts, metadata, auth=self.auth)
-            if confirm is not None and not confirm():
-                self._save_failed("overwritten", key, None)
-                return False
-            if packed_bytes(value) > _most_bytes(kv.numel() * kv.element_size()):
-                self._save_failed("too_large", key, None)
-                return False
             kept = self.store_.put(key, value)
-        except StoreError as error:
-            self._save_failed(f"tier_{error.reason}", key, error)
+        except Exception as error:  # what stores of other packages raise must not reach an engine
+            self._save_failed(_reason_of_tier(error), key, error)
             return False
         if not kept:
             self._save_failed("no_room", key, None)
@@ -137,7 +137,7 @@ class ObjectCache:
             found, error = read_object(self.store_, key)
             metadata = {} if found is None or error is not None else unpack(found, key).metadata
             other = parse_json(metadata["namespace"])
-        except (StoreError, FormatError, KeyError, ValueError, RecursionError):
+        except Exception:  # the medium's, and what a medium can write
             return []
         return self.namespace.differing(other) if isinstance(other, dict) else []
 
@@ -201,7 +201,7 @@ class ObjectCache:
                     break
                 kv = self._decode(value, key, out, expected)
             except StoreError as error:
-                self._missed(f"tier_{error.reason}", key, error)
+                self._missed(_reason_of_tier(error), key, error)
                 return None
             except Exception as error:  # also what a serde of another package raises: it must not reach an engine
                 failed = error
@@ -214,7 +214,7 @@ class ObjectCache:
                 self.stats_.load_s += time.perf_counter() - start
             return kv
         if failed is None:
-            self._missed(self.store_.why_missing(key), key, None)
+            self._missed(self._why_missing(key), key, None)
             return None
         reason = _reason_of(failed)
         self._missed(reason, key, failed)
@@ -283,30 +283,46 @@ class ObjectCache:
 
     def _contains(self, keys: Sequence[str]) -> list[bool]:
         try:
-            return self.store_.contains_many(keys) if keys else []
-        except StoreError as error:
+            return held(self.store_, keys) if keys else []
+        except Exception as error:
             self._tier_failed("lookup", error)
             return [False] * len(keys)
+
+    def _keys(self) -> Iterator[str]:
+        """Those that the store lists, as far as it does."""
+        try:
+            yield from self.store_.keys()
+        except Exception as error:
+            self._tier_failed("keys", error)
+
+    def _why_missing(self, key: str) -> str:
+        try:
+            return self.store_.why_missing(key)
+        except Exception as error:
+            self._tier_failed("why_missing", error)
+            return _reason_of_tier(error)
 
     def _touch(self, keys: Sequence[str]) -> None:
         try:
             self.store_.touch(reversed(keys))
-        except StoreError as error:
+        except Exception as error:
             self._tier_failed("touch", error)
 
     def _set_aside(self, key: str, reason: str, found: Buffer | list[memoryview] | None) -> None:
         try:
             self.store_.quarantine(key, reason, found)
-        except StoreError as error:
+        except Exception as error:
             self._tier_failed("quarantine", error)
 
-    def _tier_failed(self, what: str, error: StoreError) -> None:
+    def _tier_failed(self, what: str, error: Exception) -> None:
         """Count it; told once for each reason, as a tier that is down fails at every call."""
+        failure = f"{what}_{_reason_of_tier(error).removeprefix('tier_')}"
         with self._lock:
-            self.stats_.tier_failures[f"{what}_{error.reason}"] += 1
-            first = self.stats_.tier_failures[f"{what}_{error.reason}"] == 1
+            self.stats_.tier_failures[failure] += 1
+            first = self.stats_.tier_failures[failure] == 1
         if first:
-            logger.warning("kvlab: %s in tier %s failed: %s", what, self.store_.name, error)
+            unforeseen = None if isinstance(error, StoreError) else error
+            logger.warning("kvlab: %s in tier %s failed: %s", what, self.store_.name, error, exc_info=unforeseen)
 
     def _missed(self, reason: str, key: str, error: Exception | None) -> None:
         with self._lock:
@@ -325,6 +341,11 @@ class ObjectCache:
 
 def _reason_of(error: Exception) -> str:
     return error.reason if isinstance(error, FormatError) else "error"
+
+
+def _reason_of_tier(error: Exception) -> str:
+    """``tier_`` and the reason of a store's own; ``tier_error`` for what else is raised, which is a fault in it."""
+    return f"tier_{error.reason if isinstance(error, StoreError) else 'error'}"
 
 
 def _check_tokens(kv: torch.Tensor, axes: tuple[str, ...], first_token: int, end_token: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "kvlab"
 FLOORS = [
     ["errors", "lazy", "progress", "units"],
-    ["auth", "geometry", "hostmemory", "fingerprint"],
+    ["auth", "geometry", "hostmemory", "fingerprint", "installed"],
     ["chunking", "hashing", "container"],
     ["serde", "stores", "paged"],
     ["objects", "machine", "sizing"],

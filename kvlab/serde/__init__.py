@@ -5,14 +5,14 @@
 """
 
 from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
 
-from kvlab.errors import ConfigError, FormatError
+from kvlab.errors import ConfigError, FormatError, KVLabError
+from kvlab.installed import class_at, found, label, told
 from kvlab.serde.base import Encoded, Serde
 
 __all__ = ["SERDES", "Encoded", "Serde", "get_serde", "serde_to_read"]
 
+GROUP = "kvlab.serde"  # of entry points
 SERDES = {  # name -> "module:Class"; imported on use
     "naive": "kvlab.serde.naive:NaiveSerde",
     "lossless": "kvlab.serde.lossless:LosslessSerde",
@@ -64,14 +64,19 @@ def get_serde(spec: str) -> Serde:
         if not equals or not option.isidentifier():
             raise ConfigError(f"serde options must be like {name}:group=64,k=channel; got {item!r} in {spec!r}")
         arguments[option] = value
-    module, _, attribute = target.partition(":")
-    cls = getattr(import_module(module), attribute)
+    cls = class_at(GROUP, name, target)
     try:
         serde = cls(**arguments)
     except TypeError as error:
         raise ConfigError(f"serde {name!r} does not take these options: {options!r} ({error})") from error
+    except KVLabError:
+        raise
+    except Exception as error:
+        if name in SERDES:
+            raise
+        raise ConfigError(f"{label(GROUP, name, target)} cannot be made: {told(error)}") from error
     if not isinstance(serde, Serde):
-        raise ConfigError(f"{target} must be a kvlab Serde, got {type(serde).__name__}")
+        raise ConfigError(f"{label(GROUP, name, target)} must be a kvlab Serde, got {type(serde).__name__}")
     return serde
 
 
@@ -85,14 +90,14 @@ def serde_to_read(name: str) -> Serde:
         raise FormatError(f"no serde is called {name!r}", reason="serde")
     try:
         return get_serde(name)
-    except (ConfigError, ImportError) as error:  # ImportError: a package that it needs is not installed
+    except ConfigError as error:
         raise FormatError(f"objects of {name} are not read here: {error}", reason="serde") from error
 
 
 @cache
 def _found() -> dict[str, str]:
-    """Kinds that other packages add. Reading what is installed takes 10 ms."""
-    return {point.name: point.value for point in entry_points(group="kvlab.serde")}
+    """Kinds that other packages add."""
+    return found(GROUP)
 
 
 def __dir__() -> list[str]:

@@ -8,24 +8,24 @@ can tell what is wrong with a URL.
 """
 
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, KVLabError
+from kvlab.installed import class_at, found, label
 from kvlab.stores.base import Store, StoreStats
 from kvlab.stores.url import StoreURL
 
 __all__ = ["STORES", "Store", "StoreStats", "StoreURL", "check_url", "open_store", "open_stores"]
 
-STORES = {  # scheme -> ("module:Class", what to install when the import fails)
-    "memory": ("kvlab.stores.memory:MemoryStore", ""),
-    "file": ("kvlab.stores.disk:DiskStore", ""),
-    "redis": ("kvlab.stores.redis:RedisStore", ""),
-    "rediss": ("kvlab.stores.redis:RedisStore", ""),
-    "unix": ("kvlab.stores.redis:RedisStore", ""),
-    "redis-sentinel": ("kvlab.stores.redis:RedisStore", ""),
-    "redis-cluster": ("kvlab.stores.redis:RedisStore", ""),
+GROUP = "kvlab.stores"  # of entry points
+STORES = {  # scheme -> "module:Class"; imported on use
+    "memory": "kvlab.stores.memory:MemoryStore",
+    "file": "kvlab.stores.disk:DiskStore",
+    "redis": "kvlab.stores.redis:RedisStore",
+    "rediss": "kvlab.stores.redis:RedisStore",
+    "unix": "kvlab.stores.redis:RedisStore",
+    "redis-sentinel": "kvlab.stores.redis:RedisStore",
+    "redis-cluster": "kvlab.stores.redis:RedisStore",
 }
 
 
@@ -53,15 +53,23 @@ def open_store(url: str) -> Store:
     (True, b'value', None)
     """
     parsed = StoreURL.parse(url)
-    cls = _class_of(parsed)
-    if hasattr(cls, "arguments"):  # nothing is opened for a wrong option
-        arguments = cls.arguments(parsed)
-        parsed.done()
-        store = cls(**arguments)
-    else:
-        store = cls.from_url(parsed)
+    cls, where = _class_of(parsed)
+    try:
+        if hasattr(cls, "arguments"):  # nothing is opened for a wrong option
+            arguments = cls.arguments(parsed)
+            parsed.done()
+            store = cls(**arguments)
+        else:
+            store = cls.from_url(parsed)
+    except KVLabError:
+        raise
+    except Exception as error:
+        if parsed.scheme in STORES:
+            raise
+        # not what it says: that may hold the URL's password
+        raise ConfigError(f"{where} cannot be opened, its class raises {type(error).__name__}") from error
     if not isinstance(store, Store):
-        raise ConfigError(f"{cls.__module__}.{cls.__qualname__} must be a kvlab Store, got {type(store).__name__}")
+        raise ConfigError(f"{where} must be a kvlab Store, got {type(store).__name__}")
     store.url = parsed.masked
     try:
         parsed.done()
@@ -76,7 +84,7 @@ def check_url(url: str, *, also: Sequence[str] = ()) -> None:
     or reading the files that the URL names. `also`: options that the caller takes itself."""
     parsed = StoreURL.parse(url)
     parsed.reads_files = False
-    cls = _class_of(parsed)
+    cls, _ = _class_of(parsed)
     if hasattr(cls, "arguments"):
         cls.arguments(parsed)
         for option in also:
@@ -84,17 +92,14 @@ def check_url(url: str, *, also: Sequence[str] = ()) -> None:
         parsed.done()
 
 
-def _class_of(url: StoreURL) -> Any:
-    found = {point.name: (point.value, "") for point in entry_points(group="kvlab.stores")}
-    if url.scheme not in STORES and url.scheme not in found:
-        known = ", ".join(sorted({*STORES, *found}))
+def _class_of(url: StoreURL) -> tuple[Any, str]:
+    """The class for this scheme, and how errors name it."""
+    others = found(GROUP)
+    target = STORES.get(url.scheme) or others.get(url.scheme)
+    if target is None:
+        known = ", ".join(sorted({*STORES, *others}))
         raise ConfigError(f"unknown store scheme {url.scheme!r} in {url.shown!r}; known: {known}")
-    target, hint = STORES.get(url.scheme) or found[url.scheme]
-    module, _, name = target.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except ImportError as error:
-        raise ConfigError(f"{url.scheme}:// needs an extra package: {hint or error}") from error
+    return class_at(GROUP, url.scheme, target), label(GROUP, url.scheme, target)
 
 
 def open_stores(urls: Sequence[str]) -> Store:

@@ -64,6 +64,14 @@ def cut(pieces: Sequence[memoryview], size: int) -> list[memoryview]:
     return found
 
 
+def held(store: "Store", keys: Sequence[str]) -> list[bool]:
+    """`contains_many` of a store that may be of another package; StoreError where it has not one answer per key."""
+    answers = [bool(there) for there in store.contains_many(keys)]
+    if len(answers) != len(keys):
+        raise StoreError(f"store {store.name} gave {len(answers)} answers for {len(keys)} keys, must be one per key")
+    return answers
+
+
 class Store(ABC):
     """Bytes by key, within `max_bytes`, counting what the medium already holds.
 

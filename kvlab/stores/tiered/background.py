@@ -63,11 +63,15 @@ class BackgroundWriter(ForkAware):
             self._changed.notify_all()
             return True
 
-    def cancel(self, key: str) -> None:
-        """Forget `key`; returns when no write of it is under way."""
+    def cancel(self, key: str | None = None) -> None:
+        """Forget `key`, or all keys; returns when the write of it that is under way has ended."""
         with self._changed:
-            self._queue.pop(key, None)
-            self._changed.wait_for(lambda: self._writing != key)
+            if key is None:
+                self._queue.clear()
+                key = self._writing
+            else:
+                self._queue.pop(key, None)
+            self._changed.wait_for(lambda: key is None or self._writing != key)
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Wait until all is written; False if that took longer than `timeout_s`."""

@@ -4,15 +4,15 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from kvlab.stores.base import Store, Value, ValueTooLongError
+from kvlab.stores.base import Buffer, Store, Value, ValueTooLongError
 from kvlab.stores.circuit_breaker import FIRST_WAIT_S, LONGEST_WAIT_S, CircuitBreaker
 from kvlab.stores.forks import Lock
+from kvlab.stores.tiered.order import Copy, Turns
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MOST_MISSED = 1 << 16  # keys whose values this tier did not take are remembered
-_NOW = object()
 
 
 class GuardedStore:
@@ -24,6 +24,8 @@ class GuardedStore:
     A tier that does not take a write or a delete keeps what it had under that key before, which is not to be read: it
     `misses` the key until it has taken a later write or has deleted it. One that has missed more than `MOST_MISSED`
     keys and cannot say that it has nothing under the oldest, or a `clear`, is left out until it has been cleared.
+
+    Writes and deletes of one key take turns, so that the miss which one of them ends is not that of a later one.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class GuardedStore:
         self._is_left_out = False
         self._missed: dict[str, object] = {}  # by key, something new for each miss; the oldest first
         self._lock = Lock()
+        self._turns = Turns()
 
     @property
     def is_up(self) -> bool:
@@ -46,25 +49,34 @@ class GuardedStore:
         return self._is_left_out or key in self._missed
 
     def may_read(self, key: str) -> bool:
-        """Not `misses`. What is too old is deleted, if the tier can be asked again."""
+        """Not `misses`. What is too old is deleted, if the tier can be asked again and no write of `key` is under way:
+        that may be an older one, which lands after the delete."""
         if key in self._missed:
-            self.delete(key)
+            with self._turns.turn(key, wait=False) as is_mine:
+                if is_mine:
+                    self._delete(key)
             return False
         return not self._is_left_out
 
-    def put(self, key: str, value: Value, *, since: object = _NOW) -> bool:
-        """Whether the tier holds `value` now. One that does not take it loses what it held under `key` before. `since`
-        is what `missed` said before `value` was read, where it comes from another tier: by now there may be a newer
-        one."""
-        before = self.missed(key) if since is _NOW else since
-        if self.write(self.store.put, key, value, default=False):
-            self._has_taken(key, before)
-            return True
-        self.delete(key)
-        return False
+    def put(self, key: str, value: Value, *, copy: Copy | None = None, wait: bool = True) -> bool:
+        """Whether the tier holds `value` now. One that does not take it loses what it held under `key` before. A `copy`
+        of another tier's value is not written once there is a newer one, nor without `wait` while another writes."""
+        with self._turns.turn(key, wait=wait) as is_mine:
+            before = self._missed.get(key)  # asked for first: a miss that comes after the next line is not ended here
+            if not is_mine or (copy is not None and not copy.is_current):
+                return False
+            if self.write(self.store.put, key, value, default=False):
+                self._has_taken(key, before)
+                return True
+            self._delete(key)
+            return False
 
     def delete(self, key: str) -> bool:
-        before = self.missed(key)
+        with self._turns.turn(key):
+            return self._delete(key)
+
+    def _delete(self, key: str) -> bool:
+        before = self._missed.get(key)
         there = self.write(self.store.delete, key, default=None)
         if there is None:
             self.miss(key)
@@ -73,10 +85,11 @@ class GuardedStore:
         return bool(there)
 
     def quarantine(self, key: str, reason: str, found: Value | None) -> bool:
-        gone = self.write(self.store.quarantine, key, reason, found, default=None)
-        if gone is None:
-            self.miss(key)
-        return bool(gone)
+        with self._turns.turn(key):
+            gone = self.write(self.store.quarantine, key, reason, found, default=None)
+            if gone is None:
+                self.miss(key)
+            return bool(gone)
 
     def clear(self) -> None:
         """If the tier does not take it, it is left out until it takes one."""
@@ -85,12 +98,9 @@ class GuardedStore:
             self.store.clear()
             return True
 
+        self._turns.wait_for_all()  # older values, which must not land after it
         self._leave_out()
         self._is_left_out = not self.write(clear, default=False)
-
-    def missed(self, key: str) -> object:
-        """Which miss of `key` was the last, for `put`; None if the tier misses nothing."""
-        return self._missed.get(key)
 
     def miss(self, key: str) -> None:
         """There is a newer value, or none, under `key`, of which this tier has not heard."""
@@ -101,12 +111,17 @@ class GuardedStore:
             self._missed[key] = object()
             if len(self._missed) <= MOST_MISSED:
                 return
-            oldest, miss = next(iter(self._missed.items()))
-        unknown: int | None = -1
-        is_gone = self.write(self.store.delete, oldest, default=None) is not None
-        if is_gone or self.call(self.store.size_of, oldest, default=unknown) is None:
-            self._has_taken(oldest, miss)
-        else:
+            oldest = next((each for each in self._missed if not self._turns.is_taken(each)), key)
+        with self._turns.turn(oldest, wait=False) as is_mine:
+            if not is_mine:
+                return  # all of them are being written: as few as there are threads
+            before = self._missed.get(oldest)
+            unknown: int | None = -1
+            is_gone = self.write(self.store.delete, oldest, default=None) is not None
+            is_gone = is_gone or self.call(self.store.size_of, oldest, default=unknown) is None
+            if is_gone:
+                self._has_taken(oldest, before)
+        if not is_gone:
             self._leave_out()
             advice = "it is left out until it is cleared or opened anew"
             log.warning("tier %s has missed more than %d writes: %s", self.store.name, MOST_MISSED, advice)
@@ -121,6 +136,24 @@ class GuardedStore:
         with self._lock:
             if self._missed.get(key) is miss:
                 self._missed.pop(key, None)
+
+    def read(self, method: Callable[..., Buffer | None], *args: object) -> Buffer | None:
+        """As `call`; what is not bytes is a failure too."""
+
+        def read() -> Buffer | None:
+            value = method(*args)
+            if value is not None:
+                memoryview(value)
+            return value
+
+        return self.call(read, default=None)
+
+    def close(self) -> None:
+        try:
+            self.store.close()
+        except Exception as error:  # the tiers below are to be closed too
+            self.last_error = f"{type(error).__name__}: {error}"
+            log.warning("tier %s could not be closed: %s", self.store.name, self.last_error)
 
     def call(self, method: Callable[..., T], *args: object, default: T) -> T:
         """``method(*args)`` of this tier's store, or `default` if it fails or is left alone."""

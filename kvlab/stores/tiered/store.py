@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from kvlab.errors import ConfigError
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, cut
+from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, cut, held
 from kvlab.stores.circuit_breaker import FIRST_WAIT_S, LONGEST_WAIT_S
 from kvlab.stores.forks import Lock
 from kvlab.stores.reuse import ReuseCounter
 from kvlab.stores.shown import call_of
 from kvlab.stores.tiered.background import BackgroundWriter
 from kvlab.stores.tiered.guarded import GuardedStore
+from kvlab.stores.tiered.order import Copy, Writes
 
 KEPT_SOURCES = 1 << 14
 
@@ -24,6 +25,8 @@ class TieredStore(Store):
     while (`first_wait_s` to `longest_wait_s`) and never fails a call: its values are misses, its writes are dropped.
     What a tier had under a key before a write or delete that it did not take is a miss in it from then on, as long as
     this stack is open; one that has missed more than 65,536 is left out until the stack is cleared or opened anew.
+    Writes of one key come one after the other, and no copy of a value replaces a later one. Reads do not
+    wait for puts and deletes.
 
     Parameters
     ----------
@@ -69,6 +72,7 @@ class TieredStore(Store):
         self._came_from: OrderedDict[str, GuardedStore] = OrderedDict()
         self._uses = ReuseCounter()
         self._lock = Lock()
+        self._writes = Writes()
         self._last = threading.local()  # promoted: key and level of this thread's last read, where it was promoted
         self._writer = BackgroundWriter(self._carry_down, max_keys=max_queued) if write == "back" else None
 
@@ -77,7 +81,7 @@ class TieredStore(Store):
 
     @property
     def max_bytes(self) -> int:  # type: ignore[override]
-        return sum(tier.store.max_bytes for tier in self.tiers)
+        return sum(tier.call(lambda store: store.max_bytes, tier.store, default=0) for tier in self.tiers)
 
     @property
     def used_bytes(self) -> int:
@@ -85,28 +89,33 @@ class TieredStore(Store):
 
     def put(self, key: str, value: Value) -> bool:
         """True if at least one tier holds it now."""
-        stored = self.tiers[0].put(key, value)
-        if self._is_due(key) or not stored:
-            if stored and self._writer is not None:
-                for tier in self.tiers[1:]:
-                    tier.miss(key)  # until it is carried down, if it ever is
-                self._writer.add(key)
-            else:
-                if self._writer is not None:
-                    self._writer.cancel(key)  # the value before, which may be on its way
-                stored |= any([tier.put(key, value) for tier in self.tiers[1:]])
-        with self._lock:
-            self.stats_.puts += stored
-            self.stats_.refused += not stored
-            self._came_from.pop(key, None)
+        is_queued = False
+        with self._writes.turn(key):
+            stored = self.tiers[0].put(key, value)
+            if self._is_due(key) or not stored:
+                if stored and self._writer is not None:
+                    for tier in self.tiers[1:]:
+                        tier.miss(key)  # until it is carried down, if it ever is
+                    is_queued = True
+                else:
+                    if self._writer is not None:
+                        self._writer.cancel(key)  # the value before, which may be on its way
+                    stored |= any([tier.put(key, value) for tier in self.tiers[1:]])
+            with self._lock:
+                self.stats_.puts += stored
+                self.stats_.refused += not stored
+                self._came_from.pop(key, None)
+        if is_queued and self._writer is not None:
+            self._writer.add(key)  # when the turn is over: what is read within one is not carried down
         return stored
 
     def get(self, key: str) -> Buffer | None:
-        for level, tier in enumerate(self.tiers):
-            value = tier.call(tier.store.get, key, default=None) if tier.may_read(key) else None
-            if value is not None:
-                self._found(key, level, value)
-                return value
+        with self._writes.copy(key) as copy:
+            for level, tier in enumerate(self.tiers):
+                value = tier.read(tier.store.get, key) if tier.may_read(key) else None
+                if value is not None:
+                    self._found(copy, level, value)
+                    return value
         self._missed()
         return None
 
@@ -114,17 +123,18 @@ class TieredStore(Store):
         return self.get_pieces(key, [out])
 
     def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
-        for level, tier in enumerate(self.tiers):
-            size = tier.call(tier.store.get_pieces, key, out, default=None) if tier.may_read(key) else None
-            if size is not None:
-                self._found(key, level, cut(out, size))
-                return size
+        with self._writes.copy(key) as copy:
+            for level, tier in enumerate(self.tiers):
+                size = tier.call(tier.store.get_pieces, key, out, default=None) if tier.may_read(key) else None
+                if size is not None:
+                    self._found(copy, level, cut(out, size))
+                    return size
         self._missed()
         return None
 
     def get_head(self, key: str, num_bytes: int) -> Buffer | None:
         for tier in self.tiers:
-            head = tier.call(tier.store.get_head, key, num_bytes, default=None) if tier.may_read(key) else None
+            head = tier.read(tier.store.get_head, key, num_bytes) if tier.may_read(key) else None
             if head is not None:
                 return head
         return None
@@ -144,22 +154,23 @@ class TieredStore(Store):
             if not missing:
                 continue
             asked = [keys[index] for index in missing]
-            answers = tier.call(tier.store.contains_many, asked, default=[False] * len(asked))
+            answers = tier.call(held, tier.store, asked, default=[False] * len(asked))
             for index, there in zip(missing, answers, strict=True):
                 found[index] = there
         return found
 
     def delete(self, key: str) -> bool:
-        if self._writer is not None:
-            self._writer.cancel(key)  # or it would come back
-        return any([tier.delete(key) for tier in self.tiers])
+        with self._writes.turn(key):
+            if self._writer is not None:
+                self._writer.cancel(key)  # or it would come back
+            return any([tier.delete(key) for tier in self.tiers])
 
     def clear(self) -> None:
-        if self._writer is not None:
-            for key in list(self.keys()):
-                self._writer.cancel(key)
-        for tier in self.tiers:
-            tier.clear()
+        with self._writes.clear():
+            if self._writer is not None:
+                self._writer.cancel()
+            for tier in self.tiers:
+                tier.clear()
 
     def keys(self) -> Iterator[str]:
         nothing: list[str] = []
@@ -187,13 +198,14 @@ class TieredStore(Store):
         """
         with self._lock:
             source = self._came_from.pop(key, None)
-        if self._writer is not None:
-            self._writer.cancel(key)
         gone = False
-        for tier in self.tiers:
-            gone |= tier.quarantine(key, reason, found)
-            if tier is source:
-                break
+        with self._writes.turn(key):
+            if self._writer is not None:
+                self._writer.cancel(key)
+            for tier in self.tiers:
+                gone |= tier.quarantine(key, reason, found)
+                if tier is source:
+                    break
         with self._lock:
             self.stats_.dropped += gone
         return gone
@@ -224,25 +236,26 @@ class TieredStore(Store):
         if self._writer is not None:
             self._writer.close()
         for tier in self.tiers:
-            tier.store.close()
+            tier.close()
 
-    def _found(self, key: str, level: int, value: Value) -> None:
+    def _found(self, copy: Copy, level: int, value: Value) -> None:
+        key = copy.key
         with self._lock:
             self.stats_.hits += 1
             self.stats_.get_bytes += sum(piece.nbytes for piece in buffers(value))
             self._came_from[key] = self.tiers[level]
             if len(self._came_from) > KEPT_SOURCES:
                 self._came_from.popitem(last=False)
-        self._last.promoted = (key, level) if self._promote and level else None
+        self._last.promoted = (key, level) if self._promote and level and copy.is_current else None
         if self._promote:
             for tier in self.tiers[:level]:
-                tier.put(key, value)
+                tier.put(key, value, copy=copy, wait=False)
         if level == 0 and self._store_threshold > 1 and self._is_due(key, exactly=True):
             if self._writer is not None:
                 self._writer.add(key)
             else:
                 for tier in self.tiers[1:]:
-                    tier.put(key, value)
+                    tier.put(key, value, copy=copy)
 
     def _missed(self) -> None:
         with self._lock:
@@ -257,12 +270,12 @@ class TieredStore(Store):
         return num_uses == self._store_threshold if exactly else num_uses >= self._store_threshold
 
     def _carry_down(self, key: str) -> None:
+        """A later write of `key` ends this copy; where it is a put, it has the key carried down anew."""
         first, *others = self.tiers
-        missed = [tier.missed(key) for tier in others]
-        value = first.call(first.store.get, key, default=None) if first.may_read(key) else None
-        if value is None:  # evicted or deleted meanwhile
-            if self._writer is not None:
+        with self._writes.copy(key) as copy:
+            value = first.read(first.store.get, key) if first.may_read(key) else None
+            if value is not None:
+                for tier in others:
+                    tier.put(key, value, copy=copy)
+            elif self._writer is not None:  # evicted or deleted meanwhile
                 self._writer.dropped += 1
-            return
-        for tier, since in zip(others, missed, strict=True):
-            tier.put(key, value, since=since)

@@ -1,0 +1,108 @@
+"""Entry points of other packages that name nothing usable: one ConfigError that says which."""
+
+import sys
+import textwrap
+
+import pytest
+
+from kvlab import get_serde, open_store
+from kvlab import serde as serdes
+from kvlab.errors import ConfigError, FormatError
+from kvlab.serde import serde_to_read
+from kvlab.stores import check_url
+from kvlab.stores.memory import MemoryStore
+
+MODULES = {
+    "others_good": """
+        from kvlab.serde.naive import NaiveSerde
+        from kvlab.stores.memory import MemoryStore
+        value = 5
+        class Good(MemoryStore): pass
+        class Outer:
+            class Inner(MemoryStore): pass
+        class NoStore: pass
+        class Picky:
+            def __init__(self): raise RuntimeError("planted")
+            @classmethod
+            def from_url(cls, url): raise KeyError("secret")
+        class Serde(NaiveSerde): pass
+        """,
+    "others_syntax": "def (",
+    "others_broken": "raise RuntimeError('planted')",
+    "others_exit": "raise SystemExit(3)",
+    "others_lazy": "def __getattr__(name): raise KeyError('planted')",
+}
+WRONG = {
+    "missing": "others_good:Nope",
+    "deeper": "others_good:Outer.Nope",
+    "no-module": "no_such_module_of_others:X",
+    "syntax": "others_syntax:X",
+    "broken": "others_broken:X",
+    "exit": "others_exit:X",
+    "lazy": "others_lazy:X",
+    "no-class": "others_good:value",
+    "module": "others_good",
+    "no-store": "others_good:NoStore",
+    "picky": "others_good:Picky",
+}
+GOOD = {"good": "others_good:Good", "inner": "others_good:Outer.Inner", "extra": "others_good:Good [fast]"}
+
+
+@pytest.fixture(autouse=True)
+def installed(tmp_path, monkeypatch):
+    """A package with these entry points."""
+    info = tmp_path / "others-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1\n")
+    stores = "".join(f"{name} = {target}\n" for name, target in {**WRONG, **GOOD}.items())
+    kinds = "".join(f"{name} = {target}\n" for name, target in {**WRONG, "good": "others_good:Serde"}.items())
+    (info / "entry_points.txt").write_text(f"[kvlab.stores]\n{stores}[kvlab.serde]\n{kinds}")
+    for name, text in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    serdes._found.cache_clear()
+    yield
+    serdes._found.cache_clear()
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_store(name):
+    with pytest.raises(ConfigError) as caught:
+        open_store(f"{name}://?size=1MiB")
+    line = str(caught.value)
+    assert name in line
+    assert WRONG[name] in line
+    assert "kvlab.stores" in line
+    assert "\n" not in line
+    if name not in ("picky", "no-store"):
+        with pytest.raises(ConfigError, match=r"kvlab\.stores"):
+            check_url(f"{name}://?size=1MiB")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_serde(name):
+    with pytest.raises(ConfigError) as caught:
+        get_serde(name)
+    line = str(caught.value)
+    assert name in line
+    assert WRONG[name] in line
+    assert "kvlab.serde" in line
+    assert "\n" not in line
+    with pytest.raises(FormatError, match=r"kvlab\.serde") as unread:
+        serde_to_read(name)
+    assert unread.value.reason == "serde"
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_class_that_is_there_is_used(name):
+    with open_store(f"{name}://?size=1MiB") as store:
+        assert isinstance(store, MemoryStore)
+    assert get_serde("good").name == "naive"
+
+
+def test_what_a_class_says_of_its_url_is_not_told():
+    with pytest.raises(ConfigError) as caught:
+        open_store("picky://user:secret@host?size=1MiB")
+    assert "secret" not in str(caught.value)
