@@ -12,6 +12,8 @@ from pathlib import Path
 
 import nbformat
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def main() -> None:
     env = {**os.environ, "PLOTLY_RENDERER": "plotly_mimetype+png", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
@@ -24,7 +26,7 @@ def main() -> None:
             if cell.cell_type == "code":
                 cell.execution_count = None
                 cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-        nbformat.write(notebook, path)
+        path.write_text(nbformat.writes(notebook).replace(f"{ROOT}/", "") + "\n", encoding="utf-8")  # no one's folders
 
 
 if __name__ == "__main__":
