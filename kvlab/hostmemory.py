@@ -1,6 +1,6 @@
 """Host memory: page-aligned buffers; and huge pages, taken from the system where a cache cannot wait, pinned for a GPU.
 
-Memory that nobody has touched costs its first user several times the copy: the system has to find and clear each page.
+The first write to fresh memory costs several times the copy: the system has to find and clear each page.
 To pin 26 GiB of it took a GPU's connector 14 s. First writes run 3 times as fast in huge pages (benchmarks/stores.py
 --only fresh), and several threads take memory from the system before it is pinned.
 """

@@ -7,7 +7,7 @@ on an H100 that tops out near 35 GB/s where DMA reaches 55.
 
 A save gathers on a stream of its own. On the engine's it would hold the engine up for as long as the link takes for
 what the ring does not hold: 7 ms, as reckoned, for 8,192 tokens of Qwen2.5-7B. The pages must then stay as they are
-until they are gathered, so whoever is about to write to pages names them first (`before_writes`).
+until they are gathered, so pages are named before they are written to (`before_writes`).
 
 A piece is a ring buffer, 16 MiB by default: its DMA takes 0.3 ms, in which the next piece's calls hide. The last kernel
 of a load hides behind no DMA; the piece that it moves is a small one. A save's first piece as small made no difference.

@@ -9,7 +9,7 @@ LONGEST_WAIT_S = 60.0
 
 
 class CircuitBreaker:
-    """After a failure nobody asks for a while, doubled with each failure in a row; then a single call may try."""
+    """After a failure no call may ask for a while, doubled with each failure in a row; then a single call may try."""
 
     def __init__(self, first_wait_s: float = FIRST_WAIT_S, longest_wait_s: float = LONGEST_WAIT_S) -> None:
         self.outages = 0

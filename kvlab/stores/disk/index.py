@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 JOURNAL_BYTES = 1 << 20  # beyond this it starts afresh
 LOCK_WAIT_S = 10.0  # changes under the lock take milliseconds; counting a large folder anew takes seconds
-RETRY_WAIT_S = 0.1  # where nobody could have the lock for LOCK_WAIT_S
+RETRY_WAIT_S = 0.1  # once a process has held the lock for LOCK_WAIT_S
 _EPOCH_BYTES = 18
 _EPOCH = re.compile(rb"# [0-9a-f]{15}\n")  # the journal's first line
 _WHY = re.compile(r"[\w:.-]{1,64}", re.A)

@@ -1,4 +1,4 @@
-"""Files beneath a folder, reached by descriptors of their folders: no link is followed, whoever made it and whenever.
+"""Files beneath a folder, reached by descriptors of their folders: no link is followed.
 
 The folder must belong to the process's user and be writable by no other, or its owner is not the one who decides
 what lies there. With `shared`, that is allowed, and what is made is open to the folder's group.

@@ -106,8 +106,7 @@ class Scheduler:
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond `num_computed_tokens`, and whether between steps; None: ask again."""
         if not self.enabled or wants_recompute(request):
-            if request.request_id not in self._states:
-                self._media.names(getattr(request, "mm_features", None) or (), request.request_id)
+            self._media_of(request)
             return 0, False
         is_known = request.request_id in self._states
         state = self._state(request)
@@ -120,10 +119,7 @@ class Scheduler:
         if is_known and state.adapter is not None:
             loaded = request_adapter(request)
             if loaded is None or loaded.num_loads != state.adapter.num_loads:
-                return (
-                    0,
-                    False,
-                )  # other weights came under its adapter while it waited, or would if it were loaded again
+                return 0, False  # other weights came under its adapter while it waited, or would at its next load
         state.extend_hashes(self.chunker)
         block = self.chunker.block_tokens
         usable = request.num_tokens - 1  # the last token must be computed
@@ -356,12 +352,15 @@ class Scheduler:
         if self.secondary is not None:
             self.secondary.close()
 
+    def _media_of(self, request: Any) -> list[str]:
+        """Names of the request's multimodal inputs; [] if one has none."""
+        return self._media.names(getattr(request, "mm_features", None) or (), request.request_id) or []
+
     def _state(self, request: Any) -> RequestState | None:
         state = self._states.get(request.request_id)
         if state is None:
             adapter = request_adapter(request)
-            media = self._media.names(getattr(request, "mm_features", None) or (), request.request_id)
-            extras = request_extras(request, self.chunker.block_tokens, adapter, media or ())
+            extras = request_extras(request, self.chunker.block_tokens, adapter, self._media_of(request))
             if extras is None:
                 self.counters["unnameable_requests"] += 1
                 return None
