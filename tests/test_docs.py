@@ -29,8 +29,8 @@ FENCE = re.compile(r"([ ]*<!-- not run: (?P<why>.+?) -->\n)?[ ]*```(?P<kind>\w+)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 RUN_HERE = ("size", "store", "simulate")  # subcommands that need neither an engine nor a download
 FRONT_DOOR = [
-    "chunking", "connectors.config", "engine", "geometry", "plotting.theme", "progress", "serde", "simulation.simulate",
-    "simulation.sweep", "sizing.calculator", "sizing.compare", "stores",
+    "chunking", "connectors.config", "engine", "geometry", "plotting.theme", "plotting.ticks", "progress", "serde",
+    "simulation.simulate", "simulation.sweep", "sizing.calculator", "sizing.compare", "stores",
 ]  # fmt: skip
 
 
