@@ -87,3 +87,9 @@ def test_an_unknown_mode_is_refused_with_the_known_ones():
 def test_bars_have_the_backends_colours():
     figure = reduction_bars(["none", "kvlab-disk"], [2.0, 2.0], [2.0, 1.0], title="")
     assert list(figure.data[1].marker.color) == [theme.color("none"), theme.color("kvlab-disk")]
+
+
+def test_a_bar_whose_hits_were_not_loaded_is_hatched_and_says_so():
+    figure = reduction_bars(["none", "lmcache-cpu"], [2.0, 2.0], [2.0, 1.0], title="", not_loaded=[0.0, 0.93])
+    assert list(figure.data[1].marker.pattern.shape) == ["", "/"]
+    assert list(figure.data[1].text) == ["+0%", "93% of hits<br>not loaded"]

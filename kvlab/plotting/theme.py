@@ -108,5 +108,7 @@ def _template(*, text: str, back: str, grid: str) -> "go.layout.Template":
             "yaxis": axis,
             "legend": {"bgcolor": "rgba(0,0,0,0)"},
             "hovermode": "closest",
+            "shapedefaults": {"line": {"color": text}},
+            "annotationdefaults": {"font": {"color": text}},
         }
     )
