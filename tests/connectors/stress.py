@@ -167,7 +167,7 @@ class Stress:
         with engine(tiers, settings, **connector_settings) as llm:
             if has_secondary:
                 tier, scheduler = worker(llm).engine, connector(llm).scheduler
-                tier.store_ = UnevenFaults(tier.store_, rng, seed=rng.randrange(1 << 30), **faults)
+                tier.store = UnevenFaults(tier.store, rng, seed=rng.randrange(1 << 30), **faults)
                 scheduler._lookup._store = UnevenFaults(scheduler.secondary, rng, seed=rng.randrange(1 << 30), **faults)
             # Pages that vLLM's own prefix cache still names may not be overwritten.
             pages = nullcontext() if settings["enable_prefix_caching"] or rng.random() < 0.4 else overwritten(llm)

@@ -58,7 +58,7 @@ def test_damage_is_a_miss(disk, expected, damage):
     assert damaged.hit < 299
     drain(llm)
     assert generate(llm, [p])[0].tokens == expected(p)
-    stats = worker(llm).engine.stats_
+    stats = worker(llm).engine.counters
     assert sum(stats.misses.values()) >= 1 or connector(llm).scheduler.counters["miss_never_stored"] >= 1
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from kvlab.errors import ConfigError
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, cut, held
+from kvlab.stores.base import Buffer, Store, StoreCounters, Value, buffers, cut, held
 from kvlab.stores.circuit_breaker import FIRST_WAIT_S, LONGEST_WAIT_S
 from kvlab.stores.forks import Lock
 from kvlab.stores.reuse import ReuseCounter
@@ -66,7 +66,7 @@ class TieredStore(Store):
             if names.count(store.name) > 1:
                 store.name = f"{store.name}{index}"
         self.tiers = [GuardedStore(store, first_wait_s=first_wait_s, longest_wait_s=longest_wait_s) for store in stores]
-        self.stats_ = StoreStats()
+        self.counters = StoreCounters()
         self._store_threshold = store_threshold
         self._promote = promote
         self._came_from: OrderedDict[str, GuardedStore] = OrderedDict()
@@ -102,8 +102,8 @@ class TieredStore(Store):
                         self._writer.cancel(key)  # the value before, which may be on its way
                     stored |= any([tier.put(key, value) for tier in self.tiers[1:]])
             with self._lock:
-                self.stats_.puts += stored
-                self.stats_.refused += not stored
+                self.counters.puts += stored
+                self.counters.refused += not stored
                 self._came_from.pop(key, None)
         if is_queued and self._writer is not None:
             self._writer.add(key)  # when the turn is over: what is read within one is not carried down
@@ -207,7 +207,7 @@ class TieredStore(Store):
                 if tier is source:
                     break
         with self._lock:
-            self.stats_.dropped += gone
+            self.counters.dropped += gone
         return gone
 
     def why_missing(self, key: str) -> str:
@@ -241,8 +241,8 @@ class TieredStore(Store):
     def _found(self, copy: Copy, level: int, value: Value) -> None:
         key = copy.key
         with self._lock:
-            self.stats_.hits += 1
-            self.stats_.get_bytes += sum(piece.nbytes for piece in buffers(value))
+            self.counters.hits += 1
+            self.counters.get_bytes += sum(piece.nbytes for piece in buffers(value))
             self._came_from[key] = self.tiers[level]
             if len(self._came_from) > KEPT_SOURCES:
                 self._came_from.popitem(last=False)
@@ -259,7 +259,7 @@ class TieredStore(Store):
 
     def _missed(self) -> None:
         with self._lock:
-            self.stats_.misses += 1
+            self.counters.misses += 1
 
     def _is_due(self, key: str, *, exactly: bool = False) -> bool:
         """Count one more use of `key`; whether the secondary tiers are to have it by now (`exactly`: just now)."""

@@ -214,7 +214,7 @@ class Worker:
         self.write_back.close()
         self.transfer.close()
         if self.engine is not None:
-            self.engine.store_.close()
+            self.engine.store.close()
 
     # ----
 
