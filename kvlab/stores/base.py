@@ -187,6 +187,11 @@ class Store(ABC):
         """One row for pandas: the tier's name, budget, fill and counters."""
         return {"tier": self.name, "max_bytes": self.max_bytes, "used_bytes": self.used_bytes, **asdict(self.counters)}
 
+    @property
+    def served_by(self) -> str:
+        """The name of the tier that this thread's latest value came from."""
+        return self.name
+
     def rows(self) -> list[dict[str, int | float | str]]:
         """`stats` of every tier below, one row each; a single store is its only tier."""
         return [self.stats()]

@@ -142,7 +142,7 @@ def test_a_new_engine_reads_the_disk_and_damage_is_computed_again(settings, expe
         drain(llm)
     with engine(tiers, settings) as llm:
         answer = ask(llm, p)[0]
-        assert (answer.hit, answer.row["tier"], answer.tokens) == (479, "secondary", expected(p))
+        assert (answer.hit, answer.row["tier"], answer.tokens) == (479, "disk", expected(p))
         drain(llm)
         files = objects(tmp_path)
         damage(files[len(files) // 2], files)

@@ -73,7 +73,8 @@ class TieredStore(Store):
         self._uses = ReuseCounter()
         self._lock = Lock()
         self._writes = Writes()
-        self._last = threading.local()  # promoted: key and level of this thread's last read, where it was promoted
+        # Of this thread's last read: `promoted`, its key and level, where it was promoted; `tier`, where it came from.
+        self._last = threading.local()
         self._writer = BackgroundWriter(self._carry_down, max_keys=max_queued) if write == "back" else None
 
     def _as_call(self) -> str:
@@ -217,6 +218,10 @@ class TieredStore(Store):
         reasons = (tier.call(tier.store.why_missing, key, default="never_stored") for tier in self.tiers)
         return next((reason for reason in reasons if reason != "never_stored"), "never_stored")
 
+    @property
+    def served_by(self) -> str:
+        return getattr(self._last, "tier", self.name)
+
     def rows(self) -> list[dict[str, int | float | str]]:
         """One row per tier: its counters, how often it was down; for the first, what its writer has to do and did."""
         rows: list[dict[str, int | float | str]] = []
@@ -246,6 +251,7 @@ class TieredStore(Store):
             self._came_from[key] = self.tiers[level]
             if len(self._came_from) > KEPT_SOURCES:
                 self._came_from.popitem(last=False)
+        self._last.tier = self.tiers[level].store.name
         self._last.promoted = (key, level) if self._promote and level and copy.is_current else None
         if self._promote:
             for tier in self.tiers[:level]:
