@@ -189,7 +189,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             format_bytes(block_bytes),
             ", ".join(shown_url(url) for url in self.config.secondary_tiers) or "none",
             self.chunker.chunk_tokens,
-            self.namespace.id,
+            rank_namespace(self.namespace, self._vllm_config.parallel_config.rank).id,
         )
         self.worker.log_tiers()
 
