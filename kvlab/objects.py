@@ -258,7 +258,7 @@ class ObjectCache:
             raise FormatError(f"object {key!r} has {size} bytes, at most {most} are expected", reason="too_large")
         memory = aligned(size)
         try:
-            length = self.store.get_into(key, memory)  # at most `size`, whatever lies under the key by now
+            length = self.store.get_into(key, memory)  # at most `size`, though the value may have changed
         except ValueTooLongError:
             raise FormatError(f"object {key!r} grew while it was read", reason="too_large") from None
         return None if length is None else memory[:length]

@@ -45,7 +45,7 @@ class ConnectorConfig:
     min_hit_tokens
         shorter hits are recomputed rather than loaded.
     admission
-        do not make loads that, by what was measured lately, take longer than computing the tokens.
+        do not make loads that recent measurements show to take longer than computing the tokens.
     store_threshold
         save an object only from the n-th prompt on that holds it.
     max_pinned_share
@@ -96,7 +96,7 @@ class ConnectorConfig:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        listed: object = self.tiers  # from users, whatever the annotation says
+        listed: object = self.tiers  # from users: may be of any type
         if not isinstance(listed, list | tuple) or not listed or not all(isinstance(url, str) for url in listed):
             raise ConfigError(f"tiers must be a list of store URLs like ['memory://?size=1GiB'], got {_shown(listed)}")
         Chunker(self.chunk_tokens, 1)

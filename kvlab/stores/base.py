@@ -17,7 +17,7 @@ MAX_KEY_BYTES = 1024  # of a key in UTF-8; the chain's keys are a tenth of that
 
 
 class ValueTooLongError(StoreError):
-    """The value does not fit the buffer of `get_into`: the caller's affair, not a failure of the medium."""
+    """The value does not fit the buffer of `get_into`: an error of the caller, not of the medium."""
 
 
 @dataclass

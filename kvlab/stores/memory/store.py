@@ -212,7 +212,7 @@ class MemoryStore(Store, ForkAware):
         deadline = time.monotonic() + self._wait_s
         while (region := self._arena.take(size)) is None:
             old = self._held.get(key)
-            if self._arena.longest_without(self._busy) < span:  # whatever leaves
+            if self._arena.longest_without(self._busy) < span:  # no eviction makes room
                 if not self._lock.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
                     return None
             elif old is not None and not old.readers:

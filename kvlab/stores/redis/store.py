@@ -193,7 +193,7 @@ class RedisStore(Store):
 
     @property
     def used_bytes(self) -> int:
-        """Memory the servers use, for whatever and whomever. As last heard, if they do not answer."""
+        """Memory that the servers use, for other programs' keys too. The last known value if they do not answer."""
         self._ask_server()
         return self._server.get("used_bytes", 0)
 
@@ -319,7 +319,7 @@ class RedisStore(Store):
         return found
 
     def _ask_server(self) -> None:
-        """Refresh what is known of the servers; whoever does not answer keeps its last numbers."""
+        """Refresh what is known of the servers; a server that does not answer keeps its last numbers."""
         totals: Counter[str] = Counter()
         deadline = self._deadline()
         try:

@@ -24,7 +24,7 @@ class TieredStore(Store):
     `stores` are given fastest first; the stack owns and closes them. A tier that fails is left alone for a growing
     while (`first_wait_s` to `longest_wait_s`) and never fails a call: its values are misses, its writes are dropped.
     What a tier had under a key before a write or delete that it did not take is a miss in it from then on, as long as
-    this stack is open; one that has missed more than 65,536 is left out until the stack is cleared or opened anew.
+    this stack is open; one that has missed more than 65,536 is left out until the stack is cleared or opened again.
     Writes of one key come one after the other, and no copy of a value replaces a later one. Reads do not
     wait for puts and deletes.
 
@@ -195,7 +195,7 @@ class TieredStore(Store):
     def quarantine(self, key: str, reason: str, found: Value | None = None) -> bool:
         """The tier the value last came from loses it, and those it was copied to; a good copy further down stays.
 
-        A value that was not read lately leaves every tier.
+        A value that was not read recently leaves every tier.
         """
         with self._lock:
             source = self._came_from.pop(key, None)
@@ -276,7 +276,7 @@ class TieredStore(Store):
         return num_uses == self._store_threshold if exactly else num_uses >= self._store_threshold
 
     def _carry_down(self, key: str) -> None:
-        """A later write of `key` ends this copy; where it is a put, it has the key carried down anew."""
+        """A later write of `key` ends this copy; where it is a put, the key is written back again."""
         first, *others = self.tiers
         with self._writes.copy(key) as copy:
             value = first.read(first.store.get, key) if first.may_read(key) else None

@@ -334,7 +334,7 @@ class Worker:
                     end_token=op.end_token,
                     confirm=lambda: self._holds(op),
                 )
-        except BaseException:  # likewise: the lease must end
+        except BaseException:  # as above; the lease must end
             self._failed("write", op)
         self._end_write(op, success=stored)
 
