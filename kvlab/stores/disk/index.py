@@ -361,8 +361,8 @@ class FolderIndex(ForkAware):
             self._epoch, self._offset = epoch, len(epoch)
 
     def _tell(self, text: str) -> None:
-        """Append for other processes, after pending lines. If that fails, the journal is as before or all processes count
-        the folder again."""
+        """Append for other processes, after pending lines. If that fails, the journal is as before, or every process
+        counts the folder again."""
         if not self._epoch:
             self._begin()
         raw = (self._owed + text).encode()
