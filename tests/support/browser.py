@@ -12,10 +12,7 @@ from typing import Any
 import websocket  # websocket-client, which Jupyter's server brings
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chromium-headless-shell")
-MISSING = (
-    "no Chrome or Chromium found: install one (Debian: apt-get install chromium; conda: chromium) "
-    "or name it by BROWSER_PATH"
-)
+MISSING = "no Chrome or Chromium found: install one (Debian: apt-get install chromium) or name it by BROWSER_PATH"
 
 
 def find() -> str:
