@@ -25,6 +25,12 @@ def commands(page: Path) -> list[list[str]]:
     return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
 
+def split_variables(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Variables that stand before a command, and the command."""
+    count = next((i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words))
+    return dict(word.split("=", 1) for word in words[:count]), words[count:]
+
+
 def serve_lines() -> list[tuple[Path, list[str]]]:
     """(page, arguments) of every ``vllm serve``."""
     return [(page, words[2:]) for page in SHOWN for words in commands(page) if words[:2] == ["vllm", "serve"]]
