@@ -60,6 +60,14 @@ def test_prose_has_no_measured_numbers(notebook):
         assert re.findall(r"[\d.]+ ?(?:ms|%|GB/s|MB\b)", text) == [], text[:60]
 
 
+def test_the_notebook_of_sizes_speaks_of_no_model_but_the_readers():
+    (path,) = [path for path in NOTEBOOKS if path.stem == "01_kv_size"]
+    text = json.loads(path.read_text(encoding="utf-8"))
+    assert [prose for prose in sources(text, "markdown") if "Qwen2.5" in prose] == []
+    titles = [line for source in sources(text, "code") for line in source.splitlines() if line.startswith("title")]
+    assert [line for line in titles if "Qwen" in line] == []
+
+
 def test_it_was_run_and_shows_no_error(notebook):
     assert all(cell["outputs"] for cell in notebook["cells"] if "theme.styled" in "".join(cell["source"]))
     assert [output for output in outputs(notebook) if output["output_type"] == "error"] == []
