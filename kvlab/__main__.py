@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from kvlab import __version__
-from kvlab.errors import KVLabError
+from kvlab.errors import KVLabError, missing_package
 from kvlab.stores.url import hide_logins, shown_url
 
 COMMANDS = {  # name -> ("module:function taking the remaining arguments", one line of help)
@@ -77,8 +77,11 @@ def _run(args: list[str]) -> int:
     module, _, function = COMMANDS[args[0]][0].partition(":")
     try:
         return int(getattr(import_module(module), function)(args[1:]))
-    except KVLabError as e:
-        print(hide_logins(f"kvlab {args[0]}: {e}"), file=sys.stderr)
+    except (KVLabError, ModuleNotFoundError) as raised:
+        error = missing_package(raised) if isinstance(raised, ModuleNotFoundError) else raised
+        if not isinstance(error, KVLabError):
+            raise
+        print(hide_logins(f"kvlab {args[0]}: {error}"), file=sys.stderr)
         return 2
 
 

@@ -102,8 +102,11 @@ def pin(memory: NDArray[np.uint8]) -> Callable[[], None] | None:
     """Populate and page-lock exactly `memory` for CUDA (torch's own pinning rounds up to a power of two); how to undo
     it, or None (logged) if CUDA refuses. Memory given back while still locked would make CUDA refuse what comes there
     next."""
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        log.warning("memory is not pinned: PyTorch is not installed")
+        return None
     if not torch.cuda.is_available():
         log.warning("memory is not pinned: no CUDA device")
         return None

@@ -2,9 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, missing_package
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,9 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"model must be a checkpoint folder with a config.json, got {str(args.model)!r}")
     texts = [_read(path) for path in args.text]
     try:  # heavy; argparse answers --help without it
+        import_module("transformers")  # first: its extra brings PyTorch too
         from kvlab.connectors.transformers import capture, load_model
     except ImportError as error:
-        raise ConfigError(f"kvlab profile needs transformers ({error}); install kvlab[transformers]") from error
+        raise missing_package(error, "it") from error
     from kvlab.geometry import AXES
     from kvlab.serde.tables import FILE, LEVELS, profile, save_tables
 

