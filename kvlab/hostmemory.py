@@ -94,7 +94,7 @@ def populate(memory: NDArray[np.uint8], *, threads: int | None = None) -> None:
         for at in pieces:
             take(at)
         return
-    with ThreadPoolExecutor(threads or min(_num_cores(), _MAX_THREADS)) as pool:
+    with ThreadPoolExecutor(threads or min(num_cores(), _MAX_THREADS)) as pool:
         list(pool.map(take, pieces))
 
 
@@ -124,7 +124,8 @@ def pin(memory: NDArray[np.uint8]) -> Callable[[], None] | None:
     return unpin
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores that this process may use; all of the machine where the system does not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -70,12 +70,12 @@ def test_examples_of_docstrings_run(name):
 
 
 @pytest.mark.slow
-def test_the_example_store_and_serde_are_judged_by_the_suites(tmp_path):
+def test_the_example_classes_are_judged_by_the_suites(tmp_path):
     """The pages on adding one show a class and a subclass of the suite: together they are a test file that passes."""
-    for page in ("add-a-store", "add-a-serde"):
+    for page in ("add-a-store", "add-a-serde", "add-a-policy"):
         code = "\n\n".join(text for _, text in blocks(DOCS / "guide" / f"{page}.md", "python"))
         (tmp_path / f"test_{page.replace('-', '_')}.py").write_text(code)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", "-W", "error", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout[-3000:]

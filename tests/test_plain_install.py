@@ -95,7 +95,7 @@ def test_these_names_need_no_extra(code, tmp_path):
         ("kvlab.size_calculator('Qwen2.5-7B').to_frame()", "to_frame needs pandas: pip install 'kvlab[notebook]'"),
         ("from kvlab.plotting import theme; theme.use()", "a figure needs plotly: pip install 'kvlab[notebook]'"),
         ("import kvlab.connectors.vllm", "kvlab.connectors.vllm needs"),
-        ("from kvlab.testing import StoreTests", "kvlab.testing.StoreTests needs pytest: pip install 'kvlab[test]'"),
+        ("from kvlab.testing import StoreTests", "kvlab.testing needs pytest: pip install 'kvlab[test]'"),
     ],
 )
 def test_other_names_name_the_extra_in_one_line(code, words, tmp_path):
@@ -108,7 +108,7 @@ def test_other_names_name_the_extra_in_one_line(code, words, tmp_path):
 def test_only_a_package_that_an_extra_brings_is_named():
     other = ModuleNotFoundError("No module named 'other'", name="other")
     assert missing_package(other) is other
-    broken = ImportError("cannot import name 'x' from 'torch'", name="torch")  # it is there, and something else is wrong
+    broken = ImportError("cannot import name 'x' from 'torch'", name="torch")  # it is there
     assert missing_package(broken) is broken
     known = missing_package(ModuleNotFoundError("No module named 'torch.x'", name="torch.x"), "it")
     assert isinstance(known, MissingPackageError)

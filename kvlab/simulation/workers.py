@@ -53,7 +53,7 @@ def run_jobs(function: str, shared: Any, jobs: Sequence[Any], *, workers: int) -
 
 def _start() -> "subprocess.Popen[bytes]":
     here = str(Path(__file__).resolve().parents[2])  # this very package, even if only sys.path knows of it
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join([here, *(place or os.getcwd() for place in sys.path)])  # classes of the caller's too
     command = [sys.executable, "-m", "kvlab.simulation.workers"]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
@@ -71,7 +71,7 @@ def _feed(
         process.stdin.write(head)
         while True:
             index = todo.get_nowait()
-            pickle.dump(jobs[index], process.stdin)
+            pickle.dump(pickle.dumps(jobs[index]), process.stdin)
             process.stdin.flush()
             done.put((index, *pickle.load(process.stdout)))
     except Empty:
@@ -96,7 +96,7 @@ def _work(source: BinaryIO, sink: BinaryIO) -> None:
         except EOFError:
             return
         try:
-            answer: tuple[bool, Any] = (True, function(shared, job))
+            answer: tuple[bool, Any] = (True, function(shared, pickle.loads(job)))
         except Exception as error:
             answer = (False, error)
         pickle.dump(answer, sink)
