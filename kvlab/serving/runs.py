@@ -10,15 +10,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from kvlab.datasets.demo_model import demo_model
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, StoreError
 from kvlab.machine.processes import usage
 from kvlab.machine.provenance import filesystem, gpu_name
 from kvlab.machine.redis_server import RedisServer
 from kvlab.progress import Progress
-from kvlab.serving import client, counters, latency
+from kvlab.serving import client, counters, latency, preflight
 from kvlab.serving.backends import NAMES, NEEDS_REDIS, Backend, from_tiers, named_backend
 from kvlab.serving.provenance import serving_provenance
 from kvlab.serving.server import Server
@@ -149,12 +150,14 @@ def run(
     with contextlib.ExitStack() as stack:
         if folder is None:
             place = Path(tempfile.mkdtemp(prefix="kvlab-bench-"))
-            stack.callback(shutil.rmtree, place, ignore_errors=True)
+            stack.push(_Leaving(place))
         else:
             place = Path(folder).resolve()
             place.mkdir(parents=True, exist_ok=True)
         for name in names:  # refuse a wrong name or URL before anything is downloaded or started
             _backend(name, size, place / "tier", redis_url or "redis://127.0.0.1:1", settings)
+        preflight.check(names, cache_bytes=size, redis_url=redis_url, together=together)
+        pool = preflight.pool_flags(server_flags, backend_flags or {}, len(names) if together else 1)
         model = demo_model(model)
         measuring = stack.enter_context(client.Client(place / "client.log"))
         steps = len(datasets) + len(names) * (1 + len(datasets) * runs)
@@ -186,7 +189,7 @@ def run(
             model=model,
             traffic=tuple(traffic),
             runs=runs,
-            server_flags=tuple(server_flags),
+            server_flags=(*server_flags, *pool),
             backend_flags=dict(backend_flags or {}),
             env=dict(env or {}),
             port=port,
@@ -205,6 +208,28 @@ def run(
         for group in [numbered] if together else [[one] for one in numbered]:
             rows += _measure(plan, group)
     return rows
+
+
+class _Leaving:
+    """Removes a temporary folder at the end; after a failure all but the logs, which its message names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or not issubclass(kind, StoreError) or not any(self.folder.glob("*.log")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.suffix != ".log":
+                path.unlink(missing_ok=True)
 
 
 def _for_each(value: Any, datasets: Sequence[str], name: str) -> list[Any]:

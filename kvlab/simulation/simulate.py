@@ -156,6 +156,7 @@ def simulate(
         "traffic": traffic.name,
         "policy": " + ".join(dict.fromkeys(map(policy_name, policies))),
         "tiers": " + ".join(tier.label for tier in stack),
+        "urls": "+".join(tier.url for tier in stack) if all(tier.url for tier in stack) else "",
         "capacity": None if any(tier.capacity is None for tier in stack) else sum(capacities),
         "unit": "bytes" if in_bytes else "blocks",
         "serde_ratio": ratio,

@@ -30,14 +30,15 @@ def run_jobs(function: str, shared: Any, jobs: Sequence[Any], *, workers: int) -
     done: Queue[tuple[int, bool, Any]] = Queue()
     for index in range(len(jobs)):
         todo.put(index)
-    processes = [_start() for _ in range(min(workers, len(jobs)))]
+    processes: list[subprocess.Popen[bytes]] = []
+    threads: list[threading.Thread] = []
     head = pickle.dumps((function, shared))
-    threads = [
-        threading.Thread(target=_feed, args=(process, head, jobs, todo, done), daemon=True) for process in processes
-    ]
     try:
-        for thread in threads:
-            thread.start()
+        for _ in range(min(workers, len(jobs))):
+            processes.append(_start())
+            feed = threading.Thread(target=_feed, args=(processes[-1], head, jobs, todo, done), daemon=True)
+            feed.start()
+            threads.append(feed)
         for _ in range(len(jobs)):
             index, succeeded, result = done.get()
             if not succeeded:
@@ -56,7 +57,11 @@ def _start() -> "subprocess.Popen[bytes]":
     path = os.pathsep.join([here, *(place or os.getcwd() for place in sys.path)])  # classes of the caller's too
     command = [sys.executable, "-m", "kvlab.simulation.workers"]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+        process_group=0 if os.name == "posix" else None,  # ctrl-C is the caller's, who ends them
     )
 
 
@@ -88,7 +93,10 @@ def _function(name: str) -> Callable[[Any, Any], Any]:
 
 
 def _work(source: BinaryIO, sink: BinaryIO) -> None:
-    name, shared = pickle.load(source)
+    try:
+        name, shared = pickle.load(source)
+    except (EOFError, pickle.UnpicklingError):  # the caller has left
+        return
     function = _function(name)
     while True:
         try:

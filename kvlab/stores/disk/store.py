@@ -182,6 +182,14 @@ class DiskStore(Store):
         self._count(dropped=there)
         return there
 
+    def num_in_quarantine(self) -> int:
+        with self._medium("list"):
+            return len(self._folder.broken())
+
+    def clear_quarantine(self) -> int:
+        with self._medium("remove a file"):
+            return sum(self._folder.unlink(path, "deleted") for path in self._folder.broken())
+
     def keys(self) -> Iterator[str]:
         with self._medium("list"):
             paths = self._folder.paths()

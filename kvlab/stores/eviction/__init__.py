@@ -77,4 +77,4 @@ def policy_name(policy: str | type[EvictionPolicy]) -> str:
     if isinstance(policy, str):
         return policy
     cls = policy_class(policy)
-    return vars(cls).get("name", cls.__name__)
+    return str(vars(cls).get("name", cls.__name__))
