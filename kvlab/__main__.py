@@ -8,46 +8,15 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvlab import __version__
+from kvlab.cli.commands import COMMANDS
 from kvlab.cli.parser import in_flags
 from kvlab.cli.show import BOLD, DIM, styled
 from kvlab.errors import KVLabError, missing_package
 from kvlab.stores.url import hide_logins, shown_url
 
-
-class Command(NamedTuple):
-    """`module` has ``parser()`` and ``main(arguments)``, which gives the exit status; it is imported on use."""
-
-    module: str
-    about: str
-    example: str
-
-
-COMMANDS = {
-    "size": Command("kvlab.cli.size", "how big the KV cache of a model is, and why", "kvlab size Qwen2.5-7B"),
-    "simulate": Command(
-        "kvlab.cli.simulate", "what a cache would do for given traffic", 'kvlab simulate chat --tiers "1000 blocks"'
-    ),
-    "store": Command(
-        "kvlab.cli.store", "look into a tier: list, verify, evict, clear", "kvlab store ls file:///data/kv"
-    ),
-    "config": Command(
-        "kvlab.cli.config",
-        "the JSON of vLLM's --kv-transfer-config, checked; also from LMCache's settings",
-        "kvlab config memory://?size=8GiB file:///data/kv?size=1TiB",
-    ),
-    "bench": Command(
-        "kvlab.cli.bench",
-        "serving benchmarks: backends side by side, first and second run",
-        "kvlab bench --backends none,kvlab-memory",
-    ),
-    "profile": Command(
-        "kvlab.cli.profile", "make a model's tables for the cachegen serde", "kvlab profile path/to/model text.txt"
-    ),
-    "completion": Command("kvlab.cli.completion", "completion for bash, zsh or fish", "kvlab completion bash"),
-}
 INTERRUPTED = 130  # what a shell shows for a command that ctrl-C ended
 OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # of a write to a file that print has no name of
 BROKEN_PIPE = 141  # what a shell shows for a command that SIGPIPE ended

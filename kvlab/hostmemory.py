@@ -8,7 +8,6 @@ To pin 26 GiB of it took a GPU's connector 14 s. First writes run 3 times as fas
 import ctypes
 import logging
 import mmap
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvlab.errors import ConfigError, StoreError
+from kvlab.system import num_cores
 from kvlab.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -124,15 +124,11 @@ def pin(memory: NDArray[np.uint8]) -> Callable[[], None] | None:
     return unpin
 
 
-def num_cores() -> int:
-    """Cores that this process may use; all of the machine where the system does not tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _advise(address: int, num_bytes: int, advice: int) -> None:
     """madvise(2). What it answers changes nothing: memory gets faster or stays as it is. Linux's numbers."""
-    if sys.platform == "linux":
+    if _LIBC is not None:
         _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), advice)
 
 
-_LIBC = ctypes.CDLL(None, use_errno=True)  # a call through CDLL lets other threads run
+# A call through CDLL lets other threads run.
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None

@@ -4,7 +4,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from kvlab.errors import ConfigError, missing_package
+from kvlab.errors import ConfigError, KVLabError, missing_package
 
 
 def found(group: str) -> dict[str, str]:
@@ -29,6 +29,8 @@ def class_at(group: str, name: str, target: str) -> Any:
         cls: Any = import_module(module)
         for attribute in path.split("."):
             cls = getattr(cls, attribute)
+    except KVLabError:
+        raise
     except ImportError as error:
         if isinstance(known := missing_package(error, where), ConfigError):
             raise known from error

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kvlab.__main__ import COMMANDS, main
+from kvlab.__main__ import main
+from kvlab.cli.commands import COMMANDS
 from kvlab.cli.profile import main as profile_main
 from kvlab.errors import ConfigError
 from kvlab.stores import open_store
@@ -42,7 +43,7 @@ def test_another_pipe_that_broke_is_not_taken_for_stdout() -> None:
         "import sys, types; m = types.ModuleType('m')\n"
         "def f(args): raise BrokenPipeError('a socket')\n"
         "m.main = f; m.parser = None; sys.modules['m'] = m\n"
-        "import kvlab.__main__ as cli; cli.COMMANDS['size'] = cli.Command('m', '', '')\n"
+        "import kvlab.__main__ as cli; cli.COMMANDS['size'] = type(cli.COMMANDS['size'])('m', '', '')\n"
         "try: cli.main(['size'])\nexcept BrokenPipeError as e: print(e)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 
+from kvlab.cli.commands import COMMANDS
 from kvlab.cli.parser import Parser, subcommands
 
 SHELLS = ("bash", "zsh", "fish")
@@ -48,8 +49,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _words() -> dict[str, dict[str, str]]:
     """Of each subcommand: what may follow it -> what that does."""
-    from kvlab.__main__ import COMMANDS
-
     found: dict[str, dict[str, str]] = {}
     for name, command in COMMANDS.items():
         make: Callable[[], argparse.ArgumentParser] = import_module(command.module).parser
@@ -70,8 +69,6 @@ def _bash(words: Mapping[str, Mapping[str, str]], *, zsh: bool) -> str:
 
 
 def _fish(words: Mapping[str, Mapping[str, str]]) -> str:
-    from kvlab.__main__ import COMMANDS
-
     lines = [
         f"complete -c kvlab -n __fish_use_subcommand -a {name} -d {_quoted(COMMANDS[name].about)}" for name in words
     ]

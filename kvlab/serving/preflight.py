@@ -35,7 +35,7 @@ def check(names: Sequence[Name], *, cache_bytes: int, redis_url: str | None, tog
     redis = {url for name in names for url in _urls(name) if url.startswith(("redis", "unix"))}
     for url in redis | ({redis_url} if redis_url and any(name in NEEDS_REDIS for name in names) else set()):
         with open_store(url) as store:
-            _ = store.used_bytes  # asks the server
+            store.contains("kvlab")  # asks the server
     wanted = [_host_memory(name, cache_bytes) for name in names]
     needed, free = (sum(wanted) if together else max(wanted)), available_memory()
     if free is not None and needed > free:

@@ -10,17 +10,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from kvlab.datasets.demo_model import demo_model
-from kvlab.errors import ConfigError, StoreError
+from kvlab.errors import ConfigError
 from kvlab.machine.processes import usage
 from kvlab.machine.provenance import filesystem, gpu_name
 from kvlab.machine.redis_server import RedisServer
 from kvlab.progress import Progress
 from kvlab.serving import client, counters, latency, preflight
 from kvlab.serving.backends import NAMES, NEEDS_REDIS, Backend, from_tiers, named_backend
+from kvlab.serving.leaving import Leaving
 from kvlab.serving.provenance import serving_provenance
 from kvlab.serving.server import Server
 from kvlab.serving.workloads import KINDS, Workload, check_kind, make_workload
@@ -150,7 +150,7 @@ def run(
     with contextlib.ExitStack() as stack:
         if folder is None:
             place = Path(tempfile.mkdtemp(prefix="kvlab-bench-"))
-            stack.push(_Leaving(place))
+            stack.push(Leaving(place))
         else:
             place = Path(folder).resolve()
             place.mkdir(parents=True, exist_ok=True)
@@ -208,28 +208,6 @@ def run(
         for group in [numbered] if together else [[one] for one in numbered]:
             rows += _measure(plan, group)
     return rows
-
-
-class _Leaving:
-    """Removes a temporary folder at the end; after a failure all but the logs, which its message names."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None or not issubclass(kind, StoreError) or not any(self.folder.glob("*.log")):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.suffix != ".log":
-                path.unlink(missing_ok=True)
 
 
 def _for_each(value: Any, datasets: Sequence[str], name: str) -> list[Any]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvlab.errors import ConfigError
-from kvlab.hostmemory import num_cores
 from kvlab.progress import Progress
 from kvlab.simulation.simulate import BOUND, Policy, Trace, as_traffic, simulate
 from kvlab.simulation.tiers import Tier
@@ -15,6 +14,7 @@ from kvlab.simulation.workers import run_jobs
 from kvlab.sizing import KVSize, size_calculator
 from kvlab.stores import eviction
 from kvlab.stores.eviction import policy_class, policy_name
+from kvlab.system import num_cores
 
 Tiers = Tier | str | int | Sequence[Tier | str | int]
 
