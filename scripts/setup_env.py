@@ -79,6 +79,8 @@ def uv_environment() -> dict[str, str]:
     ):
         if option in pip:
             env.setdefault(variable, pip[option].replace(" ", ",") if option == "find-links" else pip[option])
+    if pip.keys() & {"extra-index-url", "find-links"}:  # pip takes the best of all its sources
+        env.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
     env.setdefault("UV_HTTP_TIMEOUT", "300")
     env.setdefault("UV_LINK_MODE", "copy")
     return env

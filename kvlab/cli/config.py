@@ -23,6 +23,7 @@ EXAMPLES = (
     "kvlab config from-lmcache --env                              its LMCACHE_ variables",
 )
 FROM_LMCACHE = "from-lmcache"
+BLOCK = 16  # tokens; vLLM's on most GPUs, others are multiples of it
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +54,13 @@ def main(argv: Sequence[str]) -> int:
     else:
         tiers, settings = _given(args.given)
     made = vllm_config(tiers, **settings)
+    chunk = settings.get("chunk_tokens", BLOCK)
+    if chunk % BLOCK:
+        print(
+            f"chunk_tokens={chunk} is no multiple of {BLOCK}, vLLM's usual block size: the engine refuses it unless it "
+            "runs with a --block-size that divides it",
+            file=sys.stderr,
+        )
     if args.shell:
         print(f"--kv-transfer-config {shlex.quote(json.dumps(made))}")
     else:

@@ -94,7 +94,10 @@ class ConnectorConfig:
             raise ConfigError(f"tiers must be a list of store URLs like ['memory://?size=1GiB'], got {_shown(listed)}")
         Chunker(self.chunk_tokens, 1)
         for name in ("staging", "gpu_staging"):
-            put(self, name, parse_bytes(getattr(self, name)))
+            try:
+                put(self, name, parse_bytes(getattr(self, name)))
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
         for name in ("save_partial_block", "save_generated", "admission", "report", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
