@@ -94,7 +94,7 @@ def read(worker, count, room):
     """Seconds in which one thread reads the same values from the store."""
     start = time.perf_counter()
     for chunk in range(count):
-        assert worker.engine.store_.get_into(worker.engine.namespace.key(name(chunk)), room)
+        assert worker.engine.store.get_into(worker.engine.namespace.key(name(chunk)), room)
     return time.perf_counter() - start
 
 

@@ -34,7 +34,7 @@ class Hit:
 
 
 class CacheEngine(ObjectCache):
-    """KV of prompts in a store: `store`, `lookup` and `retrieve`, by token ids.
+    """KV of prompts in a store: `save`, `lookup` and `load`, by token ids.
 
     Parameters
     ----------
@@ -57,9 +57,9 @@ class CacheEngine(ObjectCache):
     --------
     >>> kv = torch.zeros(2, 40, 1, 2, 4, dtype=torch.bfloat16)  # layers, tokens, kv_heads, kv, head_dim
     >>> engine = CacheEngine("memory://?size=1MiB", namespace="model")
-    >>> engine.store(list(range(40)), kv)
+    >>> engine.save(list(range(40)), kv)
     32
-    >>> num_tokens, found = engine.retrieve(list(range(35)))
+    >>> num_tokens, found = engine.load(list(range(35)))
     >>> num_tokens, tuple(found.shape)
     (32, (2, 32, 1, 2, 4))
 
@@ -94,10 +94,10 @@ class CacheEngine(ObjectCache):
         options = {"chunker": self.chunker, "serde": self.serde.spec, "geometry": self.geometry, "auth": self.auth}
         if self.chunker == Chunker():
             del options["chunker"]
-        return call_of(self, self.store_, namespace=self._given, **options)
+        return call_of(self, self.store, namespace=self._given, **options)
 
     def _repr_html_(self) -> str:
-        return f"<code>{escape(repr(self))}</code>{self.store_._repr_html_()}"
+        return f"<code>{escape(repr(self))}</code>{self.store._repr_html_()}"
 
     def hashes(self, token_ids: Sequence[int], extras: Mapping[int, Sequence[Extra]] | None = None) -> list[bytes]:
         """The chain's hash at every full block of `token_ids`."""
@@ -133,7 +133,7 @@ class CacheEngine(ObjectCache):
                 return f"other_namespace:{','.join(fields)}"
         return hit.miss
 
-    def store(
+    def save(
         self, token_ids: Sequence[int], kv: torch.Tensor, *, extras: Mapping[int, Sequence[Extra]] | None = None
     ) -> int:
         """Save the KV of a prompt: `kv` has the axes (layers, tokens, kv_heads, kv, head_dim), one entry per token.
@@ -168,7 +168,7 @@ class CacheEngine(ObjectCache):
         self._touch(keys)
         return saved
 
-    def retrieve(
+    def load(
         self, token_ids: Sequence[int], *, extras: Mapping[int, Sequence[Extra]] | None = None
     ) -> tuple[int, torch.Tensor | None]:
         """The KV of the longest prefix that is here and sound: its length in tokens, and the tensor (None if 0)."""

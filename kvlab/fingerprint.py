@@ -38,7 +38,7 @@ FORMATS = {False: "kvlab-files/blake3/1", True: "kvlab-files/xxh3/1"}  # by `fas
 PIECE_BYTES = 32 << 20
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors"})
 TABLES = "kvlab-cachegen.safetensors"  # what `kvlab profile` lays beside a model; no weights
-# A file changed this lately may change again and show no other time: within one tick of its file system's clock, or
+# A file changed this recently may change again and show no other time: within one tick of its file system's clock, or
 # through a mapping of a page that is still to be written back, which the system does within half a minute.
 RACY_NS = 60 * 10**9
 # Magic numbers of the file systems that give a file another time whenever it is changed, also through a shared mapping:
@@ -284,7 +284,7 @@ class _Cache:
         return None
 
     def put(self, state: FileState, digest: str) -> None:
-        """Keep `digest`, unless the file changed so lately that its times would not show the next change."""
+        """Keep `digest`, unless the file changed so recently that its times would not show the next change."""
         if self._folder is None or not self.takes(state) or self._now_ns - state.changed_ns < RACY_NS:
             return
         body = json.dumps({"format": self._format, "state": list(vars(state).values()), "digest": digest}).encode()

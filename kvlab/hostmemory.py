@@ -34,7 +34,7 @@ _local = threading.local()
 def aligned(num_bytes: int) -> memoryview:
     """A page-aligned buffer of at least `num_bytes`, rounded up to whole pages; freed with its last view.
 
-    Its content is whatever was there: the C allocator's memory, for it gives large blocks back warm, while fresh pages
+    Its content is undefined: the C allocator's memory, for it gives large blocks back warm, while fresh pages
     from the system cost direct reads two thirds of their speed. Raises StoreError (reason ``memory``) where there is
     not so much.
     """

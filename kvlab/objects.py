@@ -32,7 +32,7 @@ _OF_ITS_EXPECTATION = frozenset({"wrong_shape", "wrong_dtype", "too_large"})
 
 
 @dataclass
-class EngineStats:
+class EngineCounters:
     """Counters since the engine was made. Seconds run to the end of decoding, bytes are those on the medium."""
 
     hits: int = 0
@@ -72,11 +72,11 @@ class ObjectCache:
         self.geometry = geometry
         self.auth = auth
         self.serde = get_serde(serde)
-        self.stats_ = EngineStats()
-        self.store_ = open_store(store) if isinstance(store, str) else store
+        self.counters = EngineCounters()
+        self.store = open_store(store) if isinstance(store, str) else store
         self._owns_store = isinstance(store, str)
         self._serdes: dict[str, Serde] = {self.serde.name: self.serde}
-        self._misfits: OrderedDict[str, None] = OrderedDict()  # which `store` replaces
+        self._misfits: OrderedDict[str, None] = OrderedDict()  # which `save` replaces
         self._lock = Lock()  # which a forked child finds open
 
     def save_object(
@@ -104,7 +104,7 @@ class ObjectCache:
             self._save_failed("too_large", key, None)
             return False
         try:
-            kept = self.store_.put(key, value)
+            kept = self.store.put(key, value)
         except Exception as error:  # what stores of other packages raise must not reach an engine
             self._save_failed(_reason_of_tier(error), key, error)
             return False
@@ -113,9 +113,9 @@ class ObjectCache:
             return False
         with self._lock:
             self._misfits.pop(key, None)
-            self.stats_.saved += 1
-            self.stats_.saved_bytes += packed_bytes(value)
-            self.stats_.save_s += time.perf_counter() - start
+            self.counters.saved += 1
+            self.counters.saved_bytes += packed_bytes(value)
+            self.counters.save_s += time.perf_counter() - start
         return True
 
     def load_object(
@@ -140,7 +140,7 @@ class ObjectCache:
     def differing_fields(self, key: str) -> list[str]:
         """Fields in which the namespace of the object under `key` differs from this one; none if it is unreadable."""
         try:
-            found, error = read_object(self.store_, key)
+            found, error = read_object(self.store, key)
             metadata = {} if found is None or error is not None else unpack(found, key).metadata
             other = parse_json(metadata["namespace"])
         except Exception:  # the medium's, and what a medium can write
@@ -149,7 +149,7 @@ class ObjectCache:
 
     def stats(self) -> dict[str, int | float]:
         """One row for pandas."""
-        s = self.stats_
+        s = self.counters
         row: dict[str, int | float] = {"hits": s.hits, "misses": sum(s.misses.values()), "saved": s.saved}
         row |= {f"miss_{reason}": count for reason, count in s.misses.items()}
         row |= {f"save_failed_{reason}": count for reason, count in s.save_failures.items()}
@@ -161,7 +161,7 @@ class ObjectCache:
 
     def close(self) -> None:
         if self._owns_store:
-            self.store_.close()
+            self.store.close()
 
     # ----
 
@@ -199,7 +199,7 @@ class ObjectCache:
         for _ in range(2):
             try:
                 if failed is not None:
-                    self.store_.renew()
+                    self.store.renew()
                 value = None
                 value = self._read(key, out, expected)
                 if value is None:
@@ -215,9 +215,9 @@ class ObjectCache:
                     break  # which a second read would not change
                 continue
             with self._lock:
-                self.stats_.hits += 1
-                self.stats_.loaded_bytes += packed_bytes(value)
-                self.stats_.load_s += time.perf_counter() - start
+                self.counters.hits += 1
+                self.counters.loaded_bytes += packed_bytes(value)
+                self.counters.load_s += time.perf_counter() - start
             return kv
         if failed is None:
             self._missed(self._why_missing(key), key, None)
@@ -250,21 +250,21 @@ class ObjectCache:
         room = scratch("objects", size)
         pieces = [room[:PAGE], out.reshape(-1).view(torch.uint8).numpy().data] if in_place else [room]
         try:
-            length = self.store_.get_pieces(key, pieces)
+            length = self.store.get_pieces(key, pieces)
         except ValueTooLongError:
             return self._read_whole(key, expected)
         return None if length is None else cut(pieces, length)
 
     def _read_whole(self, key: str, expected: Expected) -> Buffer | None:
         """The object in memory of its own, unless it is larger than any object of what is expected."""
-        size, most = self.store_.size_of(key), _most_bytes(expected.max_bytes)
+        size, most = self.store.size_of(key), _most_bytes(expected.max_bytes)
         if size is None:
             return None
         if size > most:
             raise FormatError(f"object {key!r} has {size} bytes, at most {most} are expected", reason="too_large")
         memory = aligned(size)
         try:
-            length = self.store_.get_into(key, memory)  # at most `size`, whatever lies under the key by now
+            length = self.store.get_into(key, memory)  # at most `size`, though the value may have changed
         except ValueTooLongError:
             raise FormatError(f"object {key!r} grew while it was read", reason="too_large") from None
         return None if length is None else memory[:length]
@@ -289,7 +289,7 @@ class ObjectCache:
 
     def _contains(self, keys: Sequence[str]) -> list[bool]:
         try:
-            return held(self.store_, keys) if keys else []
+            return held(self.store, keys) if keys else []
         except Exception as error:
             self._tier_failed("lookup", error)
             return [False] * len(keys)
@@ -297,26 +297,26 @@ class ObjectCache:
     def _keys(self) -> Iterator[str]:
         """Those that the store lists, as far as it does."""
         try:
-            yield from self.store_.keys()
+            yield from self.store.keys()
         except Exception as error:
             self._tier_failed("keys", error)
 
     def _why_missing(self, key: str) -> str:
         try:
-            return self.store_.why_missing(key)
+            return self.store.why_missing(key)
         except Exception as error:
             self._tier_failed("why_missing", error)
             return _reason_of_tier(error)
 
     def _touch(self, keys: Sequence[str]) -> None:
         try:
-            self.store_.touch(reversed(keys))
+            self.store.touch(reversed(keys))
         except Exception as error:
             self._tier_failed("touch", error)
 
     def _set_aside(self, key: str, reason: str, found: Buffer | list[memoryview] | None) -> None:
         try:
-            self.store_.quarantine(key, reason, found)
+            self.store.quarantine(key, reason, found)
         except Exception as error:
             self._tier_failed("quarantine", error)
 
@@ -324,23 +324,23 @@ class ObjectCache:
         """Count it; told once for each reason, as a tier that is down fails at every call."""
         failure = f"{what}_{_reason_of_tier(error).removeprefix('tier_')}"
         with self._lock:
-            self.stats_.tier_failures[failure] += 1
-            first = self.stats_.tier_failures[failure] == 1
+            self.counters.tier_failures[failure] += 1
+            first = self.counters.tier_failures[failure] == 1
         if first:
             unforeseen = None if isinstance(error, StoreError) else error
-            logger.warning("kvlab: %s in tier %s failed: %s", what, self.store_.name, error, exc_info=unforeseen)
+            logger.warning("kvlab: %s in tier %s failed: %s", what, self.store.name, error, exc_info=unforeseen)
 
     def _missed(self, reason: str, key: str, error: Exception | None) -> None:
         with self._lock:
-            self.stats_.misses[reason] += 1
-            unforeseen = error if reason == "error" and self.stats_.misses[reason] == 1 else None
+            self.counters.misses[reason] += 1
+            unforeseen = error if reason == "error" and self.counters.misses[reason] == 1 else None
         if error is not None:
             logger.warning("kvlab: %s is a miss (%s): %s", key, reason, error, exc_info=unforeseen)
 
     def _save_failed(self, reason: str, key: str, error: Exception | None) -> None:
         with self._lock:
-            self.stats_.save_failures[reason] += 1
-            first = self.stats_.save_failures[reason] == 1
+            self.counters.save_failures[reason] += 1
+            first = self.counters.save_failures[reason] == 1
         if first:
             logger.warning("kvlab: %s was not saved (%s): %s", key, reason, error or "the tier cannot hold it")
 

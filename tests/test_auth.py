@@ -140,11 +140,11 @@ def test_the_secret_is_in_nothing_that_is_shown(tmp_path, caplog):
     with open_store("memory://?size=8MiB") as store:
         engine = CacheEngine(store, namespace="m", auth=key)
         kv = torch.randn(1, 256, 1, 2, 4)
-        engine.store(list(range(256)), kv)
+        engine.save(list(range(256)), kv)
         (name,) = store.keys()
         stored = bytes(store.get(name))
         store.put(name, forged(header_of(stored), data_of(stored)))
-        assert engine.retrieve(list(range(256))) == (0, None)
+        assert engine.load(list(range(256))) == (0, None)
         shown = f"{key} {key!r} {engine.namespace} {engine.stats()} {caplog.text} {ConnectorConfig((f'file:///x?auth={path}',))}"
     with pytest.raises(TypeError, match="not pickled"):
         pickle.dumps(key)
@@ -168,20 +168,20 @@ def test_only_what_was_signed_with_the_engines_key_is_served(tmp_path, url, serd
         signing, other, plain = (
             CacheEngine(store, namespace="m", chunker=chunker, serde=serde, auth=auth) for auth in (KEY, OTHER, None)
         )
-        signing.store(IDS, kv)
-        count, back = signing.retrieve(IDS)
+        signing.save(IDS, kv)
+        count, back = signing.load(IDS)
         assert (count, torch.equal(back, kv)) == (64, True)
         out = torch.empty(2, 32, 1, 2, 8)
         keys = signing.lookup(IDS).keys
         assert signing.load_object(keys[0], out, axes=AXES, first_token=0, end_token=32) is out
         for engine in (other, plain):
-            assert engine.retrieve(IDS) == (0, None)
+            assert engine.load(IDS) == (0, None)
             assert signing.namespace.differing(json.loads(engine.namespace.canonical)) == ["auth"]
         # One who can write to the tier puts another KV under the engine's keys, with all that is public in the header.
         forger = CacheEngine(store, namespace=signing.namespace, chunker=chunker, serde=serde)
         assert forger.namespace == signing.namespace
         forger.save_object(keys[1], torch.zeros(2, 32, 1, 2, 8), AXES, first_token=32, end_token=64)
-        count, back = signing.retrieve(IDS)
+        count, back = signing.load(IDS)
         assert (count, torch.equal(back, kv[:, :32])) == (32, True)
         assert signing.stats()["miss_auth"] == 1
 

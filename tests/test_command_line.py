@@ -16,6 +16,7 @@ from kvlab.__main__ import main
 from kvlab.cli.commands import COMMANDS
 from kvlab.cli.profile import main as profile_main
 from kvlab.errors import ConfigError
+from kvlab.serving.warm import Warmed
 from kvlab.stores import open_store
 
 KVLAB = [sys.executable, "-m", "kvlab"]
@@ -144,6 +145,8 @@ def test_every_command_has_examples_and_json(name: str, capsys: pytest.CaptureFi
         (["config", "chunk_tokens=512"], "give a tier"),
         (["config", "from-lmcache"], "takes a YAML file, or --env"),
         (["config", "from-lmcache", "/"], "cannot read '/': Is a directory"),
+        (["warm", "/absent"], "cannot read '/absent'"),
+        (["warm", __file__, "--url", "http://127.0.0.1:9", "--model", "m"], "http://127.0.0.1:9"),
         (["completion", "csh"], "invalid choice: 'csh'"),
     ],
 )
@@ -270,3 +273,24 @@ def test_completion_offers_commands_and_flags(tmp_path: Path, capsys: pytest.Cap
     for shell in ("zsh", "fish"):
         assert main(["completion", shell]) == 0
         assert "sessions-in" in capsys.readouterr().out
+
+
+def test_warm_sends_prompts_with_the_key_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {}
+
+    def sent(prompts: list[object], **how: object) -> list[Warmed]:
+        asked.update(how, prompts=prompts)
+        return [Warmed(601, 0, 3), Warmed(9, None, None)]
+
+    monkeypatch.setattr("kvlab.cli.warm.warm", sent)
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    (tmp_path / "a.txt").write_text("one prompt")
+    (tmp_path / "b.jsonl").write_text('"two"\n[1, 2]\n')
+    assert main(["warm", str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), "--pin", "--ttl-s", "5"]) == 0
+    assert asked["prompts"] == ["one prompt", "two", [1, 2]]
+    assert (asked["pin"], asked["ttl_s"], asked["api_key"]) == (True, 5.0, "secret")
+    assert capsys.readouterr().out == "2 prompts, 610 tokens, 0 of them held already, 3 objects pinned\n"
+    assert main(["warm", str(tmp_path / "a.txt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["pinned_objects"] == 3

@@ -110,14 +110,17 @@ def test_the_table_of_settings_has_every_setting():
 
 def test_the_table_of_metrics_has_every_metric():
     tree = ast.parse((ROOT / "kvlab/connectors/vllm/metrics.py").read_text(encoding="utf-8"))
-    (counters,) = (
-        ast.literal_eval(node.value)
+    tables = {
+        node.targets[0].id: set(ast.literal_eval(node.value))
         for node in tree.body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "DOCUMENTATION"
-    )
+        if isinstance(node, ast.Assign) and node.targets[0].id in ("DOCUMENTATION", "TIER_GAUGES", "TIER_COUNTERS")
+    }
+    assert len(tables) == 3
+    named = set().union(*tables.values(), {"loaded_bytes", "load_seconds", "misses"})
     text = (DOCS / "guide" / "connector.md").read_text(encoding="utf-8")
     table = text[text.index("| metric |") : text.index("| reason of a miss |")]
-    assert set(re.findall(r"`(\w+)`", table)) == set(counters)
+    columns = " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
+    assert set(re.findall(r"`(\w+)(?:\{[^}]*\})?`", columns)) == named
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)

@@ -25,10 +25,10 @@ def failing(error):
 def is_quiet(engine):
     """Every call of an engine gives an answer."""
     ids = [*IDS, 99]
-    assert engine.store(ids, torch.zeros(2, 65, 1, 2, 4)) in (0, 64)
+    assert engine.save(ids, torch.zeros(2, 65, 1, 2, 4)) in (0, 64)
     hit = engine.lookup(ids)
     assert hit.num_tokens in (0, 64)
-    assert engine.retrieve(ids)[0] in (0, 64)
+    assert engine.load(ids)[0] in (0, 64)
     assert isinstance(engine.why_missing(ids), str)
     assert engine.contains_many(engine.hashes(ids)) in ([False] * 4, [True] * 4, [False, False, False, True])
     out = torch.zeros(2, 64, 1, 2, 4)
@@ -58,7 +58,7 @@ def test_a_method_that_raises(method, error):
 def test_an_answer_that_is_not_one_for_each_key(answer, is_stacked):
     store = MemoryStore(1 << 20)
     engine = CacheEngine(store, namespace="model")
-    engine.store(IDS, KV)
+    engine.save(IDS, KV)
     store.contains_many = lambda _keys: answer
     if is_stacked:
         stack = TieredStore([MemoryStore(1 << 20), store], first_wait_s=0, longest_wait_s=0)
@@ -67,8 +67,8 @@ def test_an_answer_that_is_not_one_for_each_key(answer, is_stacked):
         assert stack.rows()[1]["failures"] == 1
     assert engine.lookup(IDS).num_tokens == 0
     if not is_stacked:
-        assert sum(engine.stats_.tier_failures.values()) == 1
-    assert engine.store(IDS, KV) == 64
+        assert sum(engine.counters.tier_failures.values()) == 1
+    assert engine.save(IDS, KV) == 64
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["bug", "medium"])
@@ -78,10 +78,10 @@ def test_failures_are_counted_by_call_and_reason_and_told_once(error, caplog):
     engine = CacheEngine(store, namespace="model")
     for method in ("put", "contains_many", "touch", "why_missing"):
         setattr(store, method, failing(error))
-    assert engine.store(IDS, KV) == engine.store(IDS, KV) == 0
+    assert engine.save(IDS, KV) == engine.save(IDS, KV) == 0
     assert engine.lookup(IDS).miss == f"tier_{reason}"
-    assert engine.stats_.save_failures == {f"tier_{reason}": 2}
-    assert engine.stats_.tier_failures == {
+    assert engine.counters.save_failures == {f"tier_{reason}": 2}
+    assert engine.counters.tier_failures == {
         f"lookup_{reason}": 3,
         f"touch_{reason}": 3,
         f"why_missing_{reason}": 1,
@@ -93,7 +93,7 @@ def test_failures_are_counted_by_call_and_reason_and_told_once(error, caplog):
 def test_why_missing_over_a_tier_that_lists_no_keys():
     engine = CacheEngine(FaultStore(MemoryStore(1 << 20), fail=1.0), namespace="model")
     assert engine.why_missing(IDS) == "never_stored"
-    assert sum(count for what, count in engine.stats_.tier_failures.items() if what.startswith("keys")) == 1
+    assert sum(count for what, count in engine.counters.tier_failures.items() if what.startswith("keys")) == 1
 
 
 class Unsized(MemoryStore):

@@ -34,7 +34,7 @@ def answers():
     halves = [tuple(layer.unbind(2)[half] for layer in kv) for half in (0, 1)]
     pages = {f"model.layers.{i}.self_attn.attn": torch.zeros(64, 128, dtype=torch.uint8) for i in range(80)}
     engine = kvlab.CacheEngine("memory://?size=64MiB", namespace="model")
-    engine.store(range(600), kv)
+    engine.save(range(600), kv)
     yield "simulation", kvlab.simulate(generate_traffic("chat", 200), "1000 blocks")
     yield "traffic", generate_traffic("chat", 200)
     yield "captured", KV(*halves, tuple(range(600)), 600, "model")

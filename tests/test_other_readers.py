@@ -60,14 +60,14 @@ def test_what_this_reader_cannot_read_stays_for_others(store, change, expected, 
     engine = engine_on(store)
     monkeypatch.setitem(serdes.SERDES, "needs-a-package", "a_package_that_is_absent:Serde")
     monkeypatch.setitem(serdes.SERDES, "raises", f"{__name__}:Raises")
-    engine.store(IDS[:32], kv_of(32))
+    engine.save(IDS[:32], kv_of(32))
     (key,) = engine.lookup(IDS[:32]).keys
     value = change(bytes(store.get(key)), engine)
     store.put(key, value)
     for count in (1, 2):
-        assert engine.retrieve(IDS[:32]) == (0, None)
-        assert engine.stats_.misses == {expected: count}
-    assert engine.store(IDS[:32], kv_of(32)) == 32
+        assert engine.load(IDS[:32]) == (0, None)
+        assert engine.counters.misses == {expected: count}
+    assert engine.save(IDS[:32], kv_of(32)) == 32
     assert bytes(store.get(key)) == value, "neither set aside nor replaced"
 
 
@@ -91,20 +91,20 @@ def test_an_object_of_other_tables_stays_for_those_who_have_them(store):
 
 
 def test_a_reader_with_a_wrong_geometry_takes_nothing_from_the_others(store):
-    engine_on(store).store(IDS, kv_of(64))
+    engine_on(store).save(IDS, kv_of(64))
     for wrong in ({"num_layers": 3}, {"dtype": "float16"}, {"head_dim": 1, "num_kv_heads": 1}):
         shape = {"num_layers": 2, "num_kv_heads": 3, "head_dim": 8, "dtype": "float32", **wrong}
-        assert engine_on(store, geometry=KVGeometry(**shape)).retrieve(IDS) == (0, None)
-    assert torch.equal(engine_on(store).retrieve(IDS)[1], kv_of(64))
+        assert engine_on(store, geometry=KVGeometry(**shape)).load(IDS) == (0, None)
+    assert torch.equal(engine_on(store).load(IDS)[1], kv_of(64))
 
 
 def test_one_wrong_object_takes_none_of_the_right_ones_with_it(store):
     """Which of two objects that contradict each other is wrong, a reader without a geometry cannot tell."""
     engine = engine_on(store)
-    engine.store(IDS, kv_of(64))
+    engine.save(IDS, kv_of(64))
     first, second = engine.lookup(IDS).keys
     put(engine, first, kv_of(32, layers=3), 0, 32)
-    assert engine.retrieve(IDS)[0] == 32
+    assert engine.load(IDS)[0] == 32
     assert store.contains(second)
 
 

@@ -50,30 +50,30 @@ def engine(store, request):
 )
 def test_a_chunk_that_is_another_than_its_place_says(engine, kv, first, end, expected):
     value = kv_of(64)
-    engine.store(IDS, value)
+    engine.save(IDS, value)
     put(engine, engine.lookup(IDS).keys[1], kv, first, end)
-    count, back = engine.retrieve(IDS)
+    count, back = engine.load(IDS)
     assert (count, reason(engine)) == (32, expected)
     assert torch.equal(back, value[:, :32])
     stays = expected in ("wrong_shape", "wrong_dtype")  # another reader may expect just this
     assert engine.lookup(IDS).num_tokens == (64 if stays else 32)
-    assert engine.store(IDS, value) == 64
-    assert torch.equal(engine.retrieve(IDS)[1], value)
+    assert engine.save(IDS, value) == 64
+    assert torch.equal(engine.load(IDS)[1], value)
 
 
 def test_permuted_axes_of_the_same_shape(engine):
-    engine.store(IDS[:32], kv_of(32))
+    engine.save(IDS[:32], kv_of(32))
     turned = ("kv_heads", "tokens", "layers", "kv", "head_dim")
     put(engine, engine.lookup(IDS[:32]).keys[0], kv_of(32), 0, 32, axes=turned)
-    assert engine.retrieve(IDS[:32]) == (0, None)
+    assert engine.load(IDS[:32]) == (0, None)
     assert reason(engine) == "wrong_axes"
 
 
 def test_an_object_without_layers_or_numbers_is_no_kv(engine):
     for empty in (kv_of(32, layers=0), kv_of(32)[..., :0], kv_of(32)[:, :, :0]):
-        engine.stats_.misses.clear()
+        engine.counters.misses.clear()
         put(engine, engine.namespace.key(engine.hashes(IDS)[3]), empty, 0, 32)
-        assert engine.retrieve(IDS) == (0, None)
+        assert engine.load(IDS) == (0, None)
         assert reason(engine) == "wrong_shape"
 
 
@@ -88,11 +88,11 @@ def test_with_a_geometry_the_first_object_must_fit_it_too(store):
     engine = engine_on(store, geometry=GEOMETRY)
     for wrong, expected in ((kv_of(32, layers=3), "wrong_shape"), (kv_of(32, dtype=torch.float16), "wrong_dtype")):
         put(engine, engine.namespace.key(engine.hashes(IDS)[3]), wrong, 0, 32)
-        engine.stats_.misses.clear()
-        assert engine.retrieve(IDS) == (0, None)
+        engine.counters.misses.clear()
+        assert engine.load(IDS) == (0, None)
         assert reason(engine) == expected
         with pytest.raises(ConfigError, match="as the engine's geometry says"):
-            engine.store(IDS[:32], wrong)
+            engine.save(IDS[:32], wrong)
 
 
 @pytest.mark.parametrize("url", ["memory://?size=8MiB", "file://{}?size=8MiB"])
@@ -109,7 +109,7 @@ def test_pages_must_be_of_the_tokens_and_the_shape_that_are_asked_for(url, serde
             (torch.empty(4, 2, 1024, dtype=torch.uint8), (32, 64), "wrong_shape"),
         ):
             assert engine.save_object("k", pages, PAGES, first_token=32, end_token=64)
-            engine.stats_.misses.clear()
+            engine.counters.misses.clear()
             assert engine.load_object("k", out, axes=PAGES, first_token=place[0], end_token=place[1]) is None
             assert reason(engine) == expected
         assert engine.save_object("k", pages, PAGES, first_token=32, end_token=64)
@@ -177,13 +177,13 @@ HOSTILE_SERDES = [
 
 @pytest.mark.parametrize("name", HOSTILE_SERDES)
 def test_an_object_names_a_kind_and_nothing_else(engine, opened, name):
-    engine.store(IDS, kv_of(64))
+    engine.save(IDS, kv_of(64))
     key = engine.lookup(IDS).keys[0]
-    value = bytes(engine.store_.get(key))
+    value = bytes(engine.store.get(key))
     header = header_of(value)
     header["__metadata__"]["serde"] = name
-    engine.store_.put(key, forged(header, data_of(value)))
-    assert engine.retrieve(IDS) == (0, None)
+    engine.store.put(key, forged(header, data_of(value)))
+    assert engine.load(IDS) == (0, None)
     assert reason(engine) in ("serde", "corrupt")
     assert opened == []
 
@@ -212,8 +212,8 @@ def test_what_a_serde_of_another_package_raises_is_a_miss(store, monkeypatch, ca
     assert serde_to_read("broken").name == "broken"
     engine = engine_on(store)
     engine.serde = Broken()
-    engine.store(IDS, kv_of(64))
-    assert engine.retrieve(IDS) == (0, None)
+    engine.save(IDS, kv_of(64))
+    assert engine.load(IDS) == (0, None)
     assert reason(engine) == "error"
     assert "ZeroDivisionError" in caplog.text
 
@@ -306,13 +306,13 @@ class Mixed(WrapperStore):
 
 def test_a_reply_of_another_object_does_not_cost_the_good_one(store):
     engine, value = engine_on(store), kv_of(64)
-    engine.store(IDS, value)
+    engine.save(IDS, value)
     first, second = engine.lookup(IDS).keys
-    engine.store_ = Mixed(store, {second: first})
-    count, back = engine.retrieve(IDS)
+    engine.store = Mixed(store, {second: first})
+    count, back = engine.load(IDS)
     assert count == 64
     assert torch.equal(back, value)
-    assert not engine.stats_.misses
+    assert not engine.counters.misses
 
 
 def test_the_header_of_every_kind_leaves_room_for_the_namespace():
@@ -333,7 +333,7 @@ def test_the_header_of_every_kind_leaves_room_for_the_namespace():
         (lambda: CacheEngine(["memory://?size=1MiB"], namespace="m"), r"got list; several are one by .*open_stores"),
         (lambda: CacheEngine(None, namespace="m"), "store must be a URL like .* got NoneType"),
         (
-            lambda: CacheEngine("memory://?size=1MiB", namespace="m").store([1], kv_of(1).numpy()),
+            lambda: CacheEngine("memory://?size=1MiB", namespace="m").save([1], kv_of(1).numpy()),
             "kv must be a torch.Tensor, got ndarray; torch.from_numpy",
         ),
     ],

@@ -29,6 +29,9 @@ COMMANDS = {
         "serving benchmarks: backends side by side, first and second run",
         "kvlab bench --backends none,kvlab-memory",
     ),
+    "warm": Command(
+        "kvlab.cli.warm", "send prompts to a running server, so that it keeps their KV", "kvlab warm prompt.txt --pin"
+    ),
     "profile": Command(
         "kvlab.cli.profile", "make a model's tables for the cachegen serde", "kvlab profile path/to/model text.txt"
     ),

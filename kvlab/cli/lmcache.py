@@ -67,7 +67,7 @@ UNMAPPED = {  # pattern of keys -> why nothing takes their place
     "hit_miss_ratio": "counts of hits and misses are in vLLM's /metrics",
     "lookup_server_worker_ids": "the scheduler looks up by itself",
     "enable_scheduler_bypass_lookup": "the scheduler looks up by itself",
-    "priority_limit": "requests of all priorities are stored",
+    "priority_limit": "requests of all priorities are stored; the hint `save` of a request leaves it out",
     "cost_aware_*": "there is no such policy; a class of your own takes its place (add-a-policy.md)",
     "runtime_plugin_locations": "there are no plugin processes",
     "storage_plugins": "stores of other packages come by the entry point group kvlab.stores",

@@ -44,9 +44,13 @@ class ConnectorConfig:
     min_hit_tokens
         shorter hits are recomputed rather than loaded.
     admission
-        do not make loads that, by what was measured lately, take longer than computing the tokens.
+        do not make loads that recent measurements show to take longer than computing the tokens.
     store_threshold
         save an object only from the n-th prompt on that holds it.
+    max_pinned_share
+        share of the memory tier that requests may pin; 0 refuses pins.
+    max_salt_share
+        share of the memory tier that the objects of one ``cache_salt`` may take; beyond it a salt's own leave first.
     report
         attach a row (tokens hit, bytes, ms, tier) to each finished request's ``kv_transfer_params``.
     namespace
@@ -66,6 +70,8 @@ class ConnectorConfig:
     min_hit_tokens: int = 1
     admission: bool = True
     store_threshold: int = 1
+    max_pinned_share: float = 0.5
+    max_salt_share: float = 1.0
     report: bool = False
     namespace: str = ""
     enabled: bool = True
@@ -89,7 +95,7 @@ class ConnectorConfig:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        listed: object = self.tiers  # from users, whatever the annotation says
+        listed: object = self.tiers  # from users: may be of any type
         if not isinstance(listed, list | tuple) or not listed or not all(isinstance(url, str) for url in listed):
             raise ConfigError(f"tiers must be a list of store URLs like ['memory://?size=1GiB'], got {_shown(listed)}")
         Chunker(self.chunk_tokens, 1)
@@ -105,6 +111,12 @@ class ConnectorConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e9:
                 raise ConfigError(f"{name} must be a number from 0 to 10^9, got {value!r}")
+        for name in ("max_pinned_share", "max_salt_share"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+                raise ConfigError(f"{name} must be a number from 0 to 1, got {value!r}")
+        if self.max_salt_share == 0:
+            raise ConfigError("max_salt_share must be above 0; a salt of no share could keep nothing")
         if not isinstance(self.namespace, str):
             raise ConfigError(f"namespace must be text, got {type(self.namespace).__name__}")
         for name in ("min_hit_tokens", "store_threshold"):

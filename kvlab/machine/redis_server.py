@@ -77,7 +77,7 @@ class RedisServer:
         return True
 
     def _answers(self) -> bool:
-        """Whatever it says but that it is still loading: without a login some say no more than that they want one."""
+        """Any answer but that it is still loading: without a login some servers only ask for one."""
         with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), START_S) as probe:
             probe.sendall(b"PING\r\n")
             reply = probe.recv(64)

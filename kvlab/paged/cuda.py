@@ -70,7 +70,7 @@ class CudaTransfer:
 
     Saves run behind what the current stream has been given, on streams of their own, and loads in front of what it is
     given next on another; slots and pages carry events, so that a load of a slot waits for the save that fills it and
-    the other way round, and whatever writes to a page for the save that reads it.
+    the other way round, and every write to a page for the save that reads it.
     """
 
     def __init__(self, layout: PageLayout, num_slots: int, *, staging_bytes: int = DEFAULT_STAGING_BYTES) -> None:

@@ -129,7 +129,7 @@ class PageMover:
                 self._first_launch(ids, buffer[skip:], kind)
                 continue
             # Straight to the compiled kernel, as Triton itself calls it in the end: binding and looking up arguments
-            # anew costs several times the launch, and what `kernel[grid]` prepares for profilers' hooks as much again.
+            # again costs several times the launch, and what `kernel[grid]` prepares for profilers' hooks as much again.
             kernel.run(
                 len(ids),
                 *self._grid,

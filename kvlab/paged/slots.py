@@ -20,7 +20,7 @@ def runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def room(arena: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """Memory for so many slots' content, this thread's own and the same at its next call: what the system gives anew
+    """Memory for so many slots' content, this thread's own and the same at its next call: what the system newly gives
     costs its first user more than the copy."""
     num_bytes = num_blocks * arena[0].numel()
     memory = getattr(_rooms, "memory", None)

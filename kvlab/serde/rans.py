@@ -33,7 +33,7 @@ class Model:
 
     `cum` is (tables, symbols + 1) uint16, from 0 to 4,096, rising by at least 1: every symbol can be coded. `lut`
     (tables, 128) uint8 says which symbol the first of 32 slots belongs to; the rest is a short walk up `cum`. A look-up
-    of all 4,096 slots would be one step, but its 64 cache lines a channel come from memory anew for every chunk, and
+    of all 4,096 slots would be one step, but its 64 cache lines a channel come from memory for every chunk, and
     a chunk has only some 256 symbols a channel to pay for them (measured: more than twice slower).
     """
 

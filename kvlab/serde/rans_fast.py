@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from kvlab.errors import FormatError
 from kvlab.serde import rans
 
-# llvmlite answers every attribute, even `__dict__`, with a wrapped C function. vLLM reads the `__dict__` of whatever
-# modules hold when it starts, and would stop at that one: a process that has used this codec could start no engine.
+# llvmlite answers every attribute, even `__dict__`, with a wrapped C function. At its start vLLM reads the `__dict__`
+# of every object that a module holds, and would stop at this one: a process that has used this codec could start no
+# engine.
 ffi.lib._fntab.setdefault("__dict__", {})
 
 Array = NDArray[Any]

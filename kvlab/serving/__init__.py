@@ -8,7 +8,13 @@ if TYPE_CHECKING:
     from kvlab.serving.runs import run as run
     from kvlab.serving.tables import report as report
     from kvlab.serving.tables import serving_block as serving_block
+    from kvlab.serving.warm import warm as warm
 
-_HOME = {"run": "kvlab.serving.runs", "report": "kvlab.serving.tables", "serving_block": "kvlab.serving.tables"}
+_HOME = {
+    "run": "kvlab.serving.runs",
+    "report": "kvlab.serving.tables",
+    "serving_block": "kvlab.serving.tables",
+    "warm": "kvlab.serving.warm",
+}
 __all__ = [*_HOME]
 __getattr__, __dir__ = lazy(__name__, _HOME)

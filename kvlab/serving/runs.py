@@ -126,7 +126,7 @@ def run(
 
     A bar shows what runs, what is left and the latest run's result; ``TQDM_DISABLE=1`` turns it off.
 
-    Raises ConfigError or StoreError in one line. Whatever happens, an interrupt too, nothing it started stays behind.
+    Raises ConfigError or StoreError in one line. No process that it started survives it, after an interrupt either.
     """
     names = [backends] if isinstance(backends, str) else list(backends)
     if not names:

@@ -38,7 +38,7 @@ class Prefill:
 
     @classmethod
     def at_rate(cls, tokens_per_s: float) -> "Prefill":
-        """From a measured rate, whatever the length."""
+        """From a measured rate, for prompts of any length."""
         if not tokens_per_s > 0:
             raise ConfigError(f"tokens_per_s must be positive, got {tokens_per_s}")
         return cls(1 / tokens_per_s)

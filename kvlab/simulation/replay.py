@@ -1,6 +1,6 @@
 """Replay traffic through one tier, call by call as `CacheEngine` does, with the stores' own eviction classes.
 
-For each prompt the engine would do `retrieve`, compute the rest, `store`. On the policy that is: touch what was found
+For each prompt the engine would `load`, compute the rest, `save`. On the policy that is: touch what was found
 from the last object to the first, touch each once more as it is read, admit what was not there (evicting where there is
 no room), touch all of the prompt's objects from the last to the first. No bytes move; everything else happens.
 """

@@ -113,5 +113,5 @@ def _work(source: BinaryIO, sink: BinaryIO) -> None:
 
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a job prints must not get between the answers
+    os.dup2(2, 1)  # what a job prints must not mix with the answers
     _work(sys.stdin.buffer, answers)

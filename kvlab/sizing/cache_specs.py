@@ -96,7 +96,7 @@ class LatentKV:
 class IndexerKV:
     """Keys of a sparse-attention indexer (DeepSeek-V3.2), replicated on every TP rank.
 
-    vLLM keeps them in fp8 with one fp32 scale per 128 elements, whatever the KV dtype; transformers in the model's.
+    vLLM keeps them in fp8 with one fp32 scale per 128 elements, for any KV dtype; transformers in the model's.
     `packed` False (MiniMax-M3) is the model's dtype in both. `pool` tokens share one key in vLLM, which transformers
     keeps apart until they are scored.
     """

@@ -84,7 +84,7 @@ class KVCurve:
 
     @cached_property
     def fixed_bytes(self) -> int:
-        """Bytes that one sequence needs whatever its length: recurrent states, cross-attention."""
+        """Bytes that one sequence needs at any length: recurrent states, cross-attention."""
         return self.at(0)
 
     @property

@@ -12,10 +12,10 @@ from typing import Any
 
 from kvlab.errors import ConfigError, KVLabError
 from kvlab.installed import class_at, found, label
-from kvlab.stores.base import Store, StoreStats
+from kvlab.stores.base import Store, StoreCounters
 from kvlab.stores.url import StoreURL
 
-__all__ = ["STORES", "Store", "StoreStats", "StoreURL", "check_url", "open_store", "open_stores"]
+__all__ = ["STORES", "Store", "StoreCounters", "StoreURL", "check_url", "open_store", "open_stores"]
 
 GROUP = "kvlab.stores"  # of entry points
 STORES = {  # scheme -> "module:Class"; imported on use

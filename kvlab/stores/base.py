@@ -17,11 +17,11 @@ MAX_KEY_BYTES = 1024  # of a key in UTF-8; the chain's keys are a tenth of that
 
 
 class ValueTooLongError(StoreError):
-    """The value does not fit the buffer of `get_into`: the caller's affair, not a failure of the medium."""
+    """The value does not fit the buffer of `get_into`: an error of the caller, not of the medium."""
 
 
 @dataclass
-class StoreStats:
+class StoreCounters:
     """Counters of one tier since it was opened. Bytes and seconds cover successful calls only."""
 
     puts: int = 0
@@ -86,7 +86,7 @@ class Store(ABC):
     name: str = "store"
     url: str = ""  # that `open_store` was given, with its secrets starred out
     max_bytes: int
-    stats_: StoreStats
+    counters: StoreCounters
 
     @abstractmethod
     def put(self, key: str, value: Value) -> bool:
@@ -166,7 +166,7 @@ class Store(ABC):
         by now another lies there, that one stays."""
         if (found is not None and not self.still_holds(key, found)) or not self.delete(key):
             return False
-        self.stats_.dropped += 1
+        self.counters.dropped += 1
         return True
 
     def num_in_quarantine(self) -> int:
@@ -193,7 +193,12 @@ class Store(ABC):
 
     def stats(self) -> dict[str, int | float | str]:
         """One row for pandas: the tier's name, budget, fill and counters."""
-        return {"tier": self.name, "max_bytes": self.max_bytes, "used_bytes": self.used_bytes, **asdict(self.stats_)}
+        return {"tier": self.name, "max_bytes": self.max_bytes, "used_bytes": self.used_bytes, **asdict(self.counters)}
+
+    @property
+    def served_by(self) -> str:
+        """The name of the tier that this thread's latest value came from."""
+        return self.name
 
     def rows(self) -> list[dict[str, int | float | str]]:
         """`stats` of every tier below, one row each; a single store is its only tier."""

@@ -42,7 +42,7 @@ class Secret:
 
 @dataclass
 class StoreURL:
-    """A parsed store URL. Options are taken one by one; `done` refuses those nobody took, so that a typo is an
+    """A parsed store URL. Options are taken one by one; `done` refuses those not taken, so that a typo is an
     error and not a default.
 
     `netloc` is without user and password. Options that sound like passwords are not in `options` but given by

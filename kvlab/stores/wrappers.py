@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kvlab.errors import ConfigError, StoreError
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers
+from kvlab.stores.base import Buffer, Store, StoreCounters, Value, buffers
 from kvlab.stores.forks import Lock
 from kvlab.stores.shown import call_of
 
@@ -26,8 +26,8 @@ class WrapperStore(Store):
         return self.inner.max_bytes
 
     @property
-    def stats_(self) -> StoreStats:  # type: ignore[override]
-        return self.inner.stats_
+    def counters(self) -> StoreCounters:  # type: ignore[override]
+        return self.inner.counters
 
     @property
     def used_bytes(self) -> int:

@@ -48,8 +48,8 @@ class BudgetTests:
             store.put("d", pattern(size))
             assert sorted(store.keys()) == ["a", "c", "d"]
             assert store.why_missing("b") == "evicted"
-            assert store.stats_.evictions == 1
-            assert store.stats_.evicted_bytes >= size
+            assert store.counters.evictions == 1
+            assert store.counters.evicted_bytes >= size
             store.touch(["c"])
             store.put("e", pattern(size))
             assert sorted(store.keys()) == ["c", "d", "e"]
@@ -58,7 +58,7 @@ class BudgetTests:
         with self.open(tmp_path / "store", 100_000) as store:
             store.put("a", pattern(50_000))
             assert store.put("b", pattern(100_001)) is False
-            assert store.stats_.refused == 1
+            assert store.counters.refused == 1
             assert bytes(store.get("a") or b"") == pattern(50_000)
             assert store.put("a", pattern(100_001)) is False
 

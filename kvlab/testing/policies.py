@@ -126,7 +126,7 @@ class PolicyTests:
                 assert store.put(f"k{index % 23}", bytes([index]) * (index * 977 % 20_000))
                 store.get(f"k{index % 7}")
                 assert store.used_bytes <= 100_000
-            assert store.stats_.evictions > 0
+            assert store.counters.evictions > 0
 
     def test_it_does_not_beat_the_bound(self) -> None:
         how = {"trace": "chat", "tiers": "500 blocks", "chunk_tokens": 16}

@@ -156,7 +156,7 @@ class StoreTests:
         store.quarantine("k", "checksum")
         assert store.get("k") is None
         assert not store.contains("k")
-        assert store.stats_.dropped == 1
+        assert store.counters.dropped == 1
         store.quarantine("absent", "checksum")
         assert bytes(store.get("other") or b"") == b"good"
         assert store.put("k", b"new")

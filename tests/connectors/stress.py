@@ -167,7 +167,7 @@ class Stress:
         with engine(tiers, settings, **connector_settings) as llm:
             if has_secondary:
                 tier, scheduler = worker(llm).engine, connector(llm).scheduler
-                tier.store_ = UnevenFaults(tier.store_, rng, seed=rng.randrange(1 << 30), **faults)
+                tier.store = UnevenFaults(tier.store, rng, seed=rng.randrange(1 << 30), **faults)
                 scheduler._lookup._store = UnevenFaults(scheduler.secondary, rng, seed=rng.randrange(1 << 30), **faults)
             # Pages that vLLM's own prefix cache still names may not be overwritten.
             pages = nullcontext() if settings["enable_prefix_caching"] or rng.random() < 0.4 else overwritten(llm)
@@ -181,6 +181,7 @@ class Stress:
 
     def _traffic(self, llm, rng, about) -> None:
         vllm, live, left, number = llm.llm_engine, {}, rng.choice([150, 300]), 0
+        patience = {}  # steps until a request is aborted: drawn as it arrives, so a slow machine aborts no more of them
         while left > 0 or live:
             if left > 0 and len(live) < 12 and rng.random() < 0.5:
                 for _ in range(rng.choice([1, 1, 2, 6])):
@@ -199,11 +200,13 @@ class Stress:
                         inputs["cache_salt"] = rng.choice(["a", "b", "c"])
                     vllm.add_request(request_id, inputs, sampling, lora_request=self.adapters.get(key[1]))
                     live[request_id] = (key, sampling.max_tokens)
-            if live and rng.random() < 0.03:
-                aborted = rng.choice(list(live))
-                vllm.abort_request([aborted])
-                del live[aborted]
-                self.totals["aborted"] += 1
+                    if rng.random() < 0.12:
+                        patience[request_id] = int(rng.random() ** 2 * 30)
+            for request_id in [request_id for request_id, steps in patience.items() if steps == 0]:
+                if live.pop(request_id, None):
+                    vllm.abort_request([request_id])
+                    self.totals["aborted"] += 1
+            patience = {request_id: steps - 1 for request_id, steps in patience.items() if steps}
             if rng.random() < 0.004:
                 llm.reset_prefix_cache(reset_connector=rng.random() < 0.5)
             for output in vllm.step():

@@ -14,7 +14,7 @@ def test_an_abort_during_a_load_leaves_nothing_behind(tmp_path, expected):
         scheduler, pool = connector(llm).scheduler, core(llm).kv_cache_manager.block_pool
         free = pool.get_num_free_blocks()
         secondary = worker(llm).engine
-        fast, secondary.store_ = secondary.store_, LatencyStore(secondary.store_, latency_s=0.3)
+        fast, secondary.store = secondary.store, LatencyStore(secondary.store, latency_s=0.3)
         sampling = SamplingParams(temperature=0, max_tokens=4)
         llm.llm_engine.add_request("gone", {"prompt_token_ids": p}, sampling)
         while not scheduler.loads.in_flight:
@@ -34,7 +34,7 @@ def test_an_abort_during_a_load_leaves_nothing_behind(tmp_path, expected):
         assert not scheduler.index.num_leased_slots
         assert not scheduler._states
         assert pool.get_num_free_blocks() == free
-        secondary.store_ = fast
+        secondary.store = fast
         again = generate(llm, [p])[0]
         assert (again.hit, again.tokens) == (299, expected(p))
         assert not connector(llm).hook_errors

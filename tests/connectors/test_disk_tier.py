@@ -31,7 +31,7 @@ def test_a_new_process_finds_what_an_old_one_stored(tmp_path, expected):
     with engine([f"file://{tmp_path}?size=1GiB"]) as llm:
         answer = generate(llm, [prompt(300)])[0]
         assert answer.hit == 299
-        assert answer.row["tier"] == "secondary"
+        assert answer.row["tier"] == "disk"
         assert answer.tokens == expected(prompt(300))
     others = [({"dtype": "bfloat16"}, {}), ({"block_size": 64}, {}), ({}, {"namespace": "other"})]
     for settings, extra in others:
@@ -58,7 +58,7 @@ def test_damage_is_a_miss(disk, expected, damage):
     assert damaged.hit < 299
     drain(llm)
     assert generate(llm, [p])[0].tokens == expected(p)
-    stats = worker(llm).engine.stats_
+    stats = worker(llm).engine.counters
     assert sum(stats.misses.values()) >= 1 or connector(llm).scheduler.counters["miss_never_stored"] >= 1
 
 

@@ -142,14 +142,14 @@ def test_a_new_engine_reads_the_disk_and_damage_is_computed_again(settings, expe
         drain(llm)
     with engine(tiers, settings) as llm:
         answer = ask(llm, p)[0]
-        assert (answer.hit, answer.row["tier"], answer.tokens) == (479, "secondary", expected(p))
+        assert (answer.hit, answer.row["tier"], answer.tokens) == (479, "disk", expected(p))
         drain(llm)
         files = objects(tmp_path)
         damage(files[len(files) // 2], files)
         assert ask(llm, p)[0].tokens == expected(p)
         drain(llm)
         assert ask(llm, p)[0].tokens == expected(p)
-        assert sum(worker(llm).engine.stats_.misses.values()) >= 1
+        assert sum(worker(llm).engine.counters.misses.values()) >= 1
         assert not connector(llm).hook_errors
 
 
@@ -180,7 +180,7 @@ def test_evictions_while_loads_are_under_way(settings, expected, tmp_path):
     """Host memory for a few prompts over a slow disk: objects leave while others are fetched."""
     prompts = [prompt(300), prompt(300, ending=0), prompt(200, ending=1), prompt(480), prompt(480, ending=0)]
     with engine([f"memory://?size={56 * PAGE_BYTES}", f"file://{tmp_path}?size=1GiB"], settings) as llm:
-        worker(llm).engine.store_ = LatencyStore(worker(llm).engine.store_, latency_s=0.01)
+        worker(llm).engine.store = LatencyStore(worker(llm).engine.store, latency_s=0.01)
         for _ in range(3):
             assert [answer.tokens for answer in ask(llm, *prompts)] == [expected(p) for p in prompts]
             drain(llm)

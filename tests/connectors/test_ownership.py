@@ -36,7 +36,7 @@ def test_a_broken_object_that_others_still_need_keeps_its_slots(tmp_path):
     flip_a_bit(rotten, [])
     with engine([f"memory://?size={12 * SLOT_BYTES}", disk], **options) as llm:
         scheduler, tier = connector(llm).scheduler, worker(llm).engine
-        tier.store_ = gate = Gate(tier.store_)
+        tier.store = gate = Gate(tier.store)
         generate(llm, [others[0]], max_tokens=1)  # its write is the one that waits at the gate
         generate(llm, [short], max_tokens=1)  # finds the second object broken, computes it, saves it
         assert generate(llm, [long], max_tokens=1)[0].hit == 3 * CHUNK

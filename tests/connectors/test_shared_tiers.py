@@ -97,7 +97,7 @@ def test_metrics_and_hit_sources(tmp_path, expected):
         assert told["vllm:kvlab_hit_tokens_total"] == 598
         assert told["vllm:kvlab_hit_requests_total"] == 2
         assert told["vllm:kvlab_loaded_bytes_total"] == 2 * 320 * 46080  # whole pages
-        assert told["vllm:kvlab_load_seconds_total"] > 0
+        assert told["vllm:kvlab_load_seconds_sum"] > 0
         assert told["vllm:kvlab_misses_total"] == 1
         stats = type(ours).build_kv_connector_stats(dict(ours.scheduler.counters))
         assert stats.reduce()["load_gb_per_s"] > 0

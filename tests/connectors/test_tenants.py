@@ -47,7 +47,7 @@ def test_nothing_that_others_left_in_a_page_is_stored(kind, prefix_caching, tmp_
     settings |= {"enable_prefix_caching": prefix_caching, "max_num_batched_tokens": 64, "enable_chunked_prefill": True}
     with engine(["memory://?size=64MiB", f"file://{tmp_path}/kv?size=1GiB"], settings) as llm:
         ours, pages = worker(llm), worker(llm).transfer.layout.pages
-        ours.engine.store_ = seen = Seen(MemoryStore(1 << 30))
+        ours.engine.store = seen = Seen(MemoryStore(1 << 30))
         for layer in pages:
             layer.fill_(GARBAGE)
         with overwritten(llm) as freed:

@@ -61,7 +61,7 @@ def test_two_ranks_answer_from_every_tier(model, tmp_path, monkeypatch):
         assert (memory.hit, memory.row["tier"], memory.row["bytes"]) == (299, "memory", RANK_BYTES)
         empty_memory(llm)
         secondary = ask()
-        assert (secondary.hit, secondary.row["tier"], secondary.row["bytes"]) == (299, "secondary", RANK_BYTES)
+        assert (secondary.hit, secondary.row["tier"], secondary.row["bytes"]) == (299, "disk", RANK_BYTES)
         settle()
         empty_memory(llm)
         # What one rank lost, no rank may promise: everything of the second one's.

@@ -91,13 +91,13 @@ def filled(worker):
 
 @pytest.mark.parametrize("order", [range(OBJECTS * BLOCKS), [11, 0, 10, 1, 9, 2, 8, 3, 7, 4, 6, 5]])
 def test_objects_come_side_by_side(worker, order):
-    worker.engine.store_ = Meeting(worker.engine.store_)
+    worker.engine.store = Meeting(worker.engine.store)
     assert load(worker, order) == set()
     assert filled(worker) == [True] * OBJECTS
 
 
 def test_what_follows_a_hole_is_lost_and_stays_for_the_next(worker):
-    store, key = worker.engine.store_, worker.engine.namespace.key(name(2))
+    store, key = worker.engine.store, worker.engine.namespace.key(name(2))
     store.delete(key)
     assert load(worker) == set(range(2 * BLOCKS, OBJECTS * BLOCKS))
     assert filled(worker) == [True, True] + [False] * 4
@@ -132,14 +132,14 @@ def test_what_is_no_exception_is_a_hole_too(worker, monkeypatch):
     def panic(*args, **kwargs):
         raise Panic("planted")
 
-    monkeypatch.setattr(worker.engine.store_, "get_pieces", panic)
+    monkeypatch.setattr(worker.engine.store, "get_pieces", panic)
     assert load(worker) == set(range(OBJECTS * BLOCKS))
     assert worker.take_report().loaded["r"] == 1
 
 
 def test_a_load_that_takes_too_long_is_lost_and_writes_no_page(worker):
-    gate = Gate(worker.engine.store_)
-    worker.engine.store_ = gate
+    gate = Gate(worker.engine.store)
+    worker.engine.store = gate
     worker._load_timeout_s = 0.0
     begin_load(worker)
     worker.begin(StepMetadata())

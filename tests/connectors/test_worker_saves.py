@@ -122,7 +122,7 @@ def test_a_write_is_deferred_no_longer_than_its_bound(never_idle):
 def test_closing_writes_what_waits(never_idle):
     worker = make_worker(FOR_EVER_S)
     held = []
-    worker.engine.store_.close = lambda: held.append(written(worker))
+    worker.engine.store.close = lambda: held.append(written(worker))
     step(worker, prefill_tokens=100, saves=range(BLOCKS))
     worker.close()
     assert held == [[True] * 4]
@@ -164,7 +164,7 @@ def test_a_write_that_raises_no_exception_ends(deferring, monkeypatch):
     def panic(*args, **kwargs):
         raise Panic("planted")
 
-    monkeypatch.setattr(deferring.engine.store_, "put", panic)
+    monkeypatch.setattr(deferring.engine.store, "put", panic)
     step(deferring, saves=[1])
     report = reported(deferring, lambda report: report.written)
     assert report.failed_writes == {GENERATIONS[1]}, "its lease ends"

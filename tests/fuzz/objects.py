@@ -60,7 +60,7 @@ class Target:
         self.kv = kv_of(axes)
         self.place = {"first_token": 0, "end_token": TOKENS}
         assert self.engine.save_object("k", self.kv, axes, **self.place)
-        self.good = bytes(self.engine.store_.get("k") or b"")
+        self.good = bytes(self.engine.store.get("k") or b"")
         assert self.read(self.good) == "tensor"
 
     def read(self, value: bytes) -> str:
@@ -80,10 +80,10 @@ class Target:
     def load(self, value: bytes) -> None:
         """Through the engine: what is not expected is a miss, and no error was unforeseen."""
         for out in (None, torch.empty_like(self.kv)):
-            self.engine.store_.put("k", value)
+            self.engine.store.put("k", value)
             back = self.engine.load_object("k", out, axes=self.axes, **self.place)
             assert back is None or back.shape[1:] == self.kv.shape[1:] or out is None
-        assert not self.engine.stats_.misses["error"]
+        assert not self.engine.counters.misses["error"]
 
 
 # ---- mutations
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
             target.load(value)
         except BaseException:
             failures += 1
-            target.engine.stats_.misses.clear()
+            target.engine.counters.misses.clear()
             print(f"round {number} of seed {options.seed}: {target.spec} {target.axes[0]} {mutation.__name__}")
             traceback.print_exc(limit=-4, file=sys.stdout)
             if failures >= 20:

@@ -28,12 +28,12 @@ def served(store, prompts, chunk_tokens):
     engine = CacheEngine(store, namespace="m", chunker=Chunker(chunk_tokens, BLOCK))
     tokens, loads = [], []
     for prompt in prompts:
-        before = engine.stats_.hits
-        num_tokens, kv = engine.retrieve(prompt)
+        before = engine.counters.hits
+        num_tokens, kv = engine.load(prompt)
         assert (0 if kv is None else kv.shape[1]) == num_tokens
         tokens.append(num_tokens)
-        loads.append(engine.stats_.hits - before)
-        engine.store(prompt, torch.zeros(1, len(prompt), 1, 2, 2, dtype=torch.bfloat16))
+        loads.append(engine.counters.hits - before)
+        engine.save(prompt, torch.zeros(1, len(prompt), 1, 2, 2, dtype=torch.bfloat16))
     return tokens, loads
 
 
@@ -53,8 +53,8 @@ def test_same_hits_and_evictions_as_the_engine(prompts, policy, objects, chunk_t
     assert (done.hit_blocks * BLOCK).tolist() == tokens
     assert done.hit_tokens.tolist() == tokens
     assert done.tiers[0]["tier_loads"] == sum(loads)
-    assert done.tiers[0]["tier_puts"] == store.stats_.puts
-    assert done.tiers[0]["tier_evictions"] == store.stats_.evictions
+    assert done.tiers[0]["tier_puts"] == store.counters.puts
+    assert done.tiers[0]["tier_evictions"] == store.counters.evictions
     assert objects < 400 or sum(tokens) > 0  # of a prompt longer than the cache nothing is left when it returns
 
 
@@ -72,8 +72,8 @@ def test_same_hits_as_a_stack_of_tiers(prompts, policy):
     assert done.hit_tokens.tolist() == tokens
     assert sum(tokens) > 0
     for row, store in zip(done.tiers, stores, strict=True):
-        assert (row["tier_loads"], row["tier_puts"]) == (store.stats_.hits, store.stats_.puts)
-        assert row["tier_evictions"] == store.stats_.evictions
+        assert (row["tier_loads"], row["tier_puts"]) == (store.counters.hits, store.counters.puts)
+        assert row["tier_evictions"] == store.counters.evictions
 
 
 def test_same_hits_where_objects_differ_in_size(prompts, tmp_path):
@@ -82,16 +82,16 @@ def test_same_hits_where_objects_differ_in_size(prompts, tmp_path):
     for blocks in range(1, 5):
         probe = MemoryStore(1 << 20)
         kv = torch.zeros(1, blocks * BLOCK, 4, 2, 64, dtype=torch.bfloat16)
-        CacheEngine(probe, namespace="m", chunker=Chunker(4 * BLOCK, BLOCK)).store(list(range(blocks * BLOCK)), kv)
-        size_of[blocks * BLOCK] = probe.stats_.put_bytes
+        CacheEngine(probe, namespace="m", chunker=Chunker(4 * BLOCK, BLOCK)).save(list(range(blocks * BLOCK)), kv)
+        size_of[blocks * BLOCK] = probe.counters.put_bytes
     assert len(set(size_of.values())) == 4
     capacity = 50 * size_of[4 * BLOCK]
     with DiskStore(tmp_path / "kv", capacity, policy="lru") as store:
         engine = CacheEngine(store, namespace="m", chunker=Chunker(4 * BLOCK, BLOCK))
         tokens = []
         for prompt in prompts:
-            tokens.append(engine.retrieve(prompt)[0])
-            engine.store(prompt, torch.zeros(1, len(prompt), 4, 2, 64, dtype=torch.bfloat16))
+            tokens.append(engine.load(prompt)[0])
+            engine.save(prompt, torch.zeros(1, len(prompt), 4, 2, 64, dtype=torch.bfloat16))
     done = simulate(
         traffic_of_prompts(prompts, block_tokens=BLOCK),
         capacity,

@@ -164,7 +164,7 @@ def test_scan_counts_what_is_there_and_drops_what_is_broken(tmp_path):
     (root / path_of("good")).with_name("also-not-ours.safetensors").write_bytes(b"foreign")
     with DiskStore(root, 1 << 20) as store:
         assert sorted(store.keys()) == ["good", "plain"]
-        assert store.stats_.dropped == 3
+        assert store.counters.dropped == 3
         assert store.used_bytes == (root / path_of("good")).stat().st_size + len(b"no container at all")
     assert (root / "mine.txt").read_bytes() == b"not ours"
     assert (root / path_of("good")).with_name("also-not-ours.safetensors").exists()
@@ -295,7 +295,7 @@ def test_an_unwritable_folder_raises_store_error_and_heals(store):
     assert bytes(store.get("k")) == pattern(5000)
     writing.unlink()
     assert store.put("other", b"v")
-    assert store.stats_.errors == 1
+    assert store.counters.errors == 1
 
 
 def test_a_full_disk_raises_store_error_and_leaves_nothing(tmp_path):

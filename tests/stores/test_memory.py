@@ -74,7 +74,7 @@ def test_a_put_waits_for_room_a_bounded_while():
             start = time.monotonic()
             assert store.put("b", pattern(PAGE)) is False
             assert time.monotonic() - start >= 0.05
-        assert store.stats_.refused == 1
+        assert store.counters.refused == 1
 
 
 def test_the_arena_gives_back_whole_holes():
@@ -110,7 +110,7 @@ def test_a_put_that_is_refused_evicts_nothing():
             assert store.put("large", pattern(7 * PAGE)) is False
             assert store.put("k1", pattern(7 * PAGE)) is False
             assert sorted(store.keys()) == [f"k{index}" for index in range(10)]
-            assert (store.stats_.evictions, store.stats_.refused) == (0, 2)
+            assert (store.counters.evictions, store.counters.refused) == (0, 2)
             assert store.put("as long as what lies before it", pattern(5 * PAGE))
         assert store.put("large", pattern(10 * PAGE))
 

@@ -169,7 +169,7 @@ def test_values_over_the_servers_limit_are_refused_before_sending(tmp_path):
             assert store.put("k", bytes((1 << 20) + 1)) is False
             assert client.info("stats")["total_net_input_bytes"] - before < 10_000
             assert store.stats()["error_too_large"] == 1
-            assert store.stats_.refused == 1
+            assert store.counters.refused == 1
         with open_store(f"redis://127.0.0.1:{server.port}?limit=1000") as store:
             assert store.put("k", bytes(1001)) is False
 
@@ -384,7 +384,7 @@ def test_many_threads_share_the_store(store):
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert store.stats_.hits == 240
+    assert store.counters.hits == 240
 
 
 def test_a_value_longer_than_this_readers_limit_is_no_fault_of_the_server(tmp_path):

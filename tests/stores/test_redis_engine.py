@@ -34,7 +34,7 @@ def engine_on(store):
 
 def check(engine, kv):
     """Retrieve: the longest prefix or less, never anything wrong. The number of tokens."""
-    num_tokens, got = engine.retrieve(TOKENS)
+    num_tokens, got = engine.load(TOKENS)
     assert (got is None) == (num_tokens == 0)
     assert got is None or torch.equal(got, kv[:, :num_tokens])
     return num_tokens
@@ -43,15 +43,15 @@ def check(engine, kv):
 def test_through_death_and_return(server, kv):
     with open_store(f"redis://127.0.0.1:{server.port}?timeout_ms=200&retry_ms=20&longest_retry_ms=50") as store:
         engine = engine_on(store)
-        assert engine.store(TOKENS, kv) == 128
+        assert engine.save(TOKENS, kv) == 128
         assert check(engine, kv) == 128
         server.kill()
         for _ in range(5):
             assert check(engine, kv) == 0
-            assert engine.store(TOKENS, kv) == 0
+            assert engine.save(TOKENS, kv) == 0
         assert store.errors["unreachable"] + store.errors["disconnected"] > 0
         server.start()
-        wait_for(lambda: engine.store(TOKENS, kv) == 128, "the engine to store again")
+        wait_for(lambda: engine.save(TOKENS, kv) == 128, "the engine to store again")
         assert check(engine, kv) == 128
 
 
@@ -76,7 +76,7 @@ class OutOfStep(WrapperStore):
 def test_a_connection_out_of_step_costs_nothing(kv):
     store = OutOfStep(open_store("memory://?size=1MiB"))
     engine = engine_on(store)
-    assert engine.store(TOKENS, kv) == 128
+    assert engine.save(TOKENS, kv) == 128
     store.late = [b"of nobody", b"of nobody"]
     assert check(engine, kv) == 128
     assert store.contains_many(list(engine.lookup(TOKENS).keys)) == [True] * 4
@@ -100,10 +100,10 @@ def test_killed_and_restarted_in_the_middle(server, kv):
         thread.start()
         lengths = []
         while not done.is_set():
-            engine.store(TOKENS, kv)
+            engine.save(TOKENS, kv)
             lengths.append(check(engine, kv))
         thread.join()
-        wait_for(lambda: engine.store(TOKENS, kv) == 128, "the engine to store again")
+        wait_for(lambda: engine.save(TOKENS, kv) == 128, "the engine to store again")
         assert check(engine, kv) == 128
         assert max(lengths) == 128
 
@@ -111,7 +111,7 @@ def test_killed_and_restarted_in_the_middle(server, kv):
 def test_paused_beyond_the_deadline(server, kv):
     with open_store(f"redis://127.0.0.1:{server.port}?timeout_ms=100&retry_ms=50&longest_retry_ms=100") as store:
         engine = engine_on(store)
-        wait_for(lambda: engine.store(TOKENS, kv) == 128, "the engine to store")
+        wait_for(lambda: engine.save(TOKENS, kv) == 128, "the engine to store")
         before = store.errors["timeout"]
         with server.paused():  # for as long as the calls take
             assert check(engine, kv) == 0
@@ -132,15 +132,15 @@ def test_overwritten_by_garbage_or_by_another_object(server, kv):
         ]
         for damage in damages:
             store.clear()
-            engine.store(TOKENS, kv)
+            engine.save(TOKENS, kv)
             keys = engine.lookup(TOKENS).keys
             raw, other = client.get(name_of(keys[1])), client.get(name_of(keys[0]))
             client.set(name_of(keys[1]), damage(raw, other))
             assert check(engine, kv) == 32
             assert not store.contains(keys[1])
-        reasons = engine.stats_.misses
+        reasons = engine.counters.misses
         assert {"truncated", "checksum", "wrong_key", "corrupt"} <= reasons.keys()
-        assert store.stats_.dropped == len(damages)
+        assert store.counters.dropped == len(damages)
 
 
 def test_full_with_and_without_eviction(tmp_path, kv):
@@ -151,15 +151,15 @@ def test_full_with_and_without_eviction(tmp_path, kv):
     ):
         engine = engine_on(store)
         for index in range(200):
-            engine.store([index, *TOKENS[1:]], kv)
-        engine.store(TOKENS, kv)
+            engine.save([index, *TOKENS[1:]], kv)
+        engine.save(TOKENS, kv)
         assert check(engine, kv) > 0
         assert client.info("stats")["evicted_keys"] > 0
         client.config_set("maxmemory-policy", "noeviction")
         for index in range(1000, 1200):
-            engine.store([index, *TOKENS[1:]], kv)
+            engine.save([index, *TOKENS[1:]], kv)
         assert store.errors["maxmemory"] > 0
-        assert engine.stats_.save_failures["no_room"] == store.errors["maxmemory"]
+        assert engine.counters.save_failures["no_room"] == store.errors["maxmemory"]
         check(engine, kv)
 
 
@@ -170,7 +170,7 @@ def test_wrong_password(tmp_path, kv, user):
         open_store(f"redis://{user}@127.0.0.1:{server.port}") as store,
     ):
         engine = engine_on(store)
-        assert engine.store(TOKENS, kv) == 0
+        assert engine.save(TOKENS, kv) == 0
         assert check(engine, kv) == 0
         assert store.errors["auth"] + store.errors["noauth"] >= 1
 
@@ -180,7 +180,7 @@ def test_beneath_a_memory_tier_nothing_is_felt(server, kv, tmp_path):
     with open_stores(["memory://?size=64MiB", f"file://{tmp_path}/kv?size=64MiB", tail]) as store:
         engine = engine_on(store)
         server.kill()
-        assert engine.store(TOKENS, kv) == 128
+        assert engine.save(TOKENS, kv) == 128
         assert check(engine, kv) == 128
         rows = {row["tier"]: row for row in store.rows()}
         assert (rows["memory"]["up"], rows["disk"]["up"], rows["redis"]["up"]) == (1, 1, 0)
@@ -190,5 +190,5 @@ def test_beneath_a_memory_tier_nothing_is_felt(server, kv, tmp_path):
 def test_two_engines_share_what_one_computed(server, kv, tmp_path):
     for urls in ([f"redis://127.0.0.1:{server.port}"], [f"file://{tmp_path}/kv"]):
         with open_stores(urls) as one, open_stores(urls) as two:
-            assert engine_on(one).store(TOKENS, kv) == 128
+            assert engine_on(one).save(TOKENS, kv) == 128
             assert check(engine_on(two), kv) == 128

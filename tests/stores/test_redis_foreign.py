@@ -55,7 +55,7 @@ def test_lists_and_hashes_are_neither_listed_nor_removed(foreign, store):
         assert store.quarantine(key, "checksum", b"") is False
         assert store.quarantine(key, "checksum", b"broken-broken") is False
         assert store.why_missing(key) == "never_stored"
-    assert store.stats_.dropped == 0
+    assert store.counters.dropped == 0
     assert store.delete("kvlab:a") is True
     assert store.delete("kvlab:a") is False
     store.put("kvlab:a", b"v")

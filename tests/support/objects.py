@@ -26,9 +26,9 @@ def put(engine, key, kv, first, end, *, axes=AXES):
     """An object as another writer of the same namespace would make it: `kv` need not fit the tokens it claims."""
     parts, metadata = to_parts(engine.serde.encode(kv, axes))
     metadata |= {"namespace": engine.namespace.canonical, **token_range(first, end)}
-    assert engine.store_.put(key, pack(key, parts, metadata))
+    assert engine.store.put(key, pack(key, parts, metadata))
 
 
 def reason(engine):
-    (found,) = engine.stats_.misses
+    (found,) = engine.counters.misses
     return found

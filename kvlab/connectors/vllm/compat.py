@@ -131,7 +131,7 @@ def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool) 
             raise ConfigError(f"{name} must be 1 with KVLabConnector, got {getattr(parallel, name)}")
     if outlives and getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         raise ConfigError(
-            "calculate_kv_scales measures the KV cache's scales anew in each process, which would read another's KV "
+            "calculate_kv_scales measures the KV cache's scales again in each process, which would read another's KV "
             "wrongly; turn it off, or give memory:// as the only tier"
         )
     model = vllm_config.model_config

@@ -32,6 +32,7 @@ from kvlab.errors import ConfigError
 from kvlab.hashing import cache_namespace
 from kvlab.paged import open_transfer, page_layout
 from kvlab.stores import open_stores
+from kvlab.stores.url import shown_url
 from kvlab.units import format_bytes
 
 __all__ = ["KVLabConnector"]
@@ -111,7 +112,11 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             ranks = vllm_config.parallel_config.tensor_parallel_size
             namespaces = [rank_namespace(self.namespace, rank) for rank in range(ranks)]
-            index = SlotIndex(self.num_slots, policy=self.config.policy)
+            index = SlotIndex(
+                self.num_slots,
+                policy=self.config.policy,
+                max_owner_slots=int(self.num_slots * self.config.max_salt_share),
+            )
             # Beside other connectors, which may have read the plan before a rollback, loads run between steps.
             alone = has_kv_transfer_group() and isinstance(get_kv_transfer_group(), KVLabConnector)
             self.scheduler = Scheduler(
@@ -126,6 +131,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 unfilled_groups=compat.unfilled_groups(kv_cache_config),
                 role=self._kv_transfer_config.kv_role,
                 in_company=has_kv_transfer_group() and not alone,
+                slot_bytes=slot_bytes * ranks,
             )
 
     def _hook_failed(self, name: str) -> None:
@@ -169,6 +175,23 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             writes_early=self._writes_early,
             load_timeout_s=self.config.load_timeout_ms / 1e3,
         )
+        self._log_start(layout.block_bytes)
+
+    def _log_start(self, block_bytes: int) -> None:
+        """What is in use, in one line; the worker adds what the secondary tiers hold, once they have said so."""
+        assert self.worker is not None
+        memory = "memory tier" if self.config.keeps_memory else "staging"
+        logger.info(
+            "kvlab: %s of %s (%d blocks of %s a rank), secondary tiers %s, objects of %d tokens, namespace %s",
+            memory,
+            format_bytes(self.config.arena_bytes),
+            self.num_slots,
+            format_bytes(block_bytes),
+            ", ".join(shown_url(url) for url in self.config.secondary_tiers) or "none",
+            self.chunker.chunk_tokens,
+            rank_namespace(self.namespace, self._vllm_config.parallel_config.rank).id,
+        )
+        self.worker.log_tiers()
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -222,7 +245,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KVLabStats | None:
         """The scheduler side's increments; what workers measure reaches it through their reports."""
-        return self.scheduler.counters.take_increments() if self.scheduler is not None else None
+        return self.scheduler.take_stats() if self.scheduler is not None else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVLabStats:

@@ -1,7 +1,7 @@
 """The messages between scheduler side and workers, once per engine step. They pickle: these may be two processes."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
@@ -90,7 +90,8 @@ class StepMetadata(KVConnectorMetadata):
 class LoadRow:
     """One request's load as measured by a worker: `seconds` from the beginning to the end of the copy, `delay` those by
     which it held up the engine, which may still have been computing when the copy began; or, between steps, the
-    request, which may have waited for others' loads."""
+    request, which may have waited for others' loads. `tier`: where the KV lay, ``memory``, a secondary tier's name, or
+    several joined by ``+``."""
 
     request_id: str
     num_tokens: int
@@ -98,6 +99,38 @@ class LoadRow:
     seconds: float
     tier: str
     delay: float
+
+
+@dataclass
+class TierRow:
+    """A secondary tier: what it holds, and counters since the last row."""
+
+    used_bytes: int = 0
+    max_bytes: int = 0
+    evictions: int = 0
+    get_bytes: int = 0
+    put_bytes: int = 0
+    up: bool = True
+
+    def joined(self, other: "TierRow") -> "TierRow":
+        """Of two ranks that use the same tier."""
+        return TierRow(
+            max(self.used_bytes, other.used_bytes),
+            max(self.max_bytes, other.max_bytes),
+            self.evictions + other.evictions,
+            self.get_bytes + other.get_bytes,
+            self.put_bytes + other.put_bytes,
+            self.up and other.up,
+        )
+
+    def after(self, earlier: "TierRow") -> "TierRow":
+        """This row with the counters of one that came before it."""
+        return replace(
+            self,
+            evictions=self.evictions + earlier.evictions,
+            get_bytes=self.get_bytes + earlier.get_bytes,
+            put_bytes=self.put_bytes + earlier.put_bytes,
+        )
 
 
 @dataclass
@@ -112,6 +145,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     rows: list[LoadRow] = field(default_factory=list)
     overdue: list[tuple[str, int, float]] = field(default_factory=list)  # loads given up: request id, tokens, seconds
     forwards: list[tuple[int, float]] = field(default_factory=list)  # prefill tokens and seconds of forward passes
+    tiers: dict[str, TierRow] = field(default_factory=dict)  # secondary tiers by name, now and then
     adapters: dict[int, LoadedAdapter] = field(default_factory=dict)  # LoRA adapters loaded since the last report
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
@@ -124,6 +158,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.rows += other.rows
             self.overdue += other.overdue
             self.forwards += other.forwards
+            for name, row in other.tiers.items():
+                self.tiers[name] = row.joined(self.tiers[name]) if name in self.tiers else row
             for adapter_id, loaded in other.adapters.items():
                 self.adapters[adapter_id] = loaded.agreed(self.adapters.get(adapter_id, loaded))
         return self

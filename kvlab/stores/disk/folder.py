@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 KEPT_BROKEN = 8
 KEPT_REASONS = 1 << 16  # keys whose reason of leaving is remembered
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE, errno.EISDIR, errno.ENXIO}
-_GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}  # no file of ours is there, whatever else is
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}  # no file of ours is there
 
 
 class Folder(ForkAware):
@@ -76,7 +76,7 @@ class Folder(ForkAware):
         self.root.close()
 
     def after_fork_in_child(self) -> None:
-        """The index is read anew; files that the parent is writing are locked as long as a descriptor is open."""
+        """The index is read again; files that the parent is writing are locked as long as a descriptor is open."""
         self._policy = self._make_policy()
         for fd in self._in_making.values():
             os.close(fd)

@@ -1,11 +1,11 @@
 """The index of a folder: what lies in it and how many bytes that is, agreed upon by every process that uses it.
 
 Each process keeps the index in memory. Changes are made under one file lock and appended to a journal, of which
-each process reads the new end before it acts; a process that finds the journal odd counts the folder anew. The journal
-says which files came and went, and only the file system how long they are. A process that dies, or a journal that
-cannot be written, can leave the index counting too much for a while, never too little.
+each process reads the new end before it acts; a process that finds the journal torn or unknown counts the folder
+again. The journal says which files came and went, and only the file system how long they are. A process that dies,
+or a journal that cannot be written, can leave the index counting too much for a while, never too little.
 
-A line is ``+ <path>`` or ``- <why> <path>``; the first one names the journal, which then is not begun anew by others.
+A line is ``+ <path>`` or ``- <why> <path>``; the first one names the journal, which others then do not replace.
 """
 
 import errno
@@ -29,7 +29,7 @@ from kvlab.stores.forks import ForkAware
 log = logging.getLogger(__name__)
 
 JOURNAL_BYTES = 1 << 20  # beyond this it starts afresh
-LOCK_WAIT_S = 10.0  # changes under the lock take milliseconds; counting a large folder anew takes seconds
+LOCK_WAIT_S = 10.0  # changes under the lock take milliseconds; counting a large folder takes seconds
 RETRY_WAIT_S = 0.1  # once a process has held the lock for LOCK_WAIT_S
 _EPOCH_BYTES = 18
 _EPOCH = re.compile(rb"# [0-9a-f]{15}\n")  # the journal's first line
@@ -70,7 +70,7 @@ class FolderIndex(ForkAware):
         self._depth = 0
         self._fd = -1
         self._offset = 0
-        self._epoch = b""  # of the journal as far as this process has read it; empty if it must count anew
+        self._epoch = b""  # of the journal as far as this process has read it; empty if it must count the folder
         self._has_locks = True
         self._lock_health = CircuitBreaker()
         self.watch_forks()
@@ -199,7 +199,7 @@ class FolderIndex(ForkAware):
 
     def _settle(self) -> None:
         """Ask the file system for what others announced. What is not there was moved or removed by a process that died
-        before it could tell: the folder is counted anew."""
+        before it could tell: the folder is counted again."""
         for path, why in list(self._announced.items()):
             try:
                 state = self._root.state(path)
@@ -306,19 +306,19 @@ class FolderIndex(ForkAware):
         if not state.st_nlink or not self._offset <= state.st_size <= JOURNAL_BYTES:
             return False
         text = os.pread(self._fd, state.st_size - self._offset, self._offset) if state.st_size > self._offset else b""
-        if os.pread(self._fd, _EPOCH_BYTES, 0) != self._epoch:  # after the text: it has not been begun anew before
+        if os.pread(self._fd, _EPOCH_BYTES, 0) != self._epoch:  # after the text: it has not been replaced before
             return False
         text = text[: text.rfind(b"\n") + 1]
         self._offset += len(text)
         try:
             self._replay(text)
         except ValueError:
-            self._epoch = b""  # at the next lock the folder is counted anew
+            self._epoch = b""  # at the next lock the folder is counted again
             return False
         return True
 
     def _catch_up(self, size: int) -> None:
-        """Read what others appended since. A journal that another process began is carried on and not begun anew: or
+        """Read what others appended since. A journal that another process began is continued and not replaced: or
         each would make the others count the folder at every call."""
         epoch = os.pread(self._fd, _EPOCH_BYTES, 0)
         if size > JOURNAL_BYTES or not _EPOCH.fullmatch(epoch):
@@ -361,7 +361,8 @@ class FolderIndex(ForkAware):
             self._epoch, self._offset = epoch, len(epoch)
 
     def _tell(self, text: str) -> None:
-        """Append for the others, after what is owed. If that fails the journal is as before, or counted anew by all."""
+        """Append for other processes, after pending lines. If that fails, the journal is as before, or every process
+        counts the folder again."""
         if not self._epoch:
             self._begin()
         raw = (self._owed + text).encode()

@@ -1,4 +1,4 @@
-"""File names of keys: readable by people, harmless whatever the key, and back again."""
+"""File names of keys: readable by people, safe for any key, and reversible."""
 
 import re
 import zlib

@@ -14,7 +14,7 @@ from typing import Any
 
 from kvlab.errors import ConfigError, StoreError
 from kvlab.hostmemory import PAGE, aligned
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_fits, fits_key
+from kvlab.stores.base import Buffer, Store, StoreCounters, Value, buffers, check_fits, fits_key
 from kvlab.stores.disk.direct import read_file, write_file
 from kvlab.stores.disk.folder import ABSENT, Folder
 from kvlab.stores.disk.index import FolderLockedError
@@ -70,7 +70,7 @@ class DiskStore(Store):
         if not self.root.is_absolute():
             raise ConfigError(f"a disk store needs an absolute folder, like file:///data/kv, got {str(root)!r}")
         self.max_bytes = max_bytes
-        self.stats_ = StoreStats()
+        self.counters = StoreCounters()
         self._fsync = fsync
         self._count_lock = Lock()
         get_policy(policy)  # an unknown one is no failure of the folder's
@@ -317,4 +317,4 @@ class DiskStore(Store):
     def _count(self, **amounts: float) -> None:
         with self._count_lock:
             for counter, amount in amounts.items():
-                setattr(self.stats_, counter, getattr(self.stats_, counter) + amount)
+                setattr(self.counters, counter, getattr(self.counters, counter) + amount)

@@ -36,7 +36,7 @@ class LazyQueue:
                     order.append(place)
 
     def past_voids(self, key: Hashable) -> Hashable:
-        """The oldest key, taken out, given what `popleft` brought; somebody must be here."""
+        """The oldest key, taken out, given what `popleft` returned; the queue must not be empty."""
         while self._was_void(key):
             key = self.order.popleft()
         return key
@@ -50,7 +50,7 @@ class LazyQueue:
             if key not in unwanted:
                 found = key
                 break
-        order.extendleft(reversed(passed))  # without the void places between them, so nobody passes those again
+        order.extendleft(reversed(passed))  # without the void places between them, which no later call has to pass
         return found
 
     def _was_void(self, key: Hashable) -> bool:

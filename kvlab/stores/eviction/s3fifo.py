@@ -121,7 +121,7 @@ class S3FIFOPolicy(EvictionPolicy):
         key = self._from_main(pinned)
         if key is not None:
             return key
-        while (key := self._small_line.first(pinned)) is not None:  # the main queue has nobody to give
+        while (key := self._small_line.first(pinned)) is not None:  # the main queue has no candidate
             if self._uses[key] <= 1:
                 return key
             self._move_on(key)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvlab.hostmemory import PAGE, aligned
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, check_fits, fits_key
+from kvlab.stores.base import Buffer, Store, StoreCounters, Value, buffers, check_fits, fits_key
 from kvlab.stores.eviction import EvictionPolicy, get_policy, policy_name
 from kvlab.stores.forks import ForkAware
 from kvlab.stores.memory.arena import Arena, Region, cuda_is_in_use
@@ -47,7 +47,7 @@ class MemoryStore(Store, ForkAware):
         self.name = name
         self._options = {"policy": policy_name(policy), "pinned": pinned, "wait_s": wait_s}
         self.max_bytes = max_bytes
-        self.stats_ = StoreStats()
+        self.counters = StoreCounters()
         self._policy = get_policy(policy)
         self._arena = Arena(max_bytes, pinned=cuda_is_in_use() if pinned is None else pinned)
         self._wait_s = wait_s
@@ -79,7 +79,7 @@ class MemoryStore(Store, ForkAware):
         with self._lock:
             region = self._make_room(size, key) if fits_key(key) else None
             if region is None:
-                self.stats_.refused += 1
+                self.counters.refused += 1
                 return False
             self._busy.add(region)
         into, at = self._arena.bytes_of(region), 0
@@ -94,9 +94,9 @@ class MemoryStore(Store, ForkAware):
             self._policy.admit(key, region.span)
             self._gone.pop(key, None)
             self._lock.notify_all()  # it may be evicted from now on
-            self.stats_.puts += 1
-            self.stats_.put_bytes += size
-            self.stats_.put_s += time.perf_counter() - start
+            self.counters.puts += 1
+            self.counters.put_bytes += size
+            self.counters.put_s += time.perf_counter() - start
         return True
 
     @contextmanager
@@ -105,7 +105,7 @@ class MemoryStore(Store, ForkAware):
         with self._lock:
             region = self._held.get(key)
             if region is None:
-                self.stats_.misses += 1
+                self.counters.misses += 1
             else:
                 self._policy.touch(key)
                 region.readers += 1
@@ -155,7 +155,7 @@ class MemoryStore(Store, ForkAware):
             if found is not None and not self.still_holds(key, found):
                 return False
             there = self._drop(key, f"set_aside:{'_'.join(reason.split())}")
-            self.stats_.dropped += there
+            self.counters.dropped += there
         return there
 
     def keys(self) -> Iterator[str]:
@@ -201,9 +201,9 @@ class MemoryStore(Store, ForkAware):
             into = (aligned(size) if out is None else out)[:size]
             np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(held, np.uint8))
         with self._lock:
-            self.stats_.hits += 1
-            self.stats_.get_bytes += size
-            self.stats_.get_s += time.perf_counter() - start
+            self.counters.hits += 1
+            self.counters.get_bytes += size
+            self.counters.get_s += time.perf_counter() - start
         return into
 
     def _make_room(self, size: int, key: str) -> Region | None:
@@ -214,15 +214,15 @@ class MemoryStore(Store, ForkAware):
         deadline = time.monotonic() + self._wait_s
         while (region := self._arena.take(size)) is None:
             old = self._held.get(key)
-            if self._arena.longest_without(self._busy) < span:  # whatever leaves
+            if self._arena.longest_without(self._busy) < span:  # no eviction makes room
                 if not self._lock.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
                     return None
             elif old is not None and not old.readers:
                 self._drop(key, "replaced")  # it leaves anyway; no other has to
             else:
                 victim = str(self._policy.victim(self._leased))
-                self.stats_.evictions += 1
-                self.stats_.evicted_bytes += self._held[victim].size
+                self.counters.evictions += 1
+                self.counters.evicted_bytes += self._held[victim].size
                 self._drop(victim, "evicted")
         return region
 

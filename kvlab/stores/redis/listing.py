@@ -1,4 +1,4 @@
-"""The keys of all values on some servers, by SCAN: within a deadline and bounded memory, whatever the servers name."""
+"""The keys of all values on some servers, by SCAN: within a deadline and bounded memory."""
 
 import sys
 import time

@@ -39,7 +39,7 @@ class RedisNode(ForkAware):
         self.watch_forks()
 
     def __str__(self) -> str:
-        """For messages: another server may have named this one, by whatever name."""
+        """For messages: another server may have named this one, so the name is not trusted."""
         return self._login.hide(self.address if isinstance(self.address, str) else "{}:{}".format(*self.address))
 
     def run(self, work: Callable[[RespConnection], T], deadline: float) -> T:

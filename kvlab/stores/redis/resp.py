@@ -66,7 +66,7 @@ class Status(bytes):
 class RespConnection:
     """A connected socket, spoken to directly. Used by one thread at a time.
 
-    Whatever goes wrong in the middle of a call (deadline, lost peer, odd reply) leaves it unusable: `close` it.
+    A fault in the middle of a call (deadline, lost peer, malformed reply) leaves it unusable: `close` it.
     `hidden` are secrets, which are starred out of error replies: servers repeat the commands they refuse.
     """
 
@@ -150,7 +150,7 @@ class RespConnection:
 
     def _sendall(self, data: bytes | bytearray | memoryview, deadline: float) -> None:
         view, at = memoryview(data), 0
-        while at < len(view):  # not `sendall`: it would start the kernel's clock anew whenever a part was taken
+        while at < len(view):  # not `sendall`: it would restart the kernel's timeout after each part
             self._limit(socket.SO_SNDTIMEO, deadline)
             try:
                 at += self._socket.send(view[at:])
@@ -270,7 +270,7 @@ def time_left(deadline: float) -> float:
 
 
 def send_command(args: Sequence[Any], deadline: float, parse: Callable[[Reply], T]) -> Callable[[RespConnection], T]:
-    """The work of a single command, for whatever picks the connection; `parse` raises ProtocolError on a lie."""
+    """A single command, for the code that picks the connection; `parse` raises ProtocolError on a malformed reply."""
     return lambda connection: parse(connection.call(args, deadline))
 
 

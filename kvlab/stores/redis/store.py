@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from kvlab.errors import StoreError
 from kvlab.hostmemory import aligned
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
+from kvlab.stores.base import Buffer, Store, StoreCounters, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
 from kvlab.stores.forks import Lock
 from kvlab.stores.redis.listing import listed
 from kvlab.stores.redis.node import NodeDownError
@@ -76,7 +76,7 @@ class RedisStore(Store):
         name: str = "redis",
     ) -> None:
         self.name = name
-        self.stats_ = StoreStats()
+        self.counters = StoreCounters()
         self.errors: Counter[str] = Counter()
         self._topology: Topology = make_topology(target, first_wait_s, longest_wait_s)
         self._timeout_s = timeout_s
@@ -131,9 +131,9 @@ class RedisStore(Store):
             self._gone.pop(key, None)
             if len(self._put_before) > KEPT_PUTS:
                 self._put_before.popitem(last=False)
-            self.stats_.puts += 1
-            self.stats_.put_bytes += size
-            self.stats_.put_s += time.perf_counter() - start
+            self.counters.puts += 1
+            self.counters.put_bytes += size
+            self.counters.put_s += time.perf_counter() - start
         return True
 
     def get(self, key: str) -> Buffer | None:
@@ -173,7 +173,7 @@ class RedisStore(Store):
 
     def quarantine(self, key: str, reason: str, found: Value | None = None) -> bool:
         there = self._remove(key, found, f"set_aside:{'_'.join(reason.split())}")
-        self.stats_.dropped += there
+        self.counters.dropped += there
         return there
 
     def keys(self) -> Iterator[str]:
@@ -193,7 +193,7 @@ class RedisStore(Store):
 
     @property
     def used_bytes(self) -> int:
-        """Memory the servers use, for whatever and whomever. As last heard, if they do not answer."""
+        """Memory that the servers use, for other programs' keys too. The last known value if they do not answer."""
         self._ask_server()
         return self._server.get("used_bytes", 0)
 
@@ -267,11 +267,11 @@ class RedisStore(Store):
             value = None
         with self._lock:
             if value is None:
-                self.stats_.misses += 1
+                self.counters.misses += 1
             else:
-                self.stats_.hits += 1
-                self.stats_.get_bytes += sum(piece.nbytes for piece in value)
-                self.stats_.get_s += time.perf_counter() - start
+                self.counters.hits += 1
+                self.counters.get_bytes += sum(piece.nbytes for piece in value)
+                self.counters.get_s += time.perf_counter() - start
         return value
 
     def _pipelined(self, commands: Sequence[str], keys: Sequence[str]) -> list[Answers]:
@@ -319,7 +319,7 @@ class RedisStore(Store):
         return found
 
     def _ask_server(self) -> None:
-        """Refresh what is known of the servers; whoever does not answer keeps its last numbers."""
+        """Refresh what is known of the servers; a server that does not answer keeps its last numbers."""
         totals: Counter[str] = Counter()
         deadline = self._deadline()
         try:
@@ -353,13 +353,13 @@ class RedisStore(Store):
 
     def _refuse(self, reason: str) -> bool:
         with self._lock:
-            self.stats_.refused += 1
+            self.counters.refused += 1
             self.errors[reason] += 1
         return False
 
     def _failed(self, error: StoreError) -> None:
         with self._lock:
-            self.stats_.errors += 1
+            self.counters.errors += 1
             self.errors[error.reason] += 1
 
     def _others_answer(self) -> bool:

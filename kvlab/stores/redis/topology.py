@@ -42,7 +42,7 @@ class Topology(ABC):
 
     @abstractmethod
     def known(self) -> list[RedisNode]:
-        """The servers talked to so far; asks nobody."""
+        """The servers known so far, without a network call."""
 
     def _node(self, address: Address | str) -> RedisNode:
         return RedisNode(address, self.place.login, CircuitBreaker(*self._waits))
@@ -131,7 +131,7 @@ class Sentinel(Topology):
 
 
 class Cluster(Topology):
-    """Slots by server, learnt from any node and learnt anew when one redirects or fails."""
+    """Slots by server, learnt from any node and learnt again when one redirects or fails."""
 
     def __init__(self, place: RedisTarget, first_wait_s: float, longest_wait_s: float) -> None:
         super().__init__(place, first_wait_s, longest_wait_s)
@@ -175,7 +175,7 @@ class Cluster(Topology):
     def _at(self, address: Address) -> RedisNode:
         node = self._by_address.get(address)
         if node is None:
-            if len(self._by_address) >= MOST_NODES:  # whatever the cluster is, it is to be learnt anew
+            if len(self._by_address) >= MOST_NODES:  # no real cluster: learn the topology again
                 self.close()
                 self._by_address, self._slots = {}, []
             node = self._by_address[address] = self._node(address)
@@ -197,7 +197,7 @@ class Cluster(Topology):
     def _learn(self, deadline: float, first: RedisNode | None = None) -> list[RedisNode | None]:
         candidates = [*([first] if first else []), *self.known(), *map(self._at, self.place.hosts)]
         for node in dict.fromkeys(sorted(candidates, key=lambda node: not node.health.is_up)):
-            if time.monotonic() >= deadline:  # nobody is to blame who was not asked
+            if time.monotonic() >= deadline:  # a node that was not asked has not failed
                 raise NodeDownError("no node of the cluster answered in time", reason="timeout")
             share = min(deadline, time.monotonic() + max(0.05, (deadline - time.monotonic()) / 3))
             try:

@@ -123,7 +123,7 @@ class GuardedStore:
                 self._has_taken(oldest, before)
         if not is_gone:
             self._leave_out()
-            advice = "it is left out until it is cleared or opened anew"
+            advice = "it is left out until it is cleared or opened again"
             log.warning("tier %s has missed more than %d writes: %s", self.store.name, MOST_MISSED, advice)
 
     def _leave_out(self) -> None:
@@ -171,8 +171,8 @@ class GuardedStore:
         try:
             result = method(*args)
         except ValueTooLongError:
-            raise  # the caller's affair
-        except Exception as error:  # a stack must outlive whatever a tier of another package raises
+            raise  # an error of the caller
+        except Exception as error:  # a stack must survive any error that a tier of another package raises
             self.last_error = f"{type(error).__name__}: {error}"
             if health.failed():
                 log.warning("tier %s%s failed, going on without: %s", self.store.name, what, self.last_error)

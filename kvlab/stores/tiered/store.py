@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from kvlab.errors import ConfigError
-from kvlab.stores.base import Buffer, Store, StoreStats, Value, buffers, cut, held
+from kvlab.stores.base import Buffer, Store, StoreCounters, Value, buffers, cut, held
 from kvlab.stores.circuit_breaker import FIRST_WAIT_S, LONGEST_WAIT_S
 from kvlab.stores.forks import Lock
 from kvlab.stores.reuse import ReuseCounter
@@ -24,7 +24,7 @@ class TieredStore(Store):
     `stores` are given fastest first; the stack owns and closes them. A tier that fails is left alone for a growing
     while (`first_wait_s` to `longest_wait_s`) and never fails a call: its values are misses, its writes are dropped.
     What a tier had under a key before a write or delete that it did not take is a miss in it from then on, as long as
-    this stack is open; one that has missed more than 65,536 is left out until the stack is cleared or opened anew.
+    this stack is open; one that has missed more than 65,536 is left out until the stack is cleared or opened again.
     Writes of one key come one after the other, and no copy of a value replaces a later one. Reads do not
     wait for puts and deletes.
 
@@ -66,14 +66,15 @@ class TieredStore(Store):
             if names.count(store.name) > 1:
                 store.name = f"{store.name}{index}"
         self.tiers = [GuardedStore(store, first_wait_s=first_wait_s, longest_wait_s=longest_wait_s) for store in stores]
-        self.stats_ = StoreStats()
+        self.counters = StoreCounters()
         self._store_threshold = store_threshold
         self._promote = promote
         self._came_from: OrderedDict[str, GuardedStore] = OrderedDict()
         self._uses = ReuseCounter()
         self._lock = Lock()
         self._writes = Writes()
-        self._last = threading.local()  # promoted: key and level of this thread's last read, where it was promoted
+        # Of this thread's last read: `promoted`, its key and level, where it was promoted; `tier`, where it came from.
+        self._last = threading.local()
         self._writer = BackgroundWriter(self._carry_down, max_keys=max_queued) if write == "back" else None
 
     def _as_call(self) -> str:
@@ -103,8 +104,8 @@ class TieredStore(Store):
                         self._writer.cancel(key)  # the value before, which may be on its way
                     stored |= any([tier.put(key, value) for tier in self.tiers[1:]])
             with self._lock:
-                self.stats_.puts += stored
-                self.stats_.refused += not stored
+                self.counters.puts += stored
+                self.counters.refused += not stored
                 self._came_from.pop(key, None)
         if is_queued and self._writer is not None:
             self._writer.add(key)  # when the turn is over: what is read within one is not carried down
@@ -195,7 +196,7 @@ class TieredStore(Store):
     def quarantine(self, key: str, reason: str, found: Value | None = None) -> bool:
         """The tier the value last came from loses it, and those it was copied to; a good copy further down stays.
 
-        A value that was not read lately leaves every tier.
+        A value that was not read recently leaves every tier.
         """
         with self._lock:
             source = self._came_from.pop(key, None)
@@ -208,7 +209,7 @@ class TieredStore(Store):
                 if tier is source:
                     break
         with self._lock:
-            self.stats_.dropped += gone
+            self.counters.dropped += gone
         return gone
 
     def why_missing(self, key: str) -> str:
@@ -217,6 +218,10 @@ class TieredStore(Store):
             return "tier_down"
         reasons = (tier.call(tier.store.why_missing, key, default="never_stored") for tier in self.tiers)
         return next((reason for reason in reasons if reason != "never_stored"), "never_stored")
+
+    @property
+    def served_by(self) -> str:
+        return getattr(self._last, "tier", self.name)
 
     def rows(self) -> list[dict[str, int | float | str]]:
         """One row per tier: its counters, how often it was down; for the first, what its writer has to do and did."""
@@ -242,11 +247,12 @@ class TieredStore(Store):
     def _found(self, copy: Copy, level: int, value: Value) -> None:
         key = copy.key
         with self._lock:
-            self.stats_.hits += 1
-            self.stats_.get_bytes += sum(piece.nbytes for piece in buffers(value))
+            self.counters.hits += 1
+            self.counters.get_bytes += sum(piece.nbytes for piece in buffers(value))
             self._came_from[key] = self.tiers[level]
             if len(self._came_from) > KEPT_SOURCES:
                 self._came_from.popitem(last=False)
+        self._last.tier = self.tiers[level].store.name
         self._last.promoted = (key, level) if self._promote and level and copy.is_current else None
         if self._promote:
             for tier in self.tiers[:level]:
@@ -260,7 +266,7 @@ class TieredStore(Store):
 
     def _missed(self) -> None:
         with self._lock:
-            self.stats_.misses += 1
+            self.counters.misses += 1
 
     def _is_due(self, key: str, *, exactly: bool = False) -> bool:
         """Count one more use of `key`; whether the secondary tiers are to have it by now (`exactly`: just now)."""
@@ -271,7 +277,7 @@ class TieredStore(Store):
         return num_uses == self._store_threshold if exactly else num_uses >= self._store_threshold
 
     def _carry_down(self, key: str) -> None:
-        """A later write of `key` ends this copy; where it is a put, it has the key carried down anew."""
+        """A later write of `key` ends this copy; where it is a put, the key is written back again."""
         first, *others = self.tiers
         with self._writes.copy(key) as copy:
             value = first.read(first.store.get, key) if first.may_read(key) else None

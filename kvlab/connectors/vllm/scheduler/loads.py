@@ -68,7 +68,8 @@ class LoadPlanner:
             entry = self._index.get(ref.hash)
             fetch = entry is None
             if entry is None:
-                entry = self._index.reserve(ref.hash, num_slots, ready=False)
+                self._index.make_room_of(state.salt, num_slots)  # a load in flight may exceed the salt's share
+                entry = self._index.reserve(ref.hash, num_slots, ready=False, owner=state.salt)
                 if entry is None:
                     at = blocks.start
                     break

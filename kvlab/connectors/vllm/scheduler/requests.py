@@ -8,6 +8,7 @@ from typing import Any
 from kvlab.chunking import Chunker, Span
 from kvlab.connectors.vllm.adapters import ADAPTERS, LoadedAdapter
 from kvlab.connectors.vllm.messages import Adapter
+from kvlab.connectors.vllm.scheduler.hints import Hints
 from kvlab.hashing import Extra, block_hashes
 
 
@@ -37,6 +38,7 @@ class RequestState:
     request: Any
     extras: Mapping[int, Sequence[Extra]]
     adapter: Adapter | None = None
+    hints: Hints = field(default_factory=Hints)
     hashes: list[bytes] = field(default_factory=list)
     block_ids: list[list[int]] = field(default_factory=list)  # of each KV cache group
     num_saved_blocks: int = 0
@@ -67,6 +69,17 @@ class RequestState:
                 extras = [*self.extras.get(full, ()), ("rest", str(len(partial)))]  # no full block has this name
                 self._partial_block_hash = block_hashes(partial, len(partial), parent=parent, extras={0: extras})[0]
         return self._partial_block_hash
+
+    @property
+    def salt(self) -> str | None:
+        return getattr(self.request, "cache_salt", None) or None
+
+    def object_keys(self, chunker: Chunker) -> list[bytes]:
+        """Hashes of all objects that the prompt may have."""
+        hashes = self.extend_hashes(chunker)
+        spans = chunker.spans(self.request.num_prompt_tokens)
+        partial = self.partial_block_hash(chunker)
+        return [hashes[span.end_block - 1] for span in spans] + ([partial] if partial is not None else [])
 
     def extend_hashes(self, chunker: Chunker) -> list[bytes]:
         """Hashes of all full blocks of the tokens known now; only new blocks are computed."""

@@ -220,7 +220,10 @@ class SavePlanner:
         if not self._admission.is_due(key):
             return
         pages = self._groups.pages(ref.span, ref.end_token, state.block_ids, before)
-        entry = self._index.reserve(key, len(pages)) if pages else None
+        if not self._index.make_room_of(state.salt, len(pages)):
+            self._counters["saves_over_quota"] += 1
+            return
+        entry = self._index.reserve(key, len(pages), owner=state.salt) if pages else None
         if entry is None:
             self._counters["saves_dropped"] += 1
             return

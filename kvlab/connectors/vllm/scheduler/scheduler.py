@@ -13,13 +13,15 @@ from kvlab.chunking import Chunker
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.kv_groups import KVGroups
-from kvlab.connectors.vllm.messages import Adapter, RequestLoad, StepMetadata, WorkerReport
-from kvlab.connectors.vllm.metrics import Counters
+from kvlab.connectors.vllm.messages import Adapter, RequestLoad, StepMetadata, TierRow, WorkerReport
+from kvlab.connectors.vllm.metrics import Counters, KVLabStats
 from kvlab.connectors.vllm.scheduler.admission import LoadAdmission
+from kvlab.connectors.vllm.scheduler.hints import Hints
 from kvlab.connectors.vllm.scheduler.hits import end_block, end_token, find_hit, ready_run
 from kvlab.connectors.vllm.scheduler.loads import LoadPlanner
 from kvlab.connectors.vllm.scheduler.lookup import Lookup
 from kvlab.connectors.vllm.scheduler.media import MediaNames
+from kvlab.connectors.vllm.scheduler.pins import Pins
 from kvlab.connectors.vllm.scheduler.requests import (
     ObjectRef,
     RequestState,
@@ -44,7 +46,8 @@ class Scheduler:
     """One per engine. `secondary` may be None; `namespaces` holds one namespace per worker rank. `load_now` carries out
     loads at once and answers the pages it could not fill; without `at_once` all loads run between steps. Pages of
     `unfilled_groups` have bytes that no token writes. `role` is vLLM's ``kv_role``: a consumer stores nothing, a
-    producer loads nothing. `in_company`: other connectors may have filled pages that the prefix cache finds."""
+    producer loads nothing. `in_company`: other connectors may have filled pages that the prefix cache finds.
+    `slot_bytes`: of all ranks."""
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class Scheduler:
         unfilled_groups: Sequence[int] = (),
         role: str = "kv_both",
         in_company: bool = False,
+        slot_bytes: int = 0,
     ) -> None:
         self.config = config
         self.chunker = chunker
@@ -73,6 +77,8 @@ class Scheduler:
         self.enabled = config.enabled
         self._load_now = load_now
         self.counters = Counters()
+        self._slot_bytes = slot_bytes
+        self._told_evictions = 0
         self._states: dict[str, RequestState] = {}
         self._media = MediaNames()
         self.unbegun: set[str] = set()  # requests with a load between steps that no step has computed since
@@ -80,6 +86,7 @@ class Scheduler:
         self.admission = LoadAdmission(enabled=config.admission)
         self.residency = Residency(index, keeps_memory=config.keeps_memory)
         self._rollback = StepRollback(chunker.block_tokens, self.counters)
+        self.pins = Pins(index, int(index.num_slots * config.max_pinned_share) if config.keeps_memory else 0)
         self.loads = LoadPlanner(chunker, groups, index, at_once=at_once)
         self.saves = SavePlanner(
             config,
@@ -114,6 +121,8 @@ class Scheduler:
             return 0, False
         state.local_tokens = state.expected_tokens = num_computed_tokens
         state.skip = None
+        if not is_known:
+            self.pins.expire()
         if state.given_up or not self._may_load:
             return 0, False
         if is_known and state.adapter is not None:
@@ -121,6 +130,8 @@ class Scheduler:
             if loaded is None or loaded.num_loads != state.adapter.num_loads:
                 return 0, False  # other weights came under its adapter while it waited, or would at its next load
         state.extend_hashes(self.chunker)
+        if not state.hints.load:
+            return 0, False
         block = self.chunker.block_tokens
         usable = request.num_tokens - 1  # the last token must be computed
         if not self.config.save_partial_block:
@@ -221,7 +232,9 @@ class Scheduler:
             return
         chunk_end = min(at - at % self.chunker.chunk_blocks + self.chunker.chunk_blocks, len(state.hashes))
         key = state.hashes[chunk_end - 1]
-        if state.skip is not None:
+        if not state.hints.load:
+            reason = "wrong_hint" if state.hints.wrong else "not_wanted"
+        elif state.skip is not None:
             reason = state.skip.value
         elif self.residency.is_corrupt(key):
             reason = Where.CORRUPT.value
@@ -295,15 +308,15 @@ class Scheduler:
                     "tier": row.tier,
                     "hit_tokens": row.num_tokens,
                 }
-            self.counters["loaded_bytes"] += row.num_bytes
-            self.admission.loaded("secondary" if "secondary" in row.tier else "memory", row.num_tokens, row.delay)
-            self.counters["load_seconds"] += row.seconds  # type: ignore[assignment]  # a Counter adds floats too
-
+            self.counters.loaded(row.tier, row.num_bytes, row.seconds)
+            is_secondary = row.tier not in ("memory", "none")
+            self.admission.loaded("secondary" if is_secondary else "memory", row.num_tokens, row.delay)
         for request_id, num_tokens, seconds in report.overdue:
             self.counters["loads_overdue"] += 1
             self.admission.loaded("secondary", num_tokens, seconds)
             if (state := self._states.get(request_id)) is not None:
                 state.given_up = True
+        self.counters.see_tiers(report.tiers)
         for prefill_tokens, seconds in report.forwards:
             self.admission.forward(prefill_tokens, seconds)
 
@@ -318,12 +331,23 @@ class Scheduler:
     def finished(self, request: Any) -> dict[str, Any] | None:
         """The request is done. Its row, where reports are wanted."""
         state = self._states.pop(request.request_id, None)
+        if state is not None and (state.hints.pin or state.hints.release) and not state.given_up:
+            self.counters["pins_refused"] += self.pins.apply(state, self.chunker)
         self._media.forget(request.request_id)
         self.unbegun.discard(request.request_id)
         self.saves.forget(request.request_id)
         if state is None or not self.config.report:
             return None
         return {"kvlab": {"prompt_tokens": request.num_prompt_tokens, "hit_tokens": 0, "tier": "none", **state.row}}
+
+    def take_stats(self) -> KVLabStats | None:
+        """What was counted since the last call, with the memory tier's fill; None if nothing was."""
+        if self.counters.are_new and self.config.keeps_memory:
+            evictions, self._told_evictions = self.index.num_evictions - self._told_evictions, self.index.num_evictions
+            used = (self.index.num_slots - self.index.num_free) * self._slot_bytes
+            row = TierRow(used, self.index.num_slots * self._slot_bytes, evictions)
+            self.counters.see_tiers({"memory": row})
+        return self.counters.take_increments()
 
     def secondary_tokens(self, request_id: str) -> int:
         """Tokens of this request's latest hit that come from secondary tiers."""
@@ -339,6 +363,7 @@ class Scheduler:
         before."""
         version = secrets.token_hex(8)
         self.namespaces = [versioned(namespace, version) for namespace in self._base_namespaces]
+        self.pins.clear()
         self.residency.clear()
         self._lookup.restart(self.namespaces)
         self.loads.version = version
@@ -364,9 +389,11 @@ class Scheduler:
             if extras is None:
                 self.counters["unnameable_requests"] += 1
                 return None
-            state = RequestState(request, extras, keeps_partial_block=self.config.save_partial_block)
+            hints, keeps_partial = Hints.of(request), self.config.save_partial_block
+            state = RequestState(request, extras, keeps_partial_block=keeps_partial, hints=hints)
             if adapter is not None:
                 state.adapter = Adapter(request.lora_request.lora_int_id, adapter.num_loads)
             self._states[request.request_id] = state
-            self.saves.follow(request.request_id, state)
+            if hints.save:
+                self.saves.follow(request.request_id, state)
         return state

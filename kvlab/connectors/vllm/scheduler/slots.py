@@ -18,7 +18,8 @@ class Entry:
 
     `generation` is unique to this reservation of these slots: a copy names it, and is made only while the slots are
     of that generation. `leases` counts the operations that may still touch the slots; `dropped`: no lookup finds the
-    object any more, and its slots become free when the last lease ends.
+    object any more, and its slots become free when the last lease ends. `owner`: the cache_salt of the request that
+    brought it.
     """
 
     key: bytes
@@ -27,12 +28,14 @@ class Entry:
     leases: int = 0
     ready: bool = True
     dropped: bool = False
+    owner: str | None = None
 
 
 class SlotIndex:
-    """Objects by hash within `num_slots` slots; the eviction policy chooses among those without a lease."""
+    """Objects by hash within `num_slots` slots; the eviction policy chooses among those without a lease. One owner's
+    objects are to have at most `max_owner_slots`, see `make_room_of`."""
 
-    def __init__(self, num_slots: int, *, policy: str = "lru") -> None:
+    def __init__(self, num_slots: int, *, policy: str = "lru", max_owner_slots: int | None = None) -> None:
         if num_slots < 1:
             raise ConfigError("the memory tier must hold at least one block; give it a larger size")
         self.num_slots = num_slots
@@ -47,6 +50,8 @@ class SlotIndex:
         self.num_leased_slots = 0  # those of dropped entries included
         self.evicted: dict[bytes, None] = {}  # the latest to leave, so that a miss can say so
         self.num_evictions = 0
+        self._max_owner_slots = num_slots if max_owner_slots is None else max_owner_slots
+        self._owned: dict[str, dict[bytes, int]] = {}  # owner -> its objects' numbers of slots, the oldest use first
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -62,12 +67,32 @@ class SlotIndex:
         """Give a prompt's keys last-first: suffixes leave before prefixes."""
         for key in keys:
             self._policy.touch(key)
+            entry = self._entries.get(key) if self._owned else None
+            if entry is not None and entry.owner is not None:
+                owned = self._owned[entry.owner]
+                owned[key] = owned.pop(key)
+
+    def make_room_of(self, owner: str | None, num_slots: int) -> bool:
+        """Evict the owner's own objects, least recently used first, until another `num_slots` leave it within
+        `max_owner_slots`. False if what is leased leaves no room."""
+        if owner is None or self._max_owner_slots >= self.num_slots:
+            return True
+        owned = self._owned.get(owner, {})
+        allowed = self._max_owner_slots - num_slots
+        held = sum(owned.values())
+        for key in list(owned):
+            if held <= allowed or allowed < 0:
+                break
+            if key not in self._leased:
+                held -= owned[key]
+                self._evict(key)
+        return held <= allowed
 
     def can_reserve(self, num_slots: int) -> bool:
         """Whether `num_slots` slots could be had by evicting what has no lease."""
         return self.num_slots - self.num_leased_slots >= num_slots
 
-    def reserve(self, key: bytes, num_slots: int, *, ready: bool = True) -> Entry | None:
+    def reserve(self, key: bytes, num_slots: int, *, ready: bool = True, owner: str | None = None) -> Entry | None:
         """Slots for a new object, evicting others as needed; None if what is leased leaves no room."""
         if key in self._entries:
             raise ConfigError(f"object {key.hex()} is in the index already")
@@ -77,16 +102,21 @@ class SlotIndex:
             victim = self._policy.victim(self._leased)
             if not isinstance(victim, bytes):
                 return None
-            self.drop(self._entries[victim])
-            self.num_evictions += 1
-            self.evicted[victim] = None
-            if len(self.evicted) > 65536:
-                self.evicted.pop(next(iter(self.evicted)))
-        entry = Entry(key, self._take(num_slots), next(self._generations), ready=ready)
+            self._evict(victim)
+        entry = Entry(key, self._take(num_slots), next(self._generations), ready=ready, owner=owner)
+        if owner is not None:
+            self._owned.setdefault(owner, {})[key] = num_slots
         self._entries[key] = self._generation_entries[entry.generation] = entry
         self._policy.admit(key, num_slots)
         self.evicted.pop(key, None)
         return entry
+
+    def _evict(self, key: bytes) -> None:
+        self.drop(self._entries[key])
+        self.num_evictions += 1
+        self.evicted[key] = None
+        if len(self.evicted) > 65536:
+            self.evicted.pop(next(iter(self.evicted)))
 
     def lease(self, entry: Entry) -> None:
         """An operation that outlives this step will touch the entry's slots. They stay as they are until `release`."""
@@ -117,6 +147,11 @@ class SlotIndex:
         del self._entries[entry.key], self._generation_entries[entry.generation]
         self._leased.discard(entry.key)
         self._policy.discard(entry.key)
+        if entry.owner is not None:
+            owned = self._owned[entry.owner]
+            del owned[entry.key]
+            if not owned:
+                del self._owned[entry.owner]
         if not entry.leases:
             self._give_back(entry.slots)
 

@@ -11,11 +11,21 @@ from itertools import takewhile
 from typing import Any
 
 from kvlab.connectors.vllm.adapters import ADAPTERS
-from kvlab.connectors.vllm.messages import Adapter, LoadOp, LoadRow, RequestLoad, SaveOp, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.messages import (
+    Adapter,
+    LoadOp,
+    LoadRow,
+    RequestLoad,
+    SaveOp,
+    StepMetadata,
+    WorkerReport,
+)
 from kvlab.connectors.vllm.scheduler.admission import MIN_PREFILL_TOKENS
 from kvlab.connectors.vllm.worker.pending import PendingLoad
+from kvlab.connectors.vllm.worker.reports import Reports
+from kvlab.connectors.vllm.worker.tier_rows import TierRows, log_tiers
 from kvlab.connectors.vllm.worker.write_back import MAX_DELAY_S, WriteBackQueue
-from kvlab.engine import CacheEngine, retrieved_line
+from kvlab.engine import CacheEngine
 from kvlab.hashing import versioned
 from kvlab.paged.slots import room
 from kvlab.paged.transfer import Clock, Transfer
@@ -53,7 +63,7 @@ class Worker:
         self._writes_early = writes_early
         self.counters: Counter[str] = Counter()
         self._owner: list[int | None] = [None] * num_slots  # generations
-        self._report: WorkerReport | None = None  # None: there is nothing to report, as in most steps
+        self._reports = Reports()
         self._saves = True
         self._version = ""  # of the namespace
         self._lost_blocks: set[int] = set()
@@ -61,14 +71,13 @@ class Worker:
         self._lost_requests: set[str] = set()
         self._pending: dict[str, PendingLoad] = {}  # loads between steps, by request id
         self._load_timeout_s = load_timeout_s
-        self._under_way: list[tuple[LoadRow, int, Clock]] = []  # loads whose copies have not ended
         self._num_decodes = 0  # steps without a prefill
         self._forward: tuple[int, Clock] | None = None  # prefill tokens of this step's forward pass
-        self._forwards: list[tuple[int, Clock]] = []  # forward passes that may not have ended
         self._lock = threading.Lock()
         self._loads = ThreadPoolExecutor(2, thread_name_prefix="kvlab-load")
         self._fetches = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="kvlab-fetch")
         self.write_back = WriteBackQueue(self._write, max_delay_s=max_write_delay_s)
+        self._tier_rows = TierRows(engine.store, self._fetches, self._reports.add_tiers) if engine is not None else None
 
     # ---- each step
 
@@ -83,8 +92,9 @@ class Worker:
         prefill = metadata.prefill_tokens
         decodes = metadata.num_tokens > 0 and not prefill
         self._num_decodes += decodes
-        if self.engine is not None:
+        if self._tier_rows is not None:
             self.write_back.begin_step(prefill)
+            self._tier_rows.begin_step()
         timed = prefill >= MIN_PREFILL_TOKENS or (decodes and self._num_decodes % TIMED_STEPS == 0)
         self._forward = (prefill, self.transfer.clock()) if timed else None
 
@@ -114,7 +124,7 @@ class Worker:
         """All of a step's saves as one copy: few large copies are faster than many small ones."""
         if self._forward is not None:
             self._forward[1].stop()
-            self._forwards.append(self._forward)
+            self._reports.add_forward(*self._forward)
             self._forward = None
         if not metadata.saves:
             return
@@ -170,42 +180,12 @@ class Worker:
 
     def take_report(self) -> WorkerReport | None:
         """What is new since the last call; None if nothing is."""
-        if adapters := ADAPTERS.take_news():
-            with self._lock:
-                self._news.adapters |= adapters
-        if not (self._under_way or self._forwards or self._report):
-            return None
-        with self._lock:
-            waiting, self._under_way = self._under_way, []
-        for row, prompt_tokens, clock in waiting:
-            seconds = clock.seconds()
-            if seconds is None:
-                with self._lock:
-                    self._under_way.append((row, prompt_tokens, clock))
-                continue
-            row.seconds, row.delay = seconds, clock.delay()
-            self._report_row(row, prompt_tokens)
-        measured = [(entry, entry[1].seconds()) for entry in self._forwards]
-        self._forwards = [entry for entry, seconds in measured if seconds is None]
-        forwards = [(entry[0], seconds) for entry, seconds in measured if seconds is not None]
-        with self._lock:
-            if forwards:
-                self._news.forwards += forwards
-            report, self._report = self._report, None
-        return report
+        return self._reports.take()
 
-    @property
-    def _news(self) -> WorkerReport:
-        """The report to add to, under the lock."""
-        if self._report is None:
-            self._report = WorkerReport()
-        return self._report
-
-    def _report_row(self, row: LoadRow, prompt_tokens: int) -> None:
-        with self._lock:
-            self._news.rows.append(row)
-        line = retrieved_line(row.num_tokens, prompt_tokens, row.num_bytes, row.seconds)
-        logger.info("%s (%s) for %s", line, row.tier, row.request_id)
+    def log_tiers(self) -> None:
+        """Log what the secondary tiers hold, in a thread of its own."""
+        if self.engine is not None:
+            self._fetches.submit(log_tiers, self.engine)
 
     def close(self) -> None:
         """Finish the writes that are queued; drop loads."""
@@ -214,7 +194,7 @@ class Worker:
         self.write_back.close()
         self.transfer.close()
         if self.engine is not None:
-            self.engine.store_.close()
+            self.engine.store.close()
 
     # ----
 
@@ -229,7 +209,8 @@ class Worker:
                 self._lost_blocks.update(load.pages)
                 self._finished.add(load.request_id)
                 self._lost_requests.add(load.request_id)
-                self._news.overdue.append((load.request_id, sum(op.num_tokens for op in load.ops), seconds))
+            with self._reports.adding() as report:
+                report.overdue.append((load.request_id, sum(op.num_tokens for op in load.ops), seconds))
 
     def _load(self, load: RequestLoad, after: Any = None, pending: PendingLoad | None = None) -> list[int]:
         """The pages that could not be filled. `pending`: of a load between steps."""
@@ -241,7 +222,7 @@ class Worker:
         clock: Clock | None = None
         try:
             ops = [] if _other_adapter(load.adapter) else load.ops
-            self._fetch_all([op for op in ops if op.fetch], load.version)
+            served_by = self._fetch_all([op for op in ops if op.fetch], load.version)
             if pending is not None and not pending.claim("load"):
                 return self._end_overdue(load)
             held = list(takewhile(self._present, ops))  # KV without its prefix is useless
@@ -256,7 +237,7 @@ class Worker:
                 taken = []  # the weights may have changed since
             pages = pages[: sum(len(op.block_ids) for op in taken)]
             tokens = sum(op.num_tokens for op in taken)
-            tiers = dict.fromkeys("secondary" if op.fetch else "memory" for op in taken if op.picked)
+            tiers = dict.fromkeys(served_by.get(op.generation, "memory") for op in taken if op.picked)
         except Exception:
             pages, tokens = [], 0
             self._failed("load", *load.ops)
@@ -267,26 +248,29 @@ class Worker:
         delay = pending.waited_s() if pending is not None else seconds
         row = LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", delay)
         lost = load.lost_blocks + wanted[len(pages) :]
+        if load.is_async:
+            self._ended(load)
         with self._lock:
             if load.is_async:
                 self._pending.pop(load.request_id, None)
                 self._lost_blocks.update(lost)
-                self._news.loaded[load.request_id] += 1
                 self._finished.add(load.request_id)
                 if lost:
                     self._lost_requests.add(load.request_id)
-            if clock is not None:
-                self._under_way.append((row, load.prompt_tokens, clock))
-        if clock is None and wanted:
-            self._report_row(row, load.prompt_tokens)
+        if clock is not None or wanted:
+            self._reports.add_load(row, load.prompt_tokens, clock)
         return lost
 
     def _end_overdue(self, load: RequestLoad) -> list[int]:
         """The request was told that its load failed. The leases of its objects end only here: the thread wrote to
         their slots until now."""
-        with self._lock:
-            self._news.loaded[load.request_id] += 1
+        self._ended(load)
         return load.pages
+
+    def _ended(self, load: RequestLoad) -> None:
+        """No thread touches its slots any more."""
+        with self._reports.adding() as report:
+            report.loaded[load.request_id] += 1
 
     def _holds(self, op: LoadOp | SaveOp) -> bool:
         """Whether the operation's slots hold its object now."""
@@ -305,14 +289,17 @@ class Worker:
         self._mark_broken(op)
         return False
 
-    def _fetch_all(self, ops: Sequence[LoadOp], version: str) -> None:
-        """Fill objects' slots from the secondary tiers. When it returns, no thread writes to them any more."""
+    def _fetch_all(self, ops: Sequence[LoadOp], version: str) -> dict[int, str]:
+        """Fill objects' slots from the secondary tiers, whose names are returned by generation. When it returns, no
+        thread writes to the slots any more."""
+        served_by: dict[int, str] = {}
         if len(ops) == 1:
-            self._fetch(ops[0], version)
+            self._fetch(ops[0], version, served_by)
         else:
-            wait([self._fetches.submit(self._fetch, op, version) for op in ops])
+            wait([self._fetches.submit(self._fetch, op, version, served_by) for op in ops])
+        return served_by
 
-    def _fetch(self, op: LoadOp, version: str) -> None:
+    def _fetch(self, op: LoadOp, version: str, served_by: dict[int, str]) -> None:
         """Fill one object's slots, in place where they lie in one run. Where that fails, they hold no object."""
         for slot in op.slots:
             self._owner[slot] = None
@@ -325,6 +312,7 @@ class Worker:
             if engine.load_object(engine.namespace.key(op.hash), out, axes=PAGE_AXES, **tokens) is None:
                 self._mark_absent(op)
                 return
+            served_by[op.generation] = engine.store.served_by
             if place is None:
                 self.transfer.fill(op.slots, out)
         except BaseException:  # a store of another package may raise what is no Exception
@@ -346,7 +334,7 @@ class Worker:
                     end_token=op.end_token,
                     confirm=lambda: self._holds(op),
                 )
-        except BaseException:  # likewise: the lease must end
+        except BaseException:  # as above; the lease must end
             self._failed("write", op)
         self._end_write(op, success=stored)
 
@@ -359,21 +347,21 @@ class Worker:
         return engine
 
     def _end_write(self, op: SaveOp, *, success: bool) -> None:
-        with self._lock:
-            self._news.written[op.generation] += 1
+        with self._reports.adding() as report:
+            report.written[op.generation] += 1
             if not success:
-                self._news.failed_writes.add(op.generation)
+                report.failed_writes.add(op.generation)
 
     def _mark_broken(self, *ops: LoadOp | SaveOp) -> None:
         """These objects' slots do not hold them."""
-        with self._lock:
-            self._news.broken.update(op.generation for op in ops)
+        with self._reports.adding() as report:
+            report.broken.update(op.generation for op in ops)
 
     def _mark_absent(self, op: LoadOp) -> None:
         """The secondary tiers do not hold this object, or hold it broken."""
         self._mark_broken(op)
-        with self._lock:
-            self._news.absent.add(op.hash)
+        with self._reports.adding() as report:
+            report.absent.add(op.hash)
 
     def _unsaved(self, op: SaveOp) -> None:
         """An object whose slots were not filled."""
