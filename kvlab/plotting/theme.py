@@ -11,6 +11,7 @@ A backend, tier, policy or serde has the same colour in every figure: `color("kv
 from typing import TYPE_CHECKING
 
 from kvlab.errors import ConfigError
+from kvlab.installed import needed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -55,7 +56,7 @@ def color(name: str) -> str | None:
 
 def use(mode: str = "light") -> None:
     """Make the style the default of every figure made from now on: ``light`` or ``dark``."""
-    import plotly.io as pio
+    pio = needed("plotly.io", "a figure")
 
     if mode not in TEMPLATES:
         raise ConfigError(f"mode must be one of {', '.join(TEMPLATES)}, got {mode!r}")
@@ -65,7 +66,7 @@ def use(mode: str = "light") -> None:
 
 def styled(figure: "go.Figure", title: str, *, width: int = WIDE, height: int = HEIGHT) -> "go.Figure":
     """Give `figure` the style, a title that states what it shows, and one of the two widths. Returns it."""
-    import plotly.io as pio
+    pio = needed("plotly.io", "a figure")
 
     _register()
     if pio.templates.default not in TEMPLATES.values():
@@ -74,7 +75,7 @@ def styled(figure: "go.Figure", title: str, *, width: int = WIDE, height: int = 
 
 
 def _register() -> None:
-    import plotly.io as pio
+    pio = needed("plotly.io", "a figure")
 
     if TEMPLATES["light"] not in pio.templates:
         pio.templates[TEMPLATES["light"]] = _template(text="#1f2933", back="#ffffff", grid="#e4e7eb")
@@ -82,7 +83,7 @@ def _register() -> None:
 
 
 def _template(*, text: str, back: str, grid: str) -> "go.layout.Template":
-    import plotly.graph_objects as go
+    go = needed("plotly.graph_objects", "a figure")
 
     axis = {"gridcolor": grid, "linecolor": grid, "zerolinecolor": grid, "title": {"standoff": 10}, "automargin": True}
     title = {"x": 0.02, "xanchor": "left", "font": {"size": 16}}
