@@ -43,12 +43,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--prefix", default="", help="only keys that start with this")
         if name == "verify":
             command.add_argument("--quarantine", action="store_true", help="put what is broken into quarantine")
-            command.add_argument(
-                "--largest",
-                default=f"{MOST_BYTES >> 30}GiB",
-                metavar="SIZE",
-                help="larger ones are not read (default: %(default)s)",
-            )
+            limit, told = f"{MOST_BYTES >> 30}GiB", "larger ones are not read (default: %(default)s)"
+            command.add_argument("--largest", default=limit, metavar="SIZE", help=told)
             command.add_argument("--auth", metavar="FILE", help="the key that objects must be signed with")
         if name == "evict":
             command.add_argument("--to", required=True, metavar="SIZE", help="bytes that may stay, like 2GiB")

@@ -19,8 +19,8 @@ def read_object(store: Store, key: str, *, most_bytes: int = MOST_BYTES) -> tupl
     try:
         check_length(bytes(head), size, key)
         if size > most_bytes:
-            length, limit = format_bytes(size), format_bytes(most_bytes)
-            raise StoreError(f"object {key!r} of {length} is not read: the limit is {limit}", reason="too_large")
+            large, limit = format_bytes(size), format_bytes(most_bytes)
+            raise StoreError(f"object {key!r} of {large} is not read: the limit is {limit}", reason="too_large")
         memory = aligned(size)
         length = store.get_into(key, memory)
     except FormatError as error:
