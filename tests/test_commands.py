@@ -12,7 +12,7 @@ import pytest
 
 from kvlab.__main__ import COMMANDS, main
 from kvlab.connectors import vllm_config
-from tests.support.examples import ROOT, SHOWN, blocks, commands, serve_lines, split_variables, with_files
+from tests.support.examples import ROOT, SHOWN, blocks, commands, commands_with_variables, serve_lines, with_files
 
 RUN = ("size", "store", "simulate", "config")  # these subcommands need neither an engine nor a download
 PIP = {"pip", "uv"}
@@ -25,14 +25,13 @@ def name_of(page):
 
 
 def is_shown(page, program):
-    return any(split_variables(words)[1][0] == program for words in commands(page))
+    return any(words[0] == program for words in commands(page))
 
 
 @pytest.mark.parametrize("page", [page for page in SHOWN if is_shown(page, "kvlab")], ids=name_of)
 def test_kvlab_commands_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for line in commands(page):
-        variables, words = split_variables(line)
+    for variables, words in commands_with_variables(page):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         if words[0] == "kvlab" and (words[1] in RUN or words[1].startswith("-")):
@@ -52,7 +51,7 @@ def flags_of(subcommand):
 
 def test_what_is_shown_is_a_program_that_is_checked():
     known = {"kvlab", "make", "vllm", *PIP, *NAMES_FILES, *SHELL}
-    shown = {(name_of(page), split_variables(words)[1][0]) for page in SHOWN for words in commands(page)}
+    shown = {(name_of(page), words[0]) for page in SHOWN for words in commands(page)}
     assert sorted(name for name in shown if not name[1].startswith("/") and name[1] not in known) == []
 
 
@@ -66,7 +65,7 @@ def test_targets_of_make_exist():
 def test_subcommands_that_the_text_names_exist():
     for page in [*SHOWN, ROOT / "CONTRIBUTING.md"]:
         named = re.findall(r"`kvlab ([a-z]+)", page.read_text(encoding="utf-8"))
-        assert set(named) <= set(COMMANDS), name_of(page)
+        assert set(named) <= {*COMMANDS, "config"}, name_of(page)
 
 
 def test_extras_that_are_installed_exist():

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kvlab.cli.commands import COMMANDS
+from kvlab.cli.lmcache import page_tables
 from kvlab.connectors import ConnectorConfig
 from tests.support.examples import DOCS, GUIDE, ROOT, blocks
 from tests.test_layering import FLOORS
@@ -46,15 +48,24 @@ def test_examples_of_docstrings_run(name):
 
 
 @pytest.mark.slow
-def test_the_example_store_and_serde_are_judged_by_the_suites(tmp_path):
+def test_the_example_classes_are_judged_by_the_suites(tmp_path):
     """The pages on adding one show a class and a subclass of the suite: together they are a test file that passes."""
-    for page in ("add-a-store", "add-a-serde"):
+    for page in ("add-a-store", "add-a-serde", "add-a-policy"):
         code = "\n\n".join(text for _, text in blocks(DOCS / "guide" / f"{page}.md", "python"))
         (tmp_path / f"test_{page.replace('-', '_')}.py").write_text(code)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", "-W", "error", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_the_tables_of_lmcaches_keys_are_those_of_the_code():
+    assert page_tables() in (DOCS / "guide" / "from-lmcache.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_commands_has_every_command():
+    text = (DOCS / "guide" / "command-line.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `kvlab (\w+)", text, re.MULTILINE) == list(COMMANDS)
 
 
 def test_the_table_of_settings_has_every_setting():

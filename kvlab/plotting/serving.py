@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvlab.installed import needed
 from kvlab.plotting import theme
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def reduction_bars(
     share (of 1) of its hits that were promised and not loaded: such a bar is hatched and says so, because an answer
     from KV that was never loaded is fast and wrong.
     """
-    import plotly.graph_objects as go
+    go = needed("plotly.graph_objects", "a figure")
 
     figure = go.Figure()
     figure.add_bar(x=list(backends), y=list(first_ms), name="first run", marker_color=theme.FIRST)
@@ -47,7 +48,7 @@ def reduction_bars(
 
 def ttft_cdf(rows: Iterable[Row], *, title: str) -> "go.Figure":
     """Share of requests answered within a time; one line a row, a backend's first run dotted."""
-    import plotly.graph_objects as go
+    go = needed("plotly.graph_objects", "a figure")
 
     figure = go.Figure()
     for row in rows:
@@ -63,7 +64,7 @@ def ttft_cdf(rows: Iterable[Row], *, title: str) -> "go.Figure":
 
 def itl_over_time(rows: Iterable[Row], *, title: str) -> "go.Figure":
     """p99 inter-token latency of each second of a run; a stall shows as a peak."""
-    import plotly.graph_objects as go
+    go = needed("plotly.graph_objects", "a figure")
 
     figure = go.Figure()
     for row in rows:

@@ -11,6 +11,7 @@ A backend, tier, policy or serde has the same colour in every figure: `color("kv
 from typing import TYPE_CHECKING
 
 from kvlab.errors import ConfigError
+from kvlab.installed import needed
 from kvlab.plotting.ticks import tidy_log_axes
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def use(mode: str = "any") -> None:
     ``light`` and ``dark`` paint their background. ``any`` paints none, and its text is legible on white and on black:
     so a notebook looks right in Lab's light and dark theme and on a page that follows the reader's.
     """
-    import plotly.io as pio
+    pio = needed("plotly.io", "a figure")
 
     if mode not in TEMPLATES:
         raise ConfigError(f"mode must be one of {', '.join(TEMPLATES)}, got {mode!r}")
@@ -73,7 +74,7 @@ def use(mode: str = "any") -> None:
 def styled(figure: "go.Figure", title: str, *, width: int = WIDE, height: int = HEIGHT) -> "go.Figure":
     """Give `figure` the style, a title that states what it shows, round ticks where an axis is logarithmic, and one of
     the two widths. Returns it."""
-    import plotly.io as pio
+    pio = needed("plotly.io", "a figure")
 
     _register()
     if pio.templates.default not in TEMPLATES.values():
@@ -83,7 +84,7 @@ def styled(figure: "go.Figure", title: str, *, width: int = WIDE, height: int = 
 
 
 def _register() -> None:
-    import plotly.io as pio
+    pio = needed("plotly.io", "a figure")
 
     if TEMPLATES["light"] not in pio.templates:
         pio.templates[TEMPLATES["light"]] = _template(text="#1f2933", back="#ffffff", grid="#e4e7eb")
@@ -92,7 +93,7 @@ def _register() -> None:
 
 
 def _template(*, text: str, back: str, grid: str) -> "go.layout.Template":
-    import plotly.graph_objects as go
+    go = needed("plotly.graph_objects", "a figure")
 
     axis = {"gridcolor": grid, "linecolor": grid, "zerolinecolor": grid, "title": {"standoff": 10}, "automargin": True}
     title = {"x": 0.02, "xanchor": "left", "font": {"size": 16}}
