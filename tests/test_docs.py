@@ -31,7 +31,8 @@ FENCE = re.compile(r"([ ]*<!-- not run: (?P<why>.+?) -->\n)?[ ]*```(?P<kind>\w+)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 RUN_HERE = ("size", "store", "simulate", "config")  # subcommands that need neither an engine nor a download
 FRONT_DOOR = [
-    "chunking", "cli.parser", "cli.tiers", "connectors.config", "engine", "geometry", "plotting.theme", "progress", "serde", "simulation.simulate",
+    "cli.parser", "cli.tiers",
+    "chunking", "connectors.config", "engine", "geometry", "plotting.theme", "progress", "serde", "simulation.simulate",
     "simulation.sweep", "sizing.calculator", "sizing.compare", "stores",
 ]  # fmt: skip
 
