@@ -28,6 +28,7 @@ demo: model
 
 test: env-test
 	@$(VENV)/python -m kvlab.datasets.demo_model > /dev/null
+	@$(VENV)/python scripts/get_browser.py
 	@$(PYTEST) -m "not ($(HEAVY))" tests || failed=1; \
 	$(PYTEST) -m "$(HEAVY)" --nbmake --nbmake-timeout=1200 tests notebooks --ignore=$(EXECUTED) || failed=1; \
 	exit $${failed:-0}

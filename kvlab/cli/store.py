@@ -16,7 +16,7 @@ from kvlab.errors import ConfigError, FormatError, StoreError
 from kvlab.stores import Store, StoreURL, check_url, open_store
 from kvlab.stores.base import Buffer
 from kvlab.stores.disk.names import FANOUT, PRIVATE
-from kvlab.stores.sealed import read_object
+from kvlab.stores.sealed import MOST_BYTES, read_object
 from kvlab.units import format_bytes, parse_bytes
 
 EXAMPLES = (
@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--prefix", default="", help="only keys that start with this")
         if name == "verify":
             command.add_argument("--quarantine", action="store_true", help="put what is broken into quarantine")
+            limit, told = f"{MOST_BYTES >> 30}GiB", "larger ones are not read (default: %(default)s)"
+            command.add_argument("--largest", default=limit, metavar="SIZE", help=told)
             command.add_argument("--auth", metavar="FILE", help="the key that objects must be signed with")
         if name == "evict":
             command.add_argument("--to", required=True, metavar="SIZE", help="bytes that may stay, like 2GiB")
@@ -138,7 +140,7 @@ def _info(store: Store, arguments: argparse.Namespace) -> int:
 
 
 def _verify(store: Store, arguments: argparse.Namespace) -> int:
-    auth = auth_key(arguments.auth)
+    auth, most_bytes = auth_key(arguments.auth), parse_bytes(arguments.largest)
     reasons: Counter[str] = Counter()
     of_others: Counter[str] = Counter()
     unread: Counter[str] = Counter()
@@ -152,11 +154,11 @@ def _verify(store: Store, arguments: argparse.Namespace) -> int:
 
     for key in sorted(store.keys()):
         try:
-            found, error = _look(store, key, auth)
+            found, error = _look(store, key, auth, most_bytes)
             if error is not None:
                 found = None  # let go of, as the second look takes as much memory
                 store.renew()
-                found, error = _look(store, key, auth)
+                found, error = _look(store, key, auth, most_bytes)
         except StoreError as failed:
             unread[failed.reason] += 1
             tell(failed.reason, key, str(failed))
@@ -188,9 +190,9 @@ def _listed(reasons: Counter[str]) -> str:
     return f" ({listed})" if listed else ""
 
 
-def _look(store: Store, key: str, auth: AuthKey | None) -> tuple[Buffer | None, FormatError | None]:
+def _look(store: Store, key: str, auth: AuthKey | None, most_bytes: int) -> tuple[Buffer | None, FormatError | None]:
     """What was read of the object, None if it left meanwhile, and what is wrong with it."""
-    found, error = read_object(store, key)
+    found, error = read_object(store, key, most_bytes=most_bytes)
     if found is None or error is not None:
         return found, error
     try:

@@ -74,7 +74,9 @@ def predicted_figure(rows: Rows, title: str) -> "go.Figure":
         figure.add_scatter(x=tokens, y=told, name=f"{how}, predicted", mode="markers", marker=open_mark)
         figure.add_scatter(x=tokens, y=seen, name=f"{how}, measured", mode="markers", marker=full_mark, error_y=near)
     lengths = sorted({row["tokens"] for row in rows})
-    figure.update_xaxes(type="log", title="tokens of the prompt", tickvals=lengths)
+    figure.update_xaxes(
+        type="log", title="tokens of the prompt", tickvals=lengths, ticktext=[f"{n:,}" for n in lengths]
+    )
     figure.update_yaxes(type="log", title="TTFT (ms)", tickvals=[n * 10**k for k in range(5) for n in (1, 2, 5)])
     return theme.styled(figure, title)
 
