@@ -12,7 +12,7 @@ import pytest
 
 from kvlab.__main__ import COMMANDS, main
 from kvlab.connectors import vllm_config
-from tests.support.examples import ROOT, SHOWN, blocks, commands, serve_lines, with_files
+from tests.support.examples import ROOT, SHOWN, blocks, commands, commands_with_variables, serve_lines, with_files
 
 RUN = ("size", "store", "simulate", "config")  # these subcommands need neither an engine nor a download
 PIP = {"pip", "uv"}
@@ -31,8 +31,10 @@ def is_shown(page, program):
 @pytest.mark.parametrize("page", [page for page in SHOWN if is_shown(page, "kvlab")], ids=name_of)
 def test_kvlab_commands_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for words in commands(page):
-        if words[0] == "kvlab" and words[1] in RUN:
+    for variables, words in commands_with_variables(page):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        if words[0] == "kvlab" and (words[1] in RUN or words[1].startswith("-")):
             given = [with_files(word, tmp_path).replace("file:///", f"file://{tmp_path}/") for word in words[1:]]
             assert main(given) == 0, shlex.join(words)
         elif words[0] == "kvlab":

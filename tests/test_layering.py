@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "kvlab"
 FLOORS = [
-    ["errors", "lazy", "progress", "system", "units"],
+    ["errors", "lazy", "progress", "system", "threads", "units"],
     ["auth", "geometry", "hostmemory", "fingerprint", "installed"],
     ["chunking", "hashing", "container"],
     ["serde", "stores", "paged"],

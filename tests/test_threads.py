@@ -7,9 +7,9 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from kvlab.machine.threads import Threads
 from kvlab.stores.closing import close_store
 from kvlab.stores.memory import MemoryStore
+from kvlab.threads import Threads
 
 
 def test_calls_run_in_order_and_in_so_many_threads():
@@ -71,7 +71,7 @@ def test_a_store_that_cannot_be_closed_is_left_alone(caplog):
 def test_a_process_ends_though_a_call_hangs():
     program = (
         "import threading\n"
-        "from kvlab.machine.threads import Threads\n"
+        "from kvlab.threads import Threads\n"
         "threads = Threads(1, 't')\n"
         "threads.submit(threading.Event().wait)\n"
         "print(threads.close(cancel=True, stall_s=0.05))\n"

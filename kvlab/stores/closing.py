@@ -2,8 +2,8 @@
 
 import logging
 
-from kvlab.machine.threads import Threads
 from kvlab.stores.base import Store
+from kvlab.threads import Threads
 
 logger = logging.getLogger("kvlab")
 

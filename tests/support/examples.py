@@ -10,6 +10,7 @@ DOCS = ROOT / "docs"
 GUIDE = sorted([*(DOCS / "guide").glob("*.md"), *(DOCS / "design").glob("*.md"), DOCS / "index.md"])
 SHOWN = [ROOT / "README.md", *GUIDE]
 FENCE = re.compile(r"([ ]*<!-- not run: (?P<why>.+?) -->\n)?[ ]*```(?P<kind>\w+)\n(?P<text>.*?)\n[ ]*```", re.DOTALL)
+VARIABLE = re.compile(r"[A-Z_]+=")
 SECRET_FILES = {"kvlab_key": b"k" * 32, "key": b"k" * 32, "redis_password": b"secret\n", "ca.pem": b""}
 
 
@@ -20,9 +21,20 @@ def blocks(page: Path, kind: str) -> list[tuple[str | None, str]]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Words of every command of the page's ``bash`` blocks; a line that ends with a backslash goes on."""
+    """Words of every command of the page's ``bash`` blocks, without the variables that it sets."""
+    return [words for _, words in commands_with_variables(page)]
+
+
+def commands_with_variables(page: Path) -> list[tuple[dict[str, str], list[str]]]:
+    """(variables, words) of every command; a line that ends with a backslash goes on."""
     text = "\n".join(text.replace("\\\n", " ") for why, text in blocks(page, "bash") if why is None)
-    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    found = []
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        count = next((at for at, word in enumerate(words) if not VARIABLE.match(word)), len(words))
+        if words[count:]:
+            found.append((dict(word.split("=", 1) for word in words[:count]), words[count:]))
+    return found
 
 
 def serve_lines() -> list[tuple[Path, list[str]]]:

@@ -13,8 +13,8 @@ from kvlab.connectors.vllm.scheduler.requests import RequestState, SkipReason
 from kvlab.connectors.vllm.scheduler.residency import Residency
 from kvlab.errors import StoreError
 from kvlab.hashing import Namespace
-from kvlab.machine.threads import Threads
 from kvlab.stores import Store
+from kvlab.threads import Threads
 
 logger = logging.getLogger("vllm.kvlab")
 INLINE_WAIT_S = 0.001  # an answer this fast saves the request one trip through the scheduler

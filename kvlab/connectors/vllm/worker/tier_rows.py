@@ -8,8 +8,8 @@ from typing import Any
 
 from kvlab.connectors.vllm.messages import TierRow
 from kvlab.engine import CacheEngine
-from kvlab.machine.threads import Threads
 from kvlab.stores import Store
+from kvlab.threads import Threads
 from kvlab.units import format_bytes
 
 logger = logging.getLogger("vllm.kvlab")

@@ -27,10 +27,10 @@ from kvlab.connectors.vllm.worker.tier_rows import TierRows, log_tiers
 from kvlab.connectors.vllm.worker.write_back import MAX_DELAY_S, WriteBackQueue
 from kvlab.engine import CacheEngine
 from kvlab.hashing import versioned
-from kvlab.machine.threads import Threads
 from kvlab.paged.slots import room
 from kvlab.paged.transfer import Clock, Transfer
 from kvlab.stores.closing import close_store
+from kvlab.threads import Threads
 
 logger = logging.getLogger("vllm.kvlab")
 TIMED_STEPS = 8  # one in so many of the steps without a prefill is timed

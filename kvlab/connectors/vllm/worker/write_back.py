@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from kvlab.connectors.vllm.messages import SaveOp
-from kvlab.machine.threads import Threads
+from kvlab.threads import Threads
 
 MAX_DELAY_S = 0.5  # upper bound on deferring a write while prefills run
 IDLE_S = 0.03  # no step has begun for so long: nothing is being launched
