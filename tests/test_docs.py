@@ -23,6 +23,7 @@ from tests.test_layering import FLOORS
 PAGES = sorted(DOCS.rglob("*.md"))
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 FRONT_DOOR = [
+    "cli.parser", "cli.tiers",
     "chunking", "connectors.config", "engine", "geometry", "plotting.theme", "plotting.ticks", "progress", "serde",
     "simulation.simulate", "simulation.sweep", "sizing.calculator", "sizing.compare", "stores",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 BOLD, DIM, GREEN, RED = "1", "2", "32", "31"
@@ -20,7 +20,7 @@ def styled(text: str, *styles: str) -> str:
     return f"\033[{';'.join(styles)}m{text}\033[0m" if has_colours() and text else text
 
 
-def table(rows: Sequence[Sequence[str]], *, left: int = 0, best: set[tuple[int, int]] = frozenset()) -> str:  # type: ignore[assignment]
+def table(rows: Sequence[Sequence[str]], *, left: int = 0, best: Collection[tuple[int, int]] = ()) -> str:
     """Lines of cells, the first of headings. The first `left` columns begin on the left, the others end on the right;
     cells (row, column) of `best` are marked."""
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]

@@ -1,6 +1,7 @@
 """``kvlab store ls|info|verify|evict|clear URL``: look into a tier and tidy it."""
 
 import argparse
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -55,13 +56,32 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 fine, 1 something is broken, 2 wrong use or no access."""
+    warned = _Warnings()
+    logging.getLogger("kvlab").addHandler(warned)
+    why = ""
     try:
         arguments = parser().parse_args(argv)
         with open_store(_looking_only(arguments.url)) as store:
             return COMMANDS[arguments.command][1](store, arguments)
     except (ConfigError, StoreError) as error:
-        print(f"kvlab store: {_shown(str(error))}", file=sys.stderr)
+        why = str(error)
         return 2
+    finally:
+        logging.getLogger("kvlab").removeHandler(warned)
+        lines = [line for line in dict.fromkeys(warned.lines) if line not in why]
+        for line in [*lines, *([f"kvlab store: {why}"] if why else [])]:
+            print(_shown(line), file=sys.stderr)
+
+
+class _Warnings(logging.Handler):
+    """What a store logs meanwhile; one that the error repeats is not shown twice."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 def _looking_only(url: str) -> str:

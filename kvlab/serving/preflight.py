@@ -18,8 +18,16 @@ MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 MOST_POOL = 4 << 30  # bytes of a server's own pool on a CPU, unless told
 
 
-def check(names: Sequence[Name], *, cache_bytes: int, redis_url: str | None, together: bool) -> None:
-    """Raise ConfigError, or StoreError of a Redis that does not answer, for what would stop a server later."""
+def check(
+    names: Sequence[Name], *, cache_bytes: int, redis_url: str | None, together: bool, out: str | Path | None = None
+) -> None:
+    """Raise ConfigError, or StoreError of a Redis that does not answer, for what would stop a server, or lose its rows,
+    later."""
+    if out is not None:
+        try:
+            open(out, "a").close()
+        except OSError as error:
+            raise ConfigError(f"rows cannot be written to {str(out)!r}: {error.strerror}") from error
     if find_spec("vllm") is None:
         raise MissingPackageError(needs("it", "vLLM", "vllm"))
     if not gpu_name() and is_for_gpus():

@@ -156,7 +156,7 @@ def run(
             place.mkdir(parents=True, exist_ok=True)
         for name in names:  # refuse a wrong name or URL before anything is downloaded or started
             _backend(name, size, place / "tier", redis_url or "redis://127.0.0.1:1", settings)
-        preflight.check(names, cache_bytes=size, redis_url=redis_url, together=together)
+        preflight.check(names, cache_bytes=size, redis_url=redis_url, together=together, out=out)
         pool = preflight.pool_flags(server_flags, backend_flags or {}, len(names) if together else 1)
         model = demo_model(model)
         measuring = stack.enter_context(client.Client(place / "client.log"))
