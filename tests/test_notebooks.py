@@ -52,6 +52,13 @@ def test_cells_are_short(notebook):
         assert len(lines) - taken <= MAX_LINES, source[:80]
 
 
+def test_no_output_names_a_folder_of_the_machine_that_made_it(notebook):
+    for output in outputs(notebook):
+        told = {kind: text for kind, text in output.get("data", {}).items() if not kind.startswith("image/")}
+        text = json.dumps([told, output.get("text", ""), output.get("evalue", "")])
+        assert re.findall(r"/(?:home|root|work|tmp|Users|mnt|opt)/[^\\\"' ]*", text) == []
+
+
 def test_prose_has_no_measured_numbers(notebook):
     """A time, a rate or a share in prose would not change with the cells: cells print them."""
     prose = sources(notebook, "markdown")[1:]
