@@ -8,8 +8,8 @@ EXTRAS = {  # package that an extra brings -> (what people call it, the extra)
     "numba": ("numba", "serde"),
     "pandas": ("pandas", "notebook"),
     "plotly": ("plotly", "notebook"),
-    "pytest": ("pytest", "test"),
-    "hypothesis": ("hypothesis", "test"),
+    "pytest": ("pytest", "suites"),
+    "hypothesis": ("hypothesis", "suites"),
     "vllm": ("vLLM", "vllm"),
 }
 

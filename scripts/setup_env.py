@@ -6,6 +6,8 @@ Standard library only, because it runs before anything is installed. A step is m
 finished, so a set-up that was cut off goes on where it stopped.
 """
 
+from __future__ import annotations  # older Pythons are to come as far as the line that refuses them
+
 import hashlib
 import json
 import os

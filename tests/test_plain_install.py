@@ -100,7 +100,7 @@ def test_these_names_need_no_extra(code, tmp_path):
         ("kvlab.size_calculator('Qwen2.5-7B').to_frame()", "to_frame needs pandas: pip install 'kvlab[notebook]'"),
         ("from kvlab.plotting import theme; theme.use()", "a figure needs plotly: pip install 'kvlab[notebook]'"),
         ("import kvlab.connectors.vllm", "kvlab.connectors.vllm needs"),
-        ("from kvlab.testing import StoreTests", "kvlab.testing needs pytest: pip install 'kvlab[test]'"),
+        ("from kvlab.testing import StoreTests", "kvlab.testing needs pytest: pip install 'kvlab[suites]'"),
     ],
 )
 def test_other_names_name_the_extra_in_one_line(code, words, tmp_path):

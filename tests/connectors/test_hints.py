@@ -115,6 +115,8 @@ def test_hints_of_requests_to_an_engine():
         assert ask(llm, first, load=False).row["miss"] == "not_wanted"
         wrong = ask(llm, first, lod=False)
         assert (wrong.hit, wrong.row["miss"]) == (0, "wrong_hint")
+        assert wrong.row["hint"] == "unknown hint; known: load, save, pin, release, ttl_s"
+        assert ask(llm, [5, 6, 7], lod=False).row["miss"] == "wrong_hint", "of a prompt that no hit could serve as well"
         assert ask(llm, first, pin=True).row["pinned_objects"] == 6, "four chunks of 64, a tail and a partial block"
         for p in others:
             ask(llm, p)
@@ -163,4 +165,6 @@ def test_a_salt_has_its_share_and_metrics_tell_of_every_tier(tmp_path):
         assert found["tier_read_bytes_total", "disk"] > 300 * 46080
         assert found["tier_evictions_total", "memory"] > 0
         assert found["tier_up", "disk"] == 1
+        assert ("tier_read_bytes_total", "memory") not in found
+        assert found["bad_objects_total", None] == 0, "counters are there before the first event"
         assert not connector(llm).hook_errors

@@ -133,6 +133,9 @@ class KVLabPromMetrics(KVConnectorPromMetrics):
             documentation="Requests that kvlab could not serve in full, by reason.",
             labelnames=[*labelnames, "reason"],
         )
+        for labels in self._labels.values():  # a counter that first shows with a 1 would hide that from `increase`
+            for metric in self._metrics.values():
+                metric.labels(*labels)
         by_tier = [*labelnames, "tier"]
         self._loaded_bytes = self._counter_cls(
             name="vllm:kvlab_loaded_bytes", documentation=LOADED_BYTES, labelnames=by_tier
@@ -163,4 +166,5 @@ class KVLabPromMetrics(KVConnectorPromMetrics):
             for field, gauge in self._tier_gauges.items():
                 gauge.labels(*labels, tier).set(row[field])
             for field, counter in self._tier_counters.items():
-                counter.labels(*labels, tier).inc(row[field])
+                if field == "evictions" or tier != "memory":  # its reads and writes are loads and saves
+                    counter.labels(*labels, tier).inc(row[field])

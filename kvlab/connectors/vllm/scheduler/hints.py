@@ -1,9 +1,13 @@
 """What a request may ask of the cache: ``kv_transfer_params={"kvlab": {"pin": true, "ttl_s": 600}}``."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
+
+logger = logging.getLogger("vllm.kvlab")
+_LOGGED: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class Hints:
         if given is None:
             return cls()
         wrong = _fault(given)
+        if wrong and wrong not in _LOGGED:  # the texts are those below
+            _LOGGED.add(wrong)
+            logger.warning("kvlab: a request's hints are wrong, such requests go without the cache: %s", wrong)
         return cls(load=False, save=False, wrong=wrong) if wrong else cls(**given)
 
 

@@ -199,7 +199,9 @@ class Scheduler:
         state.plan, state.plan_tokens, state.lookup, state.lookup_started_s = [], 0, None, 0.0
         if not state.counted:  # called a second time once an async load has ended
             state.counted = True
-            self._count_miss(state, plan)
+            if reason := self._miss_reason(state, plan):
+                state.row["miss"] = reason
+                self.counters[f"miss_{reason}"] += 1
         if num_external_tokens == 0:
             return
         state.expected_tokens += num_external_tokens
@@ -219,27 +221,26 @@ class Scheduler:
             state.given_up = True
         self.loads.fail_load(request_id, block_ids, is_async=is_async)
 
-    def _count_miss(self, state: RequestState, plan: Sequence[ObjectRef]) -> None:
-        """Count why the first block that neither the engine nor a tier holds is not there."""
+    def _miss_reason(self, state: RequestState, plan: Sequence[ObjectRef]) -> str:
+        """Why the first block that no tier holds is not there; empty if all are."""
+        if state.hints.wrong:
+            return "wrong_hint"
         at = max(end_block(plan), state.local_tokens // self.chunker.block_tokens)
         if at >= (state.request.num_tokens - 1) // self.chunker.block_tokens:
-            return
+            return ""
         chunk_end = min(at - at % self.chunker.chunk_blocks + self.chunker.chunk_blocks, len(state.hashes))
         key = state.hashes[chunk_end - 1]
         if not state.hints.load:
-            reason = "wrong_hint" if state.hints.wrong else "not_wanted"
-        elif state.skip is not None:
-            reason = state.skip.value
-        elif self.residency.is_corrupt(key):
-            reason = Where.CORRUPT.value
-        elif self.index.get(key) is not None:
-            return
-        elif key in self.index.evicted:
-            reason = "evicted"
-        else:
-            reason = state.missing.get(key, "never_stored" if self.secondary is None else "not_asked")
-        state.row["miss"] = reason
-        self.counters[f"miss_{reason}"] += 1
+            return "not_wanted"
+        if state.skip is not None:
+            return state.skip.value
+        if self.residency.is_corrupt(key):
+            return Where.CORRUPT.value
+        if self.index.get(key) is not None:
+            return ""
+        if key in self.index.evicted:
+            return "evicted"
+        return state.missing.get(key, "never_stored" if self.secondary is None else "not_asked")
 
     # ---- each step
 
@@ -388,8 +389,9 @@ class Scheduler:
             if extras is None:
                 self.counters["unnameable_requests"] += 1
                 return None
-            hints, keeps_partial = Hints.of(request), self.config.save_partial_block
-            state = RequestState(request, extras, keeps_partial_block=keeps_partial, hints=hints)
+            hints = Hints.of(request)
+            state = RequestState(request, extras, keeps_partial_block=self.config.save_partial_block, hints=hints)
+            state.row = {"hint": hints.wrong} if hints.wrong else {}
             if adapter is not None:
                 state.adapter = Adapter(request.lora_request.lora_int_id, adapter.num_loads)
             self._states[request.request_id] = state
