@@ -4,15 +4,15 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kvlab.errors import StoreError
 from kvlab.stores.base import ValueTooLongError
 from kvlab.stores.circuit_breaker import CircuitBreaker
 from kvlab.stores.forks import ForkAware, Lock
-from kvlab.stores.redis.lookup import addresses_of
-from kvlab.stores.redis.resp import ReplyError, RespConnection, ok, time_left
+from kvlab.stores.redis.resp import ReplyError, RespConnection, ok
 from kvlab.stores.redis.url import Login
+from kvlab.stores.wire import connected
 
 log = logging.getLogger(__name__)
 
@@ -131,37 +131,14 @@ class RedisNode(ForkAware):
 
 def _connect(address: tuple[str, int] | str, login: Login, deadline: float) -> RespConnection:
     """A connection that is let in, by `deadline`."""
-    sock = _reach(address, deadline)
+    sock = connected(address, login.tls, deadline)
     try:
-        if login.tls is not None and not isinstance(address, str):
-            sock.settimeout(time_left(deadline))  # of the whole handshake
-            sock = login.tls.wrap_socket(sock, server_hostname=address[0])
         connection = RespConnection(sock, [secret.reveal() for secret in login.hidden])
         _log_in(connection, login, deadline)
     except BaseException:
         sock.close()
         raise
     return connection
-
-
-def _reach(address: tuple[str, int] | str, deadline: float) -> socket.socket:
-    if isinstance(address, str):
-        places: list[tuple[int, Any]] = [(socket.AF_UNIX, address)]
-    else:
-        places = addresses_of(*address, deadline)
-    refused: OSError = ConnectionRefusedError(f"no address of {address}")
-    for tried, (family, place) in enumerate(places):
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(time_left(deadline) / (len(places) - tried))  # one that is silent leaves time for the next
-            sock.connect(place)
-            if family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-        except OSError as error:
-            sock.close()
-            refused = error
-    raise refused
 
 
 def _log_in(connection: RespConnection, login: Login, deadline: float) -> None:
