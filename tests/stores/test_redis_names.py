@@ -13,7 +13,7 @@ from servers import PATIENT, Server, running, wait_for
 
 from kvlab.errors import StoreError
 from kvlab.stores import open_store
-from kvlab.stores.redis import lookup
+from kvlab.stores import lookup
 from kvlab.stores.redis.url import PASSWORD
 
 
