@@ -1,5 +1,6 @@
 """What is asked about the objects of a store's keys, each by a deadline."""
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 
@@ -11,6 +12,8 @@ from kvlab.stores.s3.http import Answer, HttpConnection
 from kvlab.stores.s3.names import KEY_HEADER, key_of, metadata_of, name_of
 from kvlab.stores.wire import ProtocolError
 
+_TAG = re.compile(r'"[!#-~]{1,128}"')
+PAGE = 1000  # names of a list that are asked for at once: S3's most
 LISTING = 60  # times the deadline of a call: how long a list of all names may take
 
 
@@ -62,7 +65,7 @@ class Objects:
             head = bytearray(min(answer.length, num_bytes))
             connection.read_value([memoryview(head)], deadline)
             answer.keeps = answer.keeps and len(head) == answer.length  # a server may not know ranges
-            return bytes(head), answer.headers.get("etag", "")
+            return bytes(head), _tag(answer)
 
         if not num_bytes:
             return None if self.size(key, deadline) is None else (b"", "")
@@ -87,7 +90,7 @@ class Objects:
             if error.reason != "no_key":
                 raise
             if not self._bucket_seen:  # an answer to HEAD does not say what is missing
-                self._page("", "", deadline, most=1)
+                self._page(self._bucket.target.prefix, "", deadline)
             return None
         self._bucket_seen = True
         return found
@@ -130,8 +133,8 @@ class Objects:
             return None
         return key_of(name, told)
 
-    def _page(self, prefix: str, token: str, deadline: float, most: int = 1000) -> Page:
-        query = {"list-type": "2", "delimiter": "/", "encoding-type": "url", "max-keys": str(most), "prefix": prefix}
+    def _page(self, prefix: str, token: str, deadline: float) -> Page:
+        query = {"list-type": "2", "delimiter": "/", "encoding-type": "url", "max-keys": str(PAGE), "prefix": prefix}
         if token:
             query["continuation-token"] = token
         page = self._bucket.ask("GET", "", lambda connection, answer: page_of(connection.read_text(answer, deadline)),
@@ -145,6 +148,12 @@ class Objects:
         if answer.length > self._limit:
             raise ValueTooLongError(f"the server announced {answer.length} bytes; the limit is {self._limit}")
         return answer.length
+
+
+def _tag(answer: Answer) -> str:
+    """It goes into a header of another request: none is better than an odd one."""
+    tag = answer.headers.get("etag", "")
+    return tag if _TAG.fullmatch(tag) else ""
 
 
 def _end(deadline: float) -> Read[bytes]:
