@@ -232,9 +232,8 @@ class S3Store(Store):
         for at in range(0, len(keys), BATCH):
             deadline = self._deadline()
             with self._counting():
-                found += at_once(
-                    [partial(work, key, deadline) if fits_key(key) else _nothing for key in keys[at : at + BATCH]]
-                )
+                works = [partial(work, key, deadline) if fits_key(key) else _nothing for key in keys[at : at + BATCH]]
+                found += at_once(works, first_alone=not self._bucket.health.is_up)
         return found
 
     def _read(self, key: str, out: Sequence[memoryview] | None) -> Sequence[memoryview] | None:
