@@ -163,7 +163,9 @@ def measure(server: str, port: int, size: int, repeats: int) -> Iterator[dict[st
         times: dict[str, list[float]] = {name: [] for name in clients}
         cpu = dict.fromkeys(clients, 0.0)
         for repeat in range(repeats + 2):
-            for name, client in clients.items():
+            turn = list(clients)[repeat % len(clients) :] + list(clients)[: repeat % len(clients)]
+            for name in turn:  # none always goes first
+                client = clients[name]
                 before, start = time.process_time(), time.perf_counter()
                 work(client)
                 if repeat > 1:  # the first ones warm up

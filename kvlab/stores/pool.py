@@ -20,10 +20,10 @@ class Pool(ForkAware, Generic[C]):
         self._lock = Lock()
         self.watch_forks()
 
-    def take(self, deadline: float) -> tuple[C, bool]:
+    def take(self, deadline: float, *, new: bool = False) -> tuple[C, bool]:
         """A connection, and whether it was idle: it may have died meanwhile."""
         with self._lock:
-            if self._idle:
+            if self._idle and not new:
                 return self._idle.pop(), True
         connection = self._connect(deadline)
         self._open.add(connection)

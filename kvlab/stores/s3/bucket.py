@@ -66,8 +66,9 @@ class Bucket:
         sent = {"host": self.target.host_header, **(headers or {})}
         sent = signed(method, path, options, sent, credentials, self.target.region)
         where = f"{path}?{options}" if options else path
+        was_idle = False
         while True:
-            connection, was_idle = self._take(deadline)
+            connection, was_idle = self._take(deadline, new=was_idle)
             try:
                 answer = connection.ask(method, where, sent, deadline, body)
                 result = self._read(connection, method, answer, read, deadline)
@@ -123,10 +124,10 @@ class Bucket:
         else:
             self._pool.drop(connection)
 
-    def _take(self, deadline: float) -> tuple[HttpConnection, bool]:
+    def _take(self, deadline: float, *, new: bool) -> tuple[HttpConnection, bool]:
         try:
             while True:
-                connection, was_idle = self._pool.take(deadline)
+                connection, was_idle = self._pool.take(deadline, new=new)
                 if not was_idle or not connection.is_stale:
                     return connection, was_idle
                 self._pool.drop(connection)
