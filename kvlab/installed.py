@@ -4,7 +4,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, KVLabError, missing_package
 
 
 def found(group: str) -> dict[str, str]:
@@ -29,13 +29,25 @@ def class_at(group: str, name: str, target: str) -> Any:
         cls: Any = import_module(module)
         for attribute in path.split("."):
             cls = getattr(cls, attribute)
+    except KVLabError:
+        raise
     except ImportError as error:
+        if isinstance(known := missing_package(error, where), ConfigError):
+            raise known from error
         raise ConfigError(f"{where} needs a package that is not installed: {told(error)}") from error
     except (Exception, SystemExit) as error:  # a module of another package may do anything
         raise ConfigError(f"{where} cannot be loaded, repair or remove its package: {told(error)}") from error
     if not isinstance(cls, type):
         raise ConfigError(f"{where} must name a class, got {type(cls).__name__}")
     return cls
+
+
+def needed(module: str, what: str = "") -> Any:
+    """`module`, imported on use; MissingPackageError, which names the extra that brings it, where it is not there."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise missing_package(error, what) from error
 
 
 def told(error: BaseException) -> str:

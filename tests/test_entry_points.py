@@ -5,16 +5,18 @@ import textwrap
 
 import pytest
 
-from kvlab import get_serde, open_store
+from kvlab import get_serde, open_store, simulate, sweep, vllm_config
 from kvlab import serde as serdes
 from kvlab.errors import ConfigError, FormatError
 from kvlab.serde import serde_to_read
 from kvlab.stores import check_url
+from kvlab.stores.eviction import get_policy
 from kvlab.stores.memory import MemoryStore
 
 MODULES = {
     "others_good": """
         from kvlab.serde.naive import NaiveSerde
+        from kvlab.stores.eviction import LRUPolicy
         from kvlab.stores.memory import MemoryStore
         value = 5
         class Good(MemoryStore): pass
@@ -26,6 +28,10 @@ MODULES = {
             @classmethod
             def from_url(cls, url): raise KeyError("secret")
         class Serde(NaiveSerde): pass
+        class Policy(LRUPolicy): pass
+        class NoPolicy: pass
+        class PickyPolicy(LRUPolicy):
+            def __init__(self, size): pass
         """,
     "others_syntax": "def (",
     "others_broken": "raise RuntimeError('planted')",
@@ -45,6 +51,7 @@ WRONG = {
     "no-store": "others_good:NoStore",
     "picky": "others_good:Picky",
 }
+POLICIES = {"good": "others_good:Policy", "needs-size": "others_good:PickyPolicy", "no-policy": "others_good:NoPolicy"}
 GOOD = {"good": "others_good:Good", "inner": "others_good:Outer.Inner", "extra": "others_good:Good [fast]"}
 
 
@@ -56,7 +63,9 @@ def installed(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1\n")
     stores = "".join(f"{name} = {target}\n" for name, target in {**WRONG, **GOOD}.items())
     kinds = "".join(f"{name} = {target}\n" for name, target in {**WRONG, "good": "others_good:Serde"}.items())
-    (info / "entry_points.txt").write_text(f"[kvlab.stores]\n{stores}[kvlab.serde]\n{kinds}")
+    policies = "".join(f"{name} = {target}\n" for name, target in {**WRONG, **POLICIES}.items())
+    groups = {"stores": stores, "serde": kinds, "policies": policies}
+    (info / "entry_points.txt").write_text("".join(f"[kvlab.{name}]\n{text}" for name, text in groups.items()))
     for name, text in MODULES.items():
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -106,3 +115,27 @@ def test_what_a_class_says_of_its_url_is_not_told():
     with pytest.raises(ConfigError) as caught:
         open_store("picky://user:secret@host?size=1MiB")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*WRONG, "no-policy", "needs-size"])
+def test_a_policy(name):
+    for use in (get_policy, lambda name: check_url(f"memory://?size=1MiB&policy={name}")):
+        with pytest.raises(ConfigError) as caught:
+            use(name)
+        line = str(caught.value)
+        assert name in line
+        assert "\n" not in line
+        if name not in ("picky", "needs-size"):
+            assert "kvlab.policies" in line
+
+
+def test_a_policy_that_is_there_is_used_by_name_everywhere(tmp_path):
+    with open_store("memory://?size=1MiB&policy=good") as store:
+        assert store.put("k", b"v")
+    with open_store(f"file://{tmp_path}/kv?size=1MiB&policy=good") as store:
+        assert store.put("k", b"v")
+    assert vllm_config(["memory://?size=1MiB&policy=good"])
+    rows = sweep("chat", ["100 blocks", "memory://?size=90 blocks&policy=good"], ["good", "lru"], workers=2)
+    assert [row["policy"] for row in rows] == ["good", "good", "lru", "lru"]
+    assert rows[0]["block_hit_rate"] == rows[2]["block_hit_rate"]
+    assert simulate("chat", "memory://?size=90 blocks&policy=good").row["policy"] == "good"

@@ -15,7 +15,7 @@ from kvlab.hashing import Namespace, cache_namespace
 from kvlab.objects import MAX_TOKEN_BYTES, MOST_GROWTH
 from kvlab.serde import Encoded, get_serde, serde_to_read
 from kvlab.serde.wire import Expected, from_parts, to_parts
-from kvlab.stores import open_store
+from kvlab.stores import open_store, open_stores
 from kvlab.stores.wrappers import WrapperStore
 from tests.forged import data_of, forged, header_of
 from tests.serde.kinds import SPECS, serde_of
@@ -323,3 +323,31 @@ def test_the_header_of_every_kind_leaves_room_for_the_namespace():
     for spec in SPECS:
         engine.serde = serde_of(spec)
         assert engine.save_object("k" * 300, torch.randn(3, 11, 2, 2, 16), AXES, first_token=0, end_token=11), spec
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        (lambda: get_serde(None), "serde must be a name like 'naive' or 'int4:group=64', got NoneType"),
+        (lambda: CacheEngine("memory://?size=1MiB", namespace="m", serde=object()), "must be a name .* got object"),
+        (lambda: CacheEngine(["memory://?size=1MiB"], namespace="m"), r"got list; several are one by .*open_stores"),
+        (lambda: CacheEngine(None, namespace="m"), "store must be a URL like .* got NoneType"),
+        (
+            lambda: CacheEngine("memory://?size=1MiB", namespace="m").save([1], kv_of(1).numpy()),
+            "kv must be a torch.Tensor, got ndarray; torch.from_numpy",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_one_line(use, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        use()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_callers_mistake_is_no_outage_of_a_tier():
+    with open_stores(["memory://?size=1MiB", "memory://?size=2MiB"]) as stack:
+        for wrong in (5, None, "text"):
+            with pytest.raises(TypeError):
+                stack.put("k", wrong)
+        assert stack.put("k", b"value")
+        assert all(tier.store.contains("k") for tier in stack.tiers)

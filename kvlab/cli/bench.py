@@ -7,30 +7,43 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from kvlab.cli.config import setting
 from kvlab.cli.parser import Parser
+from kvlab.cli.show import print_json
+from kvlab.cli.tiers import as_urls
 from kvlab.errors import ConfigError
 from kvlab.serving.backends import NAMES
 from kvlab.serving.runs import run
 from kvlab.serving.tables import read_rows, report, serving_block
 from kvlab.serving.workloads import KINDS
 
+EXAMPLES = (
+    "kvlab bench                                           no cache, then host memory, on the demo model",
+    "kvlab bench --backends none,kvlab-disk --model MODEL --out rows.jsonl",
+    "kvlab bench --backends 1GiB+file:///kv?size=8GiB --num-prompts 64 --request-rate 2",
+    "kvlab bench --report rows.jsonl",
+)
+
 
 def main(argv: Sequence[str]) -> int:
     """Run it; rows go to --out as they come, tables to stdout."""
-    parser = _parser()
-    options, rest = parser.parse_known_args([*argv])
+    made = parser()
+    options, rest = made.parse_known_args([*argv])
     if rest and rest[0] != "--":
-        parser.error(f"unknown argument {rest[0]!r}; flags for the server go after --")
+        made.error(f"unknown argument {rest[0]!r}; flags for the server go after --")
     if options.report:
         rows = [row for path in options.report for row in read_rows(path)]
-        print(report(rows))
+        if options.json:
+            print_json(rows)
+        else:
+            print(report(rows))
         return 0
     for number in (
         signal.SIGTERM,
         signal.SIGHUP,
     ):  # a polite kill or a closed terminal stops the servers as ctrl-C does
         signal.signal(number, _interrupt)
-    names: list[Any] = [name for name in options.backends.split(",") if name]
+    names: list[Any] = [_backend(name) for name in options.backends.split(",") if name]
     try:
         rows = run(
             names,
@@ -62,16 +75,22 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("kvlab bench: interrupted; everything it started is stopped", file=sys.stderr)
         return 130
+    if options.json:
+        print_json(rows)
+        return 0
     for row in rows:
         print(serving_block(row))
     print("\n" + report(rows))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="kvlab bench", description=__doc__, epilog="Flags after -- go to every server.")
-    add = parser.add_argument
-    add("--backends", default="none,kvlab-memory", help=f"names or store URLs, with commas: {', '.join(NAMES)}")
+def parser() -> argparse.ArgumentParser:
+    """The arguments of ``kvlab bench``."""
+    about = "Serving benchmarks of backends side by side, and the tables of rows measured before."
+    made = Parser("kvlab bench", about, examples=EXAMPLES, more="Flags after -- go to every server.")
+    add = made.add_argument
+    named = ", ".join(NAMES)
+    add("--backends", default="none,kvlab-memory", help=f"names, URLs, or stacks of them with +, with commas: {named}")
     add("--model", help="folder or hub id; default the small demo model")
     add("--dataset", default="sharegpt", help=f"{', '.join(KINDS)}; several, with commas, are sent one after the other")
     add("--dataset-path", help="a ShareGPT JSON file, or a trace in Mooncake's format")
@@ -103,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--load-format", help="dummy: random weights of the model's shape")
     add("--max-model-len", type=int)
     add("--gpu-memory-utilization", type=float)
-    add("--kv-cache-memory-bytes", help="of each server's own pool")
+    add("--kv-cache-memory-bytes", help="of each server's own pool; on a CPU a quarter of what is free, at most 4 GiB")
     add("--enforce-eager", action="store_true", help="no compilation, no CUDA graphs")
     add("--port", type=int, help="default a free one")
     add("--warmups", type=int, default=2, help="random prompts before the first run")
@@ -111,7 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--folder", help="where disk tiers, logs and detailed results go and stay; default a temporary one")
     add("--out", help="append rows to this file as JSON lines")
     add("--report", nargs="+", metavar="ROWS", help="no run: print the tables of these files")
-    return parser
+    add("--json", action="store_true", help="print the rows as JSON instead of tables")
+    return made
+
+
+def _backend(text: str) -> str | list[str]:
+    """A name, or the tiers of a stack."""
+    return as_urls(text) if "://" in text else text
 
 
 def _server_flags(options: argparse.Namespace) -> list[str]:
@@ -125,14 +150,7 @@ def _server_flags(options: argparse.Namespace) -> list[str]:
 
 def _setting(text: str) -> tuple[str, Any]:
     name, value = _pair(text, "--set")
-    if value.lower() in ("true", "false"):
-        return name, value.lower() == "true"
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            continue
-    return name, value
+    return name, setting(value)
 
 
 def _numbers(text: str, kind: type, flag: str) -> Any:

@@ -2,29 +2,40 @@
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
-from kvlab.errors import ConfigError
+from kvlab.cli.parser import Parser
+from kvlab.cli.show import print_json
+from kvlab.errors import ConfigError, missing_package
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of ``kvlab profile``."""
+    about = "Make the tables that the cachegen serde needs, and lay them beside the model."
+    p = Parser("kvlab profile", about, examples=("kvlab profile path/to/model chats.txt code.txt",))
+    p.add_argument("model", type=Path, help="checkpoint folder")
+    p.add_argument("text", type=Path, nargs="+", help="plain text files like what will be served; 4,000 tokens do")
+    p.add_argument("--out", type=Path, help="where to write (default: beside the model)")
+    p.add_argument("--max-tokens", type=int, default=2048, help="of each text (default: %(default)s)")
+    p.add_argument("--chunk", type=int, default=256, help="tokens of a chunk (default: %(default)s)")
+    p.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the file is written."""
-    parser = argparse.ArgumentParser(prog="kvlab profile", description=__doc__)
-    parser.add_argument("model", type=Path, help="checkpoint folder")
-    parser.add_argument("text", type=Path, nargs="+", help="plain text files like what will be served; 4,000 tokens do")
-    parser.add_argument("--out", type=Path, help="where to write (default: beside the model)")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="of each text (default: %(default)s)")
-    parser.add_argument("--chunk", type=int, default=256, help="tokens of a chunk (default: %(default)s)")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     if args.max_tokens < 1 or args.chunk < 1:
         raise ConfigError(f"--max-tokens and --chunk must be at least 1, got {args.max_tokens} and {args.chunk}")
     if not (args.model / "config.json").is_file():
         raise ConfigError(f"model must be a checkpoint folder with a config.json, got {str(args.model)!r}")
     texts = [_read(path) for path in args.text]
     try:  # heavy; argparse answers --help without it
+        import_module("transformers")  # first: its extra brings PyTorch too
         from kvlab.connectors.transformers import capture, load_model
     except ImportError as error:
-        raise ConfigError(f"kvlab profile needs transformers ({error}); install kvlab[transformers]") from error
+        raise missing_package(error, "it") from error
     from kvlab.geometry import AXES
     from kvlab.serde.tables import FILE, LEVELS, profile, save_tables
 
@@ -44,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise ConfigError(f"cannot write {str(out)!r}: {error.strerror or error}; give another --out") from error
     num_tokens = sum(chunk.shape[1] for chunk in chunks)
+    if args.json:
+        digests = {str(one.level): one.digest for one in tables}
+        print_json({"file": str(out), "bytes": out.stat().st_size, "tokens": num_tokens, "tables": digests})
+        return 0
     print(f"{out}: {len(tables)} levels from {num_tokens} tokens, {out.stat().st_size:,} bytes")
     for one in tables:
         print(f"  level {one.level:<7} table {one.digest}")

@@ -2,26 +2,32 @@
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from kvlab.cli.parser import OneLineParser
+from kvlab.cli.parser import Parser
+from kvlab.cli.show import print_json, table
+from kvlab.cli.tiers import stack_of
 from kvlab.simulation.cost import CostModel, Prefill
 from kvlab.simulation.generate import KINDS, generate_traffic
 from kvlab.simulation.replay_tiers import Admission
-from kvlab.simulation.simulate import as_traffic
+from kvlab.simulation.simulate import BOUND, as_traffic
 from kvlab.simulation.sweep import sweep
 from kvlab.simulation.trace_files import FORMATS, load_traffic
 
 COLUMNS = ("policy", "tiers", "block_hit_rate", "token_hit_rate", "request_hit_rate", "evictions")
+EXAMPLES = (
+    'kvlab simulate chat --tiers "1000 blocks" --policy lru,s3fifo,belady',
+    "kvlab simulate trace.jsonl --model Qwen2.5-7B --tiers 10GiB,100GiB,10GiB+file:///kv?size=1TiB",
+    "kvlab simulate chat --model Qwen2.5-7B --tiers 10GiB --prefill-rate 12000 --per-gpu-hour 3",
+)
 COST_COLUMNS = ("ttft_ms", "ttft_without_ms", "gpu_s_saved", "saved_cost")
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of ``kvlab simulate``."""
-    p = OneLineParser(prog="kvlab simulate", description="Hit rates of a cache for given traffic.")
+    p = Parser("kvlab simulate", "Hit rates of a cache for given traffic.", examples=EXAMPLES)
     p.add_argument("trace", help=f"a trace ({', '.join(FORMATS)}: JSON lines), or made-up traffic: {', '.join(KINDS)}")
     p.add_argument("--policy", default="lru", help="eviction policies, with commas; belady is the bound")
     p.add_argument(
@@ -62,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     cost = None if rate is None else CostModel(Prefill.at_rate(rate), per_gpu_hour=args.per_gpu_hour)
     rows = sweep(
         traffic,
-        [[tier.strip() for tier in one.split("+")] for one in args.tiers.split(",")],
+        [stack_of(one) for one in args.tiers.split(",")],
         args.policy.split(","),
         serdes=[_serde(one) for one in args.serde.split(",")] if args.serde else [None],
         model=args.model,
@@ -73,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
         progress=sys.stderr.isatty(),
     )
     if args.json:
-        print(json.dumps({"traffic": traffic.summary(), "rows": rows}, indent=2))
+        print_json({"traffic": traffic.summary(), "rows": rows})
     elif args.csv:
         writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -94,13 +100,17 @@ def _table(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     columns = [*COLUMNS[:2], *(["serde_ratio"] if any(row["serde_ratio"] != 1 for row in rows) else []), *COLUMNS[2:]]
     columns += [name for name in COST_COLUMNS if name in rows[0]]
     lines = [columns, *([_cell(name, row[name]) for name in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    rates = [row["block_hit_rate"] for row in rows if row["policy"] != BOUND]
+    best = {
+        (number, columns.index("block_hit_rate"))
+        for number, row in enumerate(rows, 1)
+        if len(rates) > 1 and row["policy"] != BOUND and row["block_hit_rate"] == max(rates)
+    }
     head = (
         f"{summary['traffic']}: {summary['requests']:,} requests, {summary['accesses']:,} blocks of "
         f"{summary['block_tokens']} tokens, {summary['unique_blocks']:,} different ones"
     )
-    body = ("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join([head, *body])
+    return f"{head}\n{table(lines, best=best)}"
 
 
 def _cell(name: str, value: Any) -> str:

@@ -22,6 +22,12 @@ class KV:
     (after rotary embedding). Layers of a pruned cache may hold different numbers of tokens; `num_positions` says
     how many tokens the model had read, which is the position of the next one. `windows` names, for each layer whose
     cache keeps only the latest tokens, how many its attention sees; None elsewhere, empty where no layer has one.
+
+    A captured KV is what the model left and cannot be written to. To try an edit, change a copy::
+
+        changed = kv.tensor().clone()  # (layers, tokens, kv_heads, kv, head_dim)
+        changed[0, 5] = 0
+        edited = kv.replaced(changed)
     """
 
     keys: tuple[torch.Tensor, ...]

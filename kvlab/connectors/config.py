@@ -9,7 +9,6 @@ from urllib.parse import urlencode
 from kvlab.auth import AuthKey, auth_key
 from kvlab.chunking import Chunker
 from kvlab.errors import ConfigError
-from kvlab.serde import get_serde
 from kvlab.stores import check_url
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.url import StoreURL, shown_url
@@ -101,7 +100,10 @@ class ConnectorConfig:
             raise ConfigError(f"tiers must be a list of store URLs like ['memory://?size=1GiB'], got {_shown(listed)}")
         Chunker(self.chunk_tokens, 1)
         for name in ("staging", "gpu_staging"):
-            put(self, name, parse_bytes(getattr(self, name)))
+            try:
+                put(self, name, parse_bytes(getattr(self, name)))
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
         for name in ("save_partial_block", "save_generated", "admission", "report", "enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -168,11 +170,7 @@ class ConnectorConfig:
             )
         put(self, "auth", auth_key(next(iter(key_files), "") or None))
         put(self, "serde", serdes.pop() if serdes else "naive")
-        if get_serde(self.serde).needs_kv_axes:
-            raise ConfigError(
-                f"serde {self.serde!r} must tell K from V, which an engine's opaque pages do not show; "
-                "use naive or lossless"
-            )
+        _check_serde(self.serde)
         put(self, "secondary_tiers", tuple(lower))
 
     def __repr__(self) -> str:
@@ -188,6 +186,17 @@ class ConnectorConfig:
     def arena_bytes(self) -> int:
         """Budget of the engine's host memory."""
         return self.memory_bytes or self.staging
+
+
+def _check_serde(spec: str) -> None:
+    if spec == "naive":
+        return  # without PyTorch, which a machine that only writes a configuration need not have
+    from kvlab.serde import get_serde
+
+    if get_serde(spec).needs_kv_axes:
+        raise ConfigError(
+            f"serde {spec!r} must tell K from V, which an engine's opaque pages do not show; use naive or lossless"
+        )
 
 
 def _shown(tiers: object) -> str:

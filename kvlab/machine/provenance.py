@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from kvlab.stores.url import hide_logins
+from kvlab.system import num_cores
 
 
 def provenance(packages: Sequence[str] = ()) -> dict[str, str]:
@@ -29,7 +30,7 @@ def provenance(packages: Sequence[str] = ()) -> dict[str, str]:
         "date": date.today().isoformat(),
         "cpu": _cpu_model(),
         "gpu": gpu_name(),
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(num_cores()),
         "kernel": platform.release(),
         "versions": "; ".join(versions),
         "commit": _commit(),
@@ -50,7 +51,8 @@ def gpu_name() -> str:
 def filesystem(path: Path) -> str:
     """Type of the file system that `path` lies on, such as ext4, overlay or tmpfs, which is memory."""
     best, kind = "", "unknown"
-    for line in Path("/proc/mounts").read_text().splitlines():
+    mounts = Path("/proc/mounts")
+    for line in mounts.read_text().splitlines() if mounts.exists() else []:
         _, mount, name, *_ = line.split()
         if path.resolve().is_relative_to(mount) and len(mount) >= len(best):
             best, kind = mount, name

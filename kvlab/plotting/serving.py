@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvlab.installed import needed
 from kvlab.plotting import theme
 
 if TYPE_CHECKING:
@@ -18,25 +19,36 @@ def reduction_bars(
     *,
     title: str,
     labels: Sequence[str] | None = None,
+    not_loaded: Sequence[float] | None = None,
 ) -> "go.Figure":
-    """Mean TTFT of the first and the last run side by side. `labels` stand above the last run's bars, such as -47%."""
-    import plotly.graph_objects as go
+    """Mean TTFT of the first and the last run side by side.
+
+    `labels` stand above the last run's bars, by default the change, such as -47%. `not_loaded` is for each backend the
+    share (of 1) of its hits that were promised and not loaded: such a bar is hatched and says so, because an answer
+    from KV that was never loaded is fast and wrong.
+    """
+    go = needed("plotly.graph_objects", "a figure")
 
     figure = go.Figure()
     figure.add_bar(x=list(backends), y=list(first_ms), name="first run", marker_color=theme.FIRST)
     shown = (
         list(labels) if labels is not None else [f"{b / a - 1:+.0%}" for a, b in zip(first_ms, last_ms, strict=True)]
     )
+    missing = list(not_loaded or [0.0] * len(shown))
+    shown = [
+        f"{share:.0%} of hits<br>not loaded" if share else text for text, share in zip(shown, missing, strict=True)
+    ]
     colors = [theme.color(name) or theme.BLUE for name in backends]
-    bar = {"marker_color": colors, "text": shown, "textposition": "outside"}
+    look = {"color": colors, "pattern": {"shape": ["/" if share else "" for share in missing], "fillmode": "replace"}}
+    bar = {"marker": look, "text": shown, "textposition": "outside", "cliponaxis": False}
     figure.add_bar(x=list(backends), y=list(last_ms), name="second run", **bar)
-    figure.update_layout(yaxis_title="mean TTFT (ms)", barmode="group")
+    figure.update_layout(barmode="group").update_yaxes(title="mean TTFT (ms)")
     return theme.styled(figure, title)
 
 
 def ttft_cdf(rows: Iterable[Row], *, title: str) -> "go.Figure":
     """Share of requests answered within a time; one line a row, a backend's first run dotted."""
-    import plotly.graph_objects as go
+    go = needed("plotly.graph_objects", "a figure")
 
     figure = go.Figure()
     for row in rows:
@@ -52,7 +64,7 @@ def ttft_cdf(rows: Iterable[Row], *, title: str) -> "go.Figure":
 
 def itl_over_time(rows: Iterable[Row], *, title: str) -> "go.Figure":
     """p99 inter-token latency of each second of a run; a stall shows as a peak."""
-    import plotly.graph_objects as go
+    go = needed("plotly.graph_objects", "a figure")
 
     figure = go.Figure()
     for row in rows:

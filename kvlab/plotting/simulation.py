@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvlab.installed import needed
 from kvlab.plotting import theme
 from kvlab.simulation.prediction import TOLERANCE
 from kvlab.simulation.simulate import BOUND
@@ -29,7 +30,7 @@ def headroom_figure(rows: Rows, title: str) -> "go.Figure":
 
 def cost_figure(rows: Rows, title: str, *, by: str = "policy") -> "go.Figure":
     """Money spent on GPUs and storage against TTFT saved, one line per value of `by`; needs rows with a cost model."""
-    import plotly.graph_objects as go
+    go = needed("plotly.graph_objects", "a figure")
 
     figure = go.Figure()
     for value, mine in _grouped(rows, by).items():
@@ -47,7 +48,7 @@ def cost_figure(rows: Rows, title: str, *, by: str = "policy") -> "go.Figure":
 
 def reuse_figure(histogram: Rows, title: str, block_tokens: int) -> "go.Figure":
     """Share of block accesses by reuse distance (rows of `Simulation.reuse`); first uses stand apart on the right."""
-    import plotly.graph_objects as go
+    go = needed("plotly.graph_objects", "a figure")
 
     first, again = histogram[0], histogram[1:]
     labels = [_short(int(row["below_blocks"]) * block_tokens) for row in again]
@@ -61,7 +62,7 @@ def reuse_figure(histogram: Rows, title: str, block_tokens: int) -> "go.Figure":
 
 def predicted_figure(rows: Rows, title: str) -> "go.Figure":
     """TTFT against prompt length, measured and predicted (rows of `predict`); bars span 15% about what was measured."""
-    import plotly.graph_objects as go
+    go = needed("plotly.graph_objects", "a figure")
 
     figure = go.Figure()
     for how, mine in _grouped(rows, "how").items():
@@ -73,13 +74,15 @@ def predicted_figure(rows: Rows, title: str) -> "go.Figure":
         figure.add_scatter(x=tokens, y=told, name=f"{how}, predicted", mode="markers", marker=open_mark)
         figure.add_scatter(x=tokens, y=seen, name=f"{how}, measured", mode="markers", marker=full_mark, error_y=near)
     lengths = sorted({row["tokens"] for row in rows})
-    figure.update_xaxes(type="log", title="tokens of the prompt", tickvals=lengths)
+    figure.update_xaxes(
+        type="log", title="tokens of the prompt", tickvals=lengths, ticktext=[f"{n:,}" for n in lengths]
+    )
     figure.update_yaxes(type="log", title="TTFT (ms)", tickvals=[n * 10**k for k in range(5) for n in (1, 2, 5)])
     return theme.styled(figure, title)
 
 
 def _lines(rows: Rows, title: str, by: str, value: Callable[[Mapping[str, Any]], float]) -> "go.Figure":
-    import plotly.graph_objects as go
+    go = needed("plotly.graph_objects", "a figure")
 
     figure = go.Figure()
     unit = rows[0]["unit"]

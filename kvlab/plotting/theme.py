@@ -1,4 +1,4 @@
-"""One style for all figures: a light and a dark template, two widths, and one colour for each thing that is compared.
+"""One style for all figures: three templates, two widths, and one colour for each thing that is compared.
 
     from kvlab.plotting import theme
 
@@ -11,13 +11,16 @@ A backend, tier, policy or serde has the same colour in every figure: `color("kv
 from typing import TYPE_CHECKING
 
 from kvlab.errors import ConfigError
+from kvlab.installed import needed
+from kvlab.plotting.ticks import tidy_log_axes
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 NARROW, WIDE = 640, 900  # pixels: one series, or several with a legend
 HEIGHT = 420
-TEMPLATES = {"light": "kvlab", "dark": "kvlab-dark"}
+TEMPLATES = {"light": "kvlab", "dark": "kvlab-dark", "any": "kvlab-any"}
+PNG_SCALE = 2  # pictures are read on screens of two dots a pixel
 
 FIRST = "#c3cad3"  # a first run
 NONE = "#7b8794"  # no cache, and bounds: there only to compare with
@@ -53,36 +56,44 @@ def color(name: str) -> str | None:
     return COLORS.get(name) or COLORS.get(name.partition(":")[0])
 
 
-def use(mode: str = "light") -> None:
-    """Make the style the default of every figure made from now on: ``light`` or ``dark``."""
-    import plotly.io as pio
+def use(mode: str = "any") -> None:
+    """Make the style the default of every figure made from now on.
+
+    ``light`` and ``dark`` paint their background. ``any`` paints none, and its text is legible on white and on black:
+    so a notebook looks right in Lab's light and dark theme and on a page that follows the reader's.
+    """
+    pio = needed("plotly.io", "a figure")
 
     if mode not in TEMPLATES:
         raise ConfigError(f"mode must be one of {', '.join(TEMPLATES)}, got {mode!r}")
     _register()
     pio.templates.default = TEMPLATES[mode]
+    pio.renderers["png"].scale = PNG_SCALE
 
 
 def styled(figure: "go.Figure", title: str, *, width: int = WIDE, height: int = HEIGHT) -> "go.Figure":
-    """Give `figure` the style, a title that states what it shows, and one of the two widths. Returns it."""
-    import plotly.io as pio
+    """Give `figure` the style, a title that states what it shows, round ticks where an axis is logarithmic, and one of
+    the two widths. Returns it."""
+    pio = needed("plotly.io", "a figure")
 
     _register()
     if pio.templates.default not in TEMPLATES.values():
         figure.update_layout(template=TEMPLATES["light"])
+    tidy_log_axes(figure)
     return figure.update_layout(title=title, width=width, height=height)
 
 
 def _register() -> None:
-    import plotly.io as pio
+    pio = needed("plotly.io", "a figure")
 
     if TEMPLATES["light"] not in pio.templates:
         pio.templates[TEMPLATES["light"]] = _template(text="#1f2933", back="#ffffff", grid="#e4e7eb")
         pio.templates[TEMPLATES["dark"]] = _template(text="#e4e7eb", back="#161b22", grid="#30363d")
+        pio.templates[TEMPLATES["any"]] = _template(text="#727d8a", back="rgba(0,0,0,0)", grid="rgba(128,128,128,0.3)")
 
 
 def _template(*, text: str, back: str, grid: str) -> "go.layout.Template":
-    import plotly.graph_objects as go
+    go = needed("plotly.graph_objects", "a figure")
 
     axis = {"gridcolor": grid, "linecolor": grid, "zerolinecolor": grid, "title": {"standoff": 10}, "automargin": True}
     title = {"x": 0.02, "xanchor": "left", "font": {"size": 16}}
@@ -98,5 +109,7 @@ def _template(*, text: str, back: str, grid: str) -> "go.layout.Template":
             "yaxis": axis,
             "legend": {"bgcolor": "rgba(0,0,0,0)"},
             "hovermode": "closest",
+            "shapedefaults": {"line": {"color": text}},
+            "annotationdefaults": {"font": {"color": text}},
         }
     )

@@ -6,9 +6,13 @@
 
 from functools import cache
 
-from kvlab.errors import ConfigError, FormatError, KVLabError
+from kvlab.errors import ConfigError, FormatError, KVLabError, missing_package
 from kvlab.installed import class_at, found, label, told
-from kvlab.serde.base import Encoded, Serde
+
+try:
+    from kvlab.serde.base import Encoded, Serde
+except ImportError as error:
+    raise missing_package(error, "kvlab.serde") from error
 
 __all__ = ["SERDES", "Encoded", "Serde", "get_serde", "serde_to_read"]
 
@@ -54,6 +58,12 @@ def get_serde(spec: str) -> Serde:
     >>> get_serde("int4:group=32")
     get_serde('int4:k=channel,v=token,group=32')
     """
+    given: object = spec  # from users, whatever the annotation says
+    if not isinstance(given, str):
+        raise ConfigError(
+            f"serde must be a name like 'naive' or 'int4:group=64', got {type(given).__name__}; a class of your own "
+            "has one by SERDES['mine'] = 'module:Class' or the entry point group kvlab.serde"
+        )
     name, _, options = spec.partition(":")
     target = SERDES.get(name) or _found().get(name)
     if target is None:

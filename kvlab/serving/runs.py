@@ -18,8 +18,9 @@ from kvlab.machine.processes import usage
 from kvlab.machine.provenance import filesystem, gpu_name
 from kvlab.machine.redis_server import RedisServer
 from kvlab.progress import Progress
-from kvlab.serving import client, counters, latency
+from kvlab.serving import client, counters, latency, preflight
 from kvlab.serving.backends import NAMES, NEEDS_REDIS, Backend, from_tiers, named_backend
+from kvlab.serving.leaving import Leaving
 from kvlab.serving.provenance import serving_provenance
 from kvlab.serving.server import Server
 from kvlab.serving.workloads import KINDS, Workload, check_kind, make_workload
@@ -149,12 +150,14 @@ def run(
     with contextlib.ExitStack() as stack:
         if folder is None:
             place = Path(tempfile.mkdtemp(prefix="kvlab-bench-"))
-            stack.callback(shutil.rmtree, place, ignore_errors=True)
+            stack.push(Leaving(place))
         else:
             place = Path(folder).resolve()
             place.mkdir(parents=True, exist_ok=True)
         for name in names:  # refuse a wrong name or URL before anything is downloaded or started
             _backend(name, size, place / "tier", redis_url or "redis://127.0.0.1:1", settings)
+        preflight.check(names, cache_bytes=size, redis_url=redis_url, together=together, out=out)
+        pool = preflight.pool_flags(server_flags, backend_flags or {}, len(names) if together else 1)
         model = demo_model(model)
         measuring = stack.enter_context(client.Client(place / "client.log"))
         steps = len(datasets) + len(names) * (1 + len(datasets) * runs)
@@ -186,7 +189,7 @@ def run(
             model=model,
             traffic=tuple(traffic),
             runs=runs,
-            server_flags=tuple(server_flags),
+            server_flags=(*server_flags, *pool),
             backend_flags=dict(backend_flags or {}),
             env=dict(env or {}),
             port=port,

@@ -20,10 +20,11 @@ from kvlab.simulation.trace_files import load_traffic
 from kvlab.simulation.traffic import Traffic, traffic_of_prompts
 from kvlab.sizing import KVSize, size_calculator
 from kvlab.sizing.planning import SECONDS_PER_MONTH
-from kvlab.stores.eviction import POLICIES, get_policy
+from kvlab.stores.eviction import EvictionPolicy, get_policy, policy_class, policy_name
 
 BOUND = "belady"
 Trace = Traffic | str | Path | Sequence[Sequence[int]]
+Policy = str | type[EvictionPolicy]
 UNBOUNDED = 1 << 62
 
 
@@ -66,7 +67,7 @@ def simulate(
     trace: Trace,
     tiers: Sequence[Tier | str | int] | Tier | str | int = "unbounded",
     *,
-    policy: str | None = None,
+    policy: Policy | None = None,
     model: Any = None,
     serde: str | float | None = None,
     chunk_tokens: int | None = None,
@@ -88,7 +89,8 @@ def simulate(
         or ``file:///kv?size=1TiB``, with ``gb_per_s``, ``latency_ms`` and ``per_gb_month`` among its options; or a bare
         size of host memory: ``10GiB``, ``10000 blocks``, ``unbounded``.
     policy
-        an eviction policy of the stores, for all tiers (None: what each URL says, else ``lru``), or ``belady``:
+        an eviction policy of the stores, by name or as a class, for all tiers (None: what each URL says, else ``lru``),
+        or ``belady``:
         the bound of `kvlab.simulation.belady`, which is one on `block_hit_rate`; several tiers are one to it.
     model
         what `size_calculator` takes, or a `KVSize`; needed where capacities are bytes.
@@ -123,9 +125,10 @@ def simulate(
     if not given:
         raise ConfigError("simulate needs at least one tier, such as 'memory://?size=10GiB' or '10000 blocks'")
     stack = [tier for tier, _ in given]
-    if policy is not None and not (isinstance(policy, str) and policy):
-        raise ConfigError(f"policy must be the name of an eviction policy, got {policy!r}")
-    policies = [policy or named or "lru" for _, named in given]
+    policies: list[Policy] = [named or "lru" if policy is None else policy for _, named in given]
+    if policy != BOUND:
+        for one in policies:
+            policy_class(one, also=(BOUND,))
     ratio = serde_ratio(serde)
     sizes, in_bytes = _sizes(traffic.block_tokens, objects.step, model, ratio, object_bytes)
     capacities = [_capacity(tier, sizes, in_bytes) for tier in stack]
@@ -138,13 +141,11 @@ def simulate(
         nothing = [[0] * len(lent) for _ in stack[1:]]
         done = Replay(bound.hit_blocks, [TierCount(x, [int(y > 0) for y in x]) for x in (lent, *nothing)])
         whole = bound.hit_last
-    elif unknown := [name for name in policies if name not in POLICIES]:
-        raise ConfigError(f"policy must be one of {', '.join(sorted({*POLICIES, BOUND}))}; got {unknown[0]!r}")
     else:
         if len(stack) == 1 and admission is None and capacities[0] >= max(sizes):
             done = replay(objects, get_policy(policies[0]), capacities[0], sizes)
         else:
-            pairs = [(get_policy(name), capacity) for name, capacity in zip(policies, capacities, strict=True)]
+            pairs = [(get_policy(one), capacity) for one, capacity in zip(policies, capacities, strict=True)]
             done = replay_tiers(objects, pairs, sizes, traffic.num_tokens.tolist(), admission)
         whole = [hit == asked for hit, asked in zip(done.hit_blocks, traffic.num_blocks.tolist(), strict=True)]
     hit_blocks = np.array(done.hit_blocks, np.int64)
@@ -153,8 +154,9 @@ def simulate(
     hit_tokens: Ints = hit_blocks * traffic.block_tokens - np.where(np.array(whole, bool), short, 0)
     row: dict[str, Any] = {
         "traffic": traffic.name,
-        "policy": " + ".join(dict.fromkeys(policies)),
+        "policy": " + ".join(dict.fromkeys(map(policy_name, policies))),
         "tiers": " + ".join(tier.label for tier in stack),
+        "urls": "+".join(tier.url for tier in stack) if all(tier.url for tier in stack) else "",
         "capacity": None if any(tier.capacity is None for tier in stack) else sum(capacities),
         "unit": "bytes" if in_bytes else "blocks",
         "serde_ratio": ratio,

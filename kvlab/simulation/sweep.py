@@ -1,17 +1,20 @@
 """`sweep`: `simulate` over capacities, policies and serdes, on all cores."""
 
 import contextlib
-import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from kvlab.errors import ConfigError
 from kvlab.progress import Progress
-from kvlab.simulation.simulate import Trace, as_traffic, simulate
+from kvlab.simulation.simulate import BOUND, Policy, Trace, as_traffic, simulate
 from kvlab.simulation.tiers import Tier
 from kvlab.simulation.traffic import Traffic
 from kvlab.simulation.workers import run_jobs
 from kvlab.sizing import KVSize, size_calculator
+from kvlab.stores import eviction
+from kvlab.stores.eviction import policy_class, policy_name
+from kvlab.system import num_cores
 
 Tiers = Tier | str | int | Sequence[Tier | str | int]
 
@@ -19,7 +22,7 @@ Tiers = Tier | str | int | Sequence[Tier | str | int]
 def sweep(
     trace: Trace,
     tiers: Sequence[Tiers],
-    policies: Sequence[str] = ("lru", "fifo", "s3fifo", "arc", "belady"),
+    policies: Sequence[Policy] = ("lru", "fifo", "s3fifo", "arc", "belady"),
     *,
     serdes: Sequence[str | float | None] = (None,),
     model: Any = None,
@@ -33,8 +36,11 @@ def sweep(
     ----------
     tiers
         each one tier or a list of tiers, as `simulate` takes them.
+    policies
+        by name, or classes of your own.
     workers
-        processes; as many as this process may use cores unless told.
+        processes; as many as this process may use cores unless told. Classes that another process cannot import, such
+        as those of a notebook's cell, run in this one alone.
     progress
         show a bar (never with ``TQDM_DISABLE=1``).
     how
@@ -62,19 +68,38 @@ def sweep(
             raise ConfigError(f"{name} must be a list with at least one entry, got {values!r}")
     traffic = as_traffic(trace)
     size = model if model is None or isinstance(model, KVSize) else size_calculator(model)
-    jobs = [(policy, stack, serde) for policy in policies for stack in tiers for serde in serdes]
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    classes = [policy if policy == BOUND else _portable(policy) for policy in policies]
+    jobs = [(policy, stack, serde) for policy in classes for stack in tiers for serde in serdes]
+    names = [policy_name(policy) for policy in policies for _ in range(len(tiers) * len(serdes))]
+    if not all(isinstance(policy, str) or _is_importable(policy) for policy in classes):
+        workers = 1
+    workers = num_cores() if workers is None else workers
     shared = (traffic, {**how, "model": size})
     rows: list[dict[str, Any]] = [{}] * len(jobs)
     with Progress(len(jobs), "sweep", unit="run") if progress else contextlib.nullcontext() as bar:
         for index, row in run_jobs("kvlab.simulation.sweep:one", shared, jobs, workers=workers):
-            rows[index] = row
+            rows[index] = row | {"policy": names[index]}
             if bar is not None:
                 bar.step(f"{row['policy']}, {row['tiers']}: {row['block_hit_rate']:.1%} of blocks hit")
     return rows
 
 
-def one(shared: tuple[Traffic, dict[str, Any]], job: tuple[str, Tiers, str | float | None]) -> dict[str, Any]:
+def _portable(policy: Policy) -> Policy:
+    """A name that every process knows, or the class: one put into `POLICIES` is known in this process alone."""
+    cls = policy_class(policy, also=(BOUND,))
+    return policy if cls.__module__.startswith(eviction.__name__) and isinstance(policy, str) else cls
+
+
+def _is_importable(cls: type) -> bool:
+    """Whether another process may import it. It may not from a module whose import is going on: that is what calls
+    this sweep, and would call it again there."""
+    module = sys.modules.get(cls.__module__)
+    if module is None or cls.__module__ == "__main__" or getattr(module.__spec__, "_initializing", False):
+        return False
+    return getattr(module, cls.__qualname__, None) is cls
+
+
+def one(shared: tuple[Traffic, dict[str, Any]], job: tuple[Policy, Tiers, str | float | None]) -> dict[str, Any]:
     """One job of a sweep, in whichever process."""
     (traffic, how), (policy, tiers, serde) = shared, job
     return simulate(traffic, tiers, policy=policy, serde=serde, **how).row

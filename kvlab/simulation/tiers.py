@@ -1,9 +1,10 @@
 """A tier as the simulator sees it: how much it holds, how fast it is, what it costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvlab.errors import ConfigError
 from kvlab.stores.spec import TierSpec
+from kvlab.stores.url import SIMULATION_OPTIONS
 from kvlab.units import format_bytes, parse_bytes
 
 # GB/s and ms of known kinds, for first answers; measure your own and pass Tier(...) instead. Memory: one H100's
@@ -24,6 +25,9 @@ class Tier:
         reading from it, 10^9 bytes per second, and the time before the first byte.
     per_gb_month
         price of 10^9 bytes for 30 days, in any currency.
+    url
+        what opens such a tier: the URL that described it without the options that are for simulation alone. Empty for
+        a tier that is described otherwise, or by a URL that names no place or no size in bytes.
     """
 
     capacity: int | None = None
@@ -32,6 +36,7 @@ class Tier:
     gb_per_s: float = SPEEDS["memory"][0]
     latency_ms: float = SPEEDS["memory"][1]
     per_gb_month: float = 0.0
+    url: str = field(default="", compare=False, repr=False)  # that a store or vLLM's connector opens it by
 
     def __post_init__(self) -> None:
         if self.capacity is not None and self.capacity < 0:
@@ -65,10 +70,13 @@ def tier_and_policy(given: "Tier | str | int") -> tuple[Tier, str | None]:
     if isinstance(given, Tier):
         return given, None
     if isinstance(given, int):
-        return Tier(parse_bytes(given)), None
+        return Tier(parse_bytes(given), url=f"memory://?size={given}"), None
     spec = TierSpec.parse(given)
     if spec.serde is not None:
-        raise ConfigError(f"serde in the URL of {spec.name} has no place here: give serde=, which holds for all tiers")
+        raise ConfigError(
+            f"serde in the URL of {spec.name} holds for one tier, and here objects have one size in all tiers: give it "
+            "as serde=..., by name where its ratio is fixed, else as the measured ratio"
+        )
     kind = KINDS.get(spec.scheme, spec.scheme)
     usual_gb_per_s, usual_latency_ms = SPEEDS.get(kind, (None, None))
     gb_per_s = spec.gb_per_s if spec.gb_per_s is not None else usual_gb_per_s
@@ -77,4 +85,16 @@ def tier_and_policy(given: "Tier | str | int") -> tuple[Tier, str | None]:
         raise ConfigError(f"the speed of {spec.name} is not known: add gb_per_s=... and latency_ms=... to its URL")
     in_blocks = spec.size_blocks is not None
     capacity = spec.size_blocks if in_blocks else spec.size_bytes
-    return Tier(capacity, kind, in_blocks, gb_per_s, latency_ms, spec.per_gb_month or 0.0), spec.policy
+    price = spec.per_gb_month or 0.0
+    return Tier(capacity, kind, in_blocks, gb_per_s, latency_ms, price, _opens(given, spec)), spec.policy
+
+
+def _opens(given: str, spec: TierSpec) -> str:
+    """The URL of a store like this tier, or nothing."""
+    if spec.size_bytes is None or (spec.scheme != "memory" and not spec.place):
+        return ""
+    if "://" not in given:
+        return f"memory://?size={given.replace(' ', '')}"
+    base, _, query = given.partition("?")
+    kept = [option for option in query.split("&") if option.partition("=")[0] not in SIMULATION_OPTIONS]
+    return f"{base}?{'&'.join(kept)}" if kept else base

@@ -30,14 +30,15 @@ def run_jobs(function: str, shared: Any, jobs: Sequence[Any], *, workers: int) -
     done: Queue[tuple[int, bool, Any]] = Queue()
     for index in range(len(jobs)):
         todo.put(index)
-    processes = [_start() for _ in range(min(workers, len(jobs)))]
+    processes: list[subprocess.Popen[bytes]] = []
+    threads: list[threading.Thread] = []
     head = pickle.dumps((function, shared))
-    threads = [
-        threading.Thread(target=_feed, args=(process, head, jobs, todo, done), daemon=True) for process in processes
-    ]
     try:
-        for thread in threads:
-            thread.start()
+        for _ in range(min(workers, len(jobs))):
+            processes.append(_start())
+            feed = threading.Thread(target=_feed, args=(processes[-1], head, jobs, todo, done), daemon=True)
+            feed.start()
+            threads.append(feed)
         for _ in range(len(jobs)):
             index, succeeded, result = done.get()
             if not succeeded:
@@ -53,10 +54,14 @@ def run_jobs(function: str, shared: Any, jobs: Sequence[Any], *, workers: int) -
 
 def _start() -> "subprocess.Popen[bytes]":
     here = str(Path(__file__).resolve().parents[2])  # this very package, even if only sys.path knows of it
-    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join([here, *(place or os.getcwd() for place in sys.path)])  # classes of the caller's too
     command = [sys.executable, "-m", "kvlab.simulation.workers"]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+        process_group=0 if os.name == "posix" else None,  # ctrl-C is the caller's, who ends them
     )
 
 
@@ -71,7 +76,7 @@ def _feed(
         process.stdin.write(head)
         while True:
             index = todo.get_nowait()
-            pickle.dump(jobs[index], process.stdin)
+            pickle.dump(pickle.dumps(jobs[index]), process.stdin)
             process.stdin.flush()
             done.put((index, *pickle.load(process.stdout)))
     except Empty:
@@ -88,7 +93,10 @@ def _function(name: str) -> Callable[[Any, Any], Any]:
 
 
 def _work(source: BinaryIO, sink: BinaryIO) -> None:
-    name, shared = pickle.load(source)
+    try:
+        name, shared = pickle.load(source)
+    except (EOFError, pickle.UnpicklingError):  # the caller has left
+        return
     function = _function(name)
     while True:
         try:
@@ -96,7 +104,7 @@ def _work(source: BinaryIO, sink: BinaryIO) -> None:
         except EOFError:
             return
         try:
-            answer: tuple[bool, Any] = (True, function(shared, job))
+            answer: tuple[bool, Any] = (True, function(shared, pickle.loads(job)))
         except Exception as error:
             answer = (False, error)
         pickle.dump(answer, sink)

@@ -156,7 +156,7 @@ def _from_hub(name: str) -> ModelConfig:
         path = hf_hub_download(name, "config.json")
     except Exception as e:
         raise UnknownModelError(
-            f"the hub gave no config.json for {name!r}: {type(e).__name__}; check name and token"
+            f"the hub gave no config.json for {name!r}: {type(e).__name__}; check name, token and network"
         ) from e
     config = _from_path(Path(path))
     config.name, config.source, config.source_kind = name, f"hub:{name}", "hub"

@@ -6,6 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from kvlab.errors import ConfigError
+from kvlab.installed import needed
 from kvlab.sizing.calculator import size_calculator
 from kvlab.sizing.kv_size import KVSize
 from kvlab.units import format_bytes, parse_tokens
@@ -42,13 +43,12 @@ class Comparison:
 
     def to_frame(self) -> "pd.DataFrame":
         """`rows` as a pandas DataFrame."""
-        import pandas as pd
-
-        return pd.DataFrame(self.rows).set_index("model")
+        frame: pd.DataFrame = needed("pandas", "to_frame").DataFrame(self.rows).set_index("model")
+        return frame
 
     def figure(self, title: str = "KV bytes of one sequence") -> "go.Figure":
         """Bytes over length, one line per model, both axes logarithmic; needs plotly."""
-        import plotly.graph_objects as go
+        go = needed("plotly.graph_objects", "a figure")
 
         figure = go.Figure()
         for size in self.sizes:

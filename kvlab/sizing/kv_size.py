@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvlab.installed import needed
 from kvlab.sizing.curve import KVCurve
 from kvlab.sizing.planning import Breakeven, Cost, TierPlan, breakeven, cost, plan_tier
 from kvlab.sizing.report import as_dict, explain, html, layer_row
@@ -50,9 +51,8 @@ class KVSize(KVCurve):
 
     def to_frame(self) -> "pd.DataFrame":
         """`per_layer()` as a pandas DataFrame."""
-        import pandas as pd
-
-        return pd.DataFrame(self.per_layer()).set_index("layer")
+        frame: pd.DataFrame = needed("pandas", "to_frame").DataFrame(self.per_layer()).set_index("layer")
+        return frame
 
     def to_dict(self, tokens: int | str = 4096) -> dict[str, Any]:
         """The answer as plain JSON values, evaluated at `tokens`."""

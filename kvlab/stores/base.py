@@ -169,6 +169,14 @@ class Store(ABC):
         self.counters.dropped += 1
         return True
 
+    def num_in_quarantine(self) -> int:
+        """Values kept for a look."""
+        return 0
+
+    def clear_quarantine(self) -> int:
+        """Remove them; how many they were."""
+        return 0
+
     def still_holds(self, key: str, found: Value) -> bool:
         """Whether the value is `found`, or begins with it where that has more than 8 bytes."""
         wanted = b"".join(buffers(found))

@@ -71,4 +71,5 @@ def _in_child() -> None:
     _forking.clear()
 
 
-os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
+if hasattr(os, "register_at_fork"):  # not on Windows, where no process is forked
+    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

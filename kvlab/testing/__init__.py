@@ -1,18 +1,27 @@
-"""Conformance suites for kvlab's stores and serdes, and for those of other packages. Needs pytest and hypothesis."""
+"""Conformance suites for kvlab's stores, serdes and policies, and for those of other packages.
+
+Needs pytest and hypothesis, which the extra ``test`` brings.
+"""
 
 from typing import TYPE_CHECKING
 
+from kvlab.installed import needed
 from kvlab.lazy import lazy
 
 if TYPE_CHECKING:
     from kvlab.testing.budgets import BudgetTests as BudgetTests
+    from kvlab.testing.policies import PolicyTests as PolicyTests
     from kvlab.testing.serde import SerdeTests as SerdeTests
     from kvlab.testing.stores import StoreTests as StoreTests
 
 _HOME = {
     "BudgetTests": "kvlab.testing.budgets",
+    "PolicyTests": "kvlab.testing.policies",
     "SerdeTests": "kvlab.testing.serde",
     "StoreTests": "kvlab.testing.stores",
 }
 __all__ = [*_HOME]
+for module in ("pytest", "hypothesis"):
+    needed(module, "kvlab.testing")
+needed("pytest").register_assert_rewrite(*_HOME.values())  # failures show the values that were compared
 __getattr__, __dir__ = lazy(__name__, _HOME)

@@ -2,25 +2,25 @@
 
 import itertools
 import threading
-from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
 from kvlab.stores.base import Store
 from kvlab.testing.machines import BudgetMachine, drive, pattern, run_threads
+from kvlab.testing.wanted import to_define
 
 MAX_BYTES = 1 << 20
 
 
-class BudgetTests(ABC):
+class BudgetTests:
     """The suite; a store whose server keeps the budget for many does not take part."""
 
     overhead: ClassVar[int] = 0  # bytes of budget taken per value beyond its length, at most
     examples: ClassVar[int] = 60
 
-    @abstractmethod
     def open(self, where: Path, max_bytes: int) -> Store:
         """As in `StoreTests`."""
+        raise to_define(self, "open(self, where, max_bytes)", "a store at the folder `where` with this budget")
 
     def on_medium(self, where: Path, store: Store) -> int | None:
         """Bytes that lie on the medium, counted without the store; None if there is no second way to count."""

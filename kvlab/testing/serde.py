@@ -1,11 +1,11 @@
 """What every serde promises. Subclass `SerdeTests`, give a `serde` fixture, inherit the tests.
 
+@pytest.fixture(scope="module")
+def serde():
+    return get_serde("mine:option=1")
+
 class TestMine(SerdeTests):
     max_error = 0.05
-
-    @pytest.fixture(scope="class")
-    def serde(self):
-        return get_serde("mine:option=1")
 """
 
 import random
@@ -23,6 +23,7 @@ from kvlab.errors import ConfigError, FormatError
 from kvlab.geometry import AXES
 from kvlab.serde import Encoded, Serde, get_serde
 from kvlab.serde.wire import from_parts, to_parts
+from kvlab.testing.wanted import refused
 
 PAGES = ("blocks", "layers", "page_bytes")
 FLOATS = ("bfloat16", "float16", "float32")
@@ -43,8 +44,11 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
+CHECKED_OUT = " with a FormatError (see kvlab.serde.base.checked_out)"
+
+
 class SerdeTests:
-    """The suite. Class attributes say what to expect of the serde; `serde` must be a class- or session-wide fixture."""
+    """The suite. Class attributes say what to expect of the serde; `serde` is a fixture of the module or session."""
 
     layers, kv_heads, head_dim = 3, 2, 16  # change them where a serde is made for one model
     max_error: ClassVar[float] = 0.0  # relative L2 error allowed on normal numbers; unused by lossless serdes
@@ -64,14 +68,15 @@ class SerdeTests:
         return from_parts(opened.parts, opened.metadata)
 
     def check(self, serde: Serde, kv: torch.Tensor, back: torch.Tensor) -> None:
-        assert back.shape == kv.shape
-        assert back.dtype == kv.dtype
+        assert back.shape == kv.shape, "decode must give the shape that was encoded"
+        assert back.dtype == kv.dtype, "decode must give the dtype that was encoded"
         if serde.lossless:
-            assert raw(back).equal(raw(kv))
+            assert raw(back).equal(raw(kv)), "a lossless serde must give back every bit; else set lossless = False"
             return
-        assert bool(torch.isfinite(back).all())
+        assert bool(torch.isfinite(back).all()), "decode must give finite numbers"
         distance, norm = (back.double() - kv.double()).norm(), kv.double().norm()
-        assert float(distance) <= self.max_error * float(norm)
+        wanted = "the relative L2 error must be at most max_error, which the suite's class sets"
+        assert float(distance) <= self.max_error * float(norm), wanted
 
     @pytest.mark.parametrize("tokens", ODD_TOKENS)
     def test_round_trip_through_the_container(self, serde: Serde, tokens: int) -> None:
@@ -101,9 +106,9 @@ class SerdeTests:
         out = torch.full_like(kv, 7.0)
         assert serde.decode(encoded, out).data_ptr() == out.data_ptr()
         assert raw(out).equal(raw(serde.decode(encoded)))
-        with pytest.raises(FormatError):
+        with refused(FormatError, f"decode must refuse an out of another shape{CHECKED_OUT}"):
             serde.decode(encoded, torch.empty(self.shape(14), dtype=kv.dtype))
-        with pytest.raises(FormatError):
+        with refused(FormatError, f"decode must refuse an out of another dtype{CHECKED_OUT}"):
             serde.decode(encoded, torch.empty(self.shape(13), dtype=torch.float64))
 
     def test_same_input_same_bytes(self, serde: Serde) -> None:
@@ -155,7 +160,8 @@ class SerdeTests:
     def test_opaque_pages_are_kept_exactly_or_refused_with_the_reason(self, serde: Serde) -> None:
         pages = kv_like((2, 3, 512)).view(torch.uint8)
         if serde.needs_kv_axes:
-            with pytest.raises(ConfigError, match=r"K from V|axes"):
+            wanted = "encode with needs_kv_axes must refuse pages with a ConfigError that names the axes"
+            with refused(ConfigError, f"{wanted} (see kvlab.serde.groups.need_kv_axes)", r"K from V|axes"):
                 serde.encode(pages, PAGES)
         else:
             assert raw(serde.decode(self.through_container(serde.encode(pages, PAGES)))).equal(raw(pages))
@@ -167,7 +173,8 @@ class SerdeTests:
             if serde.lossless:
                 assert raw(serde.decode(serde.encode(kv, AXES))).equal(raw(kv))
             else:
-                with pytest.raises(ConfigError, match="NaN or infinity"):
+                wanted = "a lossy serde must refuse NaN and infinity: ConfigError with the words 'NaN or infinity'"
+                with refused(ConfigError, wanted, "NaN or infinity"):
                     serde.encode(kv, AXES)
 
     def test_large_and_small_numbers_do_not_overflow(self, serde: Serde) -> None:
@@ -190,7 +197,7 @@ class SerdeTests:
                 assert tuple(back.shape) == encoded.shape
             except FormatError:
                 broken += 1
-        assert broken > 0
+        assert broken > 0, "decode must notice broken input: raise FormatError where parts disagree with the shape"
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,7 +7,6 @@ class TestMyStore(StoreTests):
 
 import itertools
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -17,19 +16,20 @@ import pytest
 from kvlab.hostmemory import aligned
 from kvlab.stores.base import MAX_KEY_BYTES, Buffer, Store, ValueTooLongError
 from kvlab.testing.machines import ODD_KEYS, StoreMachine, drive, in_child, pattern, run_threads
+from kvlab.testing.wanted import refused, to_define
 
 MAX_BYTES = 1 << 20
 
 
-class StoreTests(ABC):
+class StoreTests:
     """The suite. Each test gets a fresh, empty `store` of `MAX_BYTES`."""
 
     persistent: ClassVar[bool] = False  # a second store opened at the same place finds what the first one stored
     examples: ClassVar[int] = 60  # of the model test
 
-    @abstractmethod
     def open(self, where: Path, max_bytes: int) -> Store:
         """A store at `where` (a folder name not yet used, or used before by the same store) with this budget."""
+        raise to_define(self, "open(self, where, max_bytes)", "a store at the folder `where` with this budget")
 
     @pytest.fixture
     def store(self, tmp_path: Path) -> Iterator[Store]:
@@ -86,10 +86,11 @@ class StoreTests(ABC):
 
     def test_a_buffer_too_small_is_told(self, store: Store) -> None:
         store.put("k", pattern(5000))
-        with pytest.raises(ValueTooLongError):
+        wanted = "a value that does not fit must raise ValueTooLongError (see kvlab.stores.base.check_fits)"
+        with refused(ValueTooLongError, wanted):
             store.get_into("k", memoryview(bytearray(4999)))
         assert store.get_into("k", memoryview(bytearray(5000))) == 5000
-        with pytest.raises(ValueTooLongError):
+        with refused(ValueTooLongError, wanted):
             store.get_pieces("k", [memoryview(bytearray(2000)), memoryview(bytearray(2999))])
 
     @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 20_000, 65_536])

@@ -82,6 +82,38 @@ def test_what_a_store_raises_reaches_no_scheduler(asked, monkeypatch):
     assert known == {}
 
 
+def answered(ask, one):
+    while (known := ask(one)) is None:
+        finish(one)
+    return known
+
+
+def test_the_answer_says_why_an_object_is_missing(asked, monkeypatch):
+    gate, _, _, ask = asked
+    gate.is_open.set()
+    monkeypatch.setattr(gate, "why_missing", lambda key: "evicted" if key == NAMESPACE.key(CHUNKS[-1]) else "wrong key")
+    gate.inner.delete(NAMESPACE.key(CHUNKS[-1]))
+    one = state()
+    answered(ask, one)
+    assert one.missing == {CHUNKS[-1]: "evicted"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), GeneratorExit(), ValueError("x")])
+def test_a_reason_that_cannot_be_had_costs_no_hit(asked, monkeypatch, error):
+    gate, _, _, ask = asked
+    gate.is_open.set()
+    gate.inner.delete(NAMESPACE.key(CHUNKS[-1]))
+    gate.inner.put(NAMESPACE.key(CHUNKS[3]), b"kv")
+
+    def fail(key):
+        raise error
+
+    monkeypatch.setattr(gate, "why_missing", fail)
+    one = state()
+    assert answered(ask, one)[CHUNKS[3]] is True
+    assert one.missing == {CHUNKS[-1]: f"raised_{type(error).__name__}"}
+
+
 def test_as_long_as_nothing_is_known_a_request_waits(asked):
     gate, _, _, ask = asked
     one = state()

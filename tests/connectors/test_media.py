@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvlab.connectors.vllm.scheduler.media import KEPT_IDENTIFIERS, MediaNames
+from kvlab.connectors.vllm.scheduler.media import MediaNames
 
 PIXELS = torch.arange(48, dtype=torch.float32).reshape(1, 3, 4, 4)
 
@@ -37,8 +37,10 @@ def test_what_came_under_a_used_uuid_is_not_cached():
     first = name(names, "a", "logo", pixel_values=PIXELS)
     assert first == name(names, "b", "logo", pixel_values=PIXELS)
     assert name(names, "c", "logo", pixel_values=PIXELS + 1) is None
-    assert name(names, "d", "logo", pixel_values=PIXELS) is None, "nobody knows which output the encoder holds by now"
-    assert name(names, "a", "logo") == first, "a request keeps its names"
+    assert name(names, "d", "logo", pixel_values=PIXELS) is None, "which output the encoder holds by now is not known"
+    assert names.take_spoilt() == {"a", "b"}, "what these compute from now on may come of the other input"
+    assert names.take_spoilt() == set()
+    assert name(names, "a", "logo") is None
     names.forget("a")
     assert name(names, "a", "logo", pixel_values=PIXELS) is None
     assert name(names, "e", "other", pixel_values=PIXELS) != first
@@ -89,9 +91,23 @@ def test_names_follow_from_all_fields_in_any_order():
 
 
 def test_identifiers_take_bounded_memory():
-    names = MediaNames()
-    for number in range(KEPT_IDENTIFIERS + 10):
+    names = MediaNames(kept=100)
+    for number in range(110):
         name(names, str(number), str(number), field=1)
         names.forget(str(number))
-    assert len(names._digests) == KEPT_IDENTIFIERS
+    assert len(names._digests) == 100
     assert not names._requests
+    assert not names._users
+
+
+def test_identifiers_in_use_are_not_forgotten():
+    """The encoder still holds the output of the first input under them."""
+    names = MediaNames(kept=10)
+    assert name(names, "lives", "held", field=1)
+    for number in range(100):
+        assert name(names, str(number), "logo", field=1), "used by every request"
+        name(names, str(number), str(number), field=1)
+        names.forget(str(number))
+    assert name(names, "a", "held", field=2) is None
+    assert name(names, "b", "logo", field=2) is None
+    assert names.take_spoilt() == {"lives"}

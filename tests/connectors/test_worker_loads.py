@@ -8,6 +8,7 @@ import torch
 
 from kvlab.chunking import Chunker
 from kvlab.connectors.vllm.messages import LoadOp, RequestLoad, StepMetadata
+from kvlab.connectors.vllm.worker import worker as worker_module
 from kvlab.connectors.vllm.worker.worker import PAGE_AXES, Worker
 from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
@@ -146,7 +147,7 @@ def test_a_load_that_takes_too_long_is_lost_and_writes_no_page(worker):
     assert worker.take_finished() == ({"r"}, {"r"})
     assert worker.take_lost_blocks() == set(range(OBJECTS * BLOCKS))
     report = worker.take_report()
-    assert [(request_id, tokens) for request_id, tokens, _ in report.overdue] == [("r", OBJECTS * 32)]
+    assert [(request_id, tokens) for request_id, _, tokens, _ in report.overdue] == [("r", OBJECTS * 32)]
     assert not report.loaded, "the thread may still write to the slots, whose leases go on"
     worker.begin(StepMetadata())
     assert worker.take_finished() == (set(), set()), "told once"
@@ -158,6 +159,57 @@ def test_a_load_that_takes_too_long_is_lost_and_writes_no_page(worker):
     assert worker.take_finished() == (set(), set())
     assert worker.take_lost_blocks() == set()
     assert filled(worker) == [False] * OBJECTS, "the pages may be another request's by now"
+
+
+def begin_copy(worker, request_id):
+    """A load of the first object from slots of host memory that hold it."""
+    slots, pages = (0, 1), (0, 1)
+    for slot in slots:
+        worker._owner[slot] = 7
+    op = LoadOp(name(0), 7, slots, slots, pages, **place(0), num_tokens=32)
+    worker.load(StepMetadata([RequestLoad(request_id, [op], 32, is_async=True)]))
+
+
+def test_loads_from_memory_wait_for_no_tier(worker):
+    gate = Gate(worker.engine.store)
+    worker.engine.store = gate
+    for request_id in ("stuck", "stuck too", "stuck as well"):
+        op = LoadOp(name(1), 8, (2, 3), (2, 3), (2, 3), **place(1), num_tokens=32, fetch=True)
+        worker.load(StepMetadata([RequestLoad(request_id, [op], 32, is_async=True)]))
+    begin_copy(worker, "from memory")
+    deadline = time.monotonic() + 30
+    while not (ended := worker.take_finished())[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert ended == ({"from memory"}, set())
+    gate.is_open.set()
+
+
+def test_an_overdue_load_says_what_it_waited_for(worker):
+    gate = Gate(worker.engine.store)
+    worker.engine.store = gate
+    worker._load_timeout_s = 0.0
+    begin_load(worker)
+    worker.begin(StepMetadata())
+    assert [tier for _, tier, _, _ in worker.take_report().overdue] == ["secondary"]
+    gate.is_open.set()
+
+
+def test_closing_leaves_a_stuck_tier_alone(worker, monkeypatch):
+    monkeypatch.setattr(worker_module, "LOAD_STALL_S", 0.05)
+    monkeypatch.setattr(worker_module, "STALL_S", 0.05)
+    closed = []
+    monkeypatch.setattr(worker.transfer, "close", lambda: closed.append(True))
+    gate = Gate(worker.engine.store)
+    worker.engine.store = gate
+    begin_load(worker)
+    worker.close()
+    assert closed == [], "a thread may still write to the arena"
+    gate.is_open.set()
+    while any(thread.is_alive() for pool in (worker._loads, worker._fetches) for thread in pool._threads):
+        time.sleep(0.001)
+    worker.close()
+    assert closed == [True]
 
 
 def test_slots_given_away_while_they_are_read_are_lost(worker, monkeypatch):

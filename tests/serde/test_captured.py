@@ -90,6 +90,18 @@ def test_what_is_no_kv_file_is_a_format_error(tmp_path: Path) -> None:
             KV.load(path)
 
 
+def test_captured_kv_is_edited_by_a_copy(model: LlamaForCausalLM) -> None:
+    """As the docstring of `KV` says."""
+    kv = kvlab.capture(model, TOKENS)
+    changed = kv.tensor().clone()
+    changed[0, 5] = 0
+    edited = kv.replaced(changed)
+    assert not edited.keys[0][5].any()
+    assert not edited.values[0][5].any()
+    assert kv.keys[0][5].any()
+    assert float(kv.diff(edited)["key"][1].max()) == 0
+
+
 def test_kv_of_different_texts_cannot_be_compared(model: LlamaForCausalLM) -> None:
     with pytest.raises(ConfigError, match="cannot be compared"):
         kvlab.capture(model, TOKENS).diff(kvlab.capture(model, TOKENS[:7]))

@@ -72,6 +72,17 @@ def test_verify_reads_no_more_of_a_hostile_file_than_its_header(url, tmp_path, c
     assert main(["verify", url]) == 0
 
 
+def test_verify_reads_no_object_beyond_the_limit(url, tmp_path, capsys):
+    """One that honestly says how large it is."""
+    assert main(["verify", url, "--largest", "5000"]) == 1
+    found = capsys.readouterr().out.splitlines()
+    assert found[-1].startswith("0 objects are sound, 0 broken, 6 could not be read (6 too_large); read 0 B")
+    assert found[0] == f"too_large: {KEYS[0]}: object '{KEYS[0]}' of 4.98 KiB is not read: the limit is 4.88 KiB"
+    assert main(["verify", url, "--largest", "5000", "--quarantine"]) == 1
+    assert main(["verify", url]) == 0, "none was put into quarantine"
+    assert main(["verify", url, "--largest", "big"]) == 2
+
+
 def test_verify_without_memory_is_one_line(url, monkeypatch, capsys):
     def no_memory(*_):
         raise MemoryError

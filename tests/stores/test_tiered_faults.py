@@ -180,3 +180,24 @@ last = Last()
         command = [sys.executable, "-c", program.replace("{before}", before)]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert (ended.stdout, ended.stderr) == ("True True b'x' True None\n", "")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), GeneratorExit(), RuntimeError("x")])
+def test_what_a_lower_tier_raises_ends_no_writer_and_no_close(error):
+    lower, closed = MemoryStore(1 << 20), []
+
+    def fail(*args):
+        raise error
+
+    stack = TieredStore([MemoryStore(1 << 20), lower], write="back", first_wait_s=0, longest_wait_s=0)
+    take, lower.put = lower.put, fail
+    assert stack.put("a", b"value")
+    assert stack.drain(60)
+    lower.put = take
+    assert stack.put("b", b"value")
+    assert stack.drain(60), "the writer's thread lives on"
+    assert lower.contains("b")
+    lower.close = lambda: closed.append(True)
+    stack.tiers[0].store.close = fail
+    stack.close()
+    assert closed == [True], "the tiers below are closed too"

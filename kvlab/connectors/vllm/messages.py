@@ -143,7 +143,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     broken: set[int] = field(default_factory=set)  # generations whose slots do not hold their object
     absent: set[bytes] = field(default_factory=set)  # hashes that secondary tiers hold broken or not at all
     rows: list[LoadRow] = field(default_factory=list)
-    overdue: list[tuple[str, int, float]] = field(default_factory=list)  # loads given up: request id, tokens, seconds
+    overdue: list[tuple[str, str, int, float]] = field(default_factory=list)  # loads given up: request, tier, tokens, s
     forwards: list[tuple[int, float]] = field(default_factory=list)  # prefill tokens and seconds of forward passes
     tiers: dict[str, TierRow] = field(default_factory=dict)  # secondary tiers by name, now and then
     adapters: dict[int, LoadedAdapter] = field(default_factory=dict)  # LoRA adapters loaded since the last report

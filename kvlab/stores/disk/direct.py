@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvlab.hostmemory import PAGE, address, aligned, scratch
+from kvlab.system import O_DIRECT
 
 SCRATCH_BYTES = 4 << 20
 _MOST = 1 << 30  # the kernel moves less than 2 GiB per call
@@ -60,7 +61,7 @@ def write_file(fd: int, pieces: Sequence[memoryview], *, direct: bool) -> int:
     whole = filled // PAGE * PAGE
     at = _pwrite_all(fd, [buffer[:whole]], at)
     if filled > whole:
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~O_DIRECT)
         _pwrite_all(fd, [buffer[whole:filled]], at)
     return total
 

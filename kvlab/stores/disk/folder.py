@@ -88,6 +88,11 @@ class Folder(ForkAware):
             pass
         return [path for path in list(self.index.sizes) if not path.startswith(PRIVATE)]
 
+    def broken(self) -> list[str]:
+        """Files set aside."""
+        with self.index.locked():
+            return [path for path in self.index.sizes if path.startswith(BROKEN)]
+
     def used_bytes(self) -> int:
         """As `paths`."""
         with suppress(FolderLockedError), self.index.locked():

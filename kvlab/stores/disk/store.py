@@ -24,6 +24,7 @@ from kvlab.stores.eviction import get_policy
 from kvlab.stores.forks import Lock
 from kvlab.stores.shown import call_of
 from kvlab.stores.url import StoreURL
+from kvlab.system import O_DIRECT
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class DiskStore(Store):
         try:
             self._folder = Folder(self._root, max_bytes, partial(get_policy, policy), self._count, check=check)
             with self._folder.index.locked():  # or another process takes the probe for a dead writer's file
-                self._direct = direct and self._can_bypass_page_cache()
+                self._direct = direct and O_DIRECT != 0 and self._can_bypass_page_cache()
         except RefusedError as error:
             raise ConfigError(f"cannot use {self.root} as a store: {error}") from error
         except OSError as error:
@@ -182,6 +183,14 @@ class DiskStore(Store):
         self._count(dropped=there)
         return there
 
+    def num_in_quarantine(self) -> int:
+        with self._medium("list"):
+            return len(self._folder.broken())
+
+    def clear_quarantine(self) -> int:
+        with self._medium("remove a file"):
+            return sum(self._folder.unlink(path, "deleted") for path in self._folder.broken())
+
     def keys(self) -> Iterator[str]:
         with self._medium("list"):
             paths = self._folder.paths()
@@ -233,7 +242,7 @@ class DiskStore(Store):
         """Descriptor, size, whether it bypasses the page cache and whether it has this one name only; None unless a
         plain file of fitting size."""
         try:
-            fd = self._root.open_file(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+            fd = self._root.open_file(path, os.O_RDONLY | (O_DIRECT if direct else 0))
         except OSError as error:
             if error.errno in ABSENT:
                 return None
@@ -252,7 +261,7 @@ class DiskStore(Store):
         return fd, state.st_size, direct, state.st_nlink == 1
 
     def _write(self, path: str, pieces: Sequence[memoryview], size: int) -> bool:
-        begun = self._folder.begin(path, size, os.O_DIRECT if self._direct else 0)
+        begun = self._folder.begin(path, size, O_DIRECT if self._direct else 0)
         if begun is None:
             return False
         temp, fd = begun
@@ -273,7 +282,7 @@ class DiskStore(Store):
             return True  # nothing can be tried; a read that the file system refuses goes without
         probe = f"{WRITING}/{secrets.token_hex(8)}"
         try:
-            fd = self._root.open_file(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT)
+            fd = self._root.open_file(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_DIRECT)
             try:
                 self._root.unlink(probe)  # before it has a size: it is not counted
                 write_file(fd, [memoryview(bytes(PAGE))], direct=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvlab.hostmemory import PAGE, aligned
 from kvlab.stores.base import Buffer, Store, StoreCounters, Value, buffers, check_fits, fits_key
-from kvlab.stores.eviction import get_policy
+from kvlab.stores.eviction import EvictionPolicy, get_policy, policy_name
 from kvlab.stores.forks import ForkAware
 from kvlab.stores.memory.arena import Arena, Region, cuda_is_in_use
 from kvlab.stores.shown import call_of
@@ -28,6 +28,8 @@ class MemoryStore(Store, ForkAware):
 
     Parameters
     ----------
+    policy
+        an eviction policy by name, or a class of your own
     pinned
         register the arena with CUDA, so that copies to and from a GPU run at full speed and in the background.
         None does so where this process uses CUDA already.
@@ -37,13 +39,13 @@ class MemoryStore(Store, ForkAware):
         self,
         max_bytes: int,
         *,
-        policy: str = "lru",
+        policy: str | type[EvictionPolicy] = "lru",
         pinned: bool | None = None,
         wait_s: float = 0.1,
         name: str = "memory",
     ) -> None:
         self.name = name
-        self._options = {"policy": policy, "pinned": pinned, "wait_s": wait_s}
+        self._options = {"policy": policy_name(policy), "pinned": pinned, "wait_s": wait_s}
         self.max_bytes = max_bytes
         self.counters = StoreCounters()
         self._policy = get_policy(policy)

@@ -118,7 +118,7 @@ class BackgroundWriter(ForkAware):
             try:
                 self._write(key)
                 self.written += 1
-            except Exception:  # the tier counts and logs it; the thread must live on
+            except BaseException:  # the tier counts and logs it; the thread must live on
                 self.errors += 1
             finally:
                 with self._changed:

@@ -151,7 +151,7 @@ class GuardedStore:
     def close(self) -> None:
         try:
             self.store.close()
-        except Exception as error:  # the tiers below are to be closed too
+        except BaseException as error:  # the tiers below are to be closed too
             self.last_error = f"{type(error).__name__}: {error}"
             log.warning("tier %s could not be closed: %s", self.store.name, self.last_error)
 

@@ -91,6 +91,7 @@ class TieredStore(Store):
     def put(self, key: str, value: Value) -> bool:
         """True if at least one tier holds it now."""
         is_queued = False
+        value = buffers(value)  # what is no buffer is the caller's mistake, and no failure of a tier
         with self._writes.turn(key):
             stored = self.tiers[0].put(key, value)
             if self._is_due(key) or not stored:

@@ -42,6 +42,14 @@ def ready_run(hit: Sequence[ObjectRef], residency: Residency) -> list[ObjectRef]
     return run
 
 
+def served_part(plan: list[ObjectRef], usable: int, *, have_windows: bool) -> tuple[list[ObjectRef], int]:
+    """The part of a plan that serves the first `usable` tokens or fewer, and how many it serves. Where layers see a
+    window, an object serves hits that end with it or later, or leave out its last token."""
+    if plan and have_windows and usable < plan[-1].end_token - 1:
+        plan = plan[:-1]
+    return plan, min(end_token(plan), usable)
+
+
 def end_block(hit: Sequence[ObjectRef]) -> int:
     return hit[-1].span.end_block if hit else 0
 

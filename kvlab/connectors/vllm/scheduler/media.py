@@ -7,7 +7,7 @@ the KV of the second may come from the encoder output of the first.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,19 @@ import torch
 from blake3 import blake3
 
 logger = logging.getLogger("vllm.kvlab")
-KEPT_IDENTIFIERS = 1 << 16
+KEPT_IDENTIFIERS = 1 << 18  # with their digests some 100 MB, where so many are in use
 
 
 class MediaNames:
     """Names of multimodal inputs, for one engine."""
 
-    def __init__(self) -> None:
-        self._digests: dict[str, str | None] = {}  # by identifier, the oldest first; None: of several inputs
+    def __init__(self, kept: int = KEPT_IDENTIFIERS) -> None:
+        self._kept = kept
+        # By identifier, the least recently used first; None: of several inputs.
+        self._digests: dict[str, str | None] = {}
         self._requests: dict[str, list[str | None]] = {}
+        self._users: dict[str, set[str]] = {}  # identifier -> the requests that live and hold it
+        self._spoilt: set[str] = set()
         self._is_logged = False
 
     def names(self, features: Sequence[Any], request_id: str) -> list[str] | None:
@@ -32,7 +36,7 @@ class MediaNames:
         if not features:
             return []
         if request_id not in self._requests:  # their inputs are hashed once, however often the engine asks
-            self._requests[request_id] = [self._name(feature) for feature in features]
+            self._requests[request_id] = [self._name(feature, request_id) for feature in features]
         found = self._requests[request_id]
         if None not in found:
             return [name for name in found if name is not None]
@@ -44,21 +48,47 @@ class MediaNames:
             )
         return None
 
+    def take_spoilt(self) -> set[str]:
+        """Requests whose names hold no longer, since the last call: what they compute from now on may come of other
+        input."""
+        spoilt, self._spoilt = self._spoilt, set()
+        return spoilt
+
     def forget(self, request_id: str) -> None:
         """The request is finished."""
-        self._requests.pop(request_id, None)
+        if self._requests.pop(request_id, None) is None:
+            return
+        for identifier in [one for one, users in self._users.items() if request_id in users]:
+            self._users[identifier].discard(request_id)
+            if not self._users[identifier]:
+                del self._users[identifier]
 
-    def _name(self, feature: Any) -> str | None:
-        if feature.identifier is None:
+    def _name(self, feature: Any, request_id: str) -> str | None:
+        identifier = feature.identifier
+        if identifier is None:
             return None
+        users = self._users.setdefault(identifier, set())
+        users.add(request_id)
         digest = _digest(feature.data)
-        if digest is not None:
-            known = self._digests.get(feature.identifier, digest)
-            self._digests[feature.identifier] = digest if known == digest else None
-            if len(self._digests) > KEPT_IDENTIFIERS:
-                del self._digests[next(iter(self._digests))]
-            digest = self._digests[feature.identifier]
-        return None if digest is None else f"{digest}:{feature.identifier}"
+        if digest is None:
+            return None
+        known = self._digests.pop(identifier, digest)
+        if known != digest:
+            if known is not None:
+                self._spoil(users - {request_id})
+            digest = None
+        self._digests[identifier] = digest
+        if len(self._digests) > self._kept:
+            oldest = next((one for one in self._digests if one not in self._users), None)
+            if oldest is not None:
+                del self._digests[oldest]
+        return None if digest is None else f"{digest}:{identifier}"
+
+    def _spoil(self, request_ids: Set[str]) -> None:
+        """Other input has come under an identifier of these requests."""
+        for request_id in request_ids:
+            self._requests[request_id] = [None]
+            self._spoilt.add(request_id)
 
 
 def _digest(data: Any) -> str | None:

@@ -49,6 +49,7 @@ class RequestState:
     lookup: Any = None  # future of what the secondary tiers hold
     lookup_started_s: float = 0.0
     secondary_tokens: int = 0  # tokens of the latest hit that secondary tiers supply
+    missing: dict[bytes, str] = field(default_factory=dict)  # why the secondary tiers lack an object, as they said
     skip: SkipReason | None = None  # of the latest match
     given_up: bool = False  # a promise to it could not be kept
     local_tokens: int = 0  # that the engine's own prefix cache held when it was last asked for

@@ -17,7 +17,7 @@ from kvlab.connectors.vllm.messages import Adapter, RequestLoad, StepMetadata, T
 from kvlab.connectors.vllm.metrics import Counters, KVLabStats
 from kvlab.connectors.vllm.scheduler.admission import LoadAdmission
 from kvlab.connectors.vllm.scheduler.hints import Hints
-from kvlab.connectors.vllm.scheduler.hits import end_block, end_token, find_hit, ready_run
+from kvlab.connectors.vllm.scheduler.hits import end_block, find_hit, ready_run, served_part
 from kvlab.connectors.vllm.scheduler.loads import LoadPlanner
 from kvlab.connectors.vllm.scheduler.lookup import Lookup
 from kvlab.connectors.vllm.scheduler.media import MediaNames
@@ -36,6 +36,7 @@ from kvlab.connectors.vllm.scheduler.saves import SavePlanner, allocated_blocks,
 from kvlab.connectors.vllm.scheduler.slots import Entry, SlotIndex
 from kvlab.hashing import Namespace, versioned
 from kvlab.stores import Store
+from kvlab.stores.closing import close_store
 
 logger = logging.getLogger("vllm.kvlab")
 IDLE_WAIT_S = 0.0005
@@ -154,13 +155,13 @@ class Scheduler:
                 self._waiting = True
                 return None, False  # another request is fetching it right now
             plan = ready_run(plan, self.residency)
-        plan, end = self._served(plan, usable)
+        plan, end = served_part(plan, usable, have_windows=self.groups.have_windows)
         fetched = sum(self.loads.num_slots(ref) for ref in plan if not ref.in_memory)
         is_worth = self._is_worth(plan, end, num_computed_tokens)
         if not is_worth:
             state.skip = state.skip or SkipReason.NOT_WORTH_LOADING
         if fetched and not (is_worth and self._has_room(plan, fetched)):
-            plan, end = self._served(ready_run(plan, self.residency), usable)
+            plan, end = served_part(ready_run(plan, self.residency), usable, have_windows=self.groups.have_windows)
         if not is_worth and not self._is_worth(plan, end, num_computed_tokens):
             return 0, False
         tokens = end - num_computed_tokens
@@ -168,13 +169,6 @@ class Scheduler:
             return 0, False
         state.plan, state.plan_tokens = plan, end
         return tokens, self.loads.are_async(plan, request)
-
-    def _served(self, plan: list[ObjectRef], usable: int) -> tuple[list[ObjectRef], int]:
-        """The part of a plan that serves the first `usable` tokens or fewer, and how many it serves. Where layers see a
-        window, an object serves hits that end with it or later, or leave out its last token."""
-        if plan and self.groups.have_windows and usable < plan[-1].end_token - 1:
-            plan = plan[:-1]
-        return plan, min(end_token(plan), usable)
 
     def _is_worth(self, plan: list[ObjectRef], end: int, num_computed_tokens: int) -> bool:
         """Whether loading what the engine lacks of the first `end` tokens is faster than computing it."""
@@ -243,7 +237,7 @@ class Scheduler:
         elif key in self.index.evicted:
             reason = "evicted"
         else:
-            reason = self.secondary.why_missing(self.namespaces[0].key(key)) if self.secondary else "never_stored"
+            reason = state.missing.get(key, "never_stored" if self.secondary is None else "not_asked")
         state.row["miss"] = reason
         self.counters[f"miss_{reason}"] += 1
 
@@ -311,9 +305,9 @@ class Scheduler:
             self.counters.loaded(row.tier, row.num_bytes, row.seconds)
             is_secondary = row.tier not in ("memory", "none")
             self.admission.loaded("secondary" if is_secondary else "memory", row.num_tokens, row.delay)
-        for request_id, num_tokens, seconds in report.overdue:
+        for request_id, tier, num_tokens, seconds in report.overdue:
             self.counters["loads_overdue"] += 1
-            self.admission.loaded("secondary", num_tokens, seconds)
+            self.admission.loaded(tier, num_tokens, seconds)
             if (state := self._states.get(request_id)) is not None:
                 state.given_up = True
         self.counters.see_tiers(report.tiers)
@@ -375,11 +369,16 @@ class Scheduler:
     def close(self) -> None:
         self._lookup.close()
         if self.secondary is not None:
-            self.secondary.close()
+            close_store(self.secondary)
 
     def _media_of(self, request: Any) -> list[str]:
         """Names of the request's multimodal inputs; [] if one has none."""
-        return self._media.names(getattr(request, "mm_features", None) or (), request.request_id) or []
+        names = self._media.names(getattr(request, "mm_features", None) or (), request.request_id)
+        for request_id in self._media.take_spoilt():
+            self.saves.forget(request_id)
+            if (state := self._states.get(request_id)) is not None:
+                state.given_up = True
+        return names or []
 
     def _state(self, request: Any) -> RequestState | None:
         state = self._states.get(request.request_id)

@@ -3,13 +3,13 @@
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from itertools import islice
 from typing import Any
 
 from kvlab.connectors.vllm.messages import TierRow
 from kvlab.engine import CacheEngine
 from kvlab.stores import Store
+from kvlab.threads import Threads
 from kvlab.units import format_bytes
 
 logger = logging.getLogger("vllm.kvlab")
@@ -20,7 +20,7 @@ MOST_LISTED = 10_000  # keys of the start-up line; listing more takes an engine'
 class TierRows:
     """Asks `store.rows()` in `pool` every `INTERVAL_S` while the engine runs; `report` gets each tier's row."""
 
-    def __init__(self, store: Store, pool: Executor, report: Callable[[dict[str, TierRow]], None]) -> None:
+    def __init__(self, store: Store, pool: Threads, report: Callable[[dict[str, TierRow]], None]) -> None:
         self._store = store
         self._pool = pool
         self._report = report

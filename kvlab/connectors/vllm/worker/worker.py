@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from itertools import takewhile
 from typing import Any
 
@@ -29,11 +29,15 @@ from kvlab.engine import CacheEngine
 from kvlab.hashing import versioned
 from kvlab.paged.slots import room
 from kvlab.paged.transfer import Clock, Transfer
+from kvlab.stores.closing import close_store
+from kvlab.threads import Threads
 
 logger = logging.getLogger("vllm.kvlab")
 TIMED_STEPS = 8  # one in so many of the steps without a prefill is timed
 PAGE_AXES = ("blocks", "layers", "page_bytes")
 LOAD_TIMEOUT_S = 30.0
+STALL_S = 30.0  # at the end, a write that takes longer is left alone
+LOAD_STALL_S = 5.0  # and a load, which is lost anyway
 FETCH_THREADS = 4  # objects of one load are read at once, so that disk, network and checks overlap
 
 
@@ -74,8 +78,9 @@ class Worker:
         self._num_decodes = 0  # steps without a prefill
         self._forward: tuple[int, Clock] | None = None  # prefill tokens of this step's forward pass
         self._lock = threading.Lock()
-        self._loads = ThreadPoolExecutor(2, thread_name_prefix="kvlab-load")
-        self._fetches = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="kvlab-fetch")
+        self._copies = Threads(2, "kvlab-copy")  # loads from memory, which no tier delays
+        self._loads = Threads(2, "kvlab-load")
+        self._fetches = Threads(FETCH_THREADS, "kvlab-fetch")
         self.write_back = WriteBackQueue(self._write, max_delay_s=max_write_delay_s)
         self._tier_rows = TierRows(engine.store, self._fetches, self._reports.add_tiers) if engine is not None else None
 
@@ -116,8 +121,9 @@ class Worker:
         """Begin loads between steps."""
         for load in metadata.loads:
             pending = self._pending[load.request_id] = PendingLoad(load)
+            threads = self._loads if any(op.fetch for op in load.ops) else self._copies
             # The pages may be those of a request that has just ended and whose last step is still under way.
-            self._loads.submit(self._load, load, self.transfer.fence(), pending)
+            threads.submit(self._load, load, self.transfer.fence(), pending)
         metadata.loads = []
 
     def save(self, metadata: StepMetadata) -> None:
@@ -188,13 +194,17 @@ class Worker:
             self._fetches.submit(log_tiers, self.engine)
 
     def close(self) -> None:
-        """Finish the writes that are queued; drop loads."""
-        self._loads.shutdown(wait=True, cancel_futures=True)
-        self._fetches.shutdown(wait=True)
-        self.write_back.close()
-        self.transfer.close()
+        """Finish the writes that are queued; drop loads. A thread whose tier does not answer is left behind, with the
+        memory that it may still write to."""
+        pools = (self._copies, self._loads, self._fetches)
+        ended = [threads.close(cancel=True, stall_s=LOAD_STALL_S) for threads in pools]
+        ended.append(self.write_back.close(stall_s=STALL_S))
+        if all(ended):
+            self.transfer.close()
+        else:
+            logger.warning("kvlab: a tier does not answer; what was not written to it is lost")
         if self.engine is not None:
-            self.engine.store.close()
+            close_store(self.engine.store, stall_s=STALL_S if all(ended) else LOAD_STALL_S)
 
     # ----
 
@@ -210,7 +220,8 @@ class Worker:
                 self._finished.add(load.request_id)
                 self._lost_requests.add(load.request_id)
             with self._reports.adding() as report:
-                report.overdue.append((load.request_id, sum(op.num_tokens for op in load.ops), seconds))
+                tier = "secondary" if any(op.fetch for op in load.ops) else "memory"
+                report.overdue.append((load.request_id, tier, sum(op.num_tokens for op in load.ops), seconds))
 
     def _load(self, load: RequestLoad, after: Any = None, pending: PendingLoad | None = None) -> list[int]:
         """The pages that could not be filled. `pending`: of a load between steps."""

@@ -3,9 +3,9 @@
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from kvlab.connectors.vllm.messages import SaveOp
+from kvlab.threads import Threads
 
 MAX_DELAY_S = 0.5  # upper bound on deferring a write while prefills run
 IDLE_S = 0.03  # no step has begun for so long: nothing is being launched
@@ -27,7 +27,7 @@ class WriteBackQueue:
         self._since_prefill = DECODE_STEPS
         self._only_decodes = threading.Event()
         self._only_decodes.set()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvlab-write")
+        self._thread = Threads(1, "kvlab-write")
 
     def begin_step(self, prefill_tokens: int) -> None:
         """A step with so many tokens of prompts begins."""
@@ -39,16 +39,16 @@ class WriteBackQueue:
             self._only_decodes.set()
 
     def put(self, op: SaveOp) -> None:
-        self._pool.submit(self._write_later, op, time.monotonic() + self._max_delay_s)
+        self._thread.submit(self._write_later, op, time.monotonic() + self._max_delay_s)
 
     def flush(self) -> None:
         """Wait until all that is queued is written."""
-        self._pool.submit(lambda: None).result()
+        self._thread.submit(lambda: None).result()
 
-    def close(self) -> None:
-        """Finish what is queued."""
+    def close(self, *, stall_s: float) -> bool:
+        """Finish what is queued. False if one write takes longer than `stall_s` seconds; the rest is lost then."""
         self._only_decodes.set()
-        self._pool.shutdown(wait=True)
+        return self._thread.close(stall_s=stall_s)
 
     def _write_later(self, op: SaveOp, deadline: float) -> None:
         while (left := deadline - time.monotonic()) > 0:

