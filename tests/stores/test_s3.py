@@ -173,7 +173,7 @@ def test_credentials_come_from_where_aws_tools_find_them(server, monkeypatch, tm
     monkeypatch.setenv("HOME", str(tmp_path))
     assert reason() == "denied"
     assert reason("&profile=team") == "ok"
-    assert reason("&profile=nobody") == "none"
+    assert reason("&profile=absent") == "none"
     monkeypatch.setenv("AWS_PROFILE", "team")
     assert reason() == "ok"
     file.rename(tmp_path / "elsewhere")
