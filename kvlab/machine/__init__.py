@@ -1,1 +1,1 @@
-"""This machine: child processes, a Redis server, and where a measured number comes from."""
+"""This machine: child processes, a Redis and an S3 server, and where a measured number comes from."""

@@ -31,7 +31,7 @@ class RedisServer:
         self._command = [server_binary(), str(self._folder / "conf"), *(["--sentinel"] if sentinel else [])]
         self._process: Child | None = None
         for _ in range(TRIES):
-            self.port = _free_port()
+            self.port = free_port()
             lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {self._folder}", 'save ""', "appendonly no"]
             (self._folder / "conf").write_text("\n".join([*lines, *settings]) + "\n")
             if self._starts():
@@ -88,7 +88,7 @@ class RedisServer:
         return ConfigError(f"the Redis server did not come up: {(self._folder / 'log').read_text()[-300:]}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that is free, and so high that the port of a cluster's bus, 10,000 above, exists."""
     while True:
         with socket.socket() as probe:

@@ -26,6 +26,7 @@ STORES = {  # scheme -> "module:Class"; imported on use
     "unix": "kvlab.stores.redis:RedisStore",
     "redis-sentinel": "kvlab.stores.redis:RedisStore",
     "redis-cluster": "kvlab.stores.redis:RedisStore",
+    "s3": "kvlab.stores.s3:S3Store",
 }
 
 
@@ -36,8 +37,9 @@ def open_store(url: str) -> Store:
     ----------
     url
         ``memory://?size=1GiB``, ``file:///path?size=10GiB``, ``redis://host:6379/0``, ``rediss://``, ``unix://``,
-        ``redis-sentinel://``, ``redis-cluster://``, or a scheme of the entry point group ``kvlab.stores``. Sizes are
-        bytes or text such as ``200GiB``; times are milliseconds. docs/guide/stores.md lists the options.
+        ``redis-sentinel://``, ``redis-cluster://``, ``s3://bucket/prefix``, or a scheme of the entry point group
+        ``kvlab.stores``. Sizes are bytes or text such as ``200GiB``; times are milliseconds. docs/guide/stores.md lists
+        the options.
 
     Raises
     ------

@@ -198,6 +198,29 @@ def simulation() -> Page:
     )  # fmt: skip
 
 
+def s3_clients() -> Page:
+    rows = read("s3_clients.csv")
+    at = {(row["server"], row["client"], row["what"], row["bytes"]): row for row in rows}
+    size = max((row["bytes"] for row in rows), key=int)
+    ours, other = (at["bare", client, "get", size] for client in ("kvlab", "obstore"))
+    columns = ("server", "client", "what", "bytes", "ms", "ms_min", "cpu_ms", "gb_per_s")
+    return Page(
+        "s3_clients",
+        "Which client for S3?",
+        f"Reading 14 MiB into the caller's buffer takes kvlab's own client {num(ours['ms'], 1)} ms ({num(ours['cpu_ms'], 1)} of CPU), obstore {num(other['ms'], 1)} ({num(other['cpu_ms'], 1)}).",
+        [
+            Table(
+                "Medians",
+                ["server", "client", "what", "bytes", "ms", "least", "CPU ms", "GB/s"],
+                _columns(rows, columns),
+                rows,
+                "*bare* is a server that sends a file and drops what it gets: the rest is the client. On *seaweedfs* the server sets the pace. Other work ran on the machine.",
+            )
+        ],
+        files=["s3_clients.csv"],
+    )  # fmt: skip
+
+
 def auth() -> Page:
     rows = read("auth.csv")
     at = {(row["what"], row["how"]): row for row in rows}
@@ -264,4 +287,15 @@ def fresh_memory() -> Page:
     )
 
 
-PAGES = (first_steps, stores, tier_loads, serde_quality, serde_speed, simulation, auth, fingerprint, fresh_memory)
+PAGES = (
+    first_steps,
+    stores,
+    tier_loads,
+    serde_quality,
+    serde_speed,
+    simulation,
+    s3_clients,
+    auth,
+    fingerprint,
+    fresh_memory,
+)

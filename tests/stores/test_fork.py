@@ -63,7 +63,7 @@ def test_a_childs_end_does_not_end_the_parents_connections(tmp_path):
         store.put("k", b"v")
         with server.client() as client:
             before = client.info("stats")["total_connections_received"]
-            inherited = [connection._socket.fileno() for connection in store._topology.known()[0]._open]
+            inherited = [connection._socket.fileno() for connection in store._topology.known()[0]._pool._open]
 
             def work():
                 for fd in inherited:

@@ -9,9 +9,9 @@ from lying import URLS, recovers
 from kvlab.errors import StoreError
 from kvlab.stores import open_store
 from kvlab.stores.redis import topology
-from kvlab.stores.redis.resp import ProtocolError
 from kvlab.stores.redis.topology import key_slot
 from kvlab.stores.redis.url import PASSWORD
+from kvlab.stores.wire import ProtocolError
 
 
 @pytest.fixture(autouse=True)

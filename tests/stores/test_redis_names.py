@@ -12,8 +12,7 @@ from lying import URLS, recovers
 from servers import PATIENT, Server, running, wait_for
 
 from kvlab.errors import StoreError
-from kvlab.stores import open_store
-from kvlab.stores.redis import lookup
+from kvlab.stores import lookup, open_store
 from kvlab.stores.redis.url import PASSWORD
 
 

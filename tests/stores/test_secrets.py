@@ -1,9 +1,6 @@
 """A password is planted in every way a URL can hold one; no error, repr, log, output or cause of an error shows it."""
 
-import contextlib
 import dataclasses
-import io
-import logging
 import os
 import pickle
 import socket
@@ -13,11 +10,12 @@ from contextlib import suppress
 
 import pytest
 from liars import Liar
+from planted import MARK, found
 from servers import Server, running
 
 from kvlab.cli.store import main
 from kvlab.connectors.config import ConnectorConfig, vllm_config
-from kvlab.errors import ConfigError, KVLabError, StoreError
+from kvlab.errors import ConfigError, StoreError
 from kvlab.machine.provenance import provenance
 from kvlab.serving.provenance import serving_provenance
 from kvlab.stores import StoreURL, open_store, open_stores
@@ -25,7 +23,6 @@ from kvlab.stores.redis.resp import RespConnection, ok
 from kvlab.stores.redis.url import PASSWORD, SENTINEL_PASSWORD, RedisTarget
 from kvlab.stores.url import Secret, hide_logins, shown_url
 
-MARK = "S3cr3t-hunter2"
 LOGINS = [
     *(f"user:{MARK}", f":{MARK}", MARK, f"user:{MARK}:tail", f"{MARK}:pw", f":{MARK}%40x"),
     *(f":{MARK}]b[", f"[{MARK}"),
@@ -62,48 +59,6 @@ URLS = sorted(
         *(f"redis-sentinel://127.0.0.1:1/m?sentinel_password={MARK}", f"redis-sentinel://h:1?sentinel_password={MARK}"),
     }
 )
-
-
-def everything_of(error):
-    """All that a report of this error could print: the chain of causes, with arguments and attributes."""
-    seen, texts = set(), []
-    queue = [error]
-    while queue:
-        one = queue.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        texts += [str(one), repr(one), repr(one.args), repr(vars(one)), "".join(traceback.format_exception(one))]
-        queue += [one.__cause__, one.__context__]
-    return "\n".join(texts)
-
-
-def found(text, mark=MARK):
-    """A mark counts as shown if a good part of it is."""
-    return [part for part in (mark, mark[:7], mark[-7:]) if part in text]
-
-
-@pytest.fixture
-def attempt(caplog, monkeypatch):
-    caplog.set_level(logging.DEBUG)
-    monkeypatch.delenv(PASSWORD, raising=False)
-
-    def attempt(work):
-        caplog.clear()
-        out, caught = io.StringIO(), None
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            try:
-                work()
-            except (KVLabError, SystemExit) as error:
-                caught = error
-        shown = f"{everything_of(caught) if caught else ''}\n{caplog.text}\n{out.getvalue()}"
-        for record in caplog.records:
-            shown += repr(vars(record))
-        # The source lines of this test, which a traceback quotes, hold no mark: it is in a variable.
-        assert not found(shown), shown[:2000]
-        return caught
-
-    return attempt
 
 
 @pytest.mark.parametrize("url", URLS)

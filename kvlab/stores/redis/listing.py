@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from kvlab.stores.redis.node import RedisNode
 from kvlab.stores.redis.replies import PREFIX, name_of, scanned
-from kvlab.stores.redis.resp import ProtocolError, ReplyError, number, send_command, send_pipeline
+from kvlab.stores.redis.resp import ReplyError, number, send_command, send_pipeline
+from kvlab.stores.wire import ProtocolError
 from kvlab.units import format_bytes
 
 LISTING = 60  # times the deadline of a call: how long a list of all keys may take

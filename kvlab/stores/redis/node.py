@@ -4,20 +4,19 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kvlab.errors import StoreError
 from kvlab.stores.base import ValueTooLongError
 from kvlab.stores.circuit_breaker import CircuitBreaker
-from kvlab.stores.forks import ForkAware, Lock
-from kvlab.stores.redis.lookup import addresses_of
-from kvlab.stores.redis.resp import ReplyError, RespConnection, ok, time_left
+from kvlab.stores.pool import Pool
+from kvlab.stores.redis.resp import ReplyError, RespConnection, ok
 from kvlab.stores.redis.url import Login
+from kvlab.stores.wire import connected
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-IDLE_CONNECTIONS = 16
 FATAL_REPLIES = {"loading", "masterdown", "noauth", "wrongpass", "clusterdown", "readonly", "misconf"}
 
 
@@ -25,7 +24,7 @@ class NodeDownError(StoreError):
     """The server does not answer, answers too late or not to the point, or does not let us in."""
 
 
-class RedisNode(ForkAware):
+class RedisNode:
     """A server at an address. Calls raise NodeDownError with its reason, at once while the server is left alone."""
 
     def __init__(self, address: tuple[str, int] | str, login: Login, health: CircuitBreaker) -> None:
@@ -33,10 +32,7 @@ class RedisNode(ForkAware):
         self.health = health
         self.last_reason = ""
         self._login = login
-        self._idle: list[RespConnection] = []
-        self._open: set[RespConnection] = set()
-        self._lock = Lock()
-        self.watch_forks()
+        self._pool = Pool(lambda deadline: _connect(address, login, deadline))
 
     def __str__(self) -> str:
         """For messages: another server may have named this one, so the name is not trusted."""
@@ -51,28 +47,28 @@ class RedisNode(ForkAware):
             try:
                 result = work(connection)
             except ReplyError as error:  # the connection is fine, the server may not be
-                self._give_back(connection)
+                self._pool.give_back(connection)
                 if error.reason not in FATAL_REPLIES:
                     self.health.succeeded()
                     raise
                 down = self._down(error.reason, error)
             except ValueTooLongError:
-                self._drop(connection)  # the rest of the value is still on its way
+                self._pool.drop(connection)  # the rest of the value is still on its way
                 raise
             except ConnectionError as error:
-                self._drop(connection)
+                self._pool.drop(connection)
                 if was_idle:
                     self.close_idle()
                     continue
                 down = self._down("disconnected", error)
             except OSError as error:
-                self._drop(connection)
+                self._pool.drop(connection)
                 down = self._down(_reason(error), error)
             except BaseException:
-                self._drop(connection)
+                self._pool.drop(connection)
                 raise
             else:
-                self._give_back(connection)
+                self._pool.give_back(connection)
                 if self.health.succeeded():
                     log.warning("Redis at %s is back", self)
                 return result
@@ -82,40 +78,14 @@ class RedisNode(ForkAware):
         self.close_idle()
 
     def close_idle(self) -> None:
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            self._drop(connection)
-
-    def after_fork_in_child(self) -> None:
-        """Two processes on one connection would read each other's replies."""
-        for connection in self._open:
-            connection.drop()
-        self._open, self._idle = set(), []
+        self._pool.close_idle()
 
     def _take(self, deadline: float) -> tuple[RespConnection, bool]:
-        with self._lock:
-            if self._idle:
-                return self._idle.pop(), True
         try:
-            connection = _connect(self.address, self._login, deadline)
+            return self._pool.take(deadline)
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
             down = self._down(_reason(error), error)
-        else:
-            self._open.add(connection)
-            return connection, False
         raise down
-
-    def _give_back(self, connection: RespConnection) -> None:
-        with self._lock:
-            if len(self._idle) < IDLE_CONNECTIONS:
-                self._idle.append(connection)
-                return
-        self._drop(connection)
-
-    def _drop(self, connection: RespConnection) -> None:
-        self._open.discard(connection)
-        connection.close()
 
     def _down(self, reason: str, error: BaseException) -> NodeDownError:
         """To be raised where `error` is handled no more. It may show a secret, and is the cause only if it does not."""
@@ -131,37 +101,14 @@ class RedisNode(ForkAware):
 
 def _connect(address: tuple[str, int] | str, login: Login, deadline: float) -> RespConnection:
     """A connection that is let in, by `deadline`."""
-    sock = _reach(address, deadline)
+    sock = connected(address, login.tls, deadline)
     try:
-        if login.tls is not None and not isinstance(address, str):
-            sock.settimeout(time_left(deadline))  # of the whole handshake
-            sock = login.tls.wrap_socket(sock, server_hostname=address[0])
         connection = RespConnection(sock, [secret.reveal() for secret in login.hidden])
         _log_in(connection, login, deadline)
     except BaseException:
         sock.close()
         raise
     return connection
-
-
-def _reach(address: tuple[str, int] | str, deadline: float) -> socket.socket:
-    if isinstance(address, str):
-        places: list[tuple[int, Any]] = [(socket.AF_UNIX, address)]
-    else:
-        places = addresses_of(*address, deadline)
-    refused: OSError = ConnectionRefusedError(f"no address of {address}")
-    for tried, (family, place) in enumerate(places):
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(time_left(deadline) / (len(places) - tried))  # one that is silent leaves time for the next
-            sock.connect(place)
-            if family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-        except OSError as error:
-            sock.close()
-            refused = error
-    raise refused
 
 
 def _log_in(connection: RespConnection, login: Login, deadline: float) -> None:

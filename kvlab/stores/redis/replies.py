@@ -3,7 +3,8 @@
 from typing import TypeAlias
 
 from kvlab.stores.base import fits_key
-from kvlab.stores.redis.resp import ProtocolError, Reply, ReplyError, array, bulk, text
+from kvlab.stores.redis.resp import Reply, ReplyError, array, bulk, text
+from kvlab.stores.wire import ProtocolError
 
 PREFIX = b"kvlab:"
 FOREIGN = b"kvlab::"  # keys that do not start with PREFIX are stored under this

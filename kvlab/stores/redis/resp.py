@@ -3,31 +3,23 @@
 Client libraries join a value with its command before sending and collect a reply in pieces before joining them, which
 copies 14 MiB three times. benchmarks/stores.py shows both ways side by side.
 
-Without TLS the kernel keeps the deadline and moves a whole value in one call. With Python's own timeouts a value takes
-many calls, and beside a busy engine a thread waits up to 5 ms for the interpreter after each: 14 MiB then took 14 ms
-instead of 8.
-
 A reply is believed to be neither well formed nor of the kind that was asked for: numbers, nesting, items and bytes have
 limits, and each command's reply is checked (`ok`, `number`, `bulk`, `array`) before the connection is used again.
 """
 
 import socket
-import ssl
-import struct
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
 from kvlab.errors import StoreError
 from kvlab.stores.base import ValueTooLongError
 from kvlab.stores.url import Secret
+from kvlab.stores.wire import ProtocolError, Wire
 
 Reply: TypeAlias = Any  # int, Status, memoryview (a bulk string), None, a list of those, or a ReplyError among them
 BufferFactory: TypeAlias = Callable[[int], Sequence[memoryview]]
 T = TypeVar("T")
 
-CHUNK = 1 << 16
 JOIN_BYTES = 1 << 14  # smaller arguments are sent together
 MOST_DEPTH = 8  # of arrays in arrays; CLUSTER SLOTS has 4
 MOST_ITEMS = 1 << 19  # of a reply; a cluster whose slots all lie apart has 330,000
@@ -40,13 +32,6 @@ _REASONS = {
     *("noperm", "noreplicas", "noscript", "oom", "readonly", "tryagain", "wrongpass", "wrongtype", "unkillable"),
 }
 LONGEST_VALUE = 512 << 20  # of a Redis with its own settings
-
-
-class ProtocolError(StoreError):
-    """The server answered something that is no reply to what it was asked. The connection is of no use any more."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, reason="protocol")
 
 
 class ReplyError(StoreError):
@@ -63,22 +48,12 @@ class Status(bytes):
     """A simple string, which no value is."""
 
 
-class RespConnection:
-    """A connected socket, spoken to directly. Used by one thread at a time.
-
-    A fault in the middle of a call (deadline, lost peer, malformed reply) leaves it unusable: `close` it.
-    `hidden` are secrets, which are starred out of error replies: servers repeat the commands they refuse.
-    """
+class RespConnection(Wire):
+    """`hidden` are secrets, which are starred out of error replies: servers repeat the commands they refuse."""
 
     def __init__(self, sock: socket.socket, hidden: Sequence[str] = ()) -> None:
-        self._socket = sock
+        super().__init__(sock)
         self._hidden = [secret.encode() for secret in hidden]
-        self._kernel_waits = not isinstance(sock, ssl.SSLSocket)
-        if self._kernel_waits:
-            sock.settimeout(None)
-        self._buffer = bytearray(CHUNK)
-        self._view = memoryview(self._buffer)
-        self._start = self._end = 0
         self._items = self._bytes = 0
 
     def call(self, args: Sequence[Any], deadline: float) -> Reply:
@@ -102,7 +77,7 @@ class RespConnection:
         """Send a command whose reply is a value of at most `most` bytes: `room(size)` gives buffers for it, which fill
         one after the other. None if there is none; an error reply is raised."""
         self._send([args], deadline)
-        line = self._line(deadline)
+        line = self.line(deadline)
         if line[:1] == b"-":
             self._check_end()
             raise self._error(line[1:])
@@ -117,19 +92,9 @@ class RespConnection:
         if size > most:
             raise ValueTooLongError(f"the server announced a value of {size} bytes; the limit is {most}")
         into = room(size)
-        self._fill_all(into, deadline)
+        self._string(into, deadline)
         self._check_end()
         return into
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # also where a forked child has inherited the socket
-        self.drop()
-
-    def drop(self) -> None:
-        """Close this process's descriptor and say nothing to the server: in a child the connection is the parent's."""
-        with suppress(OSError):
-            self._socket.close()
 
     def _send(self, commands: Sequence[Sequence[Any]], deadline: float) -> None:
         small = bytearray()
@@ -142,44 +107,14 @@ class RespConnection:
                     if len(piece) <= JOIN_BYTES:
                         small += piece
                         continue
-                    self._sendall(small, deadline)
-                    self._sendall(piece, deadline)
+                    self.send(small, deadline)
+                    self.send(piece, deadline)
                     small = bytearray()
                 small += b"\r\n"
-        self._sendall(small, deadline)
-
-    def _sendall(self, data: bytes | bytearray | memoryview, deadline: float) -> None:
-        view, at = memoryview(data), 0
-        while at < len(view):  # not `sendall`: it would restart the kernel's timeout after each part
-            self._limit(socket.SO_SNDTIMEO, deadline)
-            try:
-                at += self._socket.send(view[at:])
-            except BlockingIOError:
-                raise TimeoutError("the deadline passed") from None
-
-    def _receive(self, into: memoryview, deadline: float, *, whole: bool) -> int:
-        """Some bytes, or with `whole` as many as `into` holds if the deadline allows; at least one."""
-        self._limit(socket.SO_RCVTIMEO, deadline)
-        flags = socket.MSG_WAITALL if whole and self._kernel_waits else 0
-        try:
-            got = self._socket.recv_into(into, 0, flags)
-        except BlockingIOError:
-            raise TimeoutError("the deadline passed") from None
-        if not got:
-            raise ConnectionError("the server closed the connection")
-        return got
-
-    def _limit(self, option: int, deadline: float) -> None:
-        """The next call to the socket ends at `deadline`."""
-        left = time_left(deadline)
-        if self._kernel_waits:
-            seconds, rest = divmod(left, 1)
-            self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(rest * 1e6) + 1))
-        else:
-            self._socket.settimeout(left)
+        self.send(small, deadline)
 
     def _reply(self, deadline: float, depth: int) -> Reply:
-        line = self._line(deadline)
+        line = self.line(deadline)
         kind = line[:1]
         self._items += 1
         if self._items > MOST_ITEMS or depth > MOST_DEPTH:
@@ -202,7 +137,7 @@ class RespConnection:
         if self._bytes > MOST_BYTES:
             raise ProtocolError(f"the server answered with more than {MOST_BYTES} bytes where no value was asked for")
         into = memoryview(bytearray(length))
-        self._fill_all([into], deadline)
+        self._string([into], deadline)
         return into
 
     def _number(self, digits: bytes) -> int:
@@ -225,48 +160,14 @@ class RespConnection:
         return ReplyError("".join(char if char.isprintable() else "?" for char in text), target)
 
     def _check_end(self) -> None:
-        if self._start != self._end:
+        if self.unread:
             raise ProtocolError("the server sent more than it was asked for")
 
-    def _fill_all(self, into: Sequence[memoryview], deadline: float) -> None:
+    def _string(self, into: Sequence[memoryview], deadline: float) -> None:
         """A string's bytes, and the mark that ends it."""
-        for piece in into:
-            at = min(piece.nbytes, self._end - self._start)
-            piece[:at] = self._view[self._start : self._start + at]
-            self._start += at
-            while at < piece.nbytes:
-                at += self._receive(piece[at:], deadline, whole=True)
-        while self._end - self._start < 2:
-            self._fill(deadline)
-        if self._buffer[self._start : self._start + 2] != b"\r\n":
+        self.fill(into, deadline)
+        if self.take(2, deadline) != b"\r\n":
             raise ProtocolError("the server sent a string longer than it had announced")
-        self._start += 2
-
-    def _line(self, deadline: float) -> bytes:
-        while (at := self._buffer.find(b"\r\n", self._start, self._end)) < 0:
-            self._fill(deadline)
-        line = bytes(self._view[self._start : at])
-        self._start = at + 2
-        return line
-
-    def _fill(self, deadline: float) -> None:
-        if self._start == self._end:
-            self._start = self._end = 0
-        elif self._end == CHUNK:
-            if self._start == 0:
-                raise ProtocolError("the server answered a line without end")
-            rest = bytes(self._view[self._start : self._end])
-            self._view[: len(rest)] = rest
-            self._start, self._end = 0, len(rest)
-        self._end += self._receive(self._view[self._end :], deadline, whole=False)
-
-
-def time_left(deadline: float) -> float:
-    """Seconds until `deadline`; TimeoutError if there are none."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("the deadline passed")
-    return left
 
 
 def send_command(args: Sequence[Any], deadline: float, parse: Callable[[Reply], T]) -> Callable[[RespConnection], T]:

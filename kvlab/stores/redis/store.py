@@ -17,7 +17,6 @@ from kvlab.stores.redis.removal import HEAD_BYTES, remove
 from kvlab.stores.redis.replies import SIZE, Answers, memory_facts, name_of, size_in, told_limit
 from kvlab.stores.redis.resp import (
     BufferFactory,
-    ProtocolError,
     ReplyError,
     RespConnection,
     flag,
@@ -30,6 +29,7 @@ from kvlab.stores.redis.topology import Topology, make_topology
 from kvlab.stores.redis.url import RedisTarget
 from kvlab.stores.shown import call_of
 from kvlab.stores.url import StoreURL
+from kvlab.stores.wire import ProtocolError
 from kvlab.units import parse_bytes
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,9 @@ from typing import TypeVar
 
 from kvlab.stores.circuit_breaker import CircuitBreaker
 from kvlab.stores.redis.node import NodeDownError, RedisNode
-from kvlab.stores.redis.resp import ProtocolError, Reply, ReplyError, RespConnection, array, number, send_command, text
+from kvlab.stores.redis.resp import Reply, ReplyError, RespConnection, array, number, send_command, text
 from kvlab.stores.redis.url import RedisTarget
+from kvlab.stores.wire import ProtocolError
 
 T = TypeVar("T")
 Address = tuple[str, int]

@@ -7,10 +7,10 @@ sentinel, may name any host, so a name is looked up in a thread, which is left t
 import queue
 import socket
 import threading
+import time
 from typing import Any, TypeAlias
 
 from kvlab.stores.forks import ForkAware
-from kvlab.stores.redis.resp import time_left
 
 Found: TypeAlias = list[tuple[int, Any]]  # families and socket addresses
 MOST_LOOKUPS = 32  # at once: servers that name ever other hosts do not make ever more threads
@@ -28,6 +28,14 @@ class _Lookups(ForkAware):
 
 
 _lookups = _Lookups()
+
+
+def time_left(deadline: float) -> float:
+    """Seconds until `deadline`; TimeoutError if there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the deadline passed")
+    return left
 
 
 def addresses_of(host: str, port: int, deadline: float) -> Found:

@@ -1,0 +1,3 @@
+from planted import attempt
+
+__all__ = ["attempt"]  # a fixture
