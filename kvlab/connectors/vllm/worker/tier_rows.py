@@ -14,6 +14,7 @@ from kvlab.units import format_bytes
 
 logger = logging.getLogger("vllm.kvlab")
 INTERVAL_S = 10.0
+NO_BUDGET = 1 << 60  # as of a bucket
 MOST_LISTED = 10_000  # keys of the start-up line; listing more takes an engine's time
 
 
@@ -88,4 +89,5 @@ def log_tiers(engine: CacheEngine) -> None:
 def held(row: dict[str, Any]) -> str:
     if not row.get("up", 1):
         return f"is down ({row.get('last_error') or 'no answer'})"
-    return f"holds {format_bytes(row.get('used_bytes', 0))} of {format_bytes(row.get('max_bytes', 0))}"
+    used, most = row.get("used_bytes", 0), row.get("max_bytes", 0)
+    return f"holds {format_bytes(used)}" + (f" of {format_bytes(most)}" if most < NO_BUDGET else "")
