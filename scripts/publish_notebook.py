@@ -20,6 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 COLORS = 256
 
 
+def is_noise(output: nbformat.NotebookNode) -> bool:
+    """Warnings, and progress bars, which are widgets where these are installed."""
+    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
 def describe(output: nbformat.NotebookNode) -> None:
     """Of a figure keep the picture alone, with its title for readers who do not see it and the size it is drawn at: Lab
     would show the picture that stands beside a script at the size of its dots, and runs no script it does not trust."""
@@ -46,11 +51,12 @@ def main() -> None:
         jupyter = Path(sys.executable).parent / "jupyter"
         subprocess.run([str(jupyter), "execute", "--inplace", str(path)], check=True, env=env)
         notebook = nbformat.read(path, as_version=4)
+        notebook.metadata.pop("widgets", None)
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
             if cell.cell_type == "code":
                 cell.execution_count = None
-                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+                cell.outputs = [output for output in cell.outputs if not is_noise(output)]
                 for output in cell.outputs:
                     describe(output)
         path.write_text(nbformat.writes(notebook).replace(f"{ROOT}/", "") + "\n", encoding="utf-8")  # no one's folders
