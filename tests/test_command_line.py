@@ -148,6 +148,7 @@ def test_every_command_has_examples_and_json(name: str, capsys: pytest.CaptureFi
         (["config", "from-lmcache"], "takes a YAML file, or --env"),
         (["config", "from-lmcache", "/"], "cannot read '/': Is a directory"),
         (["warm", "/absent"], "cannot read '/absent'"),
+        (["warm", __file__, "--ttl-s", "10"], "--ttl-s is how long a pin lasts: give --pin as well"),
         (["warm", __file__, "--url", "http://127.0.0.1:9", "--model", "m"], "http://127.0.0.1:9"),
         (["completion", "csh"], "invalid choice: 'csh'"),
     ],

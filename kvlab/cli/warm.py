@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--url", default="http://127.0.0.1:8000", help="of vLLM's API server (default: %(default)s)")
     p.add_argument("--model", help="as the server names it; default its first")
     p.add_argument("--pin", action="store_true", help="keep them in the memory tier")
-    p.add_argument("--ttl-s", type=float, metavar="SECONDS", help="for so long")
+    p.add_argument("--ttl-s", type=float, metavar="SECONDS", help="how long a pin lasts; needs --pin")
     p.add_argument("--cache-salt", help="the salt of the requests that are to find them")
     p.add_argument("--concurrency", type=int, default=4, help="prompts on their way at a time (default: %(default)s)")
     p.add_argument("--timeout-s", type=float, default=600.0, help="that the server may take (default: %(default)s)")

@@ -51,7 +51,7 @@ def warm(
     model
         as the server names it; by default the first that it lists.
     pin, ttl_s
-        keep the prompts in the memory tier, and for how many seconds (see docs/guide/connector.md).
+        keep the prompts in the memory tier, and for how many seconds the pin lasts (see docs/guide/connector.md).
     cache_salt
         the salt of the requests that are to find them.
     api_key
@@ -78,6 +78,8 @@ def warm(
         raise ConfigError(f"concurrency must be from 1 to 1024, got {concurrency}")
     if not prompts:
         raise ConfigError("there are no prompts to send; give at least one")
+    if ttl_s is not None and not pin:
+        raise ConfigError("ttl_s is how long a pin lasts: give pin=True as well")
     server = _Server(url.rstrip("/"), api_key, timeout_s)
     hints = {"pin": pin} | ({"ttl_s": ttl_s} if ttl_s is not None else {})
     body = {"model": model or server.first_model(), "max_tokens": 1, "temperature": 0}

@@ -88,6 +88,8 @@ def test_wrong_answers_are_one_line_without_the_key(server):
         assert "SECRET" not in str(refused.value)
     with pytest.raises(ConfigError, match="no prompts"):
         warm([], url=url)
+    with pytest.raises(ConfigError, match="ttl_s is how long a pin lasts: give pin=True as well"):
+        warm(["text"], url=url, ttl_s=5)
 
 
 def test_files_of_prompts(tmp_path):
