@@ -52,6 +52,20 @@ def test_a_file_and_variables_give_one_configuration(tmp_path, monkeypatch, caps
     assert json.loads(capsys.readouterr().out) == made
 
 
+def test_the_file_that_the_environment_names_is_read_and_variables_go_over_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lm.yaml").write_text("chunk_size: 512\nmax_local_cpu_size: 20\n")
+    monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(tmp_path / "lm.yaml"))
+    for size, over in (("20", ""), ("30", "30")):
+        monkeypatch.setenv("LMCACHE_MAX_LOCAL_CPU_SIZE", over)
+        assert main(["config", "from-lmcache", "--env"]) == 0
+        out = capsys.readouterr()
+        assert json.loads(out.out) == vllm_config([f"memory://?size={size}GiB"], chunk_tokens=512)
+        assert out.err == ""
+    monkeypatch.setenv("LMCACHE_CONFIG_FILE", "/absent.yaml")
+    assert main(["config", "from-lmcache", "--env"]) == 2
+    assert "cannot read '/absent.yaml'" in capsys.readouterr().err
+
+
 def test_its_defaults_are_a_tier_of_5_gib():
     done = translate({"chunk_size": "256"})
     assert (done.tiers, done.settings, done.left_out) == ([FIRST], {"chunk_tokens": 256}, [])

@@ -84,11 +84,11 @@ UNMAPPED = {  # pattern of keys -> why nothing takes their place
     "py_enable_gc": "Python's collector is left as it is",
     "extra_config": "its entries are LMCache's own; disk tiers use O_DIRECT unless the URL says ?direct=false",
     "track_usage": "nothing is sent anywhere",
-    "config_file": "give its path: kvlab config from-lmcache FILE.yaml",
     "log_level": "the level is VLLM_LOGGING_LEVEL",
     "use_experimental": "there is one version",
 }  # fmt: skip
 KEYS_OF_ENVIRONMENT = "LMCACHE_"
+CONFIG_FILE = "LMCACHE_CONFIG_FILE"  # LMCache reads this file, then the other variables over it
 
 
 @dataclass
@@ -101,8 +101,9 @@ class Translated:
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """LMCache's settings among the variables, by key."""
+    """LMCache's settings among the variables, by key; not the file's path."""
     found = {name: value for name, value in environ.items() if name.startswith(KEYS_OF_ENVIRONMENT) and value}
+    found.pop(CONFIG_FILE, None)
     return {name.removeprefix(KEYS_OF_ENVIRONMENT).lower(): value for name, value in found.items()}
 
 
