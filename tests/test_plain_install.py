@@ -44,6 +44,7 @@ def command(line: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
         "simulate chat --tiers 10GiB --model Qwen2.5-7B --limit 50 --policy lru,belady",
         "store ls file://{cwd}/kv",
         "config memory://?size=1GiB file:///kv?size=1GiB",
+        "config from-lmcache {cwd}/lmcache.yaml",
         "completion bash",
         "bench --help",
         "profile --help",
@@ -51,6 +52,7 @@ def command(line: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
 )
 def test_these_commands_need_no_extra(line, tmp_path):
     open_store(f"file://{tmp_path}/kv?size=1MiB").close()
+    (tmp_path / "lmcache.yaml").write_text("chunk_size: 512")
     done = command(line.format(cwd=tmp_path), tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
@@ -140,5 +142,5 @@ def test_the_extras_named_are_those_of_the_project_and_the_core_is_small():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {extra for _, extra in EXTRAS.values()} <= set(project["optional-dependencies"])
     core = {line.partition(">=")[0] for line in project["dependencies"]}
-    assert core == {"blake3", "numpy", "safetensors", "tqdm", "xxhash"}
+    assert core == {"blake3", "numpy", "pyyaml", "safetensors", "tqdm", "xxhash"}
     assert not core & set(EXTRAS)
