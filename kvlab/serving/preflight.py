@@ -64,6 +64,22 @@ def pool_flags(given: Sequence[str], backend_flags: Mapping[str, Sequence[str]],
     return ("--kv-cache-memory-bytes", str(size >> 20 << 20))
 
 
+def usual_traffic() -> tuple[int, float]:
+    """Prompts of a run and requests per second, unless told: what a GPU serves, or a CPU in a minute or two."""
+    return (1024, 16.0) if gpu_name() else (64, 1.0)
+
+
+def plan_line(
+    backends: Sequence[str], runs: int, datasets: Sequence[str], counts: Sequence[int], rates: Sequence[float]
+) -> str:
+    """What a benchmark is about to send."""
+    sent = [
+        f"{count:,} prompts of {kind} {'at its own times' if kind == 'trace' else f'at {rate:g}/s'}"
+        for kind, count, rate in zip(datasets, counts, rates, strict=True)
+    ]
+    return f"backends {', '.join(backends)}; for each {runs} run{'s' if runs > 1 else ''} of {' and '.join(sent)}"
+
+
 def is_for_gpus() -> bool:
     """Whether the installed vLLM is the build for NVIDIA GPUs: the CPU's is a package of its own, or says +cpu."""
     try:
