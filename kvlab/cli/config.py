@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvlab.cli.lmcache import from_environment, from_yaml, translate
+from kvlab.cli.lmcache import CONFIG_FILE, from_environment, from_yaml, translate
 from kvlab.cli.parser import Parser
 from kvlab.cli.tiers import as_urls
 from kvlab.connectors.config import vllm_config
@@ -38,7 +38,11 @@ def parser() -> argparse.ArgumentParser:
         help="tiers, fastest first: URLs, sizes of host memory, or both joined by +; and settings of the connector. "
         f"Or {FROM_LMCACHE} and a YAML file",
     )
-    p.add_argument("--env", action="store_true", help=f"with {FROM_LMCACHE}: read the environment's LMCACHE_ variables")
+    p.add_argument(
+        "--env",
+        action="store_true",
+        help=f"with {FROM_LMCACHE}: the environment's LMCACHE_ variables, over LMCACHE_CONFIG_FILE",
+    )
     p.add_argument("--shell", action="store_true", help="print the whole flag, quoted for a shell")
     p.add_argument("--json", action="store_true", help="indented JSON; without it one line")
     return p
@@ -103,7 +107,8 @@ def _from_lmcache(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     if bool(files) == args.env or len(files) > 1:
         raise ConfigError(f"{FROM_LMCACHE} takes a YAML file, or --env for the environment's variables")
     if args.env:
-        found = from_environment(os.environ)
+        path = os.environ.get(CONFIG_FILE)
+        found = (from_yaml(_read(path), path) if path else {}) | from_environment(os.environ)
         if not found:
             raise ConfigError("the environment has no variable that begins with LMCACHE_")
     else:

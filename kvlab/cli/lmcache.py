@@ -5,6 +5,7 @@ Names and defaults are those of ``lmcache/v1/config.py``; sizes are there in uni
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatch
 from typing import Any
 from urllib.parse import urlsplit
@@ -84,11 +85,12 @@ UNMAPPED = {  # pattern of keys -> why nothing takes their place
     "py_enable_gc": "Python's collector is left as it is",
     "extra_config": "its entries are LMCache's own; disk tiers use O_DIRECT unless the URL says ?direct=false",
     "track_usage": "nothing is sent anywhere",
-    "config_file": "give its path: kvlab config from-lmcache FILE.yaml",
     "log_level": "the level is VLLM_LOGGING_LEVEL",
     "use_experimental": "there is one version",
 }  # fmt: skip
 KEYS_OF_ENVIRONMENT = "LMCACHE_"
+UNKNOWN = "no key of LMCache that is known here"
+CONFIG_FILE = "LMCACHE_CONFIG_FILE"  # LMCache reads this file, then the other variables over it
 
 
 @dataclass
@@ -101,17 +103,16 @@ class Translated:
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """LMCache's settings among the variables, by key."""
+    """LMCache's settings among the variables, by key; not the file's path."""
     found = {name: value for name, value in environ.items() if name.startswith(KEYS_OF_ENVIRONMENT) and value}
+    found.pop(CONFIG_FILE, None)
     return {name.removeprefix(KEYS_OF_ENVIRONMENT).lower(): value for name, value in found.items()}
 
 
 def from_yaml(text: str, shown: str) -> dict[str, Any]:
     """LMCache's settings of a YAML file."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ConfigError("reading YAML needs PyYAML: pip install pyyaml") from error
+    import yaml  # here, as it costs other commands 0.1 s
+
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -164,7 +165,9 @@ def reason(key: str) -> str:
     for pattern, why in UNMAPPED.items():
         if fnmatch(key, pattern):
             return why.replace("`", "")
-    return "no key of LMCache that is known here"
+    known = [*MAPPED, *ALIASES, *(pattern for pattern in UNMAPPED if "*" not in pattern)]
+    near = get_close_matches(key, known, 1, 0.8)
+    return UNKNOWN + (f"; do you mean {near[0]}?" if near else "")
 
 
 def page_tables() -> str:

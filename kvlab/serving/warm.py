@@ -1,6 +1,7 @@
 """Send prompts to a running server before traffic comes, so that its cache holds their KV."""
 
 import json
+import math
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
@@ -19,8 +20,9 @@ MOST_ANSWER_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Warmed:
-    """What the server said of one prompt: its tokens, those that were held already, and objects pinned. The latter two
-    are None where the connector's setting `report` is off."""
+    """What the server said of one prompt: its tokens, those whose KV kvlab loaded from a tier, and objects pinned. The
+    latter two are None where the connector's setting `report` is off.
+    What vLLM's own prefix cache held is not loaded."""
 
     prompt_tokens: int
     hit_tokens: int | None
@@ -47,11 +49,11 @@ def warm(
         texts, lists of token ids, or lists of chat messages, as `read_prompts` gives them. A prompt serves later ones
         that begin with the same tokens.
     url
-        of vLLM's API server.
+        of vLLM's API server, with or without ``/v1``.
     model
         as the server names it; by default the first that it lists.
     pin, ttl_s
-        keep the prompts in the memory tier, and for how many seconds (see docs/guide/connector.md).
+        keep the prompts in the memory tier, and for how many seconds the pin lasts (see docs/guide/connector.md).
     cache_salt
         the salt of the requests that are to find them.
     api_key
@@ -78,7 +80,11 @@ def warm(
         raise ConfigError(f"concurrency must be from 1 to 1024, got {concurrency}")
     if not prompts:
         raise ConfigError("there are no prompts to send; give at least one")
-    server = _Server(url.rstrip("/"), api_key, timeout_s)
+    if ttl_s is not None and not 0 < ttl_s < math.inf:
+        raise ConfigError(f"ttl_s must be a number of seconds above 0, got {ttl_s}")
+    if ttl_s is not None and not pin:
+        raise ConfigError("ttl_s is how long a pin lasts: give pin=True as well")
+    server = _Server(url.rstrip("/").removesuffix("/v1").rstrip("/"), api_key, timeout_s)
     hints = {"pin": pin} | ({"ttl_s": ttl_s} if ttl_s is not None else {})
     body = {"model": model or server.first_model(), "max_tokens": 1, "temperature": 0}
     body["kv_transfer_params"] = {"kvlab": hints}

@@ -89,9 +89,9 @@ def simulate(
         or ``file:///kv?size=1TiB``, with ``gb_per_s``, ``latency_ms`` and ``per_gb_month`` among its options; or a bare
         size of host memory: ``10GiB``, ``10000 blocks``, ``unbounded``.
     policy
-        an eviction policy of the stores, by name or as a class, for all tiers (None: what each URL says, else ``lru``),
-        or ``belady``:
-        the bound of `kvlab.simulation.belady`, which is one on `block_hit_rate`; several tiers are one to it.
+        an eviction policy of the stores, by name or as a class, for the tiers whose URL names none (None: ``lru``); or
+        ``belady``: the bound of `kvlab.simulation.belady`, which is one on `block_hit_rate`. Several tiers are one to
+        it, and what their URLs name does not count.
     model
         what `size_calculator` takes, or a `KVSize`; needed where capacities are bytes.
     serde
@@ -125,10 +125,11 @@ def simulate(
     if not given:
         raise ConfigError("simulate needs at least one tier, such as 'memory://?size=10GiB' or '10000 blocks'")
     stack = [tier for tier, _ in given]
-    policies: list[Policy] = [named or "lru" if policy is None else policy for _, named in given]
-    if policy != BOUND:
-        for one in policies:
+    policy = "lru" if policy is None else policy
+    for one in (policy, *(named for _, named in given if named)):
+        if one is not policy or policy != BOUND:
             policy_class(one, also=(BOUND,))
+    policies: list[Policy] = [BOUND] if policy == BOUND else [named or policy for _, named in given]
     ratio = serde_ratio(serde)
     sizes, in_bytes = _sizes(traffic.block_tokens, objects.step, model, ratio, object_bytes)
     capacities = [_capacity(tier, sizes, in_bytes) for tier in stack]
@@ -156,7 +157,7 @@ def simulate(
         "traffic": traffic.name,
         "policy": " + ".join(dict.fromkeys(map(policy_name, policies))),
         "tiers": " + ".join(tier.label for tier in stack),
-        "urls": "+".join(tier.url for tier in stack) if all(tier.url for tier in stack) else "",
+        "urls": "" if policy == BOUND else _urls(stack, policies),
         "capacity": None if any(tier.capacity is None for tier in stack) else sum(capacities),
         "unit": "bytes" if in_bytes else "blocks",
         "serde_ratio": ratio,
@@ -240,6 +241,12 @@ def _capacity(tier: Tier, sizes: list[int], in_bytes: bool) -> int:
     if not in_bytes:
         raise ConfigError(f"a capacity in bytes ({tier.label}) needs model=..., or give it in blocks: '10000 blocks'")
     return tier.capacity
+
+
+def _urls(stack: Sequence[Tier], policies: Sequence[Policy]) -> str:
+    """What opens tiers like these, or nothing where a tier has no URL."""
+    urls = [tier.url_with(policy) for tier, policy in zip(stack, policies, strict=True)]
+    return "+".join(urls) if all(urls) else ""
 
 
 def _tier_row(tier: Tier, capacity: int, count: TierCount) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from kvlab.errors import ConfigError
 from kvlab.progress import Progress
 from kvlab.simulation.simulate import BOUND, Policy, Trace, as_traffic, simulate
-from kvlab.simulation.tiers import Tier
+from kvlab.simulation.tiers import Tier, tier_and_policy
 from kvlab.simulation.traffic import Traffic
 from kvlab.simulation.workers import run_jobs
 from kvlab.sizing import KVSize, size_calculator
@@ -30,14 +30,15 @@ def sweep(
     progress: bool = True,
     **how: Any,
 ) -> list[dict[str, Any]]:
-    """One row of `simulate` for every policy, capacity and serde, in this order.
+    """One row of `simulate` for every policy, capacity and serde, in this order. Tiers whose URLs all name their own
+    policy come once for all of `policies`, and once more for ``belady``.
 
     Parameters
     ----------
     tiers
         each one tier or a list of tiers, as `simulate` takes them.
     policies
-        by name, or classes of your own.
+        by name, or classes of your own, for tiers whose URL names none.
     workers
         processes; as many as this process may use cores unless told. Classes that another process cannot import, such
         as those of a notebook's cell, run in this one alone.
@@ -69,8 +70,16 @@ def sweep(
     traffic = as_traffic(trace)
     size = model if model is None or isinstance(model, KVSize) else size_calculator(model)
     classes = [policy if policy == BOUND else _portable(policy) for policy in policies]
-    jobs = [(policy, stack, serde) for policy in classes for stack in tiers for serde in serdes]
-    names = [policy_name(policy) for policy in policies for _ in range(len(tiers) * len(serdes))]
+    named = [_named(stack) for stack in tiers]
+    jobs: list[tuple[Policy, Tiers, str | float | None]] = []
+    names: list[str | None] = []  # in rows; None: as the tiers' URLs name them
+    own = next((number for number, policy in enumerate(classes) if policy != BOUND), None)
+    for number, (policy, cls) in enumerate(zip(policies, classes, strict=True)):
+        for stack, says in zip(tiers, named, strict=True):
+            if all(says) and policy != BOUND and number != own:
+                continue  # it would be the same run again
+            jobs += [(cls, stack, serde) for serde in serdes]
+            names += [policy_name(policy) if policy == BOUND or not any(says) else None] * len(serdes)
     if not all(isinstance(policy, str) or _is_importable(policy) for policy in classes):
         workers = 1
     workers = num_cores() if workers is None else workers
@@ -78,10 +87,16 @@ def sweep(
     rows: list[dict[str, Any]] = [{}] * len(jobs)
     with Progress(len(jobs), "sweep", unit="run") if progress else contextlib.nullcontext() as bar:
         for index, row in run_jobs("kvlab.simulation.sweep:one", shared, jobs, workers=workers):
-            rows[index] = row | {"policy": names[index]}
+            rows[index] = row | {"policy": names[index] or row["policy"]}
             if bar is not None:
                 bar.step(f"{row['policy']}, {row['tiers']}: {row['block_hit_rate']:.1%} of blocks hit")
     return rows
+
+
+def _named(stack: Tiers) -> list[str | None]:
+    """The policies that the URLs of its tiers name."""
+    tiers = [stack] if isinstance(stack, Tier | str | int) else stack
+    return [tier_and_policy(tier)[1] for tier in tiers] or [None]
 
 
 def _portable(policy: Policy) -> Policy:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from kvlab.errors import ConfigError
+from kvlab.stores.eviction import EvictionPolicy, policy_class, policy_name
 from kvlab.stores.spec import TierSpec
 from kvlab.stores.url import SIMULATION_OPTIONS
 from kvlab.units import format_bytes, parse_bytes
@@ -11,6 +12,7 @@ from kvlab.units import format_bytes, parse_bytes
 # staged copies over PCIe 5 (data/published/h100_peers.json). Disk: one NVMe drive on PCIe 4. Redis: one TCP connection.
 KINDS = {"file": "disk", "rediss": "redis", "unix": "redis", "redis-sentinel": "redis", "redis-cluster": "redis"}
 SPEEDS = {"memory": (50.0, 0.1), "disk": (6.0, 0.5), "redis": (1.0, 1.0)}
+DEFAULT_POLICY = "lru"  # of stores
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,18 @@ class Tier:
             return f"{self.name}:unbounded"
         return f"{self.name}:{f'{self.capacity} blocks' if self.in_blocks else format_bytes(self.capacity)}"
 
+    def url_with(self, policy: str | type[EvictionPolicy]) -> str:
+        """`url`, which says `policy` too where that is not the default; nothing for a class that goes by no name. Redis
+        evicts as its server is told, not its URL."""
+        _, mark, query = self.url.partition("?")
+        says = any(option.startswith("policy=") for option in query.split("&"))
+        if policy == DEFAULT_POLICY or says or not self.url or self.name not in ("memory", "disk"):
+            return self.url
+        name = policy_name(policy)
+        if not isinstance(policy, str) and not _is_known(name, policy):
+            return ""
+        return f"{self.url}{'&' if mark else '?'}policy={name}"
+
 
 def as_tier(given: "Tier | str | int") -> Tier:
     """A Tier, or from the URL of a tier, as stores and vLLM's connector take it, or from a bare size of host memory:
@@ -87,6 +101,13 @@ def tier_and_policy(given: "Tier | str | int") -> tuple[Tier, str | None]:
     capacity = spec.size_blocks if in_blocks else spec.size_bytes
     price = spec.per_gb_month or 0.0
     return Tier(capacity, kind, in_blocks, gb_per_s, latency_ms, price, _opens(given, spec)), spec.policy
+
+
+def _is_known(name: str, policy: type[EvictionPolicy]) -> bool:
+    try:
+        return policy_class(name) is policy
+    except ConfigError:
+        return False
 
 
 def _opens(given: str, spec: TierSpec) -> str:

