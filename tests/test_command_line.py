@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shlex
 import signal
 import subprocess
@@ -106,6 +107,9 @@ def test_every_command_has_examples_and_json(name: str, capsys: pytest.CaptureFi
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert f"examples:\n  kvlab {name}" in text or name == "completion"
+    for line in [*re.findall("^  (kvlab .*)", text, re.MULTILINE), COMMANDS[name].example]:
+        unquoted = re.sub(r"""'[^']*'|"[^"]*\"""", "", line)
+        assert not re.search("[?&*]", unquoted), line  # zsh would take it for a pattern, and & ends a command
     if name == "store":
         return  # its own commands have it, see below
     assert "--json" in text
