@@ -111,6 +111,11 @@ def test_a_class_that_is_there_is_used(name):
     assert get_serde("good").name == "naive"
 
 
+def test_options_of_a_class_with_arguments_are_checked_without_opening_it():
+    with pytest.raises(ConfigError, match="sise"):
+        vllm_config(["memory://?size=1MiB", "good://?sise=1MiB"])
+
+
 def test_what_a_class_says_of_its_url_is_not_told():
     with pytest.raises(ConfigError) as caught:
         open_store("picky://user:secret@host?size=1MiB")
