@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shlex
 import signal
 import subprocess
@@ -106,6 +107,9 @@ def test_every_command_has_examples_and_json(name: str, capsys: pytest.CaptureFi
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert f"examples:\n  kvlab {name}" in text or name == "completion"
+    for line in [*re.findall("^  (kvlab .*)", text, re.MULTILINE), COMMANDS[name].example]:
+        unquoted = re.sub(r"""'[^']*'|"[^"]*\"""", "", line)
+        assert not re.search("[?&*]", unquoted), line  # zsh would take it for a pattern, and & ends a command
     if name == "store":
         return  # its own commands have it, see below
     assert "--json" in text
@@ -147,6 +151,7 @@ def test_every_command_has_examples_and_json(name: str, capsys: pytest.CaptureFi
         (["config", "chunk_tokens=512"], "give a tier"),
         (["config", "from-lmcache"], "takes a YAML file, or --env"),
         (["config", "from-lmcache", "/"], "cannot read '/': Is a directory"),
+        (["size", "Qwen2.5-7B", "--context", "32k"], "--context goes with --sessions-in"),
         (["warm", "/absent"], "cannot read '/absent'"),
         (["warm", __file__, "--ttl-s", "10"], "--ttl-s is how long a pin lasts: give --pin as well"),
         (["warm", __file__, "--url", "http://127.0.0.1:9", "--model", "m"], "http://127.0.0.1:9"),
@@ -207,6 +212,8 @@ def test_sizes_of_sessions_and_of_several_models(capsys: pytest.CaptureFixture[s
     (row,) = answer("Qwen2.5-7B", "--sessions-in", "file:///kv?size=1TiB", "--context", "32k")
     assert row["sessions"] == 585
     assert "sessions_in_vllm_pool" not in row
+    rows = answer("Qwen2.5-7B", "--sessions-in", "80GiB+file:///kv?size=1TiB", "--context", "32k")
+    assert [(row["tier"], row["sessions"]) for row in rows] == [("memory://", 45), ("file:///kv", 585)]
     rows = answer("Qwen2.5-7B", "DeepSeek-V3", "--tokens", "1k")
     assert [row["bytes_at_1024"] for row in rows] == [58720256, 70272 * 1024]
     assert "Qwen/Qwen2.5-7B-Instruct" in answer("--list", "qwen2.5-7b")

@@ -111,6 +111,11 @@ def test_a_class_that_is_there_is_used(name):
     assert get_serde("good").name == "naive"
 
 
+def test_options_of_a_class_with_arguments_are_checked_without_opening_it():
+    with pytest.raises(ConfigError, match="sise"):
+        vllm_config(["memory://?size=1MiB", "good://?sise=1MiB"])
+
+
 def test_what_a_class_says_of_its_url_is_not_told():
     with pytest.raises(ConfigError) as caught:
         open_store("picky://user:secret@host?size=1MiB")
@@ -136,6 +141,6 @@ def test_a_policy_that_is_there_is_used_by_name_everywhere(tmp_path):
         assert store.put("k", b"v")
     assert vllm_config(["memory://?size=1MiB&policy=good"])
     rows = sweep("chat", ["100 blocks", "memory://?size=90 blocks&policy=good"], ["good", "lru"], workers=2)
-    assert [row["policy"] for row in rows] == ["good", "good", "lru", "lru"]
+    assert [row["policy"] for row in rows] == ["good", "good", "lru"]  # the URL names its own, once
     assert rows[0]["block_hit_rate"] == rows[2]["block_hit_rate"]
     assert simulate("chat", "memory://?size=90 blocks&policy=good").row["policy"] == "good"

@@ -20,7 +20,7 @@ from kvlab.serving.workloads import KINDS
 EXAMPLES = (
     "kvlab bench                                           no cache, then host memory, on the demo model",
     "kvlab bench --backends none,kvlab-disk --model MODEL --out rows.jsonl",
-    "kvlab bench --backends 1GiB+file:///kv?size=8GiB --num-prompts 64 --request-rate 2",
+    "kvlab bench --backends '1GiB+file:///kv?size=8GiB' --num-prompts 64 --request-rate 2",
     "kvlab bench --report rows.jsonl",
 )
 

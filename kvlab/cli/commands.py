@@ -22,7 +22,7 @@ COMMANDS = {
     "config": Command(
         "kvlab.cli.config",
         "the JSON of vLLM's --kv-transfer-config, checked; also from LMCache's settings",
-        "kvlab config memory://?size=8GiB file:///data/kv?size=1TiB",
+        "kvlab config 'memory://?size=8GiB' 'file:///data/kv?size=1TiB'",
     ),
     "bench": Command(
         "kvlab.cli.bench",

@@ -17,7 +17,7 @@ from kvlab.errors import ConfigError
 
 EXAMPLES = (
     "kvlab config 'memory://?size=8GiB' 'file:///data/kv?size=1TiB' chunk_tokens=512",
-    "kvlab config 8GiB+file:///data/kv?size=1TiB --shell          a whole flag, quoted for a shell",
+    "kvlab config '8GiB+file:///data/kv?size=1TiB' --shell        a whole flag, quoted for a shell",
     'vllm serve MODEL --kv-transfer-config "$(kvlab config 8GiB)"',
     "kvlab config from-lmcache lmcache.yaml                       LMCache's YAML file",
     "kvlab config from-lmcache --env                              its LMCACHE_ variables",

@@ -19,7 +19,7 @@ from kvlab.simulation.trace_files import FORMATS, load_traffic
 COLUMNS = ("policy", "tiers", "block_hit_rate", "token_hit_rate", "request_hit_rate", "evictions")
 EXAMPLES = (
     'kvlab simulate chat --tiers "1000 blocks" --policy lru,s3fifo,belady',
-    "kvlab simulate trace.jsonl --model Qwen2.5-7B --tiers 10GiB,100GiB,10GiB+file:///kv?size=1TiB",
+    "kvlab simulate trace.jsonl --model Qwen2.5-7B --tiers '10GiB,100GiB,10GiB+file:///kv?size=1TiB'",
     "kvlab simulate chat --model Qwen2.5-7B --tiers 10GiB --prefill-rate 12000 --per-gpu-hour 3",
 )
 COST_COLUMNS = ("ttft_ms", "ttft_without_ms", "gpu_s_saved", "saved_cost")

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvlab.cli.parser import Parser
 from kvlab.cli.show import BOLD, DIM, print_json, styled, table
+from kvlab.cli.tiers import stack_of
 from kvlab.errors import ConfigError
 from kvlab.sizing.calculator import ENGINES, size_calculator
 from kvlab.sizing.catalog import catalog
@@ -15,6 +16,7 @@ from kvlab.sizing.kv_size import KVSize
 from kvlab.sizing.report import LENGTHS, as_dict, text
 from kvlab.units import format_bytes, parse_tokens
 
+CONTEXT = "4096"  # tokens, unless told
 COMPARED = (4096, 32768, 131072)  # tokens, unless told
 EXAMPLES = (
     "kvlab size Qwen2.5-7B",
@@ -36,9 +38,10 @@ def parser() -> argparse.ArgumentParser:
         "--sessions-in",
         action="append",
         metavar="SIZE",
-        help="how many sessions fit in so much memory (80GiB) or in a tier (file:///kv?size=1TiB); may be repeated",
+        help="how many sessions fit in so much memory (80GiB), in a tier (file:///kv?size=1TiB), or in each tier of a "
+        "stack (with + between); may be repeated",
     )
-    p.add_argument("--context", metavar="N", default="4096", help="tokens of a session (default: %(default)s)")
+    p.add_argument("--context", metavar="N", help=f"with --sessions-in: tokens of a session (default: {CONTEXT})")
     p.add_argument("--dtype", default="auto", help="KV dtype: auto, bf16, fp8, int4_per_token_head, q8_0, ...")
     p.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     p.add_argument("--pp", type=int, default=1, help="pipeline-parallel stages")
@@ -78,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
     ]
     if args.sessions_in:
         return _plan(args, sizes)
+    if args.context is not None:
+        raise ConfigError("--context goes with --sessions-in; the length of a sequence is --tokens")
     if len(sizes) > 1:
         return _compare(args, sizes)
     (size,) = sizes
@@ -107,12 +112,14 @@ def _list(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace, sizes: Sequence[KVSize]) -> int:
     """Sessions that fit: stored as objects in a tier, and as pages in a pool of vLLM of this size on each rank."""
     rows: list[dict[str, Any]] = []
+    context = args.context or CONTEXT
+    tiers = [tier for stack in args.sessions_in for tier in stack_of(stack)]
     for size in sizes:
-        for tier in size.plan(args.sessions_in, tokens=args.context):
+        for tier in size.plan(tiers, tokens=context):
             row = {"model": size.name, "dtype": size.dtype, **asdict(tier)}
             if args.engine == "vllm" and tier.tier == "memory://":
                 held = size.reserved(
-                    args.context, block_size=args.block_size, max_num_batched_tokens=args.max_num_batched_tokens
+                    context, block_size=args.block_size, max_num_batched_tokens=args.max_num_batched_tokens
                 )
                 row["sessions_in_vllm_pool"] = tier.size_bytes // held.bytes
             rows.append(row)
@@ -130,7 +137,7 @@ def _plan(args: argparse.Namespace, sizes: Sequence[KVSize]) -> int:
         )
         for row in rows
     ]
-    print(styled(f"Sessions of {parse_tokens(args.context):,} tokens", DIM))
+    print(styled(f"Sessions of {parse_tokens(context):,} tokens", DIM))
     print(table([heads, *cells], left=2))
     return 0
 
