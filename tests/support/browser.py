@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class Browser:
     """One page. `with Browser() as page: page.open(url); page.value("1 + 1")`."""
 
     def __init__(self, *, dark: bool = False, width: int = 1300, height: int = 2400) -> None:
-        self._home = tempfile.TemporaryDirectory(prefix="kvlab-browser-")
+        # Its helpers write to the profile for a moment after it has ended.
+        self._home = tempfile.TemporaryDirectory(prefix="kvlab-browser-", ignore_cleanup_errors=True)
         command = [find(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         command += [
             f"--user-data-dir={self._home.name}",
@@ -51,9 +53,12 @@ class Browser:
                 break
         else:
             raise RuntimeError("the browser ended before it listened")
-        with urllib.request.urlopen(f"http://{host}/json") as answer:
-            pages = [page for page in json.load(answer) if page["type"] == "page"]
-        return str(pages[0]["webSocketDebuggerUrl"])
+        while True:  # it listens before its first page is there
+            with urllib.request.urlopen(f"http://{host}/json") as answer:
+                pages = [page for page in json.load(answer) if page["type"] == "page"]
+            if pages:
+                return str(pages[0]["webSocketDebuggerUrl"])
+            time.sleep(0.1)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """One command of the protocol and its result."""
