@@ -1,9 +1,11 @@
 """A headless Chrome or Chromium, driven over the DevTools protocol. Needs no driver and no download."""
 
+import contextlib
 import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -29,7 +31,6 @@ class Browser:
     """One page. `with Browser() as page: page.open(url); page.value("1 + 1")`."""
 
     def __init__(self, *, dark: bool = False, width: int = 1300, height: int = 2400) -> None:
-        # Its helpers write to the profile for a moment after it has ended.
         self._home = tempfile.TemporaryDirectory(prefix="kvlab-browser-", ignore_cleanup_errors=True)
         command = [find(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         command += [
@@ -38,7 +39,9 @@ class Browser:
             "--remote-debugging-port=0",
         ]
         command += ["--force-dark-mode"] if dark else []
-        self._process = subprocess.Popen([*command, "about:blank"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            [*command, "about:blank"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        )
         self._ids = itertools.count(1)
         self._socket = websocket.create_connection(self._page_address(), timeout=300, suppress_origin=True)
 
@@ -94,6 +97,8 @@ class Browser:
         self._socket.close()
         self._process.terminate()
         self._process.wait()
+        with contextlib.suppress(ProcessLookupError):  # its helpers write to the profile for a moment longer
+            os.killpg(self._process.pid, signal.SIGKILL)
         assert self._process.stderr is not None
         self._process.stderr.close()
         self._home.cleanup()
