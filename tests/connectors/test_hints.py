@@ -72,6 +72,19 @@ def test_a_pinned_object_that_is_dropped_frees_its_slots(pinned):
     assert (index.num_free, pins.num_slots) == (2, 0)
 
 
+def test_a_pin_of_an_object_that_came_again_holds_the_new_one(pinned):
+    """The old one was dropped, as a load found it broken, and the prompt saved it again."""
+    index, pins, _ = pinned
+    pins.pin([b"a"], None)
+    index.drop(index.get(b"a"))
+    index.drop(index.get(b"b"))
+    index.reserve(b"a", 2)
+    assert pins.pin([b"a"], None) == (1, 0)
+    assert (index.num_free, index.num_leased_slots, pins.num_slots) == (2, 2, 2)
+    pins.release([b"a"])
+    assert (index.num_leased_slots, pins.num_slots) == (0, 0)
+
+
 def test_an_owner_stays_within_its_share():
     index = SlotIndex(10, max_owner_slots=4)
     for name in b"abc":

@@ -26,6 +26,7 @@ class Pins:
     def pin(self, keys: Iterable[bytes], ttl_s: float | None) -> tuple[int, int]:
         """Pin those of `keys` that are in memory; a later pin replaces the time of an earlier one. The numbers of
         objects that are pinned now, and of those refused because too much is."""
+        self.expire()  # a pin of an object that was dropped is none of the one that has its key now
         until, pinned, refused = self._clock() + (math.inf if ttl_s is None else ttl_s), 0, 0
         for key in keys:
             entry = self._index.get(key)
