@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kvlab"
 FLOORS = [
     ["errors", "lazy", "progress", "system", "threads", "units"],
     ["auth", "geometry", "hostmemory", "fingerprint", "installed"],
+    ["sharedmemory"],
     ["chunking", "hashing", "container"],
     ["stated"],
     ["serde", "stores", "paged"],
