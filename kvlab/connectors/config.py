@@ -81,6 +81,7 @@ class ConnectorConfig:
     secondary_tiers: tuple[str, ...] = field(init=False, default=())
     serde: str = field(init=False, default="naive")
     auth: AuthKey | None = field(init=False, default=None)
+    auth_file: str = field(init=False, default="")
 
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> Self:
@@ -168,7 +169,8 @@ class ConnectorConfig:
             raise ConfigError(
                 "all secondary tiers must use one auth key file, or none; objects move between them as they are"
             )
-        put(self, "auth", auth_key(next(iter(key_files), "") or None))
+        put(self, "auth_file", next(iter(key_files), ""))
+        put(self, "auth", auth_key(self.auth_file or None))
         put(self, "serde", serdes.pop() if serdes else "naive")
         _check_serde(self.serde)
         put(self, "secondary_tiers", tuple(lower))

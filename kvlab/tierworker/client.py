@@ -37,7 +37,7 @@ class TierClient:
     def __init__(self, opening: Opening) -> None:
         self.counters: Counter[str] = Counter()
         self.rows: list[dict[str, Any]] | None = None  # of the tiers, the latest that have not been taken
-        self._opening = opening
+        self.opening = opening
         self._memory: tuple[Memory, SharedSlots] | None = None
         self._waiting: dict[int, Answered] = {}
         self._num_writes = 0
@@ -159,7 +159,7 @@ class TierClient:
     def _start(self) -> process.Started:
         self._opening_since = self._started_at = time.monotonic()
         worker = process.start(logger.getEffectiveLevel())
-        worker.link.send(message_of(self._opening))
+        worker.link.send(message_of(self.opening))
         return worker
 
     def _finish_opening(self) -> None:
@@ -237,6 +237,10 @@ class TierClient:
         for answered in waiting.values():
             answered(None, b"")
         return is_dead
+
+    def __del__(self) -> None:
+        if not getattr(self, "_is_closed", True) and hasattr(self, "_worker"):
+            self._worker.link.close()  # then it ends by itself
 
     def _drain(self) -> None:
         """Wait while the worker writes; no longer than `GRACE_S` without a sign of it."""

@@ -58,8 +58,8 @@ class Write(Place):
 @dataclass(frozen=True)
 class Ask:
     """Which objects of a prompt the tiers hold: `num_hashes` of blocks, in chunks of `chunk_blocks`; with `has_last`,
-    one more for a last block that the prompt fills in part. The hashes follow as bytes, then a byte for each but the last:
-    1 where host memory holds the object."""
+    one more for a last block that the prompt fills in part. The hashes follow as bytes, then a byte for each but the
+    last: 1 where host memory holds the object."""
 
     id: int
     version: str

@@ -149,7 +149,7 @@ def test_a_new_engine_reads_the_disk_and_damage_is_computed_again(settings, expe
         assert ask(llm, p)[0].tokens == expected(p)
         drain(llm)
         assert ask(llm, p)[0].tokens == expected(p)
-        assert sum(worker(llm).engine.counters.misses.values()) >= 1
+        assert connector(llm).scheduler.counters["bad_objects"] >= 1
         assert not connector(llm).hook_errors
 
 
