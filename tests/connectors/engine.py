@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -161,7 +162,12 @@ def prompt(length: int, *, ending: int | None = None) -> list[int]:
 
 def drain(llm: Any) -> None:
     """Wait until what was saved is in the tier, and let the scheduler hear of it."""
-    worker(llm).write_back.flush()
+    tiers, deadline = worker(llm).tiers, time.monotonic() + 120
+    while tiers is not None and tiers.has_waiting:
+        assert time.monotonic() < deadline
+        tiers.wait(0.05)
+        tiers.poll()
+    worker(llm).poll()
     report = worker(llm).take_report()
     if report is not None:
         connector(llm).scheduler.absorb(report)
