@@ -20,7 +20,6 @@ MAX_JSON = 1 << 20
 MAX_BYTES = 8 << 20  # hashes of a prompt of 8 million tokens
 MAX_FDS = 4  # that have come and belong to no message yet
 RECEIVED_AT_ONCE = 1 << 18
-CLOSED_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 Message: TypeAlias = dict[str, Any]
 
 
@@ -79,11 +78,13 @@ class Link:
         messages: list[tuple[Message, bytes]] = []
         while True:
             try:
-                piece, fds, _, _ = socket.recv_fds(self.socket, RECEIVED_AT_ONCE, 1, CLOSED_ON_EXEC)
+                piece, fds, _, _ = socket.recv_fds(self.socket, RECEIVED_AT_ONCE, 1)
             except BlockingIOError:
                 return messages
             except OSError as error:
                 raise LinkError(f"the peer is gone: {error.strerror}") from error
+            for fd in fds:
+                os.set_inheritable(fd, False)
             self._fds += fds
             if len(self._fds) > MAX_FDS:
                 raise LinkError("the peer sends file descriptors without end")

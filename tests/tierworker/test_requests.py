@@ -1,5 +1,6 @@
 """What a peer asks for is checked, field by field."""
 
+import itertools
 import random
 
 import pytest
@@ -89,4 +90,4 @@ def test_slots_become_runs():
             slots.sort()
         runs = runs_of(slots)
         assert [slot for first, count in runs for slot in range(first, first + count)] == slots
-        assert all(a[0] + a[1] != b[0] for a, b in zip(runs, runs[1:], strict=False))
+        assert all(a[0] + a[1] != b[0] for a, b in itertools.pairwise(runs))
