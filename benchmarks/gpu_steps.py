@@ -128,7 +128,8 @@ def main() -> None:
             if name == "lower":
                 scheduler.index.clear()
             turns[name].append(driver.run(fresh))
-            worker.worker.write_back.flush()  # what is left to write must not fall to the next turn
+            while worker.tiers is not None and worker.tiers.has_waiting:  # what is left must not fall to the next turn
+                worker.tiers.wait(0.01)
         print(at, *(f"{name} {done[-1]['ttft_ms']:.1f} {done[-1]['gap_ms']:.2f}" for name, done in turns.items()))
     rows = []
     for name, done in turns.items():
