@@ -3,8 +3,8 @@
     python benchmarks/gpu_ttft.py MODEL [--backends kvlab,lmcache] [--graphs piecewise] [--rows FILE]
     python benchmarks/gpu_ttft.py MODEL --backends none,kvlab-disk,lmcache-disk --folder FOLDER
 
-``kvlab``, ``lmcache`` and ``vllm-offload`` hold the hits in host memory; those called ``-disk`` and ``-redis`` hold them
-in a folder and in Redis alone, with a few GiB of host memory on the way.
+``kvlab``, ``lmcache`` and ``vllm-offload`` hold the hits in host memory; those called ``-disk`` and ``-redis`` hold
+them in a folder and in Redis alone, with a few GiB of host memory on the way.
 
 One request at a time, one new token, random token ids, weights may be random (`--load-format dummy`): only shapes
 matter here. An engine of each backend in a process of its own, all on one GPU: they are asked in turns, as a machine's
