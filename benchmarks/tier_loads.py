@@ -2,10 +2,10 @@
 
     python benchmarks/tier_loads.py --folder FOLDER [--threads 4,8,16] [--rows data/measured/tier_loads.csv]
 
-Slots are Qwen2.5-7B's blocks in vLLM: 28 layers, 16 tokens, 32 KiB each; an object of 256 tokens is 14 MiB. A request of
-1, 8 or 58 objects (15,000 tokens) is asked of a tier worker at once, as a connector asks, and is over when the last
-object is in its slots, checked. Beside it the *bare* medium, with as many threads: files read with ``preadv`` (O_DIRECT
-where the file system has it) and values received from Redis' own sockets into memory that is used again, with no check.
+Slots are Qwen2.5-7B's blocks in vLLM: 28 layers, 16 tokens, 32 KiB each; an object of 256 tokens is 14 MiB. A request
+of 1, 8 or 58 objects (15,000 tokens) is asked of a tier worker at once, as a connector asks, and is over when the last
+object is in its slots, checked. Beside it the *bare* medium, with as many threads: files read with ``preadv`` (with
+O_DIRECT where the file system has it) and values received from sockets, into memory that is used again, unchecked.
 Numbers of threads and both readers take turns; medians of `--repeats`.
 """
 
