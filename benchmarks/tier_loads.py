@@ -4,9 +4,9 @@
 
 Slots are Qwen2.5-7B's blocks in vLLM: 28 layers, 16 tokens, 32 KiB each; an object of 256 tokens is 14 MiB. A request
 of 1, 8 or 58 objects (15,000 tokens) is asked of a tier worker at once, as a connector asks, and is over when the last
-object is in its slots, checked. Beside it the *bare* medium, with as many threads: files read with ``preadv`` (with
-O_DIRECT where the file system has it) and values received from sockets, into memory that is used again, unchecked.
-Numbers of threads and both readers take turns; medians of `--repeats`.
+object is in its slots, checked. Beside it the *bare* medium, with several numbers of threads: files read with
+``preadv`` (with O_DIRECT where the file system has it) and values received from sockets, into memory that is used
+again, unchecked. Numbers of threads and both readers take turns; medians of `--repeats`.
 """
 
 import argparse
@@ -39,8 +39,7 @@ NAMESPACE = Namespace("bench")
 class Tier:
     """A tier worker over one store, which holds `most` objects of random bytes."""
 
-    def __init__(self, url: str, most: int, threads: int) -> None:
-        os.environ["KVLAB_READ_THREADS"] = str(threads)
+    def __init__(self, url: str, most: int) -> None:
         self.client = TierClient(Opening([url], "naive", None, [{"model": "bench", "fields": {}}]))
         self.shared = SharedSlots(most * BLOCKS, LAYERS * PAGE)
         self.client.share(Memory(most * BLOCKS, LAYERS, PAGE), self.shared)
@@ -126,7 +125,7 @@ def bare_sockets(port: int, most: int, threads: int) -> Callable[[int], None]:
 
 def measure(what: str, url: str, bare: Callable[[int], Callable[[int], None]], options) -> Iterator[dict]:
     most = max(OBJECTS)
-    tiers = {threads: Tier(url, most, threads) for threads in options.threads}
+    tier = Tier(url, most)
     readers = {threads: bare(threads) for threads in options.threads}
     pools = {threads: ThreadPoolExecutor(threads) for threads in options.threads}
     for count in OBJECTS:
@@ -135,13 +134,11 @@ def measure(what: str, url: str, bare: Callable[[int], Callable[[int], None]], o
             for threads in options.threads:
                 start = time.perf_counter()
                 list(pools[threads].map(readers[threads], range(count)))
-                found = {
-                    ("bare", threads): time.perf_counter() - start,
-                    ("worker", threads): tiers[threads].load(count),
-                }
                 if at:  # the first round warms up
-                    for each, seconds in found.items():
-                        times.setdefault(each, []).append(seconds)
+                    times.setdefault(("bare", threads), []).append(time.perf_counter() - start)
+            seconds = tier.load(count)
+            if at:
+                times.setdefault(("worker", server.READ_THREADS), []).append(seconds)
         for (reader, threads), seconds in times.items():
             middle = statistics.median(seconds)
             yield {
@@ -150,14 +147,15 @@ def measure(what: str, url: str, bare: Callable[[int], Callable[[int], None]], o
                 "ms_max": round(max(seconds) * 1e3, 2), "gb_per_s": round(count * OBJECT_BYTES / middle / 1e9, 3),
                 "repeats": options.repeats,
             }  # fmt: skip
-    for tier in tiers.values():
-        tier.client.close()
+    tier.client.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured")
-    parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[server.READ_THREADS])
+    parser.add_argument(
+        "--threads", type=lambda text: [int(n) for n in text.split(",")], default=[4, 8, 16], help="of the bare readers"
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only", choices=["disk", "redis"])
     parser.add_argument("--rows", type=Path, default=Path("data/measured/tier_loads.csv"))

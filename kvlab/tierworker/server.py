@@ -26,7 +26,7 @@ from kvlab.tierworker.messages import Ask, Fill, Memory, Opening, Runs, Write, a
 from kvlab.units import format_bytes
 
 logger = logging.getLogger("kvlab.tiers")
-READ_THREADS = int(os.environ.get("KVLAB_READ_THREADS", 8))  # objects that are read, checked or waited for at once
+READ_THREADS = 16  # objects that are read, checked or waited for at once
 WRITE_THREADS = 2
 ASK_THREADS = 2
 ROWS_INTERVAL_S = 10.0
