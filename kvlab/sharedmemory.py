@@ -22,18 +22,22 @@ OWNERS_AT = PAGE  # the counter has a page of its own
 
 
 class SharedSlots:
-    """`num_slots` slots of `slot_bytes`: uint8 [num_slots, slot_bytes] in `slots`. `fd`, which another process maps;
-    without one, memory of its own. Raises ConfigError where the system has not so much, or knows no such memory."""
+    """`num_slots` slots of `slot_bytes`: uint8 [num_slots, slot_bytes] in `slots`, of the memory `fd`, which stays the
+    caller's; without one, new memory, whose own `fd` another process can map. Raises ConfigError where the system has not so much, or knows no such memory."""
 
     def __init__(self, num_slots: int, slot_bytes: int, *, fd: int | None = None) -> None:
         self.num_slots, self.slot_bytes = num_slots, slot_bytes
+        self.fd = -1
         slots_at = -(-(OWNERS_AT + 8 * num_slots) // HUGE_PAGE) * HUGE_PAGE
         total = slots_at + num_slots * slot_bytes
-        self.fd = _anonymous(total) if fd is None else fd
-        if (held := os.fstat(self.fd).st_size) < total:
+        if fd is None:
+            self.fd = fd = _anonymous(total)
+        elif (held := os.fstat(fd).st_size) < total:
             raise ConfigError(f"shared memory must hold {total} bytes, it has {held}")
+        elif not _is_sealed(fd):
+            raise ConfigError("shared memory must be sealed against becoming shorter")
         try:
-            self._mapping = mmap.mmap(self.fd, total)
+            self._mapping = mmap.mmap(fd, total)
         except (OSError, OverflowError) as error:
             raise ConfigError(f"cannot map {format_bytes(total)} of shared memory: {error}") from error
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
@@ -43,7 +47,7 @@ class SharedSlots:
         self.slots: NDArray[np.uint8] = self.bytes[slots_at:].reshape(num_slots, slot_bytes)
 
     def close(self) -> None:
-        """Give the descriptor back; the memory lives as long as it is mapped."""
+        """Give its own descriptor back; the memory lives as long as it is mapped."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -63,6 +67,15 @@ def _anonymous(num_bytes: int) -> int:
             f"cannot reserve {format_bytes(num_bytes)} of shared memory: {error}; give a smaller size"
         ) from error
     return fd
+
+
+def _is_sealed(fd: int) -> bool:
+    import fcntl
+
+    try:
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:  # no such memory
+        return False
 
 
 def _seal(fd: int) -> None:

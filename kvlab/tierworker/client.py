@@ -26,7 +26,8 @@ GRACE_S = 45.0  # for one that drains: longer than it waits for a write by itsel
 
 
 class TierClient:
-    """Starts a tier worker for `opening` and talks to it; raises what the worker raised when it opened the tiers.
+    """Starts a tier worker for `opening` and talks to it, or with `path` attaches to the cache server that listens
+    there; raises what the worker raised when it opened the tiers.
 
     An answer is handed to the function that was given with the request, within `poll`. A worker that dies, or hangs,
     is killed; what was under way is answered with None once it is known to be dead, so that no slot is used again while
@@ -34,10 +35,11 @@ class TierClient:
     None at once.
     """
 
-    def __init__(self, opening: Opening) -> None:
+    def __init__(self, opening: Opening, *, path: str = "") -> None:
         self.counters: Counter[str] = Counter()
         self.rows: list[dict[str, Any]] | None = None  # of the tiers, the latest that have not been taken
         self.opening = opening
+        self._path = path
         self._memory: tuple[Memory, SharedSlots] | None = None
         self._waiting: dict[int, Answered] = {}
         self._num_writes = 0
@@ -147,7 +149,7 @@ class TierClient:
         if op == "tiers":
             self.rows = message["rows"]
         elif op == "ready":
-            self._opened()
+            self._opened(message.get("token"))
         elif op == "failed":
             logger.warning("kvlab: the tiers could not be opened again: %s", raised_by(message))
             self._lost(LinkError("the tiers could not be opened"))
@@ -156,9 +158,9 @@ class TierClient:
 
     # ---- life and death
 
-    def _start(self) -> process.Started:
+    def _start(self) -> process.Started | process.Attached:
         self._opening_since = self._started_at = time.monotonic()
-        worker = process.start(logger.getEffectiveLevel())
+        worker = process.attach(self._path) if self._path else process.start(logger.getEffectiveLevel())
         worker.link.send(message_of(self.opening))
         return worker
 
@@ -181,7 +183,9 @@ class TierClient:
                 self._worker.kill()
                 raise StoreError(f"the tiers could not be opened within {START_S:g} s", reason="timeout")
 
-    def _opened(self) -> None:
+    def _opened(self, token: object = "") -> None:
+        if isinstance(self._worker, process.Attached):
+            self._worker.token = str(token)
         self._opening_since, self._is_open = None, True
         if self._memory is not None:
             self._send(message_of(self._memory[0]), fd=self._memory[1].fd)

@@ -4,10 +4,13 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 from kvlab.errors import StoreError
-from kvlab.tierworker.link import Link
+from kvlab.tierworker.link import Link, LinkError
+
+ASK_INTERVAL_S = 0.5  # between questions whether a lost session is over
 
 
 @dataclass
@@ -53,3 +56,75 @@ def start(level: int) -> Started:
     finally:
         theirs.close()
     return Started(Link(ours), process)
+
+
+class Attached:
+    """A session at the cache server that listens at `path`: another process, which lives on without this one.
+    StoreError where none listens."""
+
+    def __init__(self, path: str) -> None:
+        self.link = _connected(path)
+        self.token = ""  # of the session, once it is open
+        self._path = path
+        self._probe: Link | None = None  # on which it was asked whether the session is over
+        self._asked_at = 0.0
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the session is known to touch no memory any more: there is no server, or it says so. Asks without
+        waiting: look again."""
+        if not self.token:  # it was never given memory
+            return True
+        try:
+            if self._probe is not None:
+                messages = self._probe.receive()
+                if not messages and time.monotonic() - self._asked_at < ASK_INTERVAL_S:
+                    return False
+                self._drop_probe()
+                return any(message.get("is_over") is True for message, _ in messages)
+            if time.monotonic() - self._asked_at >= ASK_INTERVAL_S:
+                self._asked_at = time.monotonic()
+                self._probe = _connected(self._path)
+                self._probe.send({"op": "over", "token": self.token})
+        except LinkError:
+            self._drop_probe()
+        except StoreError as error:
+            return error.reason == "refused"  # a server closes its socket last of all
+        return False
+
+    def _drop_probe(self) -> None:
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None
+
+    def kill(self) -> None:
+        self.link.close()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended within `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while not self.is_dead:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+
+def attach(path: str) -> Attached:
+    """A session at the cache server that listens at `path`; StoreError where none does."""
+    return Attached(path)
+
+
+def _connected(path: str) -> Link:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.setblocking(False)
+    try:
+        sock.connect(path)
+    except BlockingIOError as error:  # more than it accepts are waiting
+        sock.close()
+        raise StoreError(f"the cache server at {path!r} is busy", reason="busy") from error
+    except OSError as error:
+        sock.close()
+        hint = f"start one with: kvlab serve --listen {path}"
+        raise StoreError(f"no cache server listens at {path!r} ({error.strerror}); {hint}", reason="refused") from error
+    return Link(sock)

@@ -4,7 +4,7 @@ import logging
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvlab.auth import auth_key
 from kvlab.chunking import longest_prefix, query_prefix
-from kvlab.errors import KVLabError
+from kvlab.errors import ConfigError, KVLabError
 from kvlab.hashing import Namespace, versioned
 from kvlab.hostmemory import scratch
 from kvlab.page_objects import PageObjects
@@ -35,25 +35,40 @@ COPY_WAIT_S = 60.0  # for an engine's copy that a write waits for
 STALL_S = 30.0  # at the end, a write that takes longer is left alone
 READ_STALL_S = 5.0  # and a read, which is lost anyway
 ABANDON_S = 0.5  # what is under way when the engine is gone
+MAX_UNDER_WAY = 20_000  # requests; more are left in the socket
+MAX_UNHEARD_BYTES = 32 << 20  # of answers that the engine does not take
 NO_BUDGET = 1 << 60  # as of a bucket
 MOST_LISTED = 10_000  # keys of the start-up line; listing more takes a while
 
 
 class TierServer:
-    """Serves the engine at the other end of `link` until it closes or is gone: `run`. `store`: in place of the one that
-    the engine's tiers name."""
+    """Serves the engine at the other end of `link` until it closes or is gone: `run`. `parent`: the process that must
+    live. `store`: shared with other engines, in place of one that the engine's tiers name; then the session has a
+    `token`, and `is_over` says of another token whether its session has let go of its engine's memory."""
 
-    def __init__(self, link: Link, *, store: Store | None = None, parent: int = 0) -> None:
+    def __init__(
+        self,
+        link: Link,
+        *,
+        store: Store | None = None,
+        parent: int = 0,
+        token: str = "",
+        is_over: Callable[[str], bool] | None = None,
+    ) -> None:
         self.link = link
         self.objects: PageObjects | None = None
         self._given = store
-        self._parent = parent  # process that must live; 0: any
+        self._parent = parent
+        self._token = token
+        self._is_over = is_over
+        self._is_left = False
         self._namespaces: list[Namespace] = []
         self._memory: SharedSlots | None = None
         self._pages: NDArray[np.uint8] = np.empty((0, 0, 0), np.uint8)  # [slots, layers, page_bytes]
         self._reads = Threads(READ_THREADS, "kvlab-read")
         self._writes = Threads(WRITE_THREADS, "kvlab-write")
         self._asks = Threads(ASK_THREADS, "kvlab-ask")
+        self._num_asked = 0
         self._told_rows: list[dict[str, Any]] = []
         self._next_rows_s = 0.0
         self._are_rows_asked = False
@@ -78,21 +93,42 @@ class TierServer:
     def _wait(self) -> None:
         """Until something comes, can be sent that could not, or is due."""
         poller = select.poll()
-        poller.register(self.link.socket, select.POLLIN | (select.POLLOUT if self.link.queued_bytes else 0))
+        events = 0 if self._num_asked - self._num_done > MAX_UNDER_WAY else select.POLLIN  # it may ask again later
+        poller.register(self.link.socket, events | (select.POLLOUT if self.link.queued_bytes else 0))
         poller.poll(LOOK_S * 1e3)
         if self.link.queued_bytes:
             self.link.flush()
+        if self.link.queued_bytes > MAX_UNHEARD_BYTES:
+            raise LinkError("it takes no answers")
+        if self._is_left:
+            raise LinkError("the server stops")
         if self._parent and os.getppid() != self._parent:
             raise LinkError("its process has ended")
+
+    @property
+    def _num_done(self) -> int:
+        return sum(pool.num_done for pool in (self._reads, self._writes, self._asks))
+
+    @property
+    def touches_memory(self) -> bool:
+        """Whether a thread may still read or write the engine's slots."""
+        return any(thread.is_alive() for pool in (self._reads, self._writes) for thread in pool._threads)
+
+    def leave(self) -> None:
+        """End soon, as if the engine were gone."""
+        self._is_left = True
 
     def _take(self, message: Message, data: bytes) -> bool:
         """Begin what a message asks for. Whether it asks to close."""
         op = message.get("op")
-        if op == "opening":
+        self._num_asked += op in ("fill", "write", "ask")
+        if op == "over" and self._is_over is not None:
+            self._tell({"op": "over", "is_over": self._is_over(str(message.get("token")))})
+        elif op == "opening" and self.objects is None:
             self._open(Opening.of(message))
         elif self.objects is None:
             raise LinkError("the tiers are not open")
-        elif op == "memory":
+        elif op == "memory" and self._memory is None:
             self._map(Memory.of(message), self.link.take_fd())
         elif op in ("fill", "write"):
             place = place_of(message, num_slots=len(self._pages), num_ranks=len(self._namespaces))
@@ -115,7 +151,7 @@ class TierServer:
         written = self._writes.close(cancel=not drain, stall_s=STALL_S if drain else ABANDON_S)
         if not written and drain:
             logger.warning("kvlab: a tier does not answer; what was not written to it is lost")
-        if self.objects is not None:
+        if self.objects is not None and not self._token:
             close_store(self.objects.store, stall_s=STALL_S if written and drain else ABANDON_S)
         if drain:
             self._tell({"op": "closed"})
@@ -125,6 +161,8 @@ class TierServer:
 
     def _open(self, opening: Opening) -> None:
         try:
+            if self._token and opening.tiers:
+                raise ConfigError("an attached engine brings no tiers of its own; name the socket alone")
             store = self._given if self._given is not None else open_stores(opening.tiers)
             named = [Namespace(str(each["model"]), dict(each["fields"])) for each in opening.namespaces]
             auth = auth_key(opening.auth)
@@ -133,12 +171,16 @@ class TierServer:
         except (KVLabError, ImportError, OSError, ValueError, TypeError, LookupError) as error:
             self._tell(failure(error))
             raise LinkError("the tiers could not be opened") from error
-        self._tell({"op": "ready"})
+        self._tell({"op": "ready", "token": self._token})
         self._asks.submit(self._log_tiers)
 
     def _map(self, memory: Memory, fd: int) -> None:
-        self._memory = SharedSlots(memory.num_slots, memory.layers * memory.page_bytes, fd=fd)
-        self._memory.close()  # the mapping stays
+        try:
+            self._memory = SharedSlots(memory.num_slots, memory.layers * memory.page_bytes, fd=fd)
+        except ConfigError as error:
+            raise LinkError(str(error)) from error
+        finally:
+            os.close(fd)  # the mapping stays
         self._pages = self._memory.slots.reshape(memory.num_slots, memory.layers, memory.page_bytes)
 
     def _under(self, rank: int, version: str) -> PageObjects:

@@ -141,8 +141,9 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     def _open_tiers(self, namespaces: Sequence[Namespace]) -> None:
         """Start the process of the secondary tiers, or use the one of the worker side, where this lives in the same
         process."""
+        path = self.config.server_socket
         opening = Opening(
-            list(self.config.secondary_tiers),
+            [] if path else list(self.config.secondary_tiers),
             self.config.serde,
             self.config.auth_file or None,
             [{"model": namespace.model, "fields": dict(namespace.fields)} for namespace in namespaces],
@@ -152,7 +153,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         if beside is not None and beside.opening == opening:
             self.tiers = beside
         else:
-            self.tiers, self._owns_tiers = TierClient(opening), True
+            self.tiers, self._owns_tiers = TierClient(opening, path=path), True
 
     def _hook_failed(self, name: str) -> None:
         """Call it from an exception handler: counts the error, and logs it with its traceback the first time."""
