@@ -23,7 +23,8 @@ OWNERS_AT = PAGE  # the counter has a page of its own
 
 class SharedSlots:
     """`num_slots` slots of `slot_bytes`: uint8 [num_slots, slot_bytes] in `slots`, of the memory `fd`, which stays the
-    caller's; without one, new memory, whose own `fd` another process can map. Raises ConfigError where the system has not so much, or knows no such memory."""
+    caller's; without one, new memory, whose own `fd` another process can map. Raises ConfigError where the system has
+    not so much, or knows no such memory."""
 
     def __init__(self, num_slots: int, slot_bytes: int, *, fd: int | None = None) -> None:
         self.num_slots, self.slot_bytes = num_slots, slot_bytes

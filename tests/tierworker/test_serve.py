@@ -134,10 +134,7 @@ def frames(rng):
         "generation": 1, "after": rng.choice([0, 1 << 52]), "num_slots": 1 << 40, "layers": 1 << 40, "page_bytes": 1,
         "num_hashes": rng.choice([0, 1, 1 << 19]), "chunk_blocks": rng.choice([0, 1]),
     }  # fmt: skip
-    if rng.random() < 0.5:
-        text = repr(message).encode()
-    else:
-        text = json.dumps(message).encode()
+    text = (repr(message) if rng.random() < 0.5 else json.dumps(message)).encode()
     data = rng.randbytes(rng.choice([0, 16, 17]))
     lengths = rng.choice([(len(text), len(data)), (len(text), 1 << 31), (3, len(data)), (len(text) + 1, 0)])
     return struct.pack("<II", *lengths) + text + data
