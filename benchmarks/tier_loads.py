@@ -157,6 +157,7 @@ def main() -> None:
         "--threads", type=lambda text: [int(n) for n in text.split(",")], default=[4, 8, 16], help="of the bare readers"
     )
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--medium", default="disk", help="what FOLDER lies on, for the rows")
     parser.add_argument("--only", choices=["disk", "redis"])
     parser.add_argument("--rows", type=Path, default=Path("data/measured/tier_loads.csv"))
     options = parser.parse_args()
@@ -169,11 +170,11 @@ def main() -> None:
 
     if options.only != "redis":
         folder = options.folder.resolve() / "tier_loads"
-        add(measure("disk", f"file://{folder}?size=4GiB", lambda _: bare_files(folder, max(OBJECTS)), options))
+        add(measure(options.medium, f"file://{folder}?size=4GiB", lambda _: bare_files(folder, max(OBJECTS)), options))
     if options.only != "disk":
         with RedisServer() as redis:
             port = int(redis.url.rpartition(":")[2].partition("/")[0].partition("?")[0])
-            add(measure("redis, TCP", redis.url, lambda n: bare_sockets(port, max(OBJECTS), n), options))
+            add(measure("Redis, TCP", redis.url, lambda n: bare_sockets(port, max(OBJECTS), n), options))
     append_rows(options.rows, rows)
 
 
