@@ -44,7 +44,7 @@ def start(level: int) -> Started:
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "kvlab.tierworker", str(theirs.fileno()), str(os.getpid()), str(level)],
+            [sys.executable, "-P", "-m", "kvlab.tierworker", str(theirs.fileno()), str(os.getpid()), str(level)],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env=environment,
