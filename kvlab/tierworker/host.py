@@ -31,6 +31,7 @@ class CacheServer:
     def __init__(self, store: Store, path: Path) -> None:
         self.store = store
         self.path = path
+        self._name = os.urandom(16).hex()  # of this server, which knows of no other's sessions
         self._socket = _listen(path)
         self._sessions: dict[str, tuple[TierServer, threading.Thread]] = {}  # by token
         self._is_stopped = threading.Event()
@@ -74,7 +75,7 @@ class CacheServer:
             logger.warning("kvlab serve: %d engines are attached; another is turned away", MAX_ENGINES)
             sock.close()
             return
-        token = os.urandom(16).hex()
+        token = f"{self._name}{os.urandom(16).hex()}"
         session = TierServer(Link(sock), store=self.store, token=token, is_over=self._is_over)
         thread = threading.Thread(target=session.run, name="kvlab-session", daemon=True)
         self._sessions[token] = (session, thread)
@@ -84,7 +85,9 @@ class CacheServer:
     def _is_over(self, token: str) -> bool:
         """Whether nothing of this session touches its engine's memory any more."""
         session = self._sessions.get(token)
-        return session is None or (not session[1].is_alive() and not session[0].touches_memory)
+        if session is None:
+            return token.startswith(self._name)
+        return not session[1].is_alive() and not session[0].touches_memory
 
     def _forget_ended(self) -> None:
         for token in [token for token in self._sessions if self._is_over(token)]:
@@ -98,8 +101,6 @@ class CacheServer:
         for _, thread in sessions:
             thread.join(max(deadline - time.monotonic(), 0.0))
         close_store(self.store)
-        if any(session.touches_memory for session, _ in sessions):
-            return  # a closed socket would say that nothing touches engines' memory any more; the process's end says it
         with contextlib.suppress(OSError):
             self.path.unlink()
         self._socket.close()

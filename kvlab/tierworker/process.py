@@ -1,7 +1,9 @@
 """Starts a tier worker's process."""
 
 import os
+import select
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -66,14 +68,17 @@ class Attached:
         self.link = _connected(path)
         self.token = ""  # of the session, once it is open
         self._path = path
+        self._process = _process_of(self.link.socket)
         self._probe: Link | None = None  # on which it was asked whether the session is over
         self._asked_at = 0.0
 
     @property
     def is_dead(self) -> bool:
-        """Whether the session is known to touch no memory any more: there is no server, or it says so. Asks without
-        waiting: look again."""
+        """Whether the session is known to touch no memory any more: its server has ended, or says so. That no server
+        can be reached says nothing: its socket may have been removed. Asks without waiting: look again."""
         if not self.token:  # it was never given memory
+            return True
+        if self._process is not None and select.select([self._process], [], [], 0)[0]:
             return True
         try:
             if self._probe is not None:
@@ -86,11 +91,13 @@ class Attached:
                 self._asked_at = time.monotonic()
                 self._probe = _connected(self._path)
                 self._probe.send({"op": "over", "token": self.token})
-        except LinkError:
+        except (LinkError, StoreError):
             self._drop_probe()
-        except StoreError as error:
-            return error.reason == "refused"  # a server closes its socket last of all
         return False
+
+    def __del__(self) -> None:
+        if getattr(self, "_process", None) is not None:
+            os.close(self._process)  # type: ignore[arg-type]
 
     def _drop_probe(self) -> None:
         if self._probe is not None:
@@ -113,6 +120,17 @@ class Attached:
 def attach(path: str) -> Attached:
     """A session at the cache server that listens at `path`; StoreError where none does."""
     return Attached(path)
+
+
+def _process_of(sock: socket.socket) -> int | None:
+    """A descriptor that can be read once the process at the other end has ended; None where the system gives none, as
+    for one of another container."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid = struct.unpack("3i", credentials)[0]
+    try:
+        return os.pidfd_open(pid) if pid > 0 else None
+    except (AttributeError, OSError):
+        return None
 
 
 def _connected(path: str) -> Link:

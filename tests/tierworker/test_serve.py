@@ -260,3 +260,26 @@ def test_a_stopped_server_keeps_the_slots_until_it_is_known_to_be_over(command):
     process.send_signal(signal.SIGCONT)
     assert engine.wait("aa") == [None]
     engine.client.close()
+
+
+def test_a_socket_that_is_gone_says_nothing_of_its_server(command):
+    """Nor does another server at the same place."""
+    path, process = command()
+    engine = Attached(path)
+    engine.client._wait_s = 0.01
+    process.send_signal(signal.SIGSTOP)
+    engine.fill("aa", range(4))
+    engine.client._worker.kill()
+    path.unlink()
+    for _ in range(30):
+        engine.client.poll()
+    _, second = command()
+    asked = engine.client._worker._asked_at
+    until(lambda: engine.client._worker._asked_at > asked + 1, engine.client.poll)
+    assert "aa" not in engine.answers
+    process.kill()
+    process.wait()
+    assert engine.wait("aa") == [None]
+    until(lambda: engine.client._is_open, engine.client.poll)
+    second.send_signal(signal.SIGTERM)
+    engine.client.close()
