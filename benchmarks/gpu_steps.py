@@ -71,7 +71,7 @@ class Driver:
 
 
 def others_cpu_s():
-    """Seconds of processor time of this process's threads but the calling one. Of threads that ended nothing is told."""
+    """Processor time of this process's threads but the calling one; those that have ended are not counted."""
     ticks, own = 0, threading.get_native_id()
     for task in Path("/proc/self/task").iterdir():
         if int(task.name) != own:
