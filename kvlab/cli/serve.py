@@ -14,6 +14,7 @@ from kvlab.stores import check_url, open_stores
 from kvlab.stores.url import StoreURL
 from kvlab.tierworker.host import CacheServer
 from kvlab.tierworker.metrics import MetricsServer
+from kvlab.tierworker.resp import RespServer
 from kvlab.units import parse_bytes
 
 
@@ -30,6 +31,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--policy", default="lru", help="of the memory tier's evictions (default: %(default)s)")
     p.add_argument("--tier", action="append", default=[], metavar="URL", help="below memory, fastest first; may repeat")
     p.add_argument("--listen", type=Path, required=True, metavar="PATH", help="socket for engines; this user's alone")
+    p.add_argument("--tcp", metavar="HOST:PORT", help="answer other hosts in Redis' protocol (redis://HOST:PORT)")
+    p.add_argument("--password-file", type=Path, metavar="FILE", help="of --tcp; needed where HOST is no loopback")
     p.add_argument("--metrics", metavar="HOST:PORT", help="serve Prometheus metrics at /metrics")
     return p
 
@@ -43,14 +46,30 @@ def main(argv: Sequence[str]) -> int:
         if StoreURL.parse(url).scheme in ("memory", "kvlab"):
             raise ConfigError(f"--tier must lie below memory, got {url!r}; --memory gives the memory tier its size")
         check_url(url)
+    password = _password(args.password_file) if args.password_file else ""
     form = "%(levelname)s %(asctime)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%m-%d %H:%M:%S")
     store = open_stores([f"memory://?size={args.memory}&policy={args.policy}&pinned=false", *args.tier])
     server = CacheServer(store, args.listen)
-    with MetricsServer(server, args.metrics) if args.metrics else contextlib.nullcontext():
+    with contextlib.ExitStack() as beside:
+        if args.metrics:
+            beside.enter_context(MetricsServer(server, args.metrics))
+        if args.tcp:
+            beside.enter_context(RespServer(store, args.tcp, password=password))
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, lambda *_: server.stop())
         server.log()
         server.run()
     logging.shutdown()
     os._exit(0)  # a thread may be stuck in a store
+
+
+def _password(file: Path) -> str:
+    """The one line of `file`, which no other user may read."""
+    about = file.stat()
+    if about.st_mode & 0o077:
+        raise ConfigError(f"--password-file {str(file)!r} can be read or written by others; chmod 600 it")
+    text = file.read_text(encoding="utf-8").rstrip("\r\n") if about.st_size <= 4096 else ""
+    if not text or "\n" in text:
+        raise ConfigError(f"--password-file {str(file)!r} must hold one password in one line")
+    return text
