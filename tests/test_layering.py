@@ -23,7 +23,7 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN_GROUND = {("units", "errors"), ("lazy", "errors")}  # errors imports nothing
 HEAVY = {  # each enters at these places alone
-    "vllm": ("connectors/vllm",),
+    "vllm": ("connectors/vllm", "paged/vllm_operators.py"),
     "pytest": ("testing",),
     "hypothesis": ("testing",),
     "plotly": ("plotting", "sizing/compare.py"),
