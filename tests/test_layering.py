@@ -13,7 +13,7 @@ FLOORS = [
     ["auth", "geometry", "hostmemory", "fingerprint", "installed"],
     ["chunking", "hashing", "container"],
     ["serde", "stores", "paged"],
-    ["objects", "machine", "sizing"],
+    ["codecs", "objects", "machine", "sizing"],
     ["engine", "datasets", "simulation"],
     ["connectors", "testing"],
     ["serving"],
@@ -28,7 +28,7 @@ HEAVY = {  # each enters at these places alone
     "hypothesis": ("testing",),
     "plotly": ("plotting", "sizing/compare.py"),
     "transformers": ("connectors/transformers.py", "datasets"),
-    "triton": ("paged", "serde"),
+    "triton": ("paged", "serde", "codecs"),
     "numba": ("serde",),
     "pandas": ("sizing",),
 }
