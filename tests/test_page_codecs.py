@@ -113,7 +113,7 @@ def test_fp8_pages_are_kept_bit_by_bit_or_refused(element):
 
 
 def test_kinds_that_cannot_code_such_pages_are_refused_with_the_reason():
-    with pytest.raises(ConfigError, match="'int4:k=channel,v=token,group=64' must tell K from V.*opaque: its swizzle"):
+    with pytest.raises(ConfigError, match=r"'int4:k=channel,v=token,group=64' must tell K from V.*opaque: its swizzle"):
         PageCodec(get_serde("int4"), Opaque("its swizzle"))
     latents = page_map_of("latents", heads=1, dim=576, latent=True)
     for serde in (get_serde("cachegen-lmcache"), cachegen(page_map_of())):

@@ -1,0 +1,142 @@
+"""`int8`, `fp8` and `int4` on the device where the pages lie: one launch for each run of equal groups."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from kvlab.codecs import scaled_triton as kernels
+from kvlab.codecs.addresses import Addresses
+from kvlab.codecs.plan import Plan
+from kvlab.errors import ConfigError
+from kvlab.geometry import AXES
+from kvlab.serde.base import Encoded
+from kvlab.serde.groups import halves
+from kvlab.serde.quantized import ScaledSerde, checked_parts
+
+TILE = 2048  # elements that a program works on at once
+MAX_TOKENS = 32  # of a tile
+Parts = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Equal groups of one plane: `num_groups` of `group` elements, from element `first` of the grouped axis on."""
+
+    name: str
+    plane: int
+    by_channel: bool
+    first: int
+    num_groups: int
+    group: int
+
+
+class ScaledCodec:
+    """Launches over the pages of one KV cache group. Everything is enqueued on the current stream; nothing is waited
+    for. Block ids are checked; what they name is not."""
+
+    def __init__(self, serde: ScaledSerde, addresses: Addresses) -> None:
+        if serde.name not in kernels.KINDS:
+            raise ConfigError(f"no GPU program codes {serde.name!r}; there are {', '.join(kernels.KINDS)} and lossless")
+        self.serde, self._at = serde, addresses
+        self._map = addresses.pages.map
+        self.dtype = str(self._map.element).removeprefix("torch.")
+        if self.dtype not in kernels.FLOATS:
+            raise ConfigError(f"serde {serde.spec!r} takes {', '.join(kernels.FLOATS)}, pages hold {self.dtype}")
+        self._constants = (
+            kernels.KINDS[serde.name], kernels.FLOATS[self.dtype], kernels.WORDS[self.dtype],
+        )  # fmt: skip
+
+    def plan(self, num_tokens: int) -> Plan:
+        """The parts of an object of so many tokens."""
+        shape = self._map.shape(self._at.num_layers, num_tokens)
+        parts = {}
+        for piece in halves(torch.empty(shape, device="meta"), AXES, self.serde.modes, self.serde.group):
+            for name, kind in self.serde.part_shapes(piece.values.shape, piece.dim).items():
+                parts[f"{name}.{piece.name}"] = kind
+        params = {"k": self.serde.modes[0], "v": self.serde.modes[1], "group": self.serde.group}
+        return Plan.of(self.serde.name, shape, self.dtype, params, parts)
+
+    def check(self, encoded: Encoded) -> None:
+        """FormatError unless the object has the parts of `plan`, of this serde's own options."""
+        plan = self.plan(encoded.shape[AXES.index("tokens")])
+        checked_parts(self.serde.name, encoded, {name: (at.dtype, at.shape) for name, at in plan.parts.items()})
+
+    def encode(self, block_ids: Sequence[int], num_tokens: int, parts: Parts, flags: torch.Tensor) -> None:
+        """Pages into `parts`, on their device. ``flags[0]`` becomes 1 where a number is NaN or infinite: then the object
+        is none."""
+        ids, item = self._at.ids(block_ids), self._map
+        for run in self._runs(num_tokens):
+            payload, scales, low = _operands(parts, run.name)
+            tables = self._at.planes[run.plane]
+            places = (self._at.pointers, ids, tables.tokens, tables.heads, tables.channels)
+            tail = (*self._constants, tables.stride, tables.align)
+            if run.by_channel:
+                width = self._width(item.head_dim)
+                tokens, channels = _tile(width, run.group, 64)
+                grid = (self._at.num_layers * run.num_groups, item.kv_heads, triton.cdiv(width, channels))
+                kernels._encode_by_channel[grid](
+                    *places, payload, scales, low, flags, self._at.block_stride, item.block_tokens, run.num_groups,
+                    run.group, run.first, item.kv_heads, item.head_dim, *tail, tokens, channels,
+                    enable_fp_fusion=False,
+                )  # fmt: skip
+            else:
+                tokens, channels = _tile(self._width(run.group), num_tokens, 1024)
+                grid = (self._at.num_layers * triton.cdiv(num_tokens, tokens), item.kv_heads * run.num_groups)
+                kernels._encode_by_token[grid](
+                    *places, payload, scales, low, flags, self._at.block_stride, item.block_tokens, num_tokens, 0,
+                    item.kv_heads, run.first, run.num_groups, run.group, *tail, tokens, channels,
+                    enable_fp_fusion=False,
+                )  # fmt: skip
+
+    def decode(self, parts: Parts, block_ids: Sequence[int], num_tokens: int) -> None:
+        """`parts`, on the pages' device, into pages; every byte that is none of the tokens' stays."""
+        ids, item = self._at.ids(block_ids), self._map
+        largest = float(torch.finfo(item.element).max)
+        for run in self._runs(num_tokens):
+            payload, scales, low = _operands(parts, run.name)
+            tables = self._at.planes[run.plane]
+            width = self._width(item.head_dim if run.by_channel else run.group)
+            count = run.num_groups * run.group if run.by_channel else num_tokens
+            tokens, channels = _tile(width, count, 128 if run.by_channel else 1024)
+            pieces = 1 if run.by_channel else run.num_groups
+            first_token, first_channel = (run.first, 0) if run.by_channel else (0, run.first)
+            grid = (
+                self._at.num_layers * triton.cdiv(count, tokens), item.kv_heads * pieces, triton.cdiv(width, channels),
+            )  # fmt: skip
+            kernels._decode[grid](
+                self._at.pointers, ids, tables.tokens, tables.heads, tables.channels, payload, scales, low,
+                self._at.block_stride, item.block_tokens, count, first_token, item.kv_heads, first_channel,
+                run.num_groups, run.group, item.head_dim, *self._constants, tables.stride, tables.align, tokens, channels,
+                run.by_channel, largest, enable_fp_fusion=False,
+            )  # fmt: skip
+
+    def _runs(self, num_tokens: int) -> Iterator[Run]:
+        """The runs of equal groups, named as `halves` does."""
+        size = self.serde.group
+        for plane, (letter, mode) in enumerate(zip("kv"[: len(self._map.planes)], self.serde.modes, strict=False)):
+            length = num_tokens if mode == "channel" else self._map.head_dim
+            whole = length - length % min(size or length, length) if length else 0
+            for suffix, start, stop in (("", 0, whole), (".tail", whole, length)):
+                if stop > start:
+                    each = min(size or length, stop - start)
+                    yield Run(letter + suffix, plane, mode == "channel", start, (stop - start) // each, each)
+
+    def _width(self, channels: int) -> int:
+        """Bytes of so many channels' codes."""
+        return -(-channels // 2) if self.serde.name == "int4" else channels
+
+
+def _operands(parts: Parts, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes as int8, scales and lows as int16: a program works on their bits."""
+    payload, scales = parts[f"payload.{name}"], parts[f"scales.{name}"]
+    low = parts.get(f"scales_low.{name}", scales)
+    return payload.view(torch.int8), scales.view(torch.int16), low.view(torch.int16)
+
+
+def _tile(width: int, num_tokens: int, most: int) -> tuple[int, int]:
+    """Tokens and channels of a program's tile, powers of two."""
+    channels = min(triton.next_power_of_2(max(width, 1)), most)
+    return max(1, min(MAX_TOKENS, triton.next_power_of_2(max(num_tokens, 1)), TILE // channels)), channels
