@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from kvlab.errors import ConfigError
 from kvlab.paged.layout import check_block_ids
-from kvlab.paged.typed import TypedPages
+from kvlab.paged.typed import Plane, TypedPages
 
 ACCESS_BYTES = 16  # of the widest access
 
@@ -43,16 +42,20 @@ class Addresses:
         starts = layout.addresses[: pages.num_layers]
         if any(start % self.item for start in starts):
             raise ConfigError(f"pages of {page_map.element} must start at multiples of {self.item} bytes")
-        self.pointers = self._table(starts, torch.int64)
+        self.pointers = self.table(starts, torch.int64)
         aligned = layout.block_stride % ACCESS_BYTES == 0 and not any(start % ACCESS_BYTES for start in starts)
         self.planes = tuple(self._plane(plane, aligned) for plane in page_map.planes)
 
-    def ids(self, block_ids: Sequence[int]) -> torch.Tensor:
-        """Block ids on the device, int32; ConfigError where one lies outside of the engine's pages."""
-        check_block_ids(block_ids, self.pages.layout.num_blocks)
-        return self._table(block_ids, torch.int32)
+    def ids(self, objects: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Block ids of objects with as many blocks each, one after the other on the device, int32; ConfigError where
+        one lies outside of the engine's pages."""
+        flat = [block_id for block_ids in objects for block_id in block_ids]
+        check_block_ids(flat, self.pages.layout.num_blocks)
+        if len({len(block_ids) for block_ids in objects}) != 1:
+            raise ConfigError("objects that are coded together must have as many blocks each")
+        return self.table(flat, torch.int32)
 
-    def _plane(self, plane: Any, aligned: bool) -> PlaneTables:
+    def _plane(self, plane: Plane, aligned: bool) -> PlaneTables:
         tokens, heads, channels = (
             [at // self.item for at in table] for table in (plane.tokens, plane.heads, plane.channels)
         )
@@ -62,10 +65,11 @@ class Addresses:
             heads, channels = [at + first for at in heads], [at - first for at in channels]
         per_access = ACCESS_BYTES // self.item
         whole = aligned and regular and stride == 1 and not any(at % per_access for at in (*tokens, *heads))
-        made = (self._table(table, torch.int32) for table in (tokens, heads, channels))
-        return PlaneTables(*made, stride if regular else 0, per_access if whole else 1)
+        made = [self.table(table, torch.int32) for table in (tokens, heads, channels)]
+        return PlaneTables(made[0], made[1], made[2], stride if regular else 0, per_access if whole else 1)
 
-    def _table(self, values: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def table(self, values: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Numbers on the device."""
         table = torch.tensor(list(values), dtype=dtype)
         if self.device.type != "cuda":
             return table

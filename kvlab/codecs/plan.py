@@ -1,7 +1,7 @@
 """Where the parts of an encoded object lie in one run of bytes: in a buffer of a GPU, and in host memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -57,6 +57,10 @@ class Plan:
         return max(
             (-(-(part.start + part.num_bytes) // ALIGNMENT) * ALIGNMENT for part in self.parts.values()), default=0
         )
+
+    def shortened(self, name: str, length: int) -> "Plan":
+        """The same with so many elements in the last part, whose number is known when all else is done."""
+        return replace(self, parts={**self.parts, name: replace(self.parts[name], shape=(length,))})
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts in `buffer`, uint8."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -40,7 +39,7 @@ class ScaledCodec:
     def __init__(self, serde: ScaledSerde, addresses: Addresses) -> None:
         if serde.name not in kernels.KINDS:
             raise ConfigError(f"no GPU program codes {serde.name!r}; there are {', '.join(kernels.KINDS)} and lossless")
-        self.serde, self._at = serde, addresses
+        self.serde, self.name, self._at = serde, serde.spec, addresses
         self._map = addresses.pages.map
         self.dtype = str(self._map.element).removeprefix("torch.")
         if self.dtype not in kernels.FLOATS:
@@ -64,10 +63,15 @@ class ScaledCodec:
         plan = self.plan(encoded.shape[AXES.index("tokens")])
         checked_parts(self.serde.name, encoded, {name: (at.dtype, at.shape) for name, at in plan.parts.items()})
 
-    def encode(self, block_ids: Sequence[int], num_tokens: int, parts: Parts, flags: torch.Tensor) -> None:
-        """Pages into `parts`, on their device. ``flags[0]`` becomes 1 where a number is NaN or infinite: then the object
-        is none."""
-        ids, item = self._at.ids(block_ids), self._map
+    def encode(
+        self, objects: Sequence[Sequence[int]], num_tokens: int, buffer: torch.Tensor, flags: torch.Tensor
+    ) -> None:
+        """Pages of objects of so many tokens each, given as their block ids, into `buffer`, uint8 on their device: one
+        `plan` after the other. ``flags[object, 0]`` becomes 1 where a number is NaN or infinite: then it is no object.
+        """
+        plan, ids, item = self.plan(num_tokens), self._at.ids(objects), self._map
+        parts, slabs = plan.views(buffer[: plan.num_bytes]), len(objects) * self._at.num_layers
+        about = (self._at.num_layers, len(objects[0]), plan.num_bytes, self._at.block_stride)
         for run in self._runs(num_tokens):
             payload, scales, low = _operands(parts, run.name)
             tables = self._at.planes[run.plane]
@@ -76,24 +80,26 @@ class ScaledCodec:
             if run.by_channel:
                 width = self._width(item.head_dim)
                 tokens, channels = _tile(width, run.group, 64)
-                grid = (self._at.num_layers * run.num_groups, item.kv_heads, triton.cdiv(width, channels))
+                grid = (slabs * run.num_groups, item.kv_heads, triton.cdiv(width, channels))
                 kernels._encode_by_channel[grid](
-                    *places, payload, scales, low, flags, self._at.block_stride, item.block_tokens, run.num_groups,
-                    run.group, run.first, item.kv_heads, item.head_dim, *tail, tokens, channels,
+                    *places, payload, scales, low, flags, *about, item.block_tokens, run.num_groups,
+                    run.group, run.first, item.kv_heads, item.head_dim, width, *tail, tokens, channels,
                     enable_fp_fusion=False,
                 )  # fmt: skip
             else:
                 tokens, channels = _tile(self._width(run.group), num_tokens, 1024)
-                grid = (self._at.num_layers * triton.cdiv(num_tokens, tokens), item.kv_heads * run.num_groups)
-                kernels._encode_by_token[grid](
-                    *places, payload, scales, low, flags, self._at.block_stride, item.block_tokens, num_tokens, 0,
-                    item.kv_heads, run.first, run.num_groups, run.group, *tail, tokens, channels,
-                    enable_fp_fusion=False,
+                tokens_grid = (slabs * triton.cdiv(num_tokens, tokens), item.kv_heads * run.num_groups)
+                kernels._encode_by_token[tokens_grid](
+                    *places, payload, scales, low, flags, *about, item.block_tokens, num_tokens, 0,
+                    item.kv_heads, run.first, run.num_groups, run.group, self._width(run.group), *tail, tokens,
+                    channels, enable_fp_fusion=False,
                 )  # fmt: skip
 
-    def decode(self, parts: Parts, block_ids: Sequence[int], num_tokens: int) -> None:
-        """`parts`, on the pages' device, into pages; every byte that is none of the tokens' stays."""
-        ids, item = self._at.ids(block_ids), self._map
+    def decode(self, buffer: torch.Tensor, objects: Sequence[Sequence[int]], num_tokens: int) -> None:
+        """What `encode` made, into pages; every byte that is none of the tokens' stays."""
+        plan, ids, item = self.plan(num_tokens), self._at.ids(objects), self._map
+        parts, slabs = plan.views(buffer[: plan.num_bytes]), len(objects) * self._at.num_layers
+        about = (self._at.num_layers, len(objects[0]), plan.num_bytes, self._at.block_stride)
         largest = float(torch.finfo(item.element).max)
         for run in self._runs(num_tokens):
             payload, scales, low = _operands(parts, run.name)
@@ -104,13 +110,13 @@ class ScaledCodec:
             pieces = 1 if run.by_channel else run.num_groups
             first_token, first_channel = (run.first, 0) if run.by_channel else (0, run.first)
             grid = (
-                self._at.num_layers * triton.cdiv(count, tokens), item.kv_heads * pieces, triton.cdiv(width, channels),
+                slabs * triton.cdiv(count, tokens), item.kv_heads * pieces, triton.cdiv(width, channels),
             )  # fmt: skip
             kernels._decode[grid](
                 self._at.pointers, ids, tables.tokens, tables.heads, tables.channels, payload, scales, low,
-                self._at.block_stride, item.block_tokens, count, first_token, item.kv_heads, first_channel,
-                run.num_groups, run.group, item.head_dim, *self._constants, tables.stride, tables.align, tokens, channels,
-                run.by_channel, largest, enable_fp_fusion=False,
+                *about, item.block_tokens, count, first_token, item.kv_heads, first_channel,
+                run.num_groups, run.group, item.head_dim, width, *self._constants, tables.stride, tables.align, tokens,
+                channels, run.by_channel, largest, enable_fp_fusion=False,
             )  # fmt: skip
 
     def _runs(self, num_tokens: int) -> Iterator[Run]:

@@ -42,11 +42,25 @@ def _bf16(bits):
 
 
 @jit
+def _without_sign_of_zero(bits):
+    return tl.where(bits == 0x8000, 0, bits)
+
+
+@jit
 def _rows(ids, tokens, first, live, block_tokens, block_stride, ALIGN: tl.constexpr):
     """Where tokens begin, in elements from a layer's first page."""
     block = tl.load(ids + first // block_tokens, mask=live, other=0).to(tl.int64)
     row = block * block_stride + tl.load(tokens + first % block_tokens, mask=live, other=0)
     return tl.multiple_of(row, ALIGN)  # 1 where nothing is known: so many elements are one access
+
+
+@jit
+def _object(slab, num_layers, ids, payload, scales, scales_low, object_blocks, object_bytes):
+    """A slab's layer, and what belongs to its object: objects of one size lie one after the other."""
+    at = slab // num_layers
+    there = at.to(tl.int64) * object_bytes
+    payload, scales, scales_low = payload + there, scales + there // 2, scales_low + there // 2
+    return slab % num_layers, ids + at * object_blocks, payload, scales, scales_low
 
 
 @jit
@@ -59,20 +73,14 @@ def _page(page_pointers, layer, heads, head, WORD: tl.constexpr, ALIGN: tl.const
 @jit
 def _columns(channels, channel, inside, STRIDE: tl.constexpr):
     """Where channels lie from there, in elements; a table where no stride says it."""
-    if STRIDE:
-        return channel * STRIDE
-    else:
-        return tl.load(channels + channel, mask=inside, other=0)
+    return channel * STRIDE if STRIDE else tl.load(channels + channel, mask=inside, other=0)
 
 
 @jit
 def _read(page, rows, columns, inside, FLOAT: tl.constexpr):
     """float32 of a tile."""
     value = tl.load(page + (rows[:, None] + columns[None, :]), mask=inside, other=0)
-    if FLOAT == BFLOAT16:
-        return _bf16(value)
-    else:
-        return value.to(tl.float32)
+    return _bf16(value) if FLOAT == BFLOAT16 else value.to(tl.float32)
 
 
 @jit
@@ -98,10 +106,10 @@ def _symmetric(top, KIND: tl.constexpr):
 @jit
 def _between(low, high):
     """Bits of low and step of codes 0..15, the inverse of the step, and the scale at which sums are taken."""
-    low_bits = _rounded_to_bf16(tl.minimum(tl.maximum(low, -LIMIT), LIMIT))
+    low_bits = _without_sign_of_zero(_rounded_to_bf16(tl.minimum(tl.maximum(low, -LIMIT), LIMIT)))
     lowest = _bf16(low_bits)
     step = tl.div_rn(high, high * 0 + 15.0) - tl.div_rn(lowest, lowest * 0 + 15.0)
-    step_bits = _rounded_to_bf16(tl.minimum(tl.maximum(step, 0.0), LIMIT))
+    step_bits = _without_sign_of_zero(_rounded_to_bf16(tl.minimum(tl.maximum(step, 0.0), LIMIT)))
     wide = _bf16(step_bits)
     small = tl.where(tl.maximum(tl.abs(lowest), tl.abs(high)) > LARGE, SMALL, 1.0)
     inverse = tl.div_rn(wide * 0 + 1.0, tl.where(wide > 0, wide * small, 1.0))
@@ -114,14 +122,15 @@ def _coded(values, inverse, KIND: tl.constexpr):
     scaled = values * inverse
     if KIND == INT8:
         bounded = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
-        return ((bounded + ROUND) - ROUND).to(tl.int32)
+        code = ((bounded + ROUND) - ROUND).to(tl.int32)
     else:
         bits = scaled.to(tl.int32, bitcast=True)
         size = tl.minimum(tl.abs(scaled), 448.0)
         near = size.to(tl.int32, bitcast=True)
         normal = ((near + 0x7FFFF + ((near >> 20) & 1)) >> 20) - 960  # the exponents' middles: 127 and 7
         tiny = ((size * 512.0 + ROUND) - ROUND).to(tl.int32)
-        return tl.where(size < 0.015625, tiny, normal) | ((bits >> 24) & 0x80)
+        code = tl.where(size < 0.015625, tiny, normal) | ((bits >> 24) & 0x80)
+    return code
 
 
 @jit
@@ -136,16 +145,22 @@ def _store_codes(payload, at, values, inside, inverse, KIND: tl.constexpr):
     tl.store(payload + at, _coded(values, inverse, KIND).to(tl.int8), mask=inside)
 
 
-@jit(do_not_specialize=["num_tokens", "first_token"])
+@jit(do_not_specialize=["num_tokens", "first_token", "object_blocks"])
 def _encode_by_token(
     page_pointers, ids, tokens, heads, channels, payload, scales, scales_low, flags,
-    block_stride, block_tokens, num_tokens, first_token, num_heads, first_channel, num_groups, group,
+    num_layers, object_blocks, object_bytes, block_stride, block_tokens,
+    num_tokens, first_token, num_heads, first_channel, num_groups, group, run,
     KIND: tl.constexpr, FLOAT: tl.constexpr, WORD: tl.constexpr, STRIDE: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Groups along head_dim: `num_groups` of `group` channels from `first_channel` on, each token its own."""
+    """Groups along head_dim: `num_groups` of `group` channels from `first_channel` on, each token its own; `run` bytes
+    of codes in each."""
     tiles = tl.cdiv(num_tokens, TOKENS)
-    layer, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    tile = tl.program_id(0) % tiles
+    layer, ids, payload, scales, scales_low = _object(
+        tl.program_id(0) // tiles, num_layers, ids, payload, scales, scales_low, object_blocks, object_bytes
+    )
+    flags += (tl.program_id(0) // tiles // num_layers) * 2
     head, piece = tl.program_id(1) // num_groups, tl.program_id(1) % num_groups
     page = _page(page_pointers, layer, heads, head, WORD, ALIGN)
     token = tile * TOKENS + tl.arange(0, TOKENS)
@@ -155,7 +170,6 @@ def _encode_by_token(
     row = ((layer.to(tl.int64) * num_tokens + token) * num_heads + head) * num_groups + piece
     start = first_channel + piece * group
     if KIND == INT4:
-        run = (group + 1) // 2
         place = tl.arange(0, CHANNELS)
         lower = live[:, None] & (place < run)[None, :]
         upper = live[:, None] & (run + place < group)[None, :]
@@ -189,18 +203,23 @@ def _encode_by_token(
     tl.store(flags, NON_FINITE, mask=odd > 0)
 
 
-@jit(do_not_specialize=["num_tokens", "first_token"])
+@jit(do_not_specialize=["num_groups", "group", "first_token", "object_blocks"])
 def _encode_by_channel(
     page_pointers, ids, tokens, heads, channels, payload, scales, scales_low, flags,
-    block_stride, block_tokens, num_groups, group, first_token, num_heads, head_dim,
+    num_layers, object_blocks, object_bytes, block_stride, block_tokens,
+    num_groups, group, first_token, num_heads, head_dim, half,
     KIND: tl.constexpr, FLOAT: tl.constexpr, WORD: tl.constexpr, STRIDE: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Groups along tokens: `num_groups` of `group` tokens from `first_token` on, each channel its own. A program has
-    CHANNELS channels of a head (of 4-bit kinds: CHANNELS of its lower half and as many of its upper)."""
-    layer, piece = tl.program_id(0) // num_groups, tl.program_id(0) % num_groups
+    CHANNELS channels of a head (of 4-bit kinds: CHANNELS of its lower half and as many of its upper); `half` bytes of
+    codes are a head's."""
+    piece = tl.program_id(0) % num_groups
+    layer, ids, payload, scales, scales_low = _object(
+        tl.program_id(0) // num_groups, num_layers, ids, payload, scales, scales_low, object_blocks, object_bytes
+    )
+    flags += (tl.program_id(0) // num_groups // num_layers) * 2
     head = tl.program_id(1)
-    half = (head_dim + 1) // 2 if KIND == INT4 else head_dim
     page = _page(page_pointers, layer, heads, head, WORD, ALIGN)
     place = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     left, right = place < half, half + place < head_dim
@@ -267,7 +286,7 @@ def _decoded(code, scale, low, KIND: tl.constexpr, LARGEST: tl.constexpr):
         small = tl.where(scale > LARGE, SMALL, 1.0)
         wide = code.to(tl.float32) * (scale * small) + low * small
         end = LARGEST * small
-        return tl.minimum(tl.maximum(wide, -end), end) * tl.where(scale > LARGE, 65536.0, 1.0)
+        value = tl.minimum(tl.maximum(wide, -end), end) * tl.where(scale > LARGE, 65536.0, 1.0)
     else:
         if KIND == INT8:
             number = code.to(tl.float32)
@@ -276,7 +295,8 @@ def _decoded(code, scale, low, KIND: tl.constexpr, LARGEST: tl.constexpr):
             normal = ((size + 960) << 20).to(tl.float32, bitcast=True)
             number = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
             number = tl.where((code & 0x80) != 0, -number, number)
-        return tl.minimum(tl.maximum(number * scale, -LARGEST), LARGEST)
+        value = tl.minimum(tl.maximum(number * scale, -LARGEST), LARGEST)
+    return value
 
 
 @jit
@@ -290,17 +310,21 @@ def _write(page, rows, columns, inside, values, FLOAT: tl.constexpr):
         tl.store(where, values, mask=inside)
 
 
-@jit(do_not_specialize=["num_tokens", "first_token"])
+@jit(do_not_specialize=["num_tokens", "first_token", "object_blocks"])
 def _decode(
     page_pointers, ids, tokens, heads, channels, payload, scales, scales_low,
-    block_stride, block_tokens, num_tokens, first_token, num_heads, first_channel, num_groups, group, head_dim,
+    num_layers, object_blocks, object_bytes, block_stride, block_tokens,
+    num_tokens, first_token, num_heads, first_channel, num_groups, group, head_dim, half,
     KIND: tl.constexpr, FLOAT: tl.constexpr, WORD: tl.constexpr, STRIDE: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BY_CHANNEL: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Codes to pages, for both ways to group: by token `num_groups` groups of `group` channels, by channel so many of
-    `group` tokens."""
+    `group` tokens; a row of codes has `half` bytes."""
     tiles = tl.cdiv(num_tokens, TOKENS)
-    layer, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    tile = tl.program_id(0) % tiles
+    layer, ids, payload, scales, scales_low = _object(
+        tl.program_id(0) // tiles, num_layers, ids, payload, scales, scales_low, object_blocks, object_bytes
+    )
     token = tile * TOKENS + tl.arange(0, TOKENS)
     live = token < num_tokens
     rows = _rows(ids, tokens, first_token + token, live, block_tokens, block_stride, ALIGN)
@@ -315,7 +339,6 @@ def _decode(
         code_row = (at_token * num_heads + head) * num_groups + tl.program_id(1) % num_groups
         scale_row = code_row
     page = _page(page_pointers, layer, heads, head, WORD, ALIGN)
-    half = (width + 1) // 2 if KIND == INT4 else width
     place = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     left = live[:, None] & (place < half)[None, :]
     codes = tl.load(payload + (code_row[:, None] * half + place[None, :]), mask=left, other=0).to(tl.int32)

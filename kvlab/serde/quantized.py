@@ -144,9 +144,10 @@ class Int4Serde(ScaledSerde):
 
     def quantize(self, values: torch.Tensor, dim: int) -> Parts:
         limit = torch.finfo(torch.bfloat16).max
-        low = finite(values.amin(dim, keepdim=True)).clamp_(-limit, limit).to(torch.bfloat16)
+        # -0.0 is made 0.0: which of them a minimum gives depends on the machine.
+        low = finite(values.amin(dim, keepdim=True)).clamp_(-limit, limit).to(torch.bfloat16).add_(0.0)
         high = finite(values.amax(dim, keepdim=True))
-        step = (high / 15 - low.float() / 15).clamp_(0, limit).to(torch.bfloat16)
+        step = (high / 15 - low.float() / 15).clamp_(0, limit).to(torch.bfloat16).add_(0.0)
         small = away_from_the_end(high, low)
         inverse = torch.where(step > 0, 1 / (step.float() * small), 0.0).clamp_(0, limit)
         values = values if small == 1 else values * small
