@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 
 INT8, FP8, INT4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-KINDS = {"int8": INT8, "fp8": FP8, "int4": INT4}
+KINDS = {"int8": INT8.value, "fp8": FP8.value, "int4": INT4.value}
 BFLOAT16, FLOAT16, FLOAT32 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-FLOATS = {"bfloat16": BFLOAT16, "float16": FLOAT16, "float32": FLOAT32}
+FLOATS = {"bfloat16": BFLOAT16.value, "float16": FLOAT16.value, "float32": FLOAT32.value}
 WORDS = {"bfloat16": tl.int16, "float16": tl.float16, "float32": tl.float32}
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken away, it rounds to the nearest even integer
 LARGE, SMALL = tl.constexpr(2.0**100), tl.constexpr(2.0**-16)  # see `away_from_the_end`
