@@ -7,9 +7,8 @@ import triton
 
 from kvlab.codecs import lossless_triton as kernels
 from kvlab.codecs.addresses import Addresses
-from kvlab.codecs.plan import Plan
+from kvlab.codecs.plan import Plan, num_tokens_of
 from kvlab.errors import ConfigError, FormatError
-from kvlab.geometry import AXES
 from kvlab.serde import bitpack
 from kvlab.serde.base import Encoded
 from kvlab.serde.window import ENOUGH_ROWS
@@ -62,19 +61,11 @@ class LosslessCodec:
         return Plan.of("lossless", shape, self.dtype, params, parts)
 
     def check(self, encoded: Encoded) -> None:
-        """FormatError unless the object has the parts of `plan`."""
-        num_tokens = encoded.shape[AXES.index("tokens")]
+        """FormatError unless the object is one of this codec's, with the parts of `plan`."""
         escapes = encoded.parts.get("payload.escapes")
-        if escapes is None or escapes.dtype != torch.uint8 or escapes.dim() != 1:
+        if escapes is None or escapes.dim() != 1:
             raise FormatError("a lossless chunk needs its list of escapes")
-        plan = self.plan(num_tokens, escapes.numel())
-        if dict(encoded.params) != dict(plan.params):
-            raise FormatError(f"a window must be a channel's, got {str(dict(encoded.params))[:120]}", reason="window")
-        for name, at in plan.parts.items():
-            part = encoded.parts.get(name)
-            if part is None or part.dtype != at.dtype or tuple(part.shape) != at.shape:
-                found = "nothing" if part is None else f"{part.dtype}{list(part.shape)}"
-                raise FormatError(f"part {name!r} of lossless must be {at.dtype}{list(at.shape)}, got {found}")
+        self.plan(num_tokens_of(encoded), escapes.numel()).check(encoded)
 
     def encode(
         self, objects: Sequence[Sequence[int]], num_tokens: int, buffer: torch.Tensor, flags: torch.Tensor

@@ -19,12 +19,12 @@ jit: Any = triton.jit
 
 
 @jit
-def _code(first, k, at, inside, run_bytes):
-    """Code k of byte positions `at`: three bits that begin at bit 3k of the position's 24."""
-    a = tl.load(first + at, mask=inside, other=0).to(tl.int32)
-    b = tl.load(first + run_bytes + at, mask=inside, other=0).to(tl.int32)
-    c = tl.load(first + 2 * run_bytes + at, mask=inside, other=0).to(tl.int32)
-    return ((a | (b << 8) | (c << 16)) >> (3 * k)) & 7
+def _codes(first, k, at, run_bytes):
+    """Codes (8, RUN) of byte positions `at`: code k is three bits that begin at bit 3k of the position's 24."""
+    a = tl.load(first + at, mask=at < run_bytes, other=0).to(tl.int32)
+    b = tl.load(first + run_bytes + at, mask=at < run_bytes, other=0).to(tl.int32)
+    c = tl.load(first + 2 * run_bytes + at, mask=at < run_bytes, other=0).to(tl.int32)
+    return ((a | (b << 8) | (c << 16))[None, :] >> (3 * k)) & 7
 
 
 @jit
@@ -39,11 +39,11 @@ def _count(codes, counts, num_layers, object_bytes, slab, run_bytes, tiles, RUN:
     """Escapes of one tile: 8 runs of RUN codes of a slab."""
     slab_index, tile = tl.program_id(0), tl.program_id(1)
     k = tl.arange(0, 8)[:, None]
-    at = (tile * RUN + tl.arange(0, RUN))[None, :]
-    inside = (at < run_bytes) & (k * run_bytes + at < slab)
+    at = tile * RUN + tl.arange(0, RUN)
+    inside = (at < run_bytes)[None, :] & (k * run_bytes + at[None, :] < slab)
     there = (slab_index // num_layers).to(tl.int64) * object_bytes
     first = codes + there + (slab_index % num_layers).to(tl.int64) * 3 * run_bytes
-    code = _code(first, k, at, inside, run_bytes)
+    code = _codes(first, k, at, run_bytes)
     escaped = tl.sum(tl.where(inside & (code == 7), 1, 0), axis=1)
     tl.store(counts + (slab_index * 8 + tl.arange(0, 8)) * tiles + tile, escaped)
 
@@ -172,10 +172,10 @@ def _scatter(
     right = tl.load(totals + slab_index // num_layers) == tl.load(num_escapes + slab_index // num_layers)
     tl.store(flags + 2 * (slab_index // num_layers), OVERFULL, mask=right == 0)
     k = tl.arange(0, 8)[:, None]
-    at = (tile * RUN + tl.arange(0, RUN))[None, :]
-    element = k * run_bytes + at
-    inside = (at < run_bytes) & (element < tl.where(right, slab, 0))
-    code = _code(codes + there + layer.to(tl.int64) * 3 * run_bytes, k, at, inside, run_bytes)
+    at = tile * RUN + tl.arange(0, RUN)
+    element = k * run_bytes + at[None, :]
+    inside = (at < run_bytes)[None, :] & (element < tl.where(right, slab, 0))
+    code = _codes(codes + there + layer.to(tl.int64) * 3 * run_bytes, k, at, run_bytes)
     escaped = inside & (code == 7)
     order = tl.cumsum(tl.where(escaped, 1, 0), axis=1) - 1
     place = tl.load(starts + (slab_index * 8 + k) * tiles + tile) + order

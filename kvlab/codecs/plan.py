@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kvlab.errors import FormatError
 from kvlab.geometry import AXES
 from kvlab.serde.base import Encoded
 
@@ -62,6 +63,21 @@ class Plan:
         """The same with so many elements in the last part, whose number is known when all else is done."""
         return replace(self, parts={**self.parts, name: replace(self.parts[name], shape=(length,))})
 
+    def check(self, encoded: Encoded) -> None:
+        """FormatError unless `encoded` has exactly these parts, and says of itself what the plan does: an object of
+        other options, or of another engine, is the twin's to read."""
+        for name in ("serde", "shape", "dtype", "params"):
+            found, want = getattr(encoded, name), getattr(self, name)
+            if found != want:
+                raise FormatError(f"{name} must be {want} here, the object has {found}"[:300], reason="other_options")
+        if encoded.axes != AXES:
+            raise FormatError(f"axes must be {AXES}, the object has {encoded.axes}"[:300], reason="wrong_axes")
+        for name, at in self.parts.items():
+            part = encoded.parts.get(name)
+            if part is None or part.dtype != at.dtype or tuple(part.shape) != at.shape:
+                told = "nothing" if part is None else f"{part.dtype}{list(part.shape)}"
+                raise FormatError(f"{self.serde} part {name!r} must be {at.dtype}{list(at.shape)}, got {told}")
+
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts in `buffer`, uint8."""
         return {
@@ -72,3 +88,10 @@ class Plan:
     def encoded(self, buffer: torch.Tensor) -> Encoded:
         """The object whose parts lie in `buffer`, uint8 in host memory; it views them."""
         return Encoded(self.serde, self.shape, self.dtype, AXES, self.views(buffer), dict(self.params))
+
+
+def num_tokens_of(encoded: Encoded) -> int:
+    """Tokens of typed KV; FormatError where it is none."""
+    if len(encoded.shape) != len(AXES):
+        raise FormatError(f"typed KV has axes {AXES}, the object has {encoded.axes}"[:300], reason="wrong_axes")
+    return encoded.shape[AXES.index("tokens")]

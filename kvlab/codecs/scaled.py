@@ -8,12 +8,12 @@ import triton
 
 from kvlab.codecs import scaled_triton as kernels
 from kvlab.codecs.addresses import Addresses
-from kvlab.codecs.plan import Plan
+from kvlab.codecs.plan import Plan, num_tokens_of
 from kvlab.errors import ConfigError
 from kvlab.geometry import AXES
 from kvlab.serde.base import Encoded
 from kvlab.serde.groups import halves
-from kvlab.serde.quantized import ScaledSerde, checked_parts
+from kvlab.serde.quantized import ScaledSerde
 
 TILE = 2048  # elements that a program works on at once
 MAX_TOKENS = 32  # of a tile
@@ -59,9 +59,8 @@ class ScaledCodec:
         return Plan.of(self.serde.name, shape, self.dtype, params, parts)
 
     def check(self, encoded: Encoded) -> None:
-        """FormatError unless the object has the parts of `plan`, of this serde's own options."""
-        plan = self.plan(encoded.shape[AXES.index("tokens")])
-        checked_parts(self.serde.name, encoded, {name: (at.dtype, at.shape) for name, at in plan.parts.items()})
+        """FormatError unless the object is one of this codec's, with the parts of `plan`."""
+        self.plan(num_tokens_of(encoded)).check(encoded)
 
     def encode(
         self, objects: Sequence[Sequence[int]], num_tokens: int, buffer: torch.Tensor, flags: torch.Tensor

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from kvlab.codecs.lossless import LosslessCodec
-from kvlab.codecs.plan import Plan
+from kvlab.codecs.plan import Plan, num_tokens_of
 from kvlab.codecs.scaled import ScaledCodec
 from kvlab.errors import ConfigError, FormatError
-from kvlab.geometry import AXES
 from kvlab.serde.base import Encoded
 
 RING_DEPTH = 4
@@ -117,7 +116,7 @@ class Staging:
         parts do not fit."""
         for one in encoded:
             self.codec.check(one)
-        num_tokens = encoded[0].shape[AXES.index("tokens")]
+        num_tokens = num_tokens_of(encoded[0])
         plan = self._plan(objects, num_tokens)
         if len(encoded) != len(objects) or any(one.shape != plan.shape for one in encoded):
             raise FormatError(f"objects that are loaded together must be {list(plan.shape)}", reason="wrong_shape")
