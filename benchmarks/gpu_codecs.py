@@ -130,6 +130,10 @@ def check(spec: str, shape: tuple[str, int, int], element: torch.dtype, tokens: 
     size = 2 * codec.plan(tokens).num_bytes
     staging = Staging(codec, torch.device(device), size, depth=2)
     host = torch.full((size,), 0xEE, dtype=torch.uint8, pin_memory=device == "cuda")
+    if seed % 4 == 0 and tokens >= BLOCK:
+        before = engine.all()
+        staging.prepare()
+        assert engine.all().equal(before), "the preparation changed a page"
     found = staging.save(objects, tokens, host).encoded()
     for got, want in zip(found, wanted, strict=True):
         assert got is not None

@@ -39,7 +39,7 @@ from kvlab.codecs import scaled_triton as kernels
 
 pointers = dict(page_pointers="*i64", ids="*i32", tokens="*i32", heads="*i32", channels="*i32", payload="*i8",
                 scales="*i16", scales_low="*i16", flags="*i32")
-even = ("block_stride", "object_bytes", "group", "first_channel", "head_dim", "half", "run")
+even = ("block_stride", "object_bytes", "group", "first_channel", "head_dim", "width", "half", "run")
 for name, kinds in (("_encode_by_token", (0, 1, 2)), ("_encode_by_channel", (0, 1, 2)), ("_decode", (0, 1, 2))):
     program = getattr(kernels, name)
     for kind in kinds:

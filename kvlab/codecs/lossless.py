@@ -33,7 +33,7 @@ class LosslessCodec:
             raise ConfigError(
                 f"the GPU's lossless programs take bf16 pages, got {page_map.element}; the twin takes all"
             )
-        self._at, self._map = addresses, page_map
+        self._at, self._map, self.pages = addresses, page_map, addresses.pages
         self._period = page_map.kv_heads * len(page_map.planes) * page_map.head_dim
         # What is the same for the engine's life is compiled in: an element's place takes four divisions by it.
         self._engine = (self._period, page_map.block_tokens, page_map.head_dim, len(page_map.planes))

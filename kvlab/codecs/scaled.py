@@ -40,7 +40,7 @@ class ScaledCodec:
         if serde.name not in kernels.KINDS:
             raise ConfigError(f"no GPU program codes {serde.name!r}; there are {', '.join(kernels.KINDS)} and lossless")
         self.serde, self.name, self._at = serde, serde.spec, addresses
-        self._map = addresses.pages.map
+        self.pages, self._map = addresses.pages, addresses.pages.map
         self.dtype = str(self._map.element).removeprefix("torch.")
         if self.dtype not in kernels.FLOATS:
             raise ConfigError(f"serde {serde.spec!r} takes {', '.join(kernels.FLOATS)}, pages hold {self.dtype}")
@@ -78,7 +78,7 @@ class ScaledCodec:
             tail = (*self._constants, tables.stride, tables.align)
             if run.by_channel:
                 width = self._width(item.head_dim)
-                tokens, channels = _tile(width, run.group, 64)
+                tokens, channels = _tile(width, 64)
                 grid = (slabs * run.num_groups, item.kv_heads, triton.cdiv(width, channels))
                 kernels._encode_by_channel[grid](
                     *places, payload, scales, low, flags, *about, item.block_tokens, run.num_groups,
@@ -86,7 +86,7 @@ class ScaledCodec:
                     enable_fp_fusion=False,
                 )  # fmt: skip
             else:
-                tokens, channels = _tile(self._width(run.group), num_tokens, 1024)
+                tokens, channels = _tile(self._width(run.group), 1024)
                 tokens_grid = (slabs * triton.cdiv(num_tokens, tokens), item.kv_heads * run.num_groups)
                 kernels._encode_by_token[tokens_grid](
                     *places, payload, scales, low, flags, *about, item.block_tokens, num_tokens, 0,
@@ -103,9 +103,10 @@ class ScaledCodec:
         for run in self._runs(num_tokens):
             payload, scales, low = _operands(parts, run.name)
             tables = self._at.planes[run.plane]
-            width = self._width(item.head_dim if run.by_channel else run.group)
+            wide = item.head_dim if run.by_channel else run.group
+            width = self._width(wide)
             count = run.num_groups * run.group if run.by_channel else num_tokens
-            tokens, channels = _tile(width, count, 128 if run.by_channel else 1024)
+            tokens, channels = _tile(width, 128 if run.by_channel else 1024)
             pieces = 1 if run.by_channel else run.num_groups
             first_token, first_channel = (run.first, 0) if run.by_channel else (0, run.first)
             grid = (
@@ -114,7 +115,7 @@ class ScaledCodec:
             kernels._decode[grid](
                 self._at.pointers, ids, tables.tokens, tables.heads, tables.channels, payload, scales, low,
                 *about, item.block_tokens, count, first_token, item.kv_heads, first_channel,
-                run.num_groups, run.group, item.head_dim, width, *self._constants, tables.stride, tables.align, tokens,
+                run.num_groups, run.group, wide, width, *self._constants, tables.stride, tables.align, tokens,
                 channels, run.by_channel, largest, enable_fp_fusion=False,
             )  # fmt: skip
 
@@ -141,7 +142,8 @@ def _operands(parts: Parts, name: str) -> tuple[torch.Tensor, torch.Tensor, torc
     return payload.view(torch.int8), scales.view(torch.int16), low.view(torch.int16)
 
 
-def _tile(width: int, num_tokens: int, most: int) -> tuple[int, int]:
-    """Tokens and channels of a program's tile, powers of two."""
+def _tile(width: int, most: int) -> tuple[int, int]:
+    """Tokens and channels of a program's tile, powers of two. The same for objects of any length: another tile would be
+    another program, to be compiled in the middle of serving."""
     channels = min(triton.next_power_of_2(max(width, 1)), most)
-    return max(1, min(MAX_TOKENS, triton.next_power_of_2(max(num_tokens, 1)), TILE // channels)), channels
+    return max(1, min(MAX_TOKENS, TILE // channels)), channels

@@ -310,16 +310,16 @@ def _write(page, rows, columns, inside, values, FLOAT: tl.constexpr):
         tl.store(where, values, mask=inside)
 
 
-@jit(do_not_specialize=["num_tokens", "first_token", "object_blocks"])
+@jit(do_not_specialize=["num_tokens", "first_token", "object_blocks", "num_groups", "group"])
 def _decode(
     page_pointers, ids, tokens, heads, channels, payload, scales, scales_low,
     num_layers, object_blocks, object_bytes, block_stride, block_tokens,
-    num_tokens, first_token, num_heads, first_channel, num_groups, group, head_dim, half,
+    num_tokens, first_token, num_heads, first_channel, num_groups, group, width, half,
     KIND: tl.constexpr, FLOAT: tl.constexpr, WORD: tl.constexpr, STRIDE: tl.constexpr, ALIGN: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BY_CHANNEL: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """Codes to pages, for both ways to group: by token `num_groups` groups of `group` channels, by channel so many of
-    `group` tokens; a row of codes has `half` bytes."""
+    """Codes to pages, for both ways to group: by token `num_groups` groups of `width` channels, by channel so many of
+    `group` tokens and a head of `width` channels. A row of codes has `half` bytes."""
     tiles = tl.cdiv(num_tokens, TOKENS)
     tile = tl.program_id(0) % tiles
     layer, ids, payload, scales, scales_low = _object(
@@ -330,12 +330,12 @@ def _decode(
     rows = _rows(ids, tokens, first_token + token, live, block_tokens, block_stride, ALIGN)
     at_token = layer.to(tl.int64) * num_tokens + token
     if BY_CHANNEL:
-        head, width, start = tl.program_id(1), head_dim, 0
+        head, start = tl.program_id(1), 0
         code_row = at_token * num_heads + head
-        scale_row = ((layer.to(tl.int64) * num_groups + token // group) * num_heads + head) * head_dim
+        scale_row = ((layer.to(tl.int64) * num_groups + token // group) * num_heads + head) * width
     else:
-        head, width = tl.program_id(1) // num_groups, group
-        start = first_channel + (tl.program_id(1) % num_groups) * group
+        head = tl.program_id(1) // num_groups
+        start = first_channel + (tl.program_id(1) % num_groups) * width
         code_row = (at_token * num_heads + head) * num_groups + tl.program_id(1) % num_groups
         scale_row = code_row
     page = _page(page_pointers, layer, heads, head, WORD, ALIGN)

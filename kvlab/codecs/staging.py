@@ -85,6 +85,17 @@ class Staging:
             )
         return self.buffer_bytes // each
 
+    def prepare(self) -> None:
+        """Compile all programs: block 0 goes out, comes back, and is put as it was. Before the engine serves."""
+        pages = self.codec.pages
+        raw = [layer[0].clone() for layer in pages.layout.pages]
+        plan = self.codec.plan(pages.map.block_tokens)
+        host = torch.empty(plan.num_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
+        self.save([[0]], pages.map.block_tokens, host).encoded()
+        self.load([plan.encoded(host)], [[0]]).whole()  # whatever it holds: block 0 need hold no numbers
+        for layer, page in zip(pages.layout.pages, raw, strict=True):
+            layer[0] = page
+
     def save(self, objects: Sequence[Sequence[int]], num_tokens: int, host: torch.Tensor) -> Saving:
         """Pages of objects of so many tokens each, as they are behind the current stream's work so far, into `host`:
         pinned uint8 of at least ``codec.plan(num_tokens).num_bytes`` for each. At most `room`. Returns at once."""
