@@ -8,7 +8,7 @@ import torch
 from kvlab.errors import ConfigError
 from kvlab.paged import PageMap, TypedPages, page_layout
 from kvlab.paged.known import KNOWN, known_maps
-from kvlab.paged.probe import BLOCKS, ELEMENTS, Scratch, alphabet, discover, flaw, understand
+from kvlab.paged.probe import BLOCKS, ELEMENTS, UNTOUCHED, Scratch, alphabet, discover, flaw, understand
 from kvlab.paged.typed import WORDS, Opaque, Plane
 
 TOKENS, HEADS, DIM = 32, 3, 48
@@ -57,6 +57,11 @@ def test_a_known_layout_is_proven_and_named(name, element):
     assert page_map.is_full
     found = understand(operator(page_map))
     assert found == page_map
+
+
+@pytest.mark.parametrize("element", ELEMENTS, ids=str)
+def test_an_element_that_is_not_written_is_told_from_one_that_is(element):
+    assert not bool((alphabet(element).view(torch.uint8) == UNTOUCHED).view(-1, element.itemsize).all(1).any())
 
 
 def test_known_layouts_put_elements_where_indexing_does():
