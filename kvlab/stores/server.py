@@ -4,7 +4,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from kvlab.errors import StoreError
 from kvlab.stores.base import ValueTooLongError
@@ -24,6 +24,14 @@ class AnswerError(StoreError):
 
 class ServerDownError(StoreError):
     """The server does not answer, answers too late or not to the point, or does not let us in."""
+
+
+class EnoughError(Exception):
+    """Raised by the work of a call: `found` is its result, and the rest of the reply is not wanted."""
+
+    def __init__(self, found: Any) -> None:
+        super().__init__()
+        self.found = found
 
 
 class Server(Generic[C]):
@@ -58,6 +66,11 @@ class Server(Generic[C]):
             except ValueTooLongError:
                 self._pool.drop(connection)  # the rest of the value is still on its way
                 raise
+            except EnoughError as enough:
+                self._pool.drop(connection)
+                self._is_back()
+                found: T = enough.found
+                return found
             except ConnectionError as error:
                 self._pool.drop(connection)
                 if was_idle:
@@ -72,8 +85,7 @@ class Server(Generic[C]):
                 raise
             else:
                 self._pool.give_back(connection)
-                if self.health.succeeded():
-                    log.warning("%s is back", self)
+                self._is_back()
                 return result
             raise down
 
@@ -97,6 +109,10 @@ class Server(Generic[C]):
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
             down = self._down(error)
         raise down
+
+    def _is_back(self) -> None:
+        if self.health.succeeded():
+            log.warning("%s is back", self)
 
     def _down(self, error: BaseException) -> ServerDownError:
         """To be raised where `error` is handled no more. It may show a secret, and is the cause only if it does not."""

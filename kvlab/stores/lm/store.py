@@ -1,8 +1,8 @@
 """A tier in LMCache's cache server: one value for each key, shared by every process that can reach it."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from kvlab.errors import ConfigError, StoreError
 from kvlab.hostmemory import aligned
@@ -10,25 +10,17 @@ from kvlab.stores.base import Buffer, Value, ValueTooLongError, buffers, check_f
 from kvlab.stores.circuit_breaker import CircuitBreaker
 from kvlab.stores.lm.wire import MOST_BYTES, Head, LMConnection, name_of
 from kvlab.stores.remote import ObjectStore, remember
-from kvlab.stores.server import Server
+from kvlab.stores.server import EnoughError, Server
 from kvlab.stores.shown import call_of
 from kvlab.stores.url import StoreURL
 from kvlab.stores.wire import ProtocolError, connected
 
-T = TypeVar("T")
 DEFAULT_PORT = 65432
 PIPELINED = 512  # keys asked for at once, by one deadline
 
 
 class _CutValueError(Exception):
     """The server announced a value and hung up."""
-
-
-class _EnoughError(Exception):
-    """The rest of a reply is not wanted: its connection is closed."""
-
-    def __init__(self, found: Any) -> None:
-        self.found = found
 
 
 class LMStore(ObjectStore):
@@ -143,14 +135,6 @@ class LMStore(ObjectStore):
     def _name(self, key: str) -> bytes:
         return name_of(self._prefix, key)
 
-    def _run(self, work: Callable[[LMConnection], T], deadline: float) -> T:
-        try:
-            return self._server.run(work, deadline)
-        except _EnoughError as enough:  # its connection is closed
-            self._server.health.succeeded()
-            found: T = enough.found
-            return found
-
     def _write(self, key: str, pieces: Sequence[memoryview], size: int, deadline: float) -> str:
         if size > self._limit:
             return "too_large"
@@ -166,7 +150,7 @@ class LMStore(ObjectStore):
             connection.put(name, pieces, deadline, removed=removed)
             return connection.exist([name], deadline)[0]
 
-        if not self._run(work, deadline):
+        if not self._server.run(work, deadline):
             raise ProtocolError("the server does not have what it was given")
 
     def _fetch(self, key: str, out: Sequence[memoryview] | None, deadline: float) -> Sequence[memoryview] | None:
@@ -183,9 +167,10 @@ class LMStore(ObjectStore):
             return into
 
         try:
-            return self._run(work, deadline)
+            return self._server.run(work, deadline)
         except _CutValueError:
-            return self._bury(key, deadline)
+            self._bury(key, deadline)
+            return None
 
     def _size(self, key: str, deadline: float) -> int | None:
         """A reply begins with the length; of a value the connection is then closed, as all of it is on its way."""
@@ -193,10 +178,10 @@ class LMStore(ObjectStore):
         def work(connection: LMConnection) -> int | None:
             head = connection.ask(self._name(key), deadline)
             if head is not None and head.size:
-                raise _EnoughError(head.size)
+                raise EnoughError(head.size)
             return None if head is None or head.removed else 0
 
-        return self._run(work, deadline)
+        return self._server.run(work, deadline)
 
     def _head(self, key: str, num_bytes: int, deadline: float) -> Buffer | None:
         def work(connection: LMConnection) -> bytes | None:
@@ -207,13 +192,14 @@ class LMStore(ObjectStore):
             found = bytearray(min(head.size, num_bytes))
             _read(connection, [memoryview(found)], deadline)
             if len(found) < head.size:
-                raise _EnoughError(bytes(found))
+                raise EnoughError(bytes(found))
             return bytes(found)
 
         try:
-            return self._run(work, deadline)
+            return self._server.run(work, deadline)
         except _CutValueError:
-            return self._bury(key, deadline)
+            self._bury(key, deadline)
+            return None
 
     def _remove(self, key: str, found: Value | None, deadline: float) -> bool:
         """What another client puts between the look and the removal is lost: the server knows no conditions."""
@@ -249,7 +235,7 @@ class LMStore(ObjectStore):
     def _exist(self, keys: Sequence[str], deadline: float) -> list[bool]:
         asked = [key for key in keys if fits_key(key)]
         names = [name for key in asked for name in (self._name(key), name_of(self._prefix, key, of_removed=True))]
-        told = self._run(lambda connection: connection.exist(names, deadline), deadline) if names else []
+        told = self._server.run(lambda connection: connection.exist(names, deadline), deadline) if names else []
         there = dict(zip(asked, told[::2], strict=True))
         for key, was_removed in zip(asked, told[1::2], strict=True):
             if there[key] and was_removed:

@@ -50,7 +50,7 @@ class LMConnection(Wire):
 
     def exist(self, names: Sequence[bytes], deadline: float) -> list[bool]:
         self.send(b"".join(_request(EXIST, name) for name in names), deadline)
-        found = []
+        found: list[Head | None] = []
         for _ in names:
             if found and self.unread < _REPLY.size:
                 self._acknowledge()
