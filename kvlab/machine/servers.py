@@ -1,6 +1,7 @@
 """Servers of one's own on free ports; and where those lie that no package of the environment brings."""
 
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -13,16 +14,46 @@ from typing import Self
 
 from kvlab.errors import ConfigError
 from kvlab.machine.processes import Child
-from kvlab.machine.redis_server import free_port
 
+DEBIAN = "debian"  # the folder of packages that are unpacked
 FOLDER = "KVLAB_SERVERS"  # in the environment: another place
 TRIES = 5  # another process may take the port before the server does
 START_S = 120.0
+_given: set[int] = set()
 
 
 def folder_of(name: str) -> Path:
     """The folder of the server `name`, which scripts/get_servers.py makes and which need not be there."""
     return Path(os.environ.get(FOLDER) or Path(sys.prefix) / "servers") / name
+
+
+def free_port() -> int:
+    """A port that is free, and so high that the port of a cluster's bus, 10,000 above, exists."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port > 50_000:
+            port -= 20_000
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    continue
+        if port not in _given:
+            _given.add(port)
+            return port
+
+
+def unpacked_environment() -> dict[str, str]:
+    """This one, with the libraries that lie beside servers that were unpacked."""
+    libraries = [str(path) for path in sorted(folder_of(DEBIAN).glob("usr/lib/*-linux-gnu"))]
+    given = os.environ.get("LD_LIBRARY_PATH")
+    paths = [*libraries, *([given] if given else [])]
+    return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(paths)} if paths else dict(os.environ)
+
+
+def unpacked(binary: str) -> str | None:
+    """Path of a program on PATH, or among Debian's that scripts/get_servers.py has unpacked."""
+    return shutil.which(binary) or shutil.which(binary, path=str(folder_of(DEBIAN) / "usr" / "bin"))
 
 
 class OwnServer(ABC):
@@ -47,7 +78,7 @@ class OwnServer(ABC):
     def url(self) -> str: ...
 
     def environment(self) -> Mapping[str, str]:
-        return os.environ
+        return unpacked_environment()
 
     @property
     def pid(self) -> int:

@@ -132,8 +132,8 @@ def reason_of(error: BaseException) -> str:
         return error.reason
     if isinstance(error, TimeoutError):
         return "timeout"
-    if isinstance(error, ssl.SSLError):
-        return "tls"
+    if isinstance(error, ssl.SSLError):  # a peer that dies in a handshake is no fault of certificates
+        return "disconnected" if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError) else "tls"
     if isinstance(error, ConnectionRefusedError):
         return "refused"
     if isinstance(error, socket.gaierror | ValueError):

@@ -1,19 +1,16 @@
 """A server of LMCache's protocol that lies: a value, a miss or StoreError, within the deadline and in little memory."""
 
 import contextlib
-import socket
 import struct
-import threading
 import tracemalloc
 
 import pytest
-from liars import hang_up
+from liars import Listening
+from lying import CALLS, outcome, recovers
 from planted import MARK
-from servers import wait_for
 
 from kvlab.errors import ConfigError, StoreError
 from kvlab.stores import open_store
-from kvlab.stores.base import ValueTooLongError
 from kvlab.stores.lm.wire import EXIST, GET, PUT, name_of
 
 
@@ -21,33 +18,15 @@ def head(code, size=0, kind=4, last=0):
     return struct.pack("<9i", code, size, kind, 6, size, 0, 0, last, 0)
 
 
-class LMLiar:
+class LMLiar(Listening):
     """`lies` are answers by command, as bytes or as `lie(liar, sock, name)` that gives them, or None to hang up."""
 
     def __init__(self, lies=None):
         self.lies = dict(lies or {})
-        self.data = {name_of("", key): f"value of {key}".encode() for key in "ab"}
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.port = self._listener.getsockname()[1]
-        self.closed = threading.Event()
-        self._sockets = []
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.data = {name_of("", f"kvlab:{key}"): f"value of {key}".encode() for key in "ab"}
+        super().__init__()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.closed.set()
-        hang_up(self._listener, self._sockets)
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while not self.closed.is_set():
-                sock, _ = self._listener.accept()
-                self._sockets.append(sock)
-                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
-
-    def _serve(self, sock):
+    def serve(self, sock):
         with contextlib.suppress(OSError, struct.error), sock, sock.makefile("rb") as stream:
             while True:
                 command, size, *_, name = struct.unpack("<9i150s", stream.read(186))
@@ -92,27 +71,6 @@ LIES = {
     "without end": endless,
     "no such key": head(400, kind=1),
 }
-CALLS = {
-    "get": lambda store: store.get("a"),
-    "get_into": lambda store: store.get_into("a", memoryview(bytearray(100))),
-    "get_head": lambda store: store.get_head("a", 5),
-    "size_of": lambda store: store.size_of("a"),
-    "contains_many": lambda store: store.contains_many(["a", "b", "c", "d"]),
-    "put": lambda store: store.put("p", [b"x" * 100, b"y" * 100_000]),
-    "delete": lambda store: store.delete("a"),
-    "quarantine": lambda store: store.quarantine("a", "test", b"value of a"),
-    "keys": lambda store: list(store.keys()),
-}
-
-
-def outcome(call, store):
-    try:
-        call(store)
-    except ValueTooLongError:
-        return "value too long"
-    except StoreError as error:
-        return error.reason
-    return ""
 
 
 @pytest.mark.parametrize("how", LIES)
@@ -131,16 +89,9 @@ def test_a_lie_is_a_value_a_miss_or_an_error(how):
             tracemalloc.stop()
         assert reasons <= {"", "value too long", "protocol", "disconnected", "timeout", "truncated", "left_alone"}
         liar.lies = {}
-        liar.data = {name_of("", key): f"value of {key}".encode() for key in "ab"}
+        liar.data = {name_of("", f"kvlab:{key}"): f"value of {key}".encode() for key in "ab"}
 
-        def right():
-            with contextlib.suppress(StoreError):
-                value = store.get("a")
-                is_right = value is not None and bytes(value) == b"value of a"
-                return is_right and store.contains_many(["b", "c"]) == [True, False]
-            return False
-
-        wait_for(right, "the store to recover")
+        recovers(store)
 
 
 @pytest.mark.parametrize(
