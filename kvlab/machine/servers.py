@@ -45,9 +45,9 @@ def free_port() -> int:
 
 def unpacked_environment() -> dict[str, str]:
     """This one, with the libraries that lie beside servers that were unpacked."""
-    libraries = [str(path) for path in sorted(folder_of(DEBIAN).glob("usr/lib/*-linux-gnu"))]
-    given = os.environ.get("LD_LIBRARY_PATH")
-    paths = [*libraries, *([given] if given else [])]
+    libraries = [str(path) for path in sorted(folder_of(DEBIAN).glob("**/lib/*-linux-gnu"))]
+    given = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
+    paths = [*libraries, *(path for path in given if path and path not in libraries)]
     return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(paths)} if paths else dict(os.environ)
 
 

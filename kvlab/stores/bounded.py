@@ -57,7 +57,7 @@ class BoundedCalls(ForkAware):
                 raise OSError(f"no thread takes a call: {error}") from error
         asks.put(call)
         try:
-            found, error = call.answer.get(timeout=max(0.0, deadline - time.monotonic()))
+            found, failed = call.answer.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             with call.lock:
                 call.is_late = not call.ended
@@ -65,9 +65,9 @@ class BoundedCalls(ForkAware):
                 with self._lock:
                     self._hanging += 1
                 raise TimeoutError("the deadline passed") from None
-            found, error = call.answer.get()
-        if error is not None:
-            raise error
+            found, failed = call.answer.get()
+        if failed is not None:
+            raise failed
         result: T = found
         return result
 

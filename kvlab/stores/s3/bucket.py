@@ -8,9 +8,9 @@ from urllib.parse import quote
 from kvlab.errors import ConfigError
 from kvlab.stores.base import ValueTooLongError
 from kvlab.stores.circuit_breaker import CircuitBreaker
+from kvlab.stores.http import Answer, HttpConnection
 from kvlab.stores.pool import Pool
 from kvlab.stores.s3.answers import OF_REQUESTS, S3Error, error_of
-from kvlab.stores.http import Answer, HttpConnection
 from kvlab.stores.s3.signing import query_of, signed
 from kvlab.stores.s3.url import S3Target
 from kvlab.stores.server import ServerDownError, reason_of
