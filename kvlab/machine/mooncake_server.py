@@ -2,16 +2,14 @@
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from kvlab.errors import ConfigError
 from kvlab.machine.processes import Child
-from kvlab.machine.servers import START_S, OwnServer, folder_of, free_port, unpacked_environment
+from kvlab.machine.servers import START_S, OwnServer, free_port, make_importable, unpacked_environment
 
 
 class MooncakeServer(OwnServer):
@@ -76,16 +74,11 @@ class MooncakeServer(OwnServer):
 
 def programs() -> Path:
     """Where the master lies. Makes the library that lies there importable, in processes of this one too."""
-    folder = folder_of("mooncake")
-    if not find_spec("mooncake"):
-        if not (folder / "mooncake").is_dir():
-            raise ConfigError(
-                "no Mooncake found; python scripts/get_servers.py, or pip install '/path/to/kvlab[mooncake]'"
-            )
-        sys.path.append(str(folder))
+    make_importable("mooncake", "mooncake")
     os.environ.update(unpacked_environment())  # for the process that the store starts
     spec = find_spec("mooncake")
-    found = Path(next(iter(spec.submodule_search_locations or []))) if spec is not None else folder / "mooncake"
+    places = spec.submodule_search_locations if spec is not None else None
+    found = Path(next(iter(places or [""])))
     for program in ("mooncake_master", "mooncake_client"):
         with suppress(OSError):
             os.chmod(found / program, 0o755)

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
@@ -54,6 +55,15 @@ def unpacked_environment() -> dict[str, str]:
 def unpacked(binary: str) -> str | None:
     """Path of a program on PATH, or among Debian's that scripts/get_servers.py has unpacked."""
     return shutil.which(binary) or shutil.which(binary, path=str(folder_of(DEBIAN) / "usr" / "bin"))
+
+
+def make_importable(name: str, package: str) -> None:
+    """Let this process import the package of the server `name` where the environment does not have it."""
+    folder = folder_of(name)
+    if find_spec(package) is None:
+        if not (folder / package).is_dir():
+            raise ConfigError(f"no {package} found; python scripts/get_servers.py")
+        sys.path.append(str(folder))
 
 
 class OwnServer(ABC):

@@ -30,6 +30,8 @@ STORES = {  # scheme -> "module:Class"; imported on use
     "lm": "kvlab.stores.lm:LMStore",
     "memcached": "kvlab.stores.memcached:MemcachedStore",
     "mooncake": "kvlab.stores.mooncake:MooncakeStore",
+    "nixl": "kvlab.stores.nixl:NixlStore",
+    "gds": "kvlab.stores.gds:GdsStore",
 }
 
 
@@ -41,7 +43,7 @@ def open_store(url: str) -> Store:
     url
         ``memory://?size=1GiB``, ``file:///path?size=10GiB``, ``redis://host:6379/0``, ``rediss://``, ``unix://``,
         ``redis-sentinel://``, ``redis-cluster://``, ``s3://bucket/prefix``, ``lm://host:65432``,
-        ``memcached://host:11211``, ``mooncake://master:50051``, or a scheme of the entry point group
+        ``memcached://host:11211``, ``mooncake://master:50051``, ``nixl:///path``, or a scheme of the entry point group
         ``kvlab.stores``. Sizes are bytes or text such as ``200GiB``; times are milliseconds. docs/guide/stores.md lists
         the options.
 

@@ -225,7 +225,7 @@ class DiskStore(Store):
                 return None
             fd, size, direct, owned = opened
             try:
-                got = read_file(fd, room(size), size, direct=direct)
+                got = self._read_file(fd, room(size), size, direct=direct)
                 if owned:
                     with suppress(OSError):  # another user's file, or a folder that cannot be written any more
                         os.utime(fd)  # so that the next process knows what was used last
@@ -266,7 +266,7 @@ class DiskStore(Store):
             return False
         temp, fd = begun
         try:
-            write_file(fd, pieces, direct=self._direct)
+            self._write_file(fd, pieces)
             if self._fsync:
                 os.fsync(fd)
             self._folder.publish(temp, path, size)
@@ -276,6 +276,13 @@ class DiskStore(Store):
         if self._fsync:
             self._root.sync_folder_of(path)
         return True
+
+    def _write_file(self, fd: int, pieces: Sequence[memoryview]) -> None:
+        write_file(fd, pieces, direct=self._direct)
+
+    def _read_file(self, fd: int, out: Sequence[memoryview], size: int, *, direct: bool) -> int:
+        """How many of the file's first `size` bytes are read."""
+        return read_file(fd, out, size, direct=direct)
 
     def _can_bypass_page_cache(self) -> bool:
         if self._folder.index.read_only:

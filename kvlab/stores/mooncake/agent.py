@@ -22,7 +22,8 @@ from kvlab.stores.wire import connected
 REQUEST = struct.Struct("<BIQd")  # what, bytes of the name or names, bytes of the value or of room for it, seconds
 REPLY = struct.Struct("<iQ")  # a code of the library, and bytes: of the value, or of what follows
 PUT, GET, SIZE, EXIST, REMOVE = range(5)
-NO_ROOM = -200
+NO_ROOM, TOO_LONG = -200, -600
+TRIES = 8  # an object may grow between the look and the read
 REFUSED, NO_CLIENT, TOO_SMALL = -1, -2, -3  # the agent's own codes
 LOCAL_BYTES = 16 << 20  # for the library's own small things
 SETUP_WAIT_S = 3.0  # for a connection to the master, before the library may wait for it
@@ -82,12 +83,15 @@ class Agent:
                 if code != NO_ROOM or time.monotonic() + ROOM_WAIT_S > end:
                     return code, 0, b""
                 time.sleep(ROOM_WAIT_S)  # what is old leaves in the background
-        length = client.get_size(name)
-        if length < 0 or what == SIZE:
-            return min(length, 0), max(length, 0), b""
-        if length > size:
-            return TOO_SMALL, length, b""
-        got = client.get_into(name, memory.place(client, length), length)
+        for _ in range(TRIES):
+            length = client.get_size(name)
+            if length < 0 or what == SIZE:
+                return min(length, 0), max(length, 0), b""
+            if length > size:
+                return TOO_SMALL, length, b""
+            got = client.get_into(name, memory.place(client, size), size)
+            if got != TOO_LONG:
+                break
         return min(got, 0), max(got, 0), b""
 
 
