@@ -28,6 +28,7 @@ UNPACKED = [
     *("memcached", "libevent-2.1-7", "libsasl2-2"),
     *("redis-server", "redis-tools", "libjemalloc2", "liblzf1", "libatomic1", "liblua5.1-0"),
     *("libibverbs1", "librdmacm1", "libnuma1", "libnl-3-200", "libnl-route-3-200"),  # of Mooncake's wheel
+    *("fuse3", "libfuse3-3"),  # to mount a folder twice, by hand
 ]
 PROGRAMS = ("memcached", "redis-server")
 

@@ -45,6 +45,8 @@ class NixlStore(DiskStore):
                 else ""
             )
             raise ConfigError(f"plugin must be one of {', '.join(PLUGINS)} in {url.shown!r}, got {plugin!r}{why}")
+        if "deadline_ms" in url.options:
+            raise ConfigError(f"deadline_ms is no option of {url.shown!r}: timeout_ms bounds NIXL's transfers")
         return {**super().arguments(url), "plugin": plugin, "timeout_s": url.take_ms("timeout_ms", "10000")}
 
     def stats(self) -> dict[str, int | float | str]:
