@@ -32,6 +32,7 @@ STORES = {  # scheme -> "module:Class"; imported on use
     "mooncake": "kvlab.stores.mooncake:MooncakeStore",
     "nixl": "kvlab.stores.nixl:NixlStore",
     "gds": "kvlab.stores.gds:GdsStore",
+    "kvlab": "kvlab.stores.served:ServedStore",
 }
 
 
