@@ -1,5 +1,6 @@
 """A tier in LMCache's cache server: one value for each key, shared by every process that can reach it."""
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from kvlab.stores.server import EnoughError, Server
 from kvlab.stores.shown import call_of
 from kvlab.stores.url import StoreURL
 from kvlab.stores.wire import ProtocolError, connected
+
+log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 65432
 PIPELINED = 512  # keys asked for at once, by one deadline
@@ -112,6 +115,9 @@ class LMStore(ObjectStore):
         """Those that this store has put and that are there still."""
         with self._lock:
             held = list(self._held)
+        if not held:
+            self.contains("")  # a server that is not there has not nothing
+            log.info("an LMCache server lists nothing: keys are those that this store has put")
         return (key for key, there in zip(held, self.contains_many(held), strict=True) if there)
 
     @property
