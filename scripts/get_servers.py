@@ -30,7 +30,6 @@ UNPACKED = [
     *("libibverbs1", "librdmacm1", "libnuma1", "libnl-3-200", "libnl-route-3-200"),  # of Mooncake's wheel
     *("fuse3", "libfuse3-3"),  # to mount a folder twice, by hand
 ]
-PROGRAMS = ("memcached", "redis-server")
 
 
 def package(name: str, wanted: list[str]) -> None:
@@ -49,7 +48,7 @@ def package(name: str, wanted: list[str]) -> None:
 def unpack(folder: Path) -> None:
     """Packages of Debian, unpacked and not installed: no root is needed, and nothing is started."""
     making = folder.with_name(f"{folder.name}.making")
-    if folder.is_dir() or all(map(shutil.which, PROGRAMS)):
+    if folder.is_dir():
         return
     with tempfile.TemporaryDirectory() as here:
         shutil.rmtree(making, ignore_errors=True)
@@ -61,7 +60,7 @@ def unpack(folder: Path) -> None:
             for file in Path(here).glob("*.deb"):
                 subprocess.run(["dpkg", "-x", str(file), str(making)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"no {' and no '.join(PROGRAMS)}: {error}; install them as your system does", file=sys.stderr)
+            print(f"no {' '.join(UNPACKED)}: {error}; install them as your system does", file=sys.stderr)
         else:
             making.rename(folder)
 
