@@ -148,7 +148,7 @@ class Agent(ForkAware):
             listener.bind(f"{self._folder}/agent")
             listener.listen(64)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "kvlab.stores.mooncake.agent", str(listener.fileno()), *self._arguments],
+                [sys.executable, "-P", "-m", "kvlab.stores.mooncake.agent", str(listener.fileno()), *self._arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

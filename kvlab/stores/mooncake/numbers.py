@@ -2,6 +2,7 @@
 
 from kvlab.errors import StoreError
 from kvlab.stores.http import Answer, HttpConnection
+from kvlab.stores.server import reason_of
 from kvlab.stores.wire import ProtocolError, connected
 from kvlab.units import format_bytes
 
@@ -25,14 +26,20 @@ def totals(host: str, port: int, deadline: float) -> dict[str, int]:
 
 
 def _page(host: str, port: int, path: str, deadline: float) -> bytes:
-    connection = HttpConnection(connected((host, port), None, deadline))
     try:
-        answer = connection.ask("GET", path, {"host": f"{host}:{port}", "connection": "close"}, deadline)
-        if answer.status != 200:
-            raise StoreError(f"the master's page {path} answers {answer.status}", reason="no_numbers")
-        return _body(connection, answer, deadline)
-    finally:
-        connection.close()
+        connection = HttpConnection(connected((host, port), None, deadline))
+        try:
+            answer = connection.ask("GET", path, {"host": f"{host}:{port}", "connection": "close"}, deadline)
+            if answer.status != 200:
+                raise StoreError(f"the master's page {path} answers {answer.status}", reason="no_numbers")
+            return _body(connection, answer, deadline)
+        finally:
+            connection.close()
+    except StoreError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
+        text = f"the master's page of numbers at {host}:{port} cannot be read: {error}"
+        raise StoreError(text, reason=reason_of(error)) from error
 
 
 def _body(connection: HttpConnection, answer: Answer, deadline: float) -> bytes:

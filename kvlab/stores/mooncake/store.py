@@ -239,9 +239,5 @@ class MooncakeStore(ObjectStore):
         return names(*self._numbers, time.monotonic() + LISTING * self._timeout_s)
 
     def _ask_master(self) -> None:
-        try:
+        with suppress(StoreError), self._counting():
             self._known = totals(*self._numbers, self._deadline())
-        except StoreError as error:
-            self._failed(error)
-        except OSError as error:
-            self._failed(StoreError(str(error), reason="no_numbers"))
