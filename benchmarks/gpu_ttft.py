@@ -4,7 +4,8 @@
     python benchmarks/gpu_ttft.py MODEL --backends none,kvlab-disk,lmcache-disk --folder FOLDER
 
 ``kvlab``, ``lmcache`` and ``vllm-offload`` hold the hits in host memory; those called ``-disk`` and ``-redis`` hold
-them in a folder and in Redis alone, with a few GiB of host memory on the way.
+them in a folder and in Redis alone, with a few GiB of host memory on the way; ``kvlab-serve`` in the memory of a
+``kvlab serve`` that listens at `--socket`.
 
 One request at a time, one new token, random token ids, weights may be random (`--load-format dummy`): only shapes
 matter here. An engine of each backend in a process of its own, all on one GPU: they are asked in turns, as a machine's
@@ -27,7 +28,7 @@ from pathlib import Path
 from kvlab.machine.provenance import append_rows
 from kvlab.units import parse_bytes
 
-TIERS = ("kvlab-disk", "lmcache-disk", "kvlab-redis", "lmcache-redis")
+TIERS = ("kvlab-disk", "lmcache-disk", "kvlab-redis", "lmcache-redis", "kvlab-serve")
 BACKENDS = ("none", "vllm-prefix", "kvlab", "lmcache", "vllm-offload", *TIERS)
 LENGTHS = (776, 2048, 8192, 15000)
 PROMPTS = 4  # of each length
@@ -39,9 +40,9 @@ def transfer_config(backend: str, options: argparse.Namespace):
 
     import kvlab
 
-    if backend in ("kvlab-disk", "kvlab-redis"):
+    if backend in ("kvlab-disk", "kvlab-redis", "kvlab-serve"):
         disk = f"file://{options.folder.resolve()}/kvlab?size=64GiB" if options.folder else ""
-        tier = disk if backend == "kvlab-disk" else options.redis
+        tier = {"kvlab-disk": disk, "kvlab-redis": options.redis, "kvlab-serve": f"kvlab://{options.socket}"}[backend]
         alone = {"admission": False, "staging": "4GiB", "lookup_timeout_ms": 10_000}
         return KVTransferConfig(**kvlab.vllm_config([tier], report=True, **alone))
     if backend in ("lmcache-disk", "lmcache-redis"):
@@ -96,6 +97,7 @@ def arguments(rows: str, repeats: int, backends: str) -> argparse.Namespace:
     parser.add_argument("--graphs", choices=["none", "piecewise", "full"], default="none", help="CUDA graphs")
     parser.add_argument("--pool", default="5GiB", help="KV cache on the GPU; holds four prompts of the greatest length")
     parser.add_argument("--folder", type=Path, help="of the -disk backends")
+    parser.add_argument("--socket", default="/tmp/kvlab.sock", help="of a running `kvlab serve`")
     parser.add_argument("--redis", default="redis://127.0.0.1:6379", help="of the -redis backends")
     parser.add_argument("--rows", type=Path, default=Path("data/measured") / rows)
     parser.add_argument("--serve", choices=BACKENDS, help=argparse.SUPPRESS)  # one backend, asked over pipes
