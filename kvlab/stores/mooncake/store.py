@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
+import xxhash
+
 from kvlab.errors import ConfigError, StoreError
 from kvlab.hostmemory import aligned
 from kvlab.stores.base import Buffer, Value, buffers, check_fits, cut, fits_key
@@ -21,7 +23,9 @@ from kvlab.stores.url import StoreURL
 
 T = TypeVar("T")
 DEFAULT_PORT, NUMBERS_PORT = 50051, 9003
-MARK = b"kvlab\0\0\1"  # before each value: Mooncake takes no empty ones
+MARK = b"kvlab\0\0\1"
+HEAD_BYTES = len(MARK) + 8  # before each value: the mark and a digest, as an object may be replaced while it is read
+TRIES = 8
 BATCH = 1024  # keys asked for at once, by one deadline
 LISTING = 60  # times the deadline of a call: how long a list of all names may take
 _PROTOCOL = re.compile(r"[a-z_]{2,16}")
@@ -171,11 +175,11 @@ class MooncakeStore(ObjectStore):
     def _write(self, key: str, pieces: Sequence[memoryview], size: int, deadline: float) -> str:
         if size > self._limit:
             return "too_large"
-        name, length = self._name(key), len(MARK) + size
+        name, length, head = self._name(key), HEAD_BYTES + size, _head_of(pieces)
 
         def work(connection: AgentConnection) -> None:
             into, at = connection.room(length), 0
-            for piece in (memoryview(MARK), *pieces):
+            for piece in (memoryview(head), *pieces):
                 into[at : at + piece.nbytes] = piece
                 at += piece.nbytes
             connection.put(name, length, self._timeout_s / 2, deadline)
@@ -207,19 +211,21 @@ class MooncakeStore(ObjectStore):
         name = self._name(key)
 
         def work(connection: AgentConnection) -> T | None:
-            found = connection.get(name, len(MARK) + self._limit, deadline)
-            if found is None:
-                return None
-            if found[: len(MARK)] != MARK:
-                raise AnswerError("an object under this name is no kvlab's", reason="protocol")
-            return take(found[len(MARK) :])
+            for _ in range(TRIES):
+                found = connection.get(name, HEAD_BYTES + self._limit, deadline)
+                if found is None:
+                    return None
+                value = found[HEAD_BYTES:]
+                if found[:HEAD_BYTES] == _head_of([value]):
+                    return take(value)
+            raise AnswerError("an object under this name is no kvlab's, or replaced all the time", reason="protocol")
 
         return self._server.run(work, deadline)
 
     def _size(self, key: str, deadline: float) -> int | None:
         name = self._name(key)
         length = self._server.run(lambda connection: connection.size(name, deadline), deadline)
-        return None if length is None or length < len(MARK) else length - len(MARK)
+        return None if length is None or length < HEAD_BYTES else length - HEAD_BYTES
 
     def _remove(self, key: str, found: Value | None, deadline: float) -> bool:
         """What another client puts between the look and the removal is lost: Mooncake knows no conditions."""
@@ -241,3 +247,10 @@ class MooncakeStore(ObjectStore):
     def _ask_master(self) -> None:
         with suppress(StoreError), self._counting():
             self._known = totals(*self._numbers, self._deadline())
+
+
+def _head_of(pieces: Sequence[memoryview]) -> bytes:
+    digest = xxhash.xxh3_64()
+    for piece in pieces:
+        digest.update(piece)
+    return MARK + digest.digest()
