@@ -28,6 +28,7 @@ demo: model
 
 test: env-test
 	@$(VENV)/python -m kvlab.datasets.demo_model > /dev/null
+	@$(VENV)/python scripts/get_servers.py
 	@$(VENV)/python scripts/get_browser.py
 	@$(PYTEST) -m "not ($(HEAVY))" tests || failed=1; \
 	$(PYTEST) -m "$(HEAVY)" --nbmake --nbmake-timeout=1200 tests notebooks --ignore=$(EXECUTED) || failed=1; \
@@ -36,6 +37,7 @@ test: env-test
 # All tests that start neither an engine nor a server, but for those marked slow.
 quick: env-test
 	@$(VENV)/python -m kvlab.datasets.demo_model > /dev/null
+	@$(VENV)/python scripts/get_servers.py
 	@$(PYTEST) -m "not ($(HEAVY) or slow)" tests
 
 # As root, as in a container, JupyterLab wants to be told. make lab LAB_ARGS="--ip 0.0.0.0 --port 8889 --no-browser"

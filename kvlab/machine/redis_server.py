@@ -12,23 +12,26 @@ from typing import Self
 
 from kvlab.errors import ConfigError
 from kvlab.machine.processes import Child
+from kvlab.machine.servers import free_port, unpacked_environment
 
 TRIES = 5  # another process may take the port before the server does
 START_S = 120.0
-_given: set[int] = set()
 
 
 class RedisServer:
-    """`settings` are lines of the server's configuration. Use as a context manager; `url` opens it as a store.
+    """`settings` are lines of the server's configuration, `binary` another server than the one of the environment.
+    Use as a context manager; `url` opens it as a store.
 
     Its files lie in `folder`, or in one of their own that goes with it. With `sentinel` it is one.
     """
 
-    def __init__(self, *settings: str, folder: Path | None = None, sentinel: bool = False) -> None:
+    def __init__(
+        self, *settings: str, folder: Path | None = None, sentinel: bool = False, binary: str | None = None
+    ) -> None:
         self._own = None if folder else Path(tempfile.mkdtemp(prefix="kvlab-redis-"))
         self._folder = folder or self._own or Path()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._command = [server_binary(), str(self._folder / "conf"), *(["--sentinel"] if sentinel else [])]
+        self._command = [binary or server_binary(), str(self._folder / "conf"), *(["--sentinel"] if sentinel else [])]
         self._process: Child | None = None
         for _ in range(TRIES):
             self.port = free_port()
@@ -67,7 +70,7 @@ class RedisServer:
     def _starts(self) -> bool:
         """Whether it answers; not if it has ended before."""
         with open(self._folder / "log", "ab") as log:
-            self._process = Child(self._command, log)
+            self._process = Child(self._command, log, unpacked_environment())
         end = time.monotonic() + START_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > end:
@@ -86,22 +89,6 @@ class RedisServer:
 
     def _failed(self) -> ConfigError:
         return ConfigError(f"the Redis server did not come up: {(self._folder / 'log').read_text()[-300:]}")
-
-
-def free_port() -> int:
-    """A port that is free, and so high that the port of a cluster's bus, 10,000 above, exists."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port > 50_000:
-            port -= 20_000
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    continue
-        if port not in _given:
-            _given.add(port)
-            return port
 
 
 def server_binary() -> str:

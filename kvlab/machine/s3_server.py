@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from kvlab.errors import ConfigError
 from kvlab.machine.processes import Child
-from kvlab.machine.redis_server import free_port
+from kvlab.machine.servers import free_port
 from kvlab.stores.s3.credentials import Credentials
 from kvlab.stores.s3.signing import signed
 from kvlab.stores.url import Secret
@@ -42,7 +42,7 @@ class S3Server:
         self._write_users()
         for _ in range(TRIES):
             self._ports = [free_port() for _ in range(5)]
-            self.port = self._ports[0]
+            self.port, self.filer_port = self._ports[0], self._ports[3]
             self.tls_port = self._ports[4] if cert else 0
             self._command = self._command_line(cert, key)
             if self._starts():

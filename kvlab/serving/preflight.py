@@ -16,6 +16,7 @@ from kvlab.units import format_bytes
 Name = str | Sequence[str]
 MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 MOST_POOL = 4 << 30  # bytes of a server's own pool on a CPU, unless told
+OF_THIS_HOST = ("memory:", "file:", "nixl:", "kvlab:")  # other tiers are asked whether they are there
 
 
 def check(
@@ -40,8 +41,8 @@ def check(
         raise ConfigError(f"backend {missing[0]!r} needs LMCache: pip install lmcache, or leave it out of the backends")
     if any(name in NEEDS_REDIS for name in names) and redis_url is None:
         server_binary()
-    redis = {url for name in names for url in _urls(name) if url.startswith(("redis", "unix"))}
-    for url in redis | ({redis_url} if redis_url and any(name in NEEDS_REDIS for name in names) else set()):
+    served = {url for name in names for url in _urls(name) if "://" in url and not url.startswith(OF_THIS_HOST)}
+    for url in served | ({redis_url} if redis_url and any(name in NEEDS_REDIS for name in names) else set()):
         with open_store(url) as store:
             store.contains("kvlab")  # asks the server
     wanted = [_host_memory(name, cache_bytes) for name in names]

@@ -27,6 +27,11 @@ STORES = {  # scheme -> "module:Class"; imported on use
     "redis-sentinel": "kvlab.stores.redis:RedisStore",
     "redis-cluster": "kvlab.stores.redis:RedisStore",
     "s3": "kvlab.stores.s3:S3Store",
+    "lm": "kvlab.stores.lm:LMStore",
+    "memcached": "kvlab.stores.memcached:MemcachedStore",
+    "mooncake": "kvlab.stores.mooncake:MooncakeStore",
+    "nixl": "kvlab.stores.nixl:NixlStore",
+    "gds": "kvlab.stores.gds:GdsStore",
     "kvlab": "kvlab.stores.served:ServedStore",
 }
 
@@ -38,7 +43,8 @@ def open_store(url: str) -> Store:
     ----------
     url
         ``memory://?size=1GiB``, ``file:///path?size=10GiB``, ``redis://host:6379/0``, ``rediss://``, ``unix://``,
-        ``redis-sentinel://``, ``redis-cluster://``, ``s3://bucket/prefix``, or a scheme of the entry point group
+        ``redis-sentinel://``, ``redis-cluster://``, ``s3://bucket/prefix``, ``lm://host:65432``,
+        ``memcached://host:11211``, ``mooncake://master:50051``, ``nixl:///path``, or a scheme of the entry point group
         ``kvlab.stores``. Sizes are bytes or text such as ``200GiB``; times are milliseconds. docs/guide/stores.md lists
         the options.
 

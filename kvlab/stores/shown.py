@@ -9,8 +9,9 @@ from kvlab.units import format_bytes
 
 def call_of(made: object, *args: object, **options: object) -> str:
     """`made` as the call of its class with these arguments; options that are as by default are left out."""
-    parameters = inspect.signature(type(made)).parameters
-    given = [f"{name}={value!r}" for name, value in options.items() if value != parameters[name].default]
+    parameters = inspect.signature(type(made).__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    given = [f"{name}={value!r}" for name, value in options.items() if value != defaults.get(name)]
     return f"{type(made).__name__}({', '.join([*map(repr, args), *given])})"
 
 

@@ -13,9 +13,10 @@ from kvlab.units import parse_bytes
 
 # Options of stores that change neither what a tier holds nor how long a load takes in the simulator's model.
 STORE_OPTIONS = frozenset(
-    {"auth", "ca_file", "check", "credentials_file", "db", "direct", "endpoint", "fsync", "keep_first",
-     "longest_retry_ms", "password_file", "pinned", "profile", "region", "retry_ms", "sentinel_password_file", "shared",
-     "timeout_ms", "tls", "ttl_ms", "verify", "wait_ms"}
+    {"auth", "ca_file", "check", "credentials_file", "db", "deadline_ms", "device", "direct", "endpoint", "fsync",
+     "keep_first", "longest_retry_ms", "metadata", "metrics_port", "password_file", "pinned", "plugin", "profile",
+     "protocol", "region", "retry_ms", "sentinel_password_file", "shared", "timeout_ms", "tls", "ttl_ms",
+     "verify", "wait_ms"}
 )  # fmt: skip
 
 

@@ -138,6 +138,19 @@ class StoreURL:
         value = os.environ.get(variable, "") if variable else ""
         return given or (Secret(value) if value else None)
 
+    def take_place(self, default_port: int) -> tuple[str, int]:
+        """The one server that the URL names."""
+        host, _, port = self.netloc.rpartition(":") if not self.netloc.endswith("]") else (self.netloc, "", "")
+        host, port = (host, port) if host or ":" in self.netloc else (port, "")
+        if not host or "," in host or (port and not 0 < int(port) < 1 << 16):
+            raise ConfigError(f"a server must be given as host or host:port in {self.shown!r}")
+        return host.strip("[]"), int(port) if port else default_port
+
+    def refuse_login(self, why: str) -> None:
+        """Raise ConfigError where the URL holds a user or a password, which the medium does not know."""
+        if self.user or self.holds_secret:
+            raise ConfigError(f"{self.shown!r} must hold no user and no password: {why}")
+
     def take_bytes(self, option: str, default: str) -> int:
         size = parse_bytes(self.take(option, default))
         if size < 1:

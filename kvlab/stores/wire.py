@@ -81,11 +81,11 @@ class Wire:
         self._start += num_bytes
         return bytes(self._view[self._start - num_bytes : self._start])
 
-    def line(self, deadline: float) -> bytes:
-        while (at := self._buffer.find(b"\r\n", self._start, self._end)) < 0:
+    def line(self, deadline: float, end: bytes = b"\r\n") -> bytes:
+        while (at := self._buffer.find(end, self._start, self._end)) < 0:
             self._fill(deadline)
         line = bytes(self._view[self._start : at])
-        self._start = at + 2
+        self._start = at + len(end)
         return line
 
     def _receive(self, into: memoryview, deadline: float, *, whole: bool) -> int:
@@ -104,8 +104,8 @@ class Wire:
         """The next call to the socket ends at `deadline`."""
         left = time_left(deadline)
         if self._kernel_waits:
-            seconds, rest = divmod(left, 1)
-            self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(rest * 1e6) + 1))
+            time_value = divmod(int(left * 1e6) + 1, 1_000_000)  # zero would be for ever
+            self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", *time_value))
         else:
             self._socket.settimeout(left)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvlab.auth import auth_key
 from kvlab.chunking import longest_prefix, query_prefix
+from kvlab.container import MAX_DIGITS
 from kvlab.errors import ConfigError, KVLabError
 from kvlab.hashing import Namespace, versioned
 from kvlab.hostmemory import scratch
@@ -40,6 +41,7 @@ ABANDON_S = 0.5  # what is under way when the engine is gone
 MAX_UNDER_WAY = 20_000  # requests; more are left in the socket
 MAX_UNHEARD_BYTES = 32 << 20  # of answers that the engine does not take
 NO_BUDGET = 1 << 60  # as of a bucket
+MOST_NUMBER = 10**MAX_DIGITS - 1  # that a message may hold
 MOST_LISTED = 10_000  # keys of the start-up line; listing more takes a while
 
 
@@ -356,7 +358,8 @@ def _flag(known: dict[bytes, bool], key: bytes) -> int:
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     fields = ("used_bytes", "max_bytes", "evictions", "get_bytes", "put_bytes")
-    return {"tier": str(row["tier"]), "up": int(bool(row.get("up", 1))), **{f: int(row.get(f, 0)) for f in fields}}
+    numbers = {field: min(int(row.get(field, 0)), MOST_NUMBER) for field in fields}  # a bucket's budget has 19 digits
+    return {"tier": str(row["tier"]), "up": int(bool(row.get("up", 1))), **numbers}
 
 
 def _held(row: dict[str, Any]) -> str:

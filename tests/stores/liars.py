@@ -20,16 +20,11 @@ def hang_up(listener, sockets):
         sock.close()
 
 
-class Liar:
-    """`lies` are replies by command, as bytes or as `lie(liar, sock, args)` that gives them, or None to hang up.
+class Listening:
+    """A server whose `serve(sock)` talks to each client in a thread of its own. `connections` counts."""
 
-    What is asked is kept in `asked`; `connections` counts.
-    """
-
-    def __init__(self, lies=None):
-        self.lies = dict(lies or {})
-        self.data = {b"kvlab:a": b"value of a", b"kvlab:b": b"value of b"}
-        self.asked, self.connections = [], 0
+    def __init__(self):
+        self.connections = 0
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port = self._listener.getsockname()[1]
         self.closed = threading.Event()
@@ -44,16 +39,27 @@ class Liar:
         hang_up(self._listener, self._sockets)
 
     def _accept(self):
-        while not self.closed.is_set():
-            try:
+        with contextlib.suppress(OSError):
+            while not self.closed.is_set():
                 sock, _ = self._listener.accept()
-            except OSError:
-                return
-            self.connections += 1
-            self._sockets.append(sock)
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+                self.connections += 1
+                self._sockets.append(sock)
+                threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
 
-    def _serve(self, sock):
+
+class Liar(Listening):
+    """`lies` are replies by command, as bytes or as `lie(liar, sock, args)` that gives them, or None to hang up.
+
+    What is asked is kept in `asked`; `connections` counts.
+    """
+
+    def __init__(self, lies=None):
+        self.lies = dict(lies or {})
+        self.data = {b"kvlab:a": b"value of a", b"kvlab:b": b"value of b"}
+        self.asked = []
+        super().__init__()
+
+    def serve(self, sock):
         with contextlib.suppress(OSError, ValueError, IndexError), sock, sock.makefile("rb") as stream:
             while line := stream.readline():
                 args = []

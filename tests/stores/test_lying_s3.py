@@ -311,7 +311,7 @@ def test_an_error_that_comes_before_the_body_is_read_is_that_error():
     """A server may answer and hang up while a long value is on its way."""
 
     class Hasty(S3Liar):
-        def _serve(self, sock):
+        def serve(self, sock):
             with contextlib.suppress(OSError), sock:
                 sock.recv(1000)
                 sock.sendall(error(403, "AccessDenied"))
@@ -329,7 +329,7 @@ def test_pieces_are_sent_as_they_are():
     sent = []
 
     class Drain(S3Liar):
-        def _serve(self, sock):
+        def serve(self, sock):
             with contextlib.suppress(OSError), sock:
                 room, size = bytearray(1 << 16), None
                 while size is None or sum(sent) < size:

@@ -4,11 +4,10 @@ import contextlib
 import os
 import signal
 import socket
-import threading
 
 import pytest
 import torch
-from liars import hang_up
+from faults import Cutter, quietly, reason_of
 from servers import wait_for
 
 from kvlab.engine import CacheEngine
@@ -43,50 +42,6 @@ def server(tmp_path_factory):
 
 def plain(server, port=0, bucket=BUCKET):
     return f"s3://{bucket}/faults?endpoint=http://127.0.0.1:{port or server.port}"
-
-
-def reason_of(work):
-    """Why `work` fails when the server is asked: after a failure it is left alone for a while."""
-    while True:
-        with pytest.raises(StoreError) as caught:
-            work()
-        if caught.value.reason != "left_alone":
-            return caught.value.reason
-
-
-class Cutter:
-    """Stands before a server; after so many bytes of answers it calls `then`."""
-
-    def __init__(self, port, num_bytes, then):
-        self._to, self._left, self._then = port, num_bytes, then
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._sockets = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self):
-        hang_up(self._listener, self._sockets)
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._to))
-                self._sockets += [client, server]
-                threading.Thread(target=self._pump, args=(client, server, False), daemon=True).start()
-                threading.Thread(target=self._pump, args=(server, client, True), daemon=True).start()
-
-    def _pump(self, source, sink, counted):
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                if counted:
-                    self._left -= len(data)
-                    if self._left < 0 and self._then:
-                        then, self._then = self._then, None
-                        then()
-                sink.sendall(data)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_server_killed_in_the_middle_of_a_value_and_back_again(server):
@@ -140,12 +95,6 @@ def test_a_server_that_is_silent_costs_a_deadline(server):
             return bytes(quietly(store.get, "k") or b"") == b"v"
 
         wait_for(back, "the store to come back")
-
-
-def quietly(work, *args):
-    with contextlib.suppress(StoreError):
-        return work(*args)
-    return None
 
 
 def test_wrong_credentials_are_denied(server, monkeypatch):

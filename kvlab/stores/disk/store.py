@@ -18,6 +18,8 @@ from kvlab.stores.base import Buffer, Store, StoreCounters, Value, buffers, chec
 from kvlab.stores.disk.direct import read_file, write_file
 from kvlab.stores.disk.folder import ABSENT, Folder
 from kvlab.stores.disk.index import FolderLockedError
+from kvlab.stores.disk.locks import require_locks
+from kvlab.stores.disk.mount import MountStore
 from kvlab.stores.disk.names import WRITING, key_of, path_of
 from kvlab.stores.disk.root import RefusedError, Root
 from kvlab.stores.eviction import get_policy
@@ -48,15 +50,24 @@ class DiskStore(Store):
     shared
         other users may own the folder or write to it: they can then serve any value and lose any. Files are made
         readable and writable by the folder's group.
+    deadline_s
+        each call ends within these seconds, as a network's mount may hang; 0 for no deadline. What is made then is a
+        `MountStore` around a `DiskStore`.
 
     A folder that belongs to another user or that others may write to is refused without `shared` (ConfigError).
     """
+
+    def __new__(cls, root: str | Path, max_bytes: int, *, deadline_s: float = 0.0, **options: Any) -> Any:
+        if not deadline_s:
+            return super().__new__(cls)
+        return MountStore(lambda: cls(root, max_bytes, **options), str(root), deadline_s)
 
     def __init__(
         self,
         root: str | Path,
         max_bytes: int,
         *,
+        deadline_s: float = 0.0,
         policy: str = "lru",
         direct: bool = True,
         fsync: bool = False,
@@ -83,6 +94,9 @@ class DiskStore(Store):
             raise ConfigError(f"cannot use {self.root} as a store: {error}") from error
         except OSError as error:
             raise StoreError(f"cannot use {self.root} as a store: {error}") from error
+        if shared and not self._folder.index.read_only:
+            with self._medium("lock a file"):
+                require_locks(self.root)
 
     @classmethod
     def arguments(cls, url: StoreURL) -> dict[str, Any]:
@@ -100,6 +114,7 @@ class DiskStore(Store):
             "fsync": url.take_bool("fsync", False),
             "check": url.take_bool("check", True),
             "shared": url.take_bool("shared", False),
+            "deadline_s": url.take_ms("deadline_ms", "0"),
         }
 
     def _as_call(self) -> str:
@@ -225,7 +240,7 @@ class DiskStore(Store):
                 return None
             fd, size, direct, owned = opened
             try:
-                got = read_file(fd, room(size), size, direct=direct)
+                got = self._read_file(fd, room(size), size, direct=direct)
                 if owned:
                     with suppress(OSError):  # another user's file, or a folder that cannot be written any more
                         os.utime(fd)  # so that the next process knows what was used last
@@ -266,7 +281,7 @@ class DiskStore(Store):
             return False
         temp, fd = begun
         try:
-            write_file(fd, pieces, direct=self._direct)
+            self._write_file(fd, pieces)
             if self._fsync:
                 os.fsync(fd)
             self._folder.publish(temp, path, size)
@@ -276,6 +291,13 @@ class DiskStore(Store):
         if self._fsync:
             self._root.sync_folder_of(path)
         return True
+
+    def _write_file(self, fd: int, pieces: Sequence[memoryview]) -> None:
+        write_file(fd, pieces, direct=self._direct)
+
+    def _read_file(self, fd: int, out: Sequence[memoryview], size: int, *, direct: bool) -> int:
+        """How many of the file's first `size` bytes are read."""
+        return read_file(fd, out, size, direct=direct)
 
     def _can_bypass_page_cache(self) -> bool:
         if self._folder.index.read_only:

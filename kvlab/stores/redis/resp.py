@@ -11,8 +11,8 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from kvlab.errors import StoreError
 from kvlab.stores.base import ValueTooLongError
+from kvlab.stores.server import AnswerError
 from kvlab.stores.url import Secret
 from kvlab.stores.wire import ProtocolError, Wire
 
@@ -34,7 +34,7 @@ _REASONS = {
 LONGEST_VALUE = 512 << 20  # of a Redis with its own settings
 
 
-class ReplyError(StoreError):
+class ReplyError(AnswerError):
     """The server answered with an error; its first word (OOM, MOVED, WRONGTYPE...) is the `reason` if Redis has it.
     `target` is where a redirection leads to: as the server may name anything, not to be shown."""
 

@@ -2,15 +2,14 @@
 
 import logging
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from kvlab.errors import StoreError
 from kvlab.hostmemory import aligned
-from kvlab.stores.base import Buffer, Store, StoreCounters, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
-from kvlab.stores.forks import Lock
+from kvlab.stores.base import Buffer, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
 from kvlab.stores.redis.listing import listed
 from kvlab.stores.redis.node import NodeDownError
 from kvlab.stores.redis.removal import HEAD_BYTES, remove
@@ -27,6 +26,7 @@ from kvlab.stores.redis.resp import (
 )
 from kvlab.stores.redis.topology import Topology, make_topology
 from kvlab.stores.redis.url import RedisTarget
+from kvlab.stores.remote import RemoteStore
 from kvlab.stores.shown import call_of
 from kvlab.stores.url import StoreURL
 from kvlab.stores.wire import ProtocolError
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 D = TypeVar("D")
 Work = Callable[[float], Callable[[RespConnection], T]]  # of a deadline, on a connection
-KEPT_PUTS = 1 << 16
 DEFAULT_LIMIT = 512 << 20  # Redis' own default of proto-max-bulk-len
 LEAST_LIMIT = 1 << 20  # no server takes less for it
 LIMIT_KEPT_S = 30.0  # what a server said; CONFIG SET and a restart change it
@@ -47,7 +46,7 @@ _NOT_OURS = frozenset({"wrongtype"})  # another program's list or hash: no value
 _ELSEWHERE = frozenset({"moved", "ask"})
 
 
-class RedisStore(Store):
+class RedisStore(RemoteStore):
     """Values in a Redis server, behind sentinels, or spread over a cluster (`kvlab.stores.redis.topology`).
 
     The budget is the server's ``maxmemory`` and the order of leaving its ``maxmemory-policy``: give it both, for
@@ -75,19 +74,13 @@ class RedisStore(Store):
         longest_wait_s: float = 10.0,
         name: str = "redis",
     ) -> None:
-        self.name = name
-        self.counters = StoreCounters()
-        self.errors: Counter[str] = Counter()
+        super().__init__(name, timeout_s)
         self._topology: Topology = make_topology(target, first_wait_s, longest_wait_s)
-        self._timeout_s = timeout_s
         self._ttl_ms = max(1, round(ttl_s * 1000)) if ttl_s else 0
         self._limit = limit
         self._told: tuple[int, float] | None = None  # the server's own limit, and until when to go by it
         self._most = limit or DEFAULT_LIMIT
         self._server: dict[str, int] = {}
-        self._put_before: OrderedDict[str, None] = OrderedDict()
-        self._gone: OrderedDict[str, str] = OrderedDict()
-        self._lock = Lock()
 
     @classmethod
     def arguments(cls, url: StoreURL) -> dict[str, Any]:
@@ -126,14 +119,7 @@ class RedisStore(Store):
             if self._others_answer():
                 return self._refuse("node_down")
             raise
-        with self._lock:
-            self._put_before[key] = None
-            self._gone.pop(key, None)
-            if len(self._put_before) > KEPT_PUTS:
-                self._put_before.popitem(last=False)
-            self.counters.puts += 1
-            self.counters.put_bytes += size
-            self.counters.put_s += time.perf_counter() - start
+        self._stored(key, size, start)
         return True
 
     def get(self, key: str) -> Buffer | None:
@@ -197,23 +183,13 @@ class RedisStore(Store):
         self._ask_server()
         return self._server.get("used_bytes", 0)
 
-    def why_missing(self, key: str) -> str:
-        if key in self._gone:
-            return self._gone[key]
-        if not all(node.health.is_up for node in self._topology.known()):
-            return "tier_down"
-        return "evicted" if key in self._put_before else "never_stored"
-
-    def stats(self) -> dict[str, int | float | str]:
-        return {**super().stats(), **{f"error_{reason}": count for reason, count in sorted(self.errors.items())}}
-
     def close(self) -> None:
         self._topology.close()
 
     # ---- calls
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self._timeout_s
+    def _is_up(self) -> bool:
+        return all(node.health.is_up for node in self._topology.known())
 
     def _run(self, key: str, work: Work[T], deadline: float | None = None) -> T:
         """`work` of a deadline, on the server of `key`. A call of several questions gives the deadline of them all."""
@@ -265,13 +241,7 @@ class RedisStore(Store):
             if error.reason not in _NOT_OURS:
                 raise
             value = None
-        with self._lock:
-            if value is None:
-                self.counters.misses += 1
-            else:
-                self.counters.hits += 1
-                self.counters.get_bytes += sum(piece.nbytes for piece in value)
-                self.counters.get_s += time.perf_counter() - start
+        self._was_read(value, start)
         return value
 
     def _pipelined(self, commands: Sequence[str], keys: Sequence[str]) -> list[Answers]:
@@ -351,17 +321,6 @@ class RedisStore(Store):
             told = self._told = (limit, time.monotonic() + LIMIT_KEPT_S)
         return told[0]
 
-    def _refuse(self, reason: str) -> bool:
-        with self._lock:
-            self.counters.refused += 1
-            self.errors[reason] += 1
-        return False
-
-    def _failed(self, error: StoreError) -> None:
-        with self._lock:
-            self.counters.errors += 1
-            self.errors[error.reason] += 1
-
     def _others_answer(self) -> bool:
         known = self._topology.known()
         return self._topology.place.kind == "cluster" and any(node.health.is_up for node in known)
@@ -374,10 +333,7 @@ class RedisStore(Store):
             unlink: Work[bool] = partial(send_command, ["UNLINK", name], parse=flag)
             there = self._is(key, found, deadline) and self._asked(key, unlink, default=False, deadline=deadline)
         if there:
-            with self._lock:
-                self._gone[key] = why
-                if len(self._gone) > KEPT_PUTS:
-                    self._gone.popitem(last=False)
+            self._left(key, why)
         return there
 
     def _is(self, key: str, found: Value | None, deadline: float) -> bool:

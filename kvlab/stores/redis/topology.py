@@ -54,8 +54,7 @@ class Topology(ABC):
             node.close_idle()
 
     def close(self) -> None:
-        for node in self.known():
-            node.close()
+        self.renew()
 
 
 class Single(Topology):
@@ -124,7 +123,7 @@ class Sentinel(Topology):
                 self._sentinels = [sentinel, *others]  # the one that answered is asked first next time
                 if address not in self._by_address:
                     while len(self._by_address) >= MOST_NODES:
-                        self._by_address.pop(next(iter(self._by_address))).close()
+                        self._by_address.pop(next(iter(self._by_address))).close_idle()
                     self._by_address[address] = self._node(address)
                 self._master = self._by_address[address]
                 return self._master

@@ -5,6 +5,7 @@ import ssl
 from dataclasses import dataclass, field
 
 from kvlab.errors import ConfigError
+from kvlab.stores.tls import tls_of
 from kvlab.stores.url import Secret, StoreURL
 
 DEFAULT_PORTS = {"redis": 6379, "rediss": 6379, "redis-sentinel": 26379, "redis-cluster": 6379}
@@ -68,7 +69,7 @@ class RedisTarget:
             form = "redis://host:6379/0"
             raise ConfigError(f"a database must be a number (a cluster has only 0), as in {form}; got {url.shown!r}")
         hidden = tuple(secret for secret in (password, sentinel_password) if secret is not None)
-        tls = _tls(url) if url.scheme == "rediss" or url.take_bool("tls", False) else None
+        tls = tls_of(url) if url.scheme == "rediss" or url.take_bool("tls", False) else None
         return cls(
             kind,
             hosts,
@@ -84,23 +85,3 @@ def _host(text: str, url: StoreURL) -> tuple[str, int]:
     if not host or (port and not 0 < int(port) < 1 << 16):
         raise ConfigError(f"a server must be given as host or host:port in {url.shown!r}")
     return host.strip("[]"), int(port) if port else DEFAULT_PORTS[url.scheme]
-
-
-def _tls(url: StoreURL) -> ssl.SSLContext:
-    ca, cert, key = (url.take(option, "") for option in ("ca", "cert", "key"))
-    verify = url.take_bool("verify", True)
-    secret = url.take_secret("key_password")
-    if not url.reads_files:
-        ca = cert = key = ""
-    try:
-        context = ssl.create_default_context(cafile=ca or None)
-        if cert or key:  # the empty password keeps OpenSSL from asking for one at the terminal
-            context.load_cert_chain(cert or key, key or None, password=secret.reveal() if secret else "")
-    except (OSError, ValueError) as error:
-        what = "; an encrypted key needs key_password_file" if key or cert else ""
-        raise ConfigError(f"cannot use the ca, cert or key of {url.shown!r}: {error}{what}") from error
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context

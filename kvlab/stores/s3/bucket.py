@@ -1,20 +1,19 @@
 """Requests to one bucket: its connections and its health."""
 
 import logging
-import socket
-import ssl
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 from urllib.parse import quote
 
-from kvlab.errors import ConfigError, StoreError
+from kvlab.errors import ConfigError
 from kvlab.stores.base import ValueTooLongError
 from kvlab.stores.circuit_breaker import CircuitBreaker
+from kvlab.stores.http import Answer, HttpConnection
 from kvlab.stores.pool import Pool
 from kvlab.stores.s3.answers import OF_REQUESTS, S3Error, error_of
-from kvlab.stores.s3.http import Answer, HttpConnection
 from kvlab.stores.s3.signing import query_of, signed
 from kvlab.stores.s3.url import S3Target
+from kvlab.stores.server import ServerDownError, reason_of
 from kvlab.stores.wire import connected
 
 log = logging.getLogger(__name__)
@@ -23,8 +22,8 @@ T = TypeVar("T")
 Read = Callable[[HttpConnection, Answer], T]  # of an answer that is no error
 
 
-class BucketDownError(StoreError):
-    """The server does not answer, answers too late or not to the point, or does not let us in."""
+class BucketDownError(ServerDownError):
+    """The bucket's server does not answer, answers too late or not to the point, or does not let us in."""
 
 
 class Bucket:
@@ -143,18 +142,3 @@ class Bucket:
         if self.health.failed():
             log.warning("%s failed (%s): %s", self, reason, text)
         return BucketDownError(f"{self} failed ({reason}): {text}", reason=reason)
-
-
-def reason_of(error: BaseException) -> str:
-    """One word for counters."""
-    if isinstance(error, StoreError):
-        return error.reason
-    if isinstance(error, TimeoutError):
-        return "timeout"
-    if isinstance(error, ssl.SSLError):
-        return "tls"
-    if isinstance(error, ConnectionRefusedError):
-        return "refused"
-    if isinstance(error, socket.gaierror | ValueError):
-        return "unreachable"
-    return "disconnected"

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from kvlab.hostmemory import aligned
 from kvlab.stores.base import ValueTooLongError, check_fits, cut
+from kvlab.stores.http import Answer, HttpConnection
 from kvlab.stores.s3.answers import Page, S3Error, page_of
 from kvlab.stores.s3.bucket import Bucket, Read
-from kvlab.stores.s3.http import Answer, HttpConnection
 from kvlab.stores.s3.names import KEY_HEADER, key_of, metadata_of, name_of
 from kvlab.stores.wire import ProtocolError
 

@@ -2,16 +2,15 @@
 
 import sys
 import time
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 from kvlab.errors import StoreError
-from kvlab.stores.base import Buffer, Store, StoreCounters, Value, ValueTooLongError, buffers, fits_key
+from kvlab.stores.base import Buffer, Value, buffers, fits_key
 from kvlab.stores.circuit_breaker import CircuitBreaker
-from kvlab.stores.forks import Lock
+from kvlab.stores.remote import ObjectStore
 from kvlab.stores.s3.answers import S3Error
 from kvlab.stores.s3.bucket import Bucket
 from kvlab.stores.s3.crowd import at_once
@@ -24,7 +23,6 @@ from kvlab.stores.wire import ProtocolError
 from kvlab.units import format_bytes
 
 T = TypeVar("T")
-KEPT_PUTS = 1 << 16
 BATCH = 512  # keys that one deadline is for
 MOST_LISTED_BYTES = 1 << 29  # of memory for names
 ENTRY_BYTES = 104  # what a dict has for a name besides it
@@ -32,7 +30,7 @@ USED_KEPT_S = 60.0  # that long a total is not listed again: lists cost money
 _REFUSALS = frozenset({"too_large", "full", "conflict"})
 
 
-class S3Store(Store):
+class S3Store(ObjectStore):
     """Values in a bucket, under a prefix.
 
     A bucket evicts nothing: the store has no budget, and `max_bytes` says so. Every call ends within `timeout_s`; a
@@ -48,6 +46,7 @@ class S3Store(Store):
     """
 
     max_bytes = 1 << 62  # none
+    lost = "vanished"  # a bucket evicts nothing
 
     def __init__(
         self,
@@ -60,19 +59,13 @@ class S3Store(Store):
         longest_wait_s: float = 10.0,
         name: str = "s3",
     ) -> None:
-        self.name = name
-        self.counters = StoreCounters()
-        self.errors: Counter[str] = Counter()
+        super().__init__(name, timeout_s)
         self.kept = 0  # puts that found a value and left it
         self._bucket = Bucket(target, CircuitBreaker(first_wait_s, longest_wait_s))
         self._objects = Objects(self._bucket, limit)
-        self._timeout_s = timeout_s
         self._limit = limit
         self._keep_first = keep_first
         self._used: tuple[int, float] | None = None  # bytes listed, and until when to go by them
-        self._put_before: OrderedDict[str, str] = OrderedDict()
-        self._gone: OrderedDict[str, str] = OrderedDict()
-        self._lock = Lock()
 
     @classmethod
     def arguments(cls, url: StoreURL) -> dict[str, Any]:
@@ -88,40 +81,18 @@ class S3Store(Store):
     def _as_call(self) -> str:
         return call_of(self, self._bucket.target)
 
-    def put(self, key: str, value: Value) -> bool:
-        start = time.perf_counter()
-        pieces = buffers(value)
-        size = sum(piece.nbytes for piece in pieces)
-        if not fits_key(key):
-            return self._refuse("key_too_long")
+    def _write(self, key: str, pieces: Sequence[memoryview], size: int, deadline: float) -> str:
         if size > self._limit:
-            return self._refuse("too_large")
+            return "too_large"
         try:
-            is_new = self._objects.write(key, pieces, self._deadline(), only_new=self._keep_first)
-        except StoreError as error:
-            if isinstance(error, S3Error) and error.reason in _REFUSALS:
-                return self._refuse(error.reason)
-            self._failed(error)
+            is_new = self._objects.write(key, pieces, deadline, only_new=self._keep_first)
+        except S3Error as error:
+            if error.reason in _REFUSALS:
+                return error.reason
             raise
         with self._lock:
             self.kept += not is_new
-            remember(self._put_before, key, "")
-            self._gone.pop(key, None)
-            self.counters.puts += 1
-            self.counters.put_bytes += size
-            self.counters.put_s += time.perf_counter() - start
-        return True
-
-    def get(self, key: str) -> Buffer | None:
-        got = self._read(key, None)
-        return None if got is None else got[0]
-
-    def get_into(self, key: str, out: memoryview) -> int | None:
-        return self.get_pieces(key, [out])
-
-    def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
-        got = self._read(key, out)
-        return None if got is None else sum(piece.nbytes for piece in got)
+        return ""
 
     def get_head(self, key: str, num_bytes: int) -> Buffer | None:
         if not fits_key(key):
@@ -130,18 +101,9 @@ class S3Store(Store):
             found = self._objects.head(key, num_bytes, self._deadline())
         return None if found is None else found[0]
 
-    def size_of(self, key: str) -> int | None:
-        if not fits_key(key):
-            return None
-        with self._counting():
-            return self._objects.size(key, self._deadline())
-
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
         """Several requests at once, and a deadline for each 512 keys."""
         return [size is not None for size in self._each(self._objects.size, keys)]
-
-    def delete(self, key: str) -> bool:
-        return self._remove(key, None, "deleted")
 
     def clear(self) -> None:
         self._each(self._objects.remove, list(self.keys()))
@@ -150,13 +112,6 @@ class S3Store(Store):
     def renew(self) -> None:
         """A connection that is out of step gives other keys' values for ever."""
         self._bucket.renew()
-
-    def quarantine(self, key: str, reason: str, found: Value | None = None) -> bool:
-        """A server that takes conditions for DELETE removes this value and no other; elsewhere one that is put between
-        the look and the removal is lost."""
-        there = self._remove(key, found, f"set_aside:{'_'.join(reason.split())}")
-        self.counters.dropped += there
-        return there
 
     def keys(self) -> Iterator[str]:
         """A server that lists for longer than 60 deadlines, or names that take more than 512 MiB, has failed."""
@@ -186,45 +141,16 @@ class S3Store(Store):
             used = self._used = (total, time.monotonic() + USED_KEPT_S)
         return used[0]
 
-    def why_missing(self, key: str) -> str:
-        if key in self._gone:
-            return self._gone[key]
-        if not self._bucket.health.is_up:
-            return "tier_down"
-        return "vanished" if key in self._put_before else "never_stored"
-
     def stats(self) -> dict[str, int | float | str]:
-        errors = {f"error_{reason}": count for reason, count in sorted(self.errors.items())}
-        return {**super().stats(), "kept": self.kept, **errors}
+        return {**super().stats(), "kept": self.kept}
 
     def close(self) -> None:
         self._bucket.renew()
 
     # ---- calls
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self._timeout_s
-
-    @contextmanager
-    def _counting(self) -> Iterator[None]:
-        try:
-            yield
-        except ValueTooLongError:
-            raise
-        except StoreError as error:
-            self._failed(error)
-            raise
-
-    def _failed(self, error: StoreError) -> None:
-        with self._lock:
-            self.counters.errors += 1
-            self.errors[error.reason] += 1
-
-    def _refuse(self, reason: str) -> bool:
-        with self._lock:
-            self.counters.refused += 1
-            self.errors[reason] += 1
-        return False
+    def _is_up(self) -> bool:
+        return self._bucket.health.is_up
 
     def _each(self, work: Callable[[str, float], T], keys: Sequence[str]) -> list[T | None]:
         """`work` of each key and a deadline, for many keys at once; None for keys that no store takes."""
@@ -236,41 +162,21 @@ class S3Store(Store):
                 found += at_once(works, first_alone=not self._bucket.health.is_up)
         return found
 
-    def _read(self, key: str, out: Sequence[memoryview] | None) -> Sequence[memoryview] | None:
-        start = time.perf_counter()
-        with self._counting():
-            value = self._objects.read(key, out, self._deadline()) if fits_key(key) else None
-        with self._lock:
-            if value is None:
-                self.counters.misses += 1
-            else:
-                self.counters.hits += 1
-                self.counters.get_bytes += sum(piece.nbytes for piece in value)
-                self.counters.get_s += time.perf_counter() - start
-        return value
+    def _fetch(self, key: str, out: Sequence[memoryview] | None, deadline: float) -> Sequence[memoryview] | None:
+        return self._objects.read(key, out, deadline)
 
-    def _remove(self, key: str, found: Value | None, why: str) -> bool:
-        if not fits_key(key):
-            return False
-        deadline = self._deadline()
-        with self._counting():
-            if found is None:
-                there = self._objects.size(key, deadline) is not None and self._objects.remove(key, deadline)
-            else:
-                wanted = b"".join(buffers(found))
-                head = self._objects.head(key, max(len(wanted), 8), deadline)
-                is_same = head is not None and head[0] == wanted
-                there = is_same and head is not None and self._objects.remove(key, deadline, head[1])
-        if there:
-            with self._lock:
-                remember(self._gone, key, why)
-        return there
+    def _size(self, key: str, deadline: float) -> int | None:
+        return self._objects.size(key, deadline)
 
-
-def remember(reasons: OrderedDict[str, str], key: str, reason: str) -> None:
-    reasons[key] = reason
-    if len(reasons) > KEPT_PUTS:
-        reasons.popitem(last=False)
+    def _remove(self, key: str, found: Value | None, deadline: float) -> bool:
+        """A server that takes conditions for DELETE removes this value and no other; elsewhere one that is put between
+        the look and the removal is lost."""
+        if found is None:
+            return self._objects.size(key, deadline) is not None and self._objects.remove(key, deadline)
+        wanted = b"".join(buffers(found))
+        head = self._objects.head(key, max(len(wanted), 8), deadline)
+        is_same = head is not None and head[0] == wanted
+        return is_same and head is not None and self._objects.remove(key, deadline, head[1])
 
 
 def _nothing() -> None:

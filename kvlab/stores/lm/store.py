@@ -1,0 +1,260 @@
+"""A tier in LMCache's cache server: one value for each key, shared by every process that can reach it."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kvlab.errors import ConfigError, StoreError
+from kvlab.hostmemory import aligned
+from kvlab.stores.base import Buffer, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
+from kvlab.stores.circuit_breaker import CircuitBreaker
+from kvlab.stores.lm.wire import MOST_BYTES, Head, LMConnection, name_of
+from kvlab.stores.remote import ObjectStore, remember
+from kvlab.stores.server import EnoughError, Server
+from kvlab.stores.shown import call_of
+from kvlab.stores.url import StoreURL
+from kvlab.stores.wire import ProtocolError, connected
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PORT = 65432
+PIPELINED = 512  # keys asked for at once, by one deadline
+
+
+class _CutValueError(Exception):
+    """The server announced a value and hung up."""
+
+
+class LMStore(ObjectStore):
+    """Values in an LMCache server (``python -m lmcache.v1.server HOST PORT``).
+
+    The server has no budget, evicts nothing, lists nothing and removes nothing: its memory only grows until it is
+    started again. A removed value is replaced by an empty one with a mark. `keys` and `used_bytes` tell of what this
+    store has put itself, its latest 65,536 keys. Every call ends within `timeout_s`; a server that fails is left alone
+    for `first_wait_s`, doubled up to `longest_wait_s`, and tried again.
+
+    Parameters
+    ----------
+    prefix
+        stores of another prefix do not see these values.
+    limit
+        values over this many bytes are refused before anything is sent, and not read either.
+    """
+
+    max_bytes = 1 << 62  # none
+    lost = "vanished"  # the server was started again
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        prefix: str = "",
+        *,
+        timeout_s: float = 1.0,
+        limit: int = 512 << 20,
+        first_wait_s: float = 0.25,
+        longest_wait_s: float = 10.0,
+        name: str = "lm",
+    ) -> None:
+        super().__init__(name, timeout_s)
+        self._place = (host, port, *([prefix] if prefix else []))
+        self._prefix = prefix
+        self._limit = limit
+        self._held: OrderedDict[str, int] = OrderedDict()  # put by this store, and the lengths
+        self._server = Server(
+            f"LMCache server at {host}:{port}",
+            lambda deadline: LMConnection(connected((host, port), None, deadline)),
+            CircuitBreaker(first_wait_s, longest_wait_s),
+        )
+
+    @classmethod
+    def arguments(cls, url: StoreURL) -> dict[str, Any]:
+        url.refuse_login("LMCache's server knows no users: whoever reaches it reads and writes; sign objects by auth=")
+        if "size" in url.options:
+            raise ConfigError(
+                f"size is no option of {url.shown!r}: the server evicts nothing and its memory grows until it is "
+                "started again; Redis and memcached have budgets"
+            )
+        host, port = url.take_place(DEFAULT_PORT)
+        limit = url.take_bytes("limit", "512MiB")
+        if limit > MOST_BYTES:
+            raise ConfigError(f"limit must be less than 2GiB in {url.shown!r}: LMCache's server takes no longer values")
+        return {
+            "host": host,
+            "port": port,
+            "prefix": url.path.strip("/"),
+            "timeout_s": url.take_ms("timeout_ms", "1000"),
+            "limit": limit,
+            "first_wait_s": url.take_ms("retry_ms", "250"),
+            "longest_wait_s": url.take_ms("longest_retry_ms", "10000"),
+        }
+
+    def _as_call(self) -> str:
+        return call_of(self, *self._place)
+
+    def get_head(self, key: str, num_bytes: int) -> Buffer | None:
+        if not fits_key(key):
+            return None
+        with self._counting():
+            return self._head(key, num_bytes, self._deadline())
+
+    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+        """One round trip for each 512 keys, each with a deadline of its own."""
+        found: list[bool] = []
+        for at in range(0, len(keys), PIPELINED):
+            deadline = self._deadline()
+            with self._counting():
+                found += self._exist(keys[at : at + PIPELINED], deadline)
+        return found
+
+    def contains(self, key: str) -> bool:
+        return self.contains_many([key])[0]
+
+    def keys(self) -> Iterator[str]:
+        """Those that this store has put and that are there still."""
+        with self._lock:
+            held = list(self._held)
+        if not held:
+            self.contains("")  # a server that is not there has not nothing
+            log.info("an LMCache server lists nothing: keys are those that this store has put")
+        return (key for key, there in zip(held, self.contains_many(held), strict=True) if there)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of what this store has put."""
+        with self._lock:
+            return sum(self._held.values())
+
+    def renew(self) -> None:
+        """A connection that is out of step gives other keys' values for ever."""
+        self._server.close_idle()
+
+    def close(self) -> None:
+        self._server.close_idle()
+
+    # ---- calls
+
+    def _is_up(self) -> bool:
+        return self._server.health.is_up
+
+    def _name(self, key: str) -> bytes:
+        return name_of(self._prefix, key)
+
+    def _write(self, key: str, pieces: Sequence[memoryview], size: int, deadline: float) -> str:
+        if size > self._limit:
+            return "too_large"
+        self._place_at(self._name(key), pieces, deadline)
+        with self._lock:
+            remember(self._held, key, size)
+        return ""
+
+    def _place_at(self, name: bytes, pieces: Sequence[memoryview], deadline: float, *, removed: bool = False) -> None:
+        """The server takes requests one by one: that the last one is answered says that the value has arrived."""
+
+        def work(connection: LMConnection) -> bool:
+            connection.put(name, pieces, deadline, removed=removed)
+            return connection.exist([name], deadline)[0]
+
+        if not self._server.run(work, deadline):
+            raise ProtocolError("the server does not have what it was given")
+
+    def _fetch(self, key: str, out: Sequence[memoryview] | None, deadline: float) -> Sequence[memoryview] | None:
+        def work(connection: LMConnection) -> Sequence[memoryview] | None:
+            head = connection.ask(self._name(key), deadline)
+            if head is None or head.removed:
+                return None
+            self._check(head)
+            if out is not None:
+                check_fits(key, head.size, out)
+            into = [aligned(head.size)[: head.size]] if out is None else cut(out, head.size)
+            _read(connection, into, deadline)
+            connection.check_end()
+            return into
+
+        try:
+            return self._server.run(work, deadline)
+        except _CutValueError:
+            self._bury(key, deadline)
+            return None
+
+    def _size(self, key: str, deadline: float) -> int | None:
+        """A reply begins with the length; of a value the connection is then closed, as all of it is on its way."""
+
+        def work(connection: LMConnection) -> int | None:
+            head = connection.ask(self._name(key), deadline)
+            if head is not None and head.size:
+                raise EnoughError(head.size)
+            return None if head is None or head.removed else 0
+
+        return self._server.run(work, deadline)
+
+    def _head(self, key: str, num_bytes: int, deadline: float) -> Buffer | None:
+        def work(connection: LMConnection) -> bytes | None:
+            head = connection.ask(self._name(key), deadline)
+            if head is None or head.removed:
+                return None
+            self._check(head)
+            found = bytearray(min(head.size, num_bytes))
+            _read(connection, [memoryview(found)], deadline)
+            if len(found) < head.size:
+                raise EnoughError(bytes(found))
+            return bytes(found)
+
+        try:
+            return self._server.run(work, deadline)
+        except _CutValueError:
+            self._bury(key, deadline)
+            return None
+
+    def _remove(self, key: str, found: Value | None, deadline: float) -> bool:
+        """What another client puts between the look and the removal is lost: the server knows no conditions."""
+        if found is None:
+            if self._size(key, deadline) is None:
+                return False
+        else:
+            wanted = b"".join(buffers(found))
+            head = self._head(key, max(len(wanted), 8), deadline)
+            if head is None or bytes(head) != wanted:
+                return False
+        self._mark_removed(key, deadline)
+        return True
+
+    def _mark_removed(self, key: str, deadline: float) -> None:
+        self._place_at(name_of(self._prefix, key, of_removed=True), [], deadline)
+        self._place_at(self._name(key), [], deadline, removed=True)
+        with self._lock:
+            self._held.pop(key, None)
+
+    def _bury(self, key: str, deadline: float) -> None:
+        """The server keeps the length of a value whose writer was cut off, and no value. It says that the key is there,
+        so that no writer puts it again, until it is removed. Where the server is gone, that is raised."""
+        error = StoreError(f"{self._server} announced a value and hung up", reason="truncated")
+        try:
+            self._mark_removed(key, deadline)
+        except StoreError:
+            raise error from None
+        self._failed(error)
+        self._left(key, "set_aside:truncated")
+        self.counters.dropped += 1
+
+    def _exist(self, keys: Sequence[str], deadline: float) -> list[bool]:
+        asked = [key for key in keys if fits_key(key)]
+        names = [name for key in asked for name in (self._name(key), name_of(self._prefix, key, of_removed=True))]
+        told = self._server.run(lambda connection: connection.exist(names, deadline), deadline) if names else []
+        there = dict(zip(asked, told[::2], strict=True))
+        for key, was_removed in zip(asked, told[1::2], strict=True):
+            if there[key] and was_removed:
+                there[key] = self._size(key, deadline) is not None
+        return [there.get(key, False) for key in keys]
+
+    def _check(self, head: Head) -> None:
+        if head.size > self._limit:
+            raise ValueTooLongError(f"the server announced a value of {head.size} bytes; the limit is {self._limit}")
+
+
+def _read(connection: LMConnection, into: Sequence[memoryview], deadline: float) -> None:
+    try:
+        connection.read(into, deadline)
+    except ConnectionError:
+        raise _CutValueError from None
