@@ -1,5 +1,6 @@
 """Shared fixtures, markers and the order of tests. Nothing here skips: a missing model or server is a failure."""
 
+import gc
 import os
 import socket
 import sys
@@ -23,6 +24,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 hypothesis.settings.register_profile("kvlab", deadline=None)  # no test fails because the machine is busy
 hypothesis.settings.load_profile("kvlab")
 sys.addaudithook(starts.watch)
+gc.disable()  # until all is imported: vLLM and torch are half a million objects, which stay
 
 ROOT = Path(__file__).resolve().parent.parent
 # Cheap tests first. Servers before engines, because they take longest in one piece.
@@ -39,6 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for kind in starts.started_by(item):
                 item.add_marker(kind)
     items.sort(key=lambda item: KINDS.index(kind_of(item)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def kind_of(item: pytest.Item) -> str:
