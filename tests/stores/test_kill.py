@@ -95,6 +95,7 @@ def nurseries(tmp_path):
         process.wait(10)
 
 
+@pytest.mark.slow
 def test_two_hundred_kills(tmp_path, nurseries):
     root = tmp_path / "kv"
     draw = random.Random(7)
