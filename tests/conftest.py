@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 
 from tests.support import starts
+from tests.support.lab_packages import closed_to
 
 # One thread for each engine, on any core: several threads wait for each other in every small operation, which takes a
 # scheduler's time slice (5 ms, 200 times a token) wherever another process computes too.
@@ -55,11 +56,11 @@ def kind_of(item: pytest.Item) -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    os.environ[starts.ALLOWED] = " ".join(marker.name for marker in item.iter_markers())
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(starts.ALLOWED, " ".join(marker.name for marker in item.iter_markers()))
+        for name, value in (closed_to("demo") if item.path.suffix == ".ipynb" else {}).items():
+            patch.setenv(name, value)  # a kernel has what `make lab` installs, and not what tests need
         return (yield)
-    finally:
-        del os.environ[starts.ALLOWED]
 
 
 @pytest.fixture(scope="session")
