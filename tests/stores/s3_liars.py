@@ -2,10 +2,12 @@
 
 import contextlib
 import hashlib
+import socket
+import threading
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
-from listeners import Listener
+from liars import hang_up
 
 BUCKET = "kvlab-bucket"
 
@@ -27,21 +29,42 @@ def listed(names, token="", **more):
     return answer(200, f"<ListBucketResult>{entries}{rest}</ListBucketResult>".encode())
 
 
-class S3Liar(Listener):
+class S3Liar:
     """`lies` are answers by method (LIST for a list), as bytes, or as `lie(liar, sock, request)` that gives them, or
     None to hang up. A request is (method, target, headers, body). Requests are kept in `asked`, bodies aside."""
 
     def __init__(self, lies=None, **data):
         self.lies = dict(lies or {})
         self.data = {f"kv/{key}.safetensors": value for key, value in (data or {"a": b"value of a"}).items()}
-        self.asked = []
-        super().__init__()
+        self.asked, self.connections = [], 0
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port = self._listener.getsockname()[1]
+        self.closed = threading.Event()
+        self._sockets = []
+        threading.Thread(target=self._accept, daemon=True).start()
 
     def url(self, options="timeout_ms=300&retry_ms=1&longest_retry_ms=1&limit=1MiB"):
         return f"s3://{BUCKET}/kv?endpoint=http://127.0.0.1:{self.port}&{options}"
 
-    def serve(self, sock):
-        with contextlib.suppress(ValueError, IndexError), sock.makefile("rb") as stream:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.closed.set()
+        hang_up(self._listener, self._sockets)
+
+    def _accept(self):
+        while not self.closed.is_set():
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            self._sockets.append(sock)
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock):
+        with contextlib.suppress(OSError, ValueError, IndexError), sock, sock.makefile("rb") as stream:
             while line := stream.readline():
                 method, target, _ = line.decode("latin-1").split(" ")
                 headers = {}

@@ -3,9 +3,13 @@
 import contextlib
 import os
 import signal
+import socket
+import ssl
+import threading
 import time
 
 import redis
+from liars import hang_up
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -50,3 +54,56 @@ def wait_for(condition, what, timeout_s=120.0):
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout_s} s for {what}")
         time.sleep(0.02)
+
+
+class Front:
+    """Stands before a server and passes bytes on, through TLS if a context is given: the bundled server speaks none.
+
+    `turns` counts how often the client speaks after the server has: round trips.
+    """
+
+    def __init__(self, port, context: ssl.SSLContext | None = None):
+        self.turns = 0
+        self._to = port
+        self._context = context
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.port = self._listener.getsockname()[1]
+        self._sockets = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self):
+        hang_up(self._listener, self._sockets)
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client):
+        try:
+            if self._context is not None:
+                client = self._context.wrap_socket(client, server_side=True)
+        except (OSError, ssl.SSLError):
+            client.close()
+            return
+        server = socket.create_connection(("127.0.0.1", self._to))
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sockets += [client, server]
+        last = [server]
+
+        def pump(source, sink):
+            with contextlib.suppress(OSError):
+                while data := source.recv(1 << 16):
+                    if source is client and last[0] is server:
+                        self.turns += 1
+                    last[0] = source
+                    sink.sendall(data)
+            with contextlib.suppress(OSError):
+                sink.shutdown(socket.SHUT_RDWR)
+
+        threading.Thread(target=pump, args=(server, client), daemon=True).start()
+        pump(client, server)

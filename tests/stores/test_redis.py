@@ -1,5 +1,6 @@
 """The Redis tier against a real server: the suite, its limits, and each way a server lets one down."""
 
+import contextlib
 import socket
 import ssl
 import threading
@@ -7,8 +8,7 @@ import time
 
 import pytest
 import trustme
-from listeners import Front, Listener
-from servers import PATIENT, Server, running, wait_for
+from servers import PATIENT, Front, Server, running, wait_for
 
 from kvlab.errors import ConfigError, StoreError
 from kvlab.hostmemory import aligned
@@ -76,8 +76,9 @@ class TestRedisOverTLS(OnServer):
         self.ca_path = tmp_path / "ca.pem"
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.ca.issue_cert("localhost").configure_cert(context)
-        with Front(server.port, context) as self.front:
-            yield
+        self.front = Front(server.port, context)
+        yield
+        self.front.close()
 
     def url(self, db):
         return f"rediss://localhost:{self.front.port}/{db}?ca={self.ca_path}&{PATIENT}"
@@ -115,12 +116,16 @@ def test_keys_of_others_are_neither_seen_nor_cleared(store, server):
 
 
 def test_a_lookup_of_many_keys_is_one_round_trip(server):
-    with Front(server.port) as front, open_store(f"redis://127.0.0.1:{front.port}") as store:
-        store.put("k7", b"v")
-        before = front.turns
-        found = store.contains_many([f"k{index}" for index in range(500)])
-        assert front.turns == before + 1
-        assert [index for index, there in enumerate(found) if there] == [7]
+    front = Front(server.port)
+    try:
+        with open_store(f"redis://127.0.0.1:{front.port}") as store:
+            store.put("k7", b"v")
+            before = front.turns
+            found = store.contains_many([f"k{index}" for index in range(500)])
+            assert front.turns == before + 1
+            assert [index for index, there in enumerate(found) if there] == [7]
+    finally:
+        front.close()
 
 
 def test_a_lookup_of_more_keys_than_a_reply_may_have_items(store, monkeypatch):
@@ -301,25 +306,27 @@ def test_a_paused_server_costs_the_deadline_not_more(tmp_path):
 def test_a_server_that_trickles_costs_the_deadline_not_more(where):
     """It answers with a byte at a time, or takes next to nothing of a large value: each call to the socket would end in
     time, all of them would not."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
 
-    class Trickle(Listener):
-        def keep(self, sock):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            return super().keep(sock)
+    def serve():
+        client, _ = listener.accept()
+        with client, contextlib.suppress(OSError):
+            while b"ET\r\n" not in (asked := client.recv(4096)):  # before GET or SET comes what the store asks
+                client.sendall(b"+OK\r\n" * asked.count(b"*"))
+            client.sendall(b"$1000000\r\n" if where == "reading" else b"")
+            while True:
+                client.sendall(b"x") if where == "reading" else client.recv(1)
+                time.sleep(0.02)
 
-        def serve(self, sock):
-            while b"ET\r\n" not in (asked := sock.recv(4096)):  # before GET or SET comes what the store asks
-                sock.sendall(b"+OK\r\n" * asked.count(b"*"))
-            sock.sendall(b"$1000000\r\n" if where == "reading" else b"")
-            while not self.closed.wait(0.02):
-                sock.sendall(b"x") if where == "reading" else sock.recv(1)
-
-    with Trickle() as slow, open_store(f"redis://127.0.0.1:{slow.port}?timeout_ms=300&limit=64MiB") as store:
+    threading.Thread(target=serve, daemon=True).start()
+    with open_store(f"redis://127.0.0.1:{listener.getsockname()[1]}?timeout_ms=300&limit=64MiB") as store:
         start = time.monotonic()
         with pytest.raises(NodeDownError) as caught:
             store.get("k") if where == "reading" else store.put("k", bytes(32 << 20))
         assert time.monotonic() - start > 0.25
         assert caught.value.reason == "timeout"
+    listener.close()
 
 
 def test_a_value_of_another_kind_is_a_miss_and_can_be_replaced(store, server):
@@ -339,16 +346,27 @@ def test_a_value_of_another_kind_is_a_miss_and_can_be_replaced(store, server):
 )
 def test_an_answer_that_is_no_redis_is_an_error_and_allocates_nothing(reply):
     """What listens on the port may be anything; this one answers every command alike."""
+    listener = socket.create_server(("127.0.0.1", 0))
 
-    class Other(Listener):
-        def serve(self, sock):
-            while data := sock.recv(1 << 16):
-                sock.sendall(reply if b"GET" in data else b"+OK\r\n" * data.count(b"*"))
+    def serve():
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=answer, args=(client,), daemon=True).start()
 
-    with Other() as other, open_store(f"redis://127.0.0.1:{other.port}?timeout_ms=500") as store:
+    def answer(client):
+        with client:
+            while data := client.recv(1 << 16):
+                client.sendall(reply if b"GET" in data else b"+OK\r\n" * data.count(b"*"))
+
+    threading.Thread(target=serve, daemon=True).start()
+    with open_store(f"redis://127.0.0.1:{listener.getsockname()[1]}?timeout_ms=500") as store:
         with pytest.raises(StoreError) as caught:
             store.get("k")
         assert caught.value.reason == "protocol"
+    listener.close()
 
 
 def test_many_threads_share_the_store(store):

@@ -4,10 +4,11 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 
 import pytest
 import torch
-from listeners import Front
+from liars import hang_up
 from servers import wait_for
 
 from kvlab.engine import CacheEngine
@@ -53,44 +54,65 @@ def reason_of(work):
             return caught.value.reason
 
 
-class Cutter(Front):
-    """After so many bytes of answers it calls `then`."""
+class Cutter:
+    """Stands before a server; after so many bytes of answers it calls `then`."""
 
     def __init__(self, port, num_bytes, then):
-        self._left, self._then = num_bytes, then
-        super().__init__(port)
+        self._to, self._left, self._then = port, num_bytes, then
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._sockets = []
+        threading.Thread(target=self._accept, daemon=True).start()
 
-    def answered(self, num_bytes):
-        self._left -= num_bytes
-        if self._left < 0 and self._then:
-            then, self._then = self._then, None
-            then()
+    def close(self):
+        hang_up(self._listener, self._sockets)
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._to))
+                self._sockets += [client, server]
+                threading.Thread(target=self._pump, args=(client, server, False), daemon=True).start()
+                threading.Thread(target=self._pump, args=(server, client, True), daemon=True).start()
+
+    def _pump(self, source, sink, counted):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if counted:
+                    self._left -= len(data)
+                    if self._left < 0 and self._then:
+                        then, self._then = self._then, None
+                        then()
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_server_killed_in_the_middle_of_a_value_and_back_again(server):
     value = os.urandom(30 << 20)
-    with (
-        Cutter(server.port, 1 << 20, server.kill) as cutter,
-        open_store(plain(server, cutter.port) + PATIENT) as store,
-        open_store(plain(server) + PATIENT) as direct,
-    ):
-        assert store.put("big", value)
-        assert reason_of(lambda: store.get("big")) == "truncated"
-        assert store.stats()["error_truncated"] == 1
-        assert reason_of(lambda: direct.get("big")) in ("refused", "disconnected")
-        assert reason_of(lambda: direct.put("other", b"v")) == "refused"
-        assert direct.why_missing("big") == "tier_down"
-        assert direct.used_bytes == 0, "as last known"
-        server.start()
+    cutter = Cutter(server.port, 1 << 20, server.kill)
+    try:
+        with open_store(plain(server, cutter.port) + PATIENT) as store, open_store(plain(server) + PATIENT) as direct:
+            assert store.put("big", value)
+            assert reason_of(lambda: store.get("big")) == "truncated"
+            assert store.stats()["error_truncated"] == 1
+            assert reason_of(lambda: direct.get("big")) in ("refused", "disconnected")
+            assert reason_of(lambda: direct.put("other", b"v")) == "refused"
+            assert direct.why_missing("big") == "tier_down"
+            assert direct.used_bytes == 0, "as last known"
+            server.start()
 
-        def back():
-            with contextlib.suppress(StoreError):
-                got = direct.get("big")
-                return got is not None and bytes(got) == value
-            return False
+            def back():
+                with contextlib.suppress(StoreError):
+                    got = direct.get("big")
+                    return got is not None and bytes(got) == value
+                return False
 
-        wait_for(back, "the server to serve what it had")
-        assert direct.why_missing("absent") == "never_stored"
+            wait_for(back, "the server to serve what it had")
+            assert direct.why_missing("absent") == "never_stored"
+    finally:
+        cutter.close()
 
 
 def test_a_server_that_is_silent_costs_a_deadline(server):
