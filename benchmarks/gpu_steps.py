@@ -9,7 +9,8 @@ tier, once more after the memory tier was emptied (*lower*: loaded or computed, 
 added every few steps, so that prompts are computed beside others that decode, and by steps, not by the clock: the turns
 of a round hold the same batches. Medians of the rounds' means, and of the ratios to *off* within a round with their 95%
 interval (bootstrap over rounds). `step_cpu_ms` is the processor time that the engine's thread took for a step: where
-gaps grow and it does not, the thread was kept waiting.
+gaps grow and it does not, the thread was kept waiting. `others_cpu` is the processor time of all other threads of the
+engine's process beside that of its own, which would be those that read, write and check for a tier.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import os
 import random
 import statistics
+import threading
 import time
 from pathlib import Path
 
@@ -39,7 +41,7 @@ class Driver:
     def run(self, waiting):
         """Means of TTFT and of the gaps between tokens, in ms, and the gaps' median and p99, and a step's CPU time."""
         added, last, ttfts, gaps, step = {}, {}, [], [], 0
-        cpu = time.thread_time()
+        cpu, others = time.thread_time(), others_cpu_s()
         waiting = list(waiting)
         while waiting or self._engine.has_unfinished_requests():
             if waiting and step % EVERY == 0:
@@ -64,7 +66,18 @@ class Driver:
             "ttft_ms": statistics.mean(ttfts), "gap_ms": statistics.mean(gaps),
             "gap_p50_ms": percentiles[49], "gap_p99_ms": percentiles[98],
             "step_cpu_ms": (time.thread_time() - cpu) * 1e3 / step,
+            "others_cpu": (others_cpu_s() - others) / (time.thread_time() - cpu),
         }  # fmt: skip
+
+
+def others_cpu_s():
+    """Processor time of this process's threads but the calling one; those that have ended are not counted."""
+    ticks, own = 0, threading.get_native_id()
+    for task in Path("/proc/self/task").iterdir():
+        if int(task.name) != own:
+            fields = (task / "stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def interval(ratios):
@@ -128,7 +141,8 @@ def main() -> None:
             if name == "lower":
                 scheduler.index.clear()
             turns[name].append(driver.run(fresh))
-            worker.worker.write_back.flush()  # what is left to write must not fall to the next turn
+            while worker.tiers is not None and worker.tiers.has_waiting:  # what is left must not fall to the next turn
+                worker.tiers.wait(0.01)
         print(at, *(f"{name} {done[-1]['ttft_ms']:.1f} {done[-1]['gap_ms']:.2f}" for name, done in turns.items()))
     rows = []
     for name, done in turns.items():
@@ -136,7 +150,7 @@ def main() -> None:
         row["lower"] = options.secondary.partition(":")[0] if options.secondary else ""
         for what in done[0]:
             row[what] = round(statistics.median(one[what] for one in done), 3)
-            ratios = [one[what] / base[what] for one, base in zip(done, turns["off"], strict=True)]
+            ratios = [one[what] / (base[what] or 1e-9) for one, base in zip(done, turns["off"], strict=True)]
             row[f"{what}_over_off"] = round(statistics.median(ratios), 4)
             row[f"{what}_low"], row[f"{what}_high"] = (round(bound, 4) for bound in interval(ratios))
         rows.append(row)

@@ -13,7 +13,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from gpu_transfer_peers import LMCache, vllm_batch
 from kvlab.machine.provenance import append_rows
 from kvlab.paged import gather, page_layout
 from kvlab.paged.cuda import DEFAULT_STAGING_BYTES, CudaTransfer
+from kvlab.sharedmemory import SharedSlots
 from kvlab.stores import open_store
 from kvlab.units import parse_bytes
 
@@ -69,13 +69,12 @@ def check(transfer, blocks, slots) -> None:
 
 
 def check_order(transfer, blocks, slots, others) -> None:
-    """A load by another thread into pages whose save waits behind a busy engine: the save has the old bytes."""
+    """A load beside the engine's work into pages whose save waits behind a busy engine: the save has the old bytes."""
     before = pages_of(transfer, blocks)
     transfer.arena[torch.tensor(others)] = 0x3C
     torch.cuda._sleep(100_000_000)
     transfer.save(blocks, slots)
-    with ThreadPoolExecutor(1) as threads:
-        threads.submit(transfer.load_and_wait, others, blocks, transfer.fence()).result()
+    transfer.load_aside(others, blocks, transfer.fence()).end.synchronize()
     assert torch.equal(transfer.slots(slots), before)
     assert (pages_of(transfer, blocks) == 0x3C).all()
 
@@ -121,6 +120,29 @@ def check_clock(transfer) -> None:
     assert 0.5 < clock.seconds() / (time.perf_counter() - start) < 1.1
 
 
+def check_shared() -> None:
+    """What another process sees of saves: where the counter says that they are there, they are."""
+    pages = layout("NHD")
+    shared = SharedSlots(800, pages.block_bytes)
+    transfer = CudaTransfer(pages, 800, shared=shared)
+    for number in range(1, 40):
+        blocks = torch.randperm(BLOCKS)[: 20 * number].tolist()
+        slots = torch.randperm(800)[: 20 * number].tolist()
+        before = pages_of(transfer, blocks)
+        shared.slots[:] = 0
+        if number % 2:
+            torch.cuda._sleep(20_000_000)
+        transfer.save(blocks, slots)
+        transfer.mark_saved(number)
+        assert number % 2 == 0 or int(shared.copied[0]) < number, "the GPU is busy"
+        while int(shared.copied[0]) < number:
+            pass
+        assert torch.equal(transfer.arena[torch.tensor(slots)], before)
+        assert transfer.is_settled(slots)
+    transfer.close()
+    print("shared memory says what has been saved")
+
+
 def check_pinned_store() -> None:
     """A memory tier registers exactly its own bytes with CUDA, and what lies there goes to the GPU as it is."""
     value = torch.randint(0, 255, (5 << 20,), dtype=torch.uint8)
@@ -146,6 +168,7 @@ def check_all() -> None:
         check_clock(transfer)
         transfer.close()
         print("bytes, order and clocks are right:", name, flush=True)
+    check_shared()
     check_pinned_store()
     print("a pinned memory tier is pinned")
 

@@ -1,6 +1,11 @@
 """TTFT of a hit by prompt length: recompute, vLLM's own prefix cache (the floor), kvlab, and peers.
 
     python benchmarks/gpu_ttft.py MODEL [--backends kvlab,lmcache] [--graphs piecewise] [--rows FILE]
+    python benchmarks/gpu_ttft.py MODEL --backends none,kvlab-disk,lmcache-disk --folder FOLDER
+
+``kvlab``, ``lmcache`` and ``vllm-offload`` hold the hits in host memory; those called ``-disk`` and ``-redis`` hold
+them in a folder and in Redis alone, with a few GiB of host memory on the way; ``kvlab-serve`` in the memory of a
+``kvlab serve`` that listens at `--socket`.
 
 One request at a time, one new token, random token ids, weights may be random (`--load-format dummy`): only shapes
 matter here. An engine of each backend in a process of its own, all on one GPU: they are asked in turns, as a machine's
@@ -23,16 +28,31 @@ from pathlib import Path
 from kvlab.machine.provenance import append_rows
 from kvlab.units import parse_bytes
 
-BACKENDS = ("none", "vllm-prefix", "kvlab", "lmcache", "vllm-offload")
+TIERS = ("kvlab-disk", "lmcache-disk", "kvlab-redis", "lmcache-redis", "kvlab-serve")
+BACKENDS = ("none", "vllm-prefix", "kvlab", "lmcache", "vllm-offload", *TIERS)
 LENGTHS = (776, 2048, 8192, 15000)
 PROMPTS = 4  # of each length
 HOST_GIB = 8  # of each cache
 
 
-def transfer_config(backend: str):
+def transfer_config(backend: str, options: argparse.Namespace):
     from vllm.config import KVTransferConfig
 
     import kvlab
+
+    if backend in ("kvlab-disk", "kvlab-redis", "kvlab-serve"):
+        disk = f"file://{options.folder.resolve()}/kvlab?size=64GiB" if options.folder else ""
+        tier = {"kvlab-disk": disk, "kvlab-redis": options.redis, "kvlab-serve": f"kvlab://{options.socket}"}[backend]
+        alone = {"admission": False, "staging": "4GiB", "lookup_timeout_ms": 10_000}
+        return KVTransferConfig(**kvlab.vllm_config([tier], report=True, **alone))
+    if backend in ("lmcache-disk", "lmcache-redis"):
+        os.environ |= {"LMCACHE_LOCAL_CPU": "False", "LMCACHE_MAX_LOCAL_CPU_SIZE": "4", "LMCACHE_CHUNK_SIZE": "256"}
+        if backend == "lmcache-disk":
+            folder = f"file://{options.folder.resolve()}/lmcache/"
+            os.environ |= {"LMCACHE_LOCAL_DISK": folder, "LMCACHE_MAX_LOCAL_DISK_SIZE": "64"}
+        else:
+            os.environ |= {"LMCACHE_REMOTE_URL": options.redis, "LMCACHE_REMOTE_SERDE": "naive"}
+        return KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role="kv_both")
 
     if backend == "kvlab":
         return KVTransferConfig(**kvlab.vllm_config([f"memory://?size={HOST_GIB}GiB"], report=True))
@@ -62,7 +82,7 @@ def start(options: argparse.Namespace, backend: str):
         # vLLM's offloading works behind its prefix cache; that one is emptied before each repeat instead.
         enable_prefix_caching=backend in ("vllm-prefix", "vllm-offload"),
         skip_tokenizer_init=True,
-        kv_transfer_config=transfer_config(backend),
+        kv_transfer_config=transfer_config(backend, options),
     )
 
 
@@ -76,12 +96,17 @@ def arguments(rows: str, repeats: int, backends: str) -> argparse.Namespace:
     parser.add_argument("--load-format", default="dummy")
     parser.add_argument("--graphs", choices=["none", "piecewise", "full"], default="none", help="CUDA graphs")
     parser.add_argument("--pool", default="5GiB", help="KV cache on the GPU; holds four prompts of the greatest length")
+    parser.add_argument("--folder", type=Path, help="of the -disk backends")
+    parser.add_argument("--socket", default="/tmp/kvlab.sock", help="of a running `kvlab serve`")
+    parser.add_argument("--redis", default="redis://127.0.0.1:6379", help="of the -redis backends")
     parser.add_argument("--rows", type=Path, default=Path("data/measured") / rows)
     parser.add_argument("--serve", choices=BACKENDS, help=argparse.SUPPRESS)  # one backend, asked over pipes
     options = parser.parse_args()
     unknown = set(options.backends) - set(BACKENDS)
     if unknown:
         parser.error(f"unknown backends {sorted(unknown)}; known: {', '.join(BACKENDS)}")
+    if options.folder is None and any(name.endswith("-disk") for name in options.backends):
+        parser.error("give --folder for the backends on disk")
     return options
 
 
@@ -99,7 +124,7 @@ def serve(options: argparse.Namespace) -> None:
 
     sampling = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     connector = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "connector", None)
-    counters = connector.scheduler.counters if options.serve == "kvlab" else {}
+    counters = connector.scheduler.counters if options.serve.startswith("kvlab") else {}
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         ids = prompt(*map(int, line.split()))
@@ -110,7 +135,7 @@ def serve(options: argparse.Namespace) -> None:
         seconds = time.perf_counter() - begin
         loaded = counters.get("loaded_bytes", 0), counters.get("load_seconds", 0.0)
         print(json.dumps([seconds * 1e3, answer[0].outputs[0].token_ids[0], *loaded]), file=answers, flush=True)
-    if options.serve == "kvlab":
+    if options.serve.startswith("kvlab"):
         print(dict(counters), connector.hook_errors, flush=True)
 
 
@@ -166,7 +191,7 @@ def measure(backends: list[Backend], length: int, repeats: int, graphs: str) -> 
 
 
 def main() -> None:
-    options = arguments("gpu_ttft.csv", 40, ",".join(BACKENDS))
+    options = arguments("gpu_ttft.csv", 40, "none,vllm-prefix,kvlab,lmcache,vllm-offload")
     if options.serve:
         serve(options)
         return

@@ -1,157 +1,180 @@
-"""How long does a request wait for its KV from disk or Redis? A connector's worker loads objects side by side.
+"""How fast does a tier worker fill an engine's slots from disk or Redis, beside the medium read bare?
 
-    python benchmarks/tier_loads.py --folder FOLDER [--rows data/measured/tier_loads.csv]
+    python benchmarks/tier_loads.py --folder FOLDER [--threads 4,8,16] [--rows data/measured/tier_loads.csv]
 
-Pages are Qwen2.5-7B's in vLLM: 28 layers, 16 tokens, 32 KiB each; a chunk of 256 tokens is 14 MiB. Requests of 1 to 18
-chunks are fetched into a connector's host memory by so many threads, one request after the other, while the
-interpreter's main thread is idle and while it computes as an engine's does (3 ms of Python, then 1 ms of waiting). The
-copy to the pages is the GPU's and left out. Beside each: the store alone, read by one thread. Numbers of threads take
-turns; medians of `--repeats`.
+Slots are Qwen2.5-7B's blocks in vLLM: 28 layers, 16 tokens, 32 KiB each; an object of 256 tokens is 14 MiB. A request
+of 1, 8 or 58 objects (15,000 tokens) is asked of a tier worker at once, as a connector asks, and is over when the last
+object is in its slots, checked. Beside it the *bare* medium, with several numbers of threads: files read with
+``preadv`` (with O_DIRECT where the file system has it) and values received from sockets, into memory that is used
+again, unchecked. Numbers of threads and both readers take turns; medians of `--repeats`.
 """
 
 import argparse
+import os
+import socket
 import statistics
-import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from kvlab.chunking import Chunker
-from kvlab.connectors.vllm.messages import LoadOp, RequestLoad, StepMetadata
-from kvlab.connectors.vllm.worker.worker import PAGE_AXES, Worker
-from kvlab.engine import CacheEngine
 from kvlab.hashing import Namespace
 from kvlab.hostmemory import aligned
 from kvlab.machine.provenance import append_rows
 from kvlab.machine.redis_server import RedisServer
-from kvlab.paged import page_layout
-from kvlab.paged.cpu import CPUTransfer
-from kvlab.stores import open_store
+from kvlab.sharedmemory import SharedSlots
+from kvlab.tierworker import server
+from kvlab.tierworker.client import TierClient
+from kvlab.tierworker.messages import Fill, Memory, Opening, Write, runs_of
 
 LAYERS, PAGE, BLOCK, CHUNK = 28, 32768, 16, 256
 BLOCKS = CHUNK // BLOCK
-CHUNKS = (1, 18)
-THREADS = (1, 4)
+OBJECTS = (1, 8, 58)
+OBJECT_BYTES = BLOCKS * LAYERS * PAGE
+NAMESPACE = Namespace("bench")
 
 
-class Arena(CPUTransfer):
-    """Host memory whose way to the pages costs nothing."""
+class Tier:
+    """A tier worker over one store, which holds `most` objects of random bytes."""
 
-    def load(self, slots, block_ids):
-        pass
+    def __init__(self, url: str, most: int) -> None:
+        self.client = TierClient(Opening([url], "naive", None, [{"model": "bench", "fields": {}}]))
+        self.shared = SharedSlots(most * BLOCKS, LAYERS * PAGE)
+        self.client.share(Memory(most * BLOCKS, LAYERS, PAGE), self.shared)
+        rng = np.random.default_rng(0)
+        for slot in self.shared.slots:
+            slot[:] = np.frombuffer(rng.bytes(slot.nbytes), np.uint8)
+        self.shared.owners[:] = 1
+        self._first = self.shared.slots[:BLOCKS].copy()
+        left = [most]
+        for number in range(most):
+            write = Write(self.client.next_id(), *self._place(number), generation=1, after=0)
+            self.client.write(write, lambda message, _: left.append(left.pop() - bool(message and message["ok"])))
+        self._wait(lambda: left[0] == 0)
 
+    @staticmethod
+    def _place(number: int) -> tuple:
+        slots = runs_of(range(number * BLOCKS, (number + 1) * BLOCKS))
+        return 0, "", name(number).hex(), slots, number * CHUNK, (number + 1) * CHUNK
 
-def make_worker(url, most):
-    """A worker over one store, with `most` chunks of random bytes in it under the hashes 0, 1, ..."""
-    blocks = most * BLOCKS
-    caches = {f"layer.{i}": torch.zeros(1, PAGE, dtype=torch.uint8) for i in range(LAYERS)}
-    layout = page_layout(caches, num_blocks=1, page_bytes=dict.fromkeys(caches, PAGE), name="NHD")
-    engine = CacheEngine(open_store(url), namespace=Namespace("bench"), chunker=Chunker(CHUNK, BLOCK))
-    worker = Worker(Arena(layout, blocks), blocks, engine)
-    for chunk in range(most):
-        kept = engine.save_object(engine.namespace.key(name(chunk)), content(chunk), PAGE_AXES, **place(chunk))
-        assert kept
-    return worker
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not condition():
+            assert time.monotonic() < deadline
+            self.client.wait(0.01)
 
-
-@cache
-def content(chunk):
-    rng = np.random.default_rng(chunk)
-    return torch.from_numpy(rng.integers(0, 255, (BLOCKS, LAYERS, PAGE), dtype=np.uint8))
-
-
-def place(chunk):
-    return {"first_token": chunk * CHUNK, "end_token": (chunk + 1) * CHUNK}
-
-
-def name(chunk):
-    return chunk.to_bytes(32, "little")
-
-
-def load(worker, count):
-    """Seconds of one request's load, as the worker reports them."""
-    worker._owner = [None] * len(worker._owner)
-    ops = []
-    for chunk in range(count):
-        slots = tuple(range(chunk * BLOCKS, (chunk + 1) * BLOCKS))
-        ops.append(LoadOp(name(chunk), chunk, slots, slots, slots, **place(chunk), num_tokens=CHUNK, fetch=True))
-    worker.load(StepMetadata([RequestLoad("r", ops, count * CHUNK, is_async=True)]))
-    while "r" not in worker.take_finished()[0]:
-        time.sleep(0.001)
-    assert not worker.take_lost_blocks()
-    row = worker.take_report().rows[0]
-    assert row.num_tokens == count * CHUNK
-    for chunk in {0, count - 1}:
-        assert torch.equal(worker.transfer.slots(ops[chunk].slots), content(chunk))
-    return row.seconds
+    def load(self, count: int) -> float:
+        """Seconds until so many objects are in their slots."""
+        self.shared.slots[:BLOCKS] = 0
+        served: list[bool] = []
+        start = time.perf_counter()
+        for number in range(count):
+            fill = Fill(self.client.next_id(), *self._place(number))
+            self.client.fill(fill, lambda message, _: served.append(bool(message and message["tier"])))
+        self._wait(lambda: len(served) == count)
+        seconds = time.perf_counter() - start
+        assert all(served)
+        assert np.array_equal(self.shared.slots[:BLOCKS], self._first)
+        return seconds
 
 
-def read(worker, count, room):
-    """Seconds in which one thread reads the same values from the store."""
-    start = time.perf_counter()
-    for chunk in range(count):
-        assert worker.engine.store.get_into(worker.engine.namespace.key(name(chunk)), room)
-    return time.perf_counter() - start
+def name(number: int) -> bytes:
+    return number.to_bytes(16, "little")
 
 
-def beside(work, *, busy):
-    """What `work` returns in a thread, while the main thread is idle or busy as an engine's."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(work()))
-    thread.start()
-    while thread.is_alive():
-        until = time.perf_counter() + (0.003 if busy else 0)
-        while time.perf_counter() < until:
-            sum(range(50))
-        time.sleep(0.001)
-    return found[0]
+def bare_files(folder: Path, most: int) -> Callable[[int], None]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > OBJECT_BYTES)
+    assert len(paths) >= most
+    rooms = [aligned(OBJECT_BYTES + (1 << 16)) for _ in range(most)]
+
+    def read(number: int) -> None:
+        try:
+            fd = os.open(paths[number], os.O_RDONLY | os.O_DIRECT)
+        except OSError:
+            fd = os.open(paths[number], os.O_RDONLY)
+        try:
+            assert os.preadv(fd, [rooms[number]], 0) >= OBJECT_BYTES
+        finally:
+            os.close(fd)
+
+    return read
 
 
-def measure(tier, url, repeats):
-    worker = make_worker(url, CHUNKS[-1])
-    pools = {count: ThreadPoolExecutor(count) for count in THREADS}
-    room = aligned(BLOCKS * LAYERS * PAGE + (1 << 16))
-    for busy in (False, True):
-        for count in CHUNKS:
-            times = {threads: [] for threads in (0, *THREADS)}
-            for at in range(repeats + 1):
-                for threads in times:
-                    if threads:
-                        worker._fetches = pools[threads]
-                        seconds = beside(lambda: load(worker, count), busy=busy)
-                    else:
-                        seconds = beside(lambda: read(worker, count, room), busy=busy)
-                    if at:  # the first round warms up
-                        times[threads].append(seconds)
-            num_bytes = count * BLOCKS * LAYERS * PAGE
-            for threads, seconds in times.items():
-                middle = statistics.median(seconds)
-                yield {
-                    "tier": tier, "what": f"{threads} threads" if threads else "store alone", "chunks": count,
-                    "mib": num_bytes >> 20, "main_thread": "busy" if busy else "idle", "ms": round(middle * 1e3, 2),
-                    "ms_min": round(min(seconds) * 1e3, 2), "ms_max": round(max(seconds) * 1e3, 2),
-                    "gb_per_s": round(num_bytes / middle / 1e9, 3), "repeats": repeats,
-                }  # fmt: skip
-    worker.close()
+def bare_sockets(port: int, most: int, threads: int) -> Callable[[int], None]:
+    links = [socket.create_connection(("127.0.0.1", port)) for _ in range(threads)]
+    rooms = [memoryview(bytearray(OBJECT_BYTES + (1 << 16))) for _ in range(threads)]
+    free = list(range(threads))
+    for link in links:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+
+    def read(number: int) -> None:
+        at = free.pop()
+        key = NAMESPACE.key(name(number)).encode()
+        links[at].sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(key), key))
+        got, size = 0, -1
+        while size < 0 or got < size:
+            got += links[at].recv_into(rooms[at][got:])
+            if size < 0 and (end := bytes(rooms[at][:32]).find(b"\r\n")) > 0:
+                size = int(bytes(rooms[at][1:end])) + end + 4
+        free.append(at)
+
+    return read
+
+
+def measure(what: str, url: str, bare: Callable[[int], Callable[[int], None]], options) -> Iterator[dict]:
+    most = max(OBJECTS)
+    tier = Tier(url, most)
+    readers = {threads: bare(threads) for threads in options.threads}
+    pools = {threads: ThreadPoolExecutor(threads) for threads in options.threads}
+    for count in OBJECTS:
+        times: dict[tuple[str, int], list[float]] = {}
+        for at in range(options.repeats + 1):
+            for threads in options.threads:
+                start = time.perf_counter()
+                list(pools[threads].map(readers[threads], range(count)))
+                if at:  # the first round warms up
+                    times.setdefault(("bare", threads), []).append(time.perf_counter() - start)
+            seconds = tier.load(count)
+            if at:
+                times.setdefault(("worker", server.READ_THREADS), []).append(seconds)
+        for (reader, threads), seconds in times.items():
+            middle = statistics.median(seconds)
+            yield {
+                "tier": what, "reader": reader, "threads": threads, "objects": count,
+                "mib": count * OBJECT_BYTES >> 20, "ms": round(middle * 1e3, 2), "ms_min": round(min(seconds) * 1e3, 2),
+                "ms_max": round(max(seconds) * 1e3, 2), "gb_per_s": round(count * OBJECT_BYTES / middle / 1e9, 3),
+                "repeats": options.repeats,
+            }  # fmt: skip
+    tier.client.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured")
+    parser.add_argument(
+        "--threads", type=lambda text: [int(n) for n in text.split(",")], default=[4, 8, 16], help="of the bare readers"
+    )
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--medium", default="disk", help="what FOLDER lies on, for the rows")
+    parser.add_argument("--only", choices=["disk", "redis"])
     parser.add_argument("--rows", type=Path, default=Path("data/measured/tier_loads.csv"))
     options = parser.parse_args()
-    rows = []
-    with RedisServer() as server:
-        tiers = {"disk": f"file://{options.folder.resolve()}/tier_loads?size=2GiB", "redis, TCP": server.url}
-        for tier, url in tiers.items():
-            for row in measure(tier, url, options.repeats):
-                rows.append(row)
-                print(*(f"{key}={value}" for key, value in row.items()), flush=True)
+    rows: list[dict] = []
+
+    def add(found: Iterator[dict]) -> None:
+        for row in found:
+            print(*(f"{key}={value}" for key, value in row.items()), flush=True)
+            rows.append(row)
+
+    if options.only != "redis":
+        folder = options.folder.resolve() / "tier_loads"
+        add(measure(options.medium, f"file://{folder}?size=4GiB", lambda _: bare_files(folder, max(OBJECTS)), options))
+    if options.only != "disk":
+        with RedisServer() as redis:
+            port = int(redis.url.rpartition(":")[2].partition("/")[0].partition("?")[0])
+            add(measure("Redis, TCP", redis.url, lambda n: bare_sockets(port, max(OBJECTS), n), options))
     append_rows(options.rows, rows)
 
 

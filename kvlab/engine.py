@@ -13,7 +13,8 @@ from kvlab.chunking import Chunker, Span, longest_prefix, query_prefix
 from kvlab.errors import ConfigError
 from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Extra, Namespace, block_hashes, cache_namespace
-from kvlab.objects import ObjectCache, logger, name_of
+from kvlab.object_cache import ObjectCache, name_of
+from kvlab.objects import logger
 from kvlab.stores import Store
 from kvlab.stores.shown import call_of
 

@@ -74,9 +74,14 @@ def reserve(num_bytes: int) -> NDArray[np.uint8]:
     mapped = np.frombuffer(mapping, np.uint8)
     start = -mapped.ctypes.data % HUGE_PAGE
     memory = mapped[start : start + num_bytes]
-    _advise(memory.ctypes.data, num_bytes, _MADV_HUGEPAGE)
-    _advise(memory.ctypes.data, num_bytes, _MADV_DONTDUMP)
+    advise_arena(memory)
     return memory
+
+
+def advise_arena(memory: NDArray[np.uint8]) -> None:
+    """Ask the system for huge pages where it has them, and to leave `memory` out of core dumps, as it holds KV."""
+    _advise(memory.ctypes.data, memory.nbytes, _MADV_HUGEPAGE)
+    _advise(memory.ctypes.data, memory.nbytes, _MADV_DONTDUMP)
 
 
 def populate(memory: NDArray[np.uint8], *, threads: int | None = None) -> None:

@@ -1,30 +1,32 @@
-"""Objects of KV in a store: encode, seal and put; get, check and decode. What is wrong is a miss with a reason."""
+"""Objects of KV in a store: seal and put; get and check. What is wrong is a miss with a reason.
+
+Here objects are bytes: `kvlab.object_cache` encodes and decodes tensors, `kvlab.page_objects` an engine's pages.
+"""
 
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-
-import torch
+from typing import TypeVar
 
 from kvlab.auth import AuthKey
-from kvlab.container import pack, packed_bytes, parse_json, unpack
+from kvlab.container import Container, Part, pack, packed_bytes, parse_json, unpack
 from kvlab.errors import ConfigError, FormatError, StoreError
-from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Namespace
-from kvlab.hostmemory import PAGE, aligned, scratch
-from kvlab.serde import Encoded, Serde, get_serde, serde_to_read
-from kvlab.serde.wire import Expected, from_parts, to_parts, token_range
+from kvlab.hostmemory import aligned
+from kvlab.stated import token_range
 from kvlab.stores import Store, open_store
-from kvlab.stores.base import Buffer, ValueTooLongError, cut, held
+from kvlab.stores.base import Buffer, ValueTooLongError, held
 from kvlab.stores.forks import Lock
 from kvlab.stores.sealed import read_object
 
 logger = logging.getLogger("kvlab")
+T = TypeVar("T")
+Found = Buffer | list[memoryview]  # of an object on a medium: one buffer, or several in a row
+
 HEADROOM_BYTES = 64 << 10  # of an object over its KV: the header, and what a codec adds where it cannot compress
 MOST_GROWTH = 4  # times its KV an object may take besides: small chunks with tables of their own come near it
-MAX_TOKEN_BYTES = 16 << 20  # of KV where nothing says how much a token has; models with the most have some 5 MiB
 MOST_MISFITS = 1 << 16
 # Reasons that say what this reader lacks: one of another version, or with other packages or tables, may read it.
 _OF_THE_READER = frozenset({"version", "serde", "table", "error"})
@@ -46,22 +48,14 @@ class EngineCounters:
     save_s: float = 0.0
 
 
-class ObjectCache:
-    """KV by key in a store, under one namespace: what `CacheEngine` is made of, which has the parameters' meaning.
+class SealedObjects:
+    """Objects by key in a store, under one namespace.
 
     Nothing a tier does raises here: a failing or lying tier is a miss with a reason, in `stats`; what a tier gives as
     its own reason is counted as ``tier_<reason>``. docs/design/container.md lists the reasons.
     """
 
-    def __init__(
-        self,
-        store: Store | str,
-        *,
-        namespace: Namespace,
-        serde: str = "naive",
-        geometry: KVGeometry | None = None,
-        auth: AuthKey | None = None,
-    ) -> None:
+    def __init__(self, store: Store | str, *, namespace: Namespace, auth: AuthKey | None = None) -> None:
         given: object = store  # from users, whatever the annotation says
         if not isinstance(given, str | Store):
             hint = "; several are one by kvlab.stores.open_stores([...])" if isinstance(given, list | tuple) else ""
@@ -69,38 +63,33 @@ class ObjectCache:
                 f"store must be a URL like 'memory://?size=1GiB' or a Store, got {type(given).__name__}{hint}"
             )
         self.namespace = namespace
-        self.geometry = geometry
         self.auth = auth
-        self.serde = get_serde(serde)
         self.counters = EngineCounters()
         self.store = open_store(store) if isinstance(store, str) else store
         self._owns_store = isinstance(store, str)
-        self._serdes: dict[str, Serde] = {self.serde.name: self.serde}
         self._misfits: OrderedDict[str, None] = OrderedDict()  # which `save` replaces
         self._lock = Lock()  # which a forked child finds open
 
-    def save_object(
+    def put_parts(
         self,
         key: str,
-        kv: torch.Tensor,
-        axes: tuple[str, ...],
+        encode: Callable[[], tuple[Mapping[str, Part], Mapping[str, str]]],
         *,
+        kv_bytes: int,
         first_token: int,
         end_token: int,
         confirm: Callable[[], bool] | None = None,
     ) -> bool:
-        """Encode `kv`, which holds the tokens [`first_token`, `end_token`) of a prompt, and put it under `key`. Where
-        others may write to `kv`, `confirm` says afterwards whether it was this object's while it was encoded; if not,
-        nothing is put."""
-        _check_tokens(kv, axes, first_token, end_token)
+        """Put the parts and the metadata that `encode` makes of `kv_bytes` of KV under `key`. Where others may write to
+        that KV, `confirm` says afterwards whether it was this object's while it was encoded; if not, nothing is put."""
         start = time.perf_counter()
-        parts, metadata = to_parts(self.serde.encode(kv, axes))
-        metadata |= {"namespace": self.namespace.canonical, **token_range(first_token, end_token)}
-        value = pack(key, parts, metadata, auth=self.auth)
+        parts, metadata = encode()
+        named = {**metadata, "namespace": self.namespace.canonical, **token_range(first_token, end_token)}
+        value = pack(key, parts, named, auth=self.auth)
         if confirm is not None and not confirm():
             self._save_failed("overwritten", key, None)
             return False
-        if packed_bytes(value) > _most_bytes(kv.numel() * kv.element_size()):
+        if packed_bytes(value) > most_bytes(kv_bytes):
             self._save_failed("too_large", key, None)
             return False
         try:
@@ -118,20 +107,79 @@ class ObjectCache:
             self.counters.save_s += time.perf_counter() - start
         return True
 
-    def load_object(
-        self, key: str, out: torch.Tensor | None = None, *, axes: tuple[str, ...], first_token: int, end_token: int
-    ) -> torch.Tensor | None:
-        """The KV of tokens [`first_token`, `end_token`) of a prompt under `key`, into `out` if given; None on any
-        miss, and then `out` may hold anything.
+    def get_decoded(
+        self,
+        key: str,
+        read: Callable[[], Found | None],
+        decode: Callable[[Found], T],
+        *,
+        may_misfit: bool = False,
+    ) -> T | None:
+        """What `decode` makes of the bytes that `read` reads under `key`; None on any miss. An object is set aside only
+        when it is broken for every reader, and a second read finds it broken too: a tier that answers with another
+        object's bytes holds this one all the same. `may_misfit`: what is expected is the reader's guess, so an object
+        that is otherwise says nothing of itself."""
+        start = time.perf_counter()
+        failed: Exception | None = None
+        value: Found | None = None
+        is_there = True
+        for _ in range(2):
+            try:
+                if failed is not None:
+                    self.store.renew()
+                value = None
+                value = read()
+                if value is None:
+                    is_there = False
+                    break
+                kv = decode(value)
+            except StoreError as error:
+                self._missed(_reason_of_tier(error), key, error)
+                return None
+            except Exception as error:  # also what a serde of another package raises: it must not reach an engine
+                failed = error
+                if _reason_of(error) in ("version", "serde", "table"):
+                    break  # which a second read would not change
+                continue
+            with self._lock:
+                self.counters.hits += 1
+                self.counters.loaded_bytes += packed_bytes(value)
+                self.counters.load_s += time.perf_counter() - start
+            return kv
+        if failed is None:
+            self._missed(self._why_missing(key), key, None)
+            return None
+        reason = _reason_of(failed)
+        self._missed(reason, key, failed)
+        if reason in _OF_ITS_EXPECTATION and may_misfit:
+            with self._lock:
+                self._misfits[key] = None
+                if len(self._misfits) > MOST_MISFITS:
+                    self._misfits.popitem(last=False)
+        elif is_there and self._is_broken_for_all(reason):
+            self._set_aside(key, reason, value)
+        return None
 
-        Every byte is checked before it is given out, and the object must be what is asked for: these tokens and `axes`,
-        the shape and dtype of `out`, or those of the engine's geometry.
-        """
-        if out is not None:
-            _check_tokens(out, axes, first_token, end_token)
-            if not out.is_contiguous():
-                raise ConfigError("out must be contiguous; give a tensor of its own, or a view that is")
-        return self._load(key, out, self._expected(axes, first_token, end_token, out))
+    def opened(self, value: Found, key: str) -> Container:
+        """The object's container, every byte of it checked; FormatError if it is broken or of another namespace."""
+        container = unpack(value, key, auth=self.auth)
+        if container.metadata.get("namespace") != self.namespace.canonical:
+            raise FormatError("object belongs to another namespace than its key says", reason="wrong_namespace")
+        return container
+
+    def read_whole(self, key: str, kv_bytes: int) -> Buffer | None:
+        """The object in memory of its own, unless it is larger than any object of so many bytes of KV."""
+        size, most = self.store.size_of(key), most_bytes(kv_bytes)
+        if size is None:
+            return None
+        if size > most:
+            raise FormatError(f"object {key!r} has {size} bytes, at most {most} are expected", reason="too_large")
+        memory = aligned(size)
+        try:
+            length = self.store.get_into(key, memory)  # at most `size`, though the value may have changed
+        except ValueTooLongError:
+            raise FormatError(f"object {key!r} grew while it was read", reason="too_large") from None
+        return None if length is None else memory[:length]
 
     def contains_many(self, hashes: Sequence[bytes]) -> list[bool]:
         """Whether each object is here, by hash; a failing tier holds nothing."""
@@ -165,127 +213,12 @@ class ObjectCache:
 
     # ----
 
-    def _expected(
-        self,
-        axes: tuple[str, ...],
-        first_token: int,
-        end_token: int,
-        out: torch.Tensor | None = None,
-        *,
-        like: torch.Tensor | None = None,
-    ) -> Expected:
-        """What an object of these tokens must be: as `out`, as the geometry says, or as `like` but for its tokens."""
-        tokens, num_tokens = (first_token, end_token), end_token - first_token
-        if out is not None:
-            return Expected(axes, tuple(out.shape), name_of(out.dtype), out.numel() * out.element_size(), tokens)
-        shape = [num_tokens if axis == "tokens" else None for axis in axes]
-        dtype, max_bytes = None, num_tokens * MAX_TOKEN_BYTES
-        if like is not None:
-            dtype = name_of(like.dtype)
-            shape = [num_tokens if axis == "tokens" else n for axis, n in zip(axes, like.shape, strict=True)]
-        elif self.geometry is not None and axes == AXES:
-            dtype, shape = self.geometry.dtype, list(self.geometry.shape(num_tokens))
-            max_bytes = num_tokens * self.geometry.bytes_per_token
-        return Expected(axes, tuple(shape), dtype, max_bytes, tokens)
-
-    def _load(self, key: str, out: torch.Tensor | None, expected: Expected) -> torch.Tensor | None:
-        """`load_object` with what is expected. An object is set aside only when it is broken for every reader, and a
-        second read finds it broken too: a tier that answers with another object's bytes holds this one all the same.
-        """
-        start = time.perf_counter()
-        failed: Exception | None = None
-        value: Buffer | list[memoryview] | None = None
-        is_there = True
-        for _ in range(2):
-            try:
-                if failed is not None:
-                    self.store.renew()
-                value = None
-                value = self._read(key, out, expected)
-                if value is None:
-                    is_there = False
-                    break
-                kv = self._decode(value, key, out, expected)
-            except StoreError as error:
-                self._missed(_reason_of_tier(error), key, error)
-                return None
-            except Exception as error:  # also what a serde of another package raises: it must not reach an engine
-                failed = error
-                if _reason_of(error) in ("version", "serde", "table"):
-                    break  # which a second read would not change
-                continue
-            with self._lock:
-                self.counters.hits += 1
-                self.counters.loaded_bytes += packed_bytes(value)
-                self.counters.load_s += time.perf_counter() - start
-            return kv
-        if failed is None:
-            self._missed(self._why_missing(key), key, None)
-            return None
-        reason = _reason_of(failed)
-        self._missed(reason, key, failed)
-        if reason in _OF_ITS_EXPECTATION and out is None:
-            with self._lock:
-                self._misfits[key] = None
-                if len(self._misfits) > MOST_MISFITS:
-                    self._misfits.popitem(last=False)
-        elif is_there and self._is_broken_for_all(reason):
-            self._set_aside(key, reason, value)
-        return None
-
     def _is_broken_for_all(self, reason: str) -> bool:
         """Whether no reader that looks under this key can use the object. What differs between readers and is not in
         the namespace says nothing of the object; of memory given by the caller, the namespace says the shape."""
         if reason == "auth":
             return self.auth is not None and self.namespace.fields.get("auth") == self.auth.id
         return reason not in _OF_THE_READER
-
-    def _read(self, key: str, out: torch.Tensor | None, expected: Expected) -> Buffer | list[memoryview] | None:
-        """The object of KV for `out`: bytes as they are go to where they belong, behind a header of the usual length;
-        others to memory that this thread's next read uses again, as filling fresh memory takes as long as a disk."""
-        if out is None:
-            return self._read_whole(key, expected)
-        in_place = self.serde.name == "naive" and out.device.type == "cpu" and out.is_contiguous()
-        size = PAGE if in_place else out.nbytes + out.nbytes // 64 + HEADROOM_BYTES
-        room = scratch("objects", size)
-        pieces = [room[:PAGE], out.reshape(-1).view(torch.uint8).numpy().data] if in_place else [room]
-        try:
-            length = self.store.get_pieces(key, pieces)
-        except ValueTooLongError:
-            return self._read_whole(key, expected)
-        return None if length is None else cut(pieces, length)
-
-    def _read_whole(self, key: str, expected: Expected) -> Buffer | None:
-        """The object in memory of its own, unless it is larger than any object of what is expected."""
-        size, most = self.store.size_of(key), _most_bytes(expected.max_bytes)
-        if size is None:
-            return None
-        if size > most:
-            raise FormatError(f"object {key!r} has {size} bytes, at most {most} are expected", reason="too_large")
-        memory = aligned(size)
-        try:
-            length = self.store.get_into(key, memory)  # at most `size`, though the value may have changed
-        except ValueTooLongError:
-            raise FormatError(f"object {key!r} grew while it was read", reason="too_large") from None
-        return None if length is None else memory[:length]
-
-    def _decode(
-        self, value: Buffer | Sequence[memoryview], key: str, out: torch.Tensor | None, expected: Expected
-    ) -> torch.Tensor:
-        container = unpack(value, key, auth=self.auth)
-        found = container.metadata
-        if found.get("namespace") != self.namespace.canonical:
-            raise FormatError("object belongs to another namespace than its key says", reason="wrong_namespace")
-        encoded: Encoded = from_parts(container.parts, found, expected)
-        serde = self._serdes.get(encoded.serde)
-        if serde is None:
-            serde = self._serdes[encoded.serde] = serde_to_read(encoded.serde)
-        if serde.name != "naive" and not isinstance(value, bytes | bytearray | memoryview) and len(value) > 1:
-            return self._decode(b"".join(value), key, out, expected)  # its parts lie where the KV is to go
-        kv = serde.decode(encoded, out)
-        if (tuple(kv.shape), name_of(kv.dtype)) != (tuple(encoded.shape), encoded.dtype):  # of another package's serde
-            raise FormatError(f"serde {serde.name!r} decodes to {kv.dtype}{list(kv.shape)}", reason="serde")
-        return kv if out is None or kv is out else out.copy_(kv)  # it may leave `out` as it was
 
     def _contains(self, keys: Sequence[str]) -> list[bool]:
         try:
@@ -354,21 +287,12 @@ def _reason_of_tier(error: Exception) -> str:
     return f"tier_{error.reason if isinstance(error, StoreError) else 'error'}"
 
 
-def _check_tokens(kv: torch.Tensor, axes: tuple[str, ...], first_token: int, end_token: int) -> None:
-    """ConfigError unless `kv` can be the KV of tokens [first_token, end_token)."""
-    if not 0 <= first_token < end_token:
-        raise ConfigError(f"an object must hold tokens from 0 on, got [{first_token}, {end_token})")
-    if len(axes) != kv.dim():
-        raise ConfigError(f"axes must name each of {kv.dim()} dimensions, got {axes}")
-    if "tokens" in axes and (held := kv.shape[axes.index("tokens")]) != end_token - first_token:
-        raise ConfigError(f"kv of tokens [{first_token}, {end_token}) must have as many, got {held}")
-
-
-def _most_bytes(kv_bytes: int) -> int:
+def most_bytes(kv_bytes: int) -> int:
     """The largest object that is stored for so many bytes of KV."""
     return MOST_GROWTH * kv_bytes + HEADROOM_BYTES
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """Torch's name of a dtype without ``torch.``."""
-    return str(dtype).removeprefix("torch.")
+def check_range(first_token: int, end_token: int) -> None:
+    """ConfigError unless tokens [first_token, end_token) can be an object's."""
+    if not 0 <= first_token < end_token:
+        raise ConfigError(f"an object must hold tokens from 0 on, got [{first_token}, {end_token})")

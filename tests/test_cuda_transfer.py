@@ -11,6 +11,7 @@ import torch
 
 from kvlab.errors import ConfigError
 from kvlab.paged import cuda, gather, scatter
+from kvlab.sharedmemory import SharedSlots
 from tests.support.pages import BLOCKS, layout
 
 SLOTS = 9
@@ -100,7 +101,7 @@ class Mover:
 
 
 @contextmanager
-def transfer_on(gpu, pages, piece_blocks):
+def transfer_on(gpu, pages, piece_blocks, *, shared=None, is_pinned=False):
     """A CudaTransfer whose ring buffers hold `piece_blocks` blocks."""
 
     def copy(target, source, num_bytes, stream):
@@ -115,14 +116,14 @@ def transfer_on(gpu, pages, piece_blocks):
         patch.setattr(torch.cuda, "stream", gpu.switched)
         patch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.run())
         patch.setattr(cuda, "triton_driver", SimpleNamespace(active=active))
-        patch.setattr(cuda, "pin", lambda memory: None)
+        patch.setattr(cuda, "pin", lambda memory: (lambda: None) if is_pinned else None)
         patch.setattr(cuda, "PageMover", lambda layout: Mover(gpu, layout))
         patch.setattr(cuda, "copy_to_device", copy)
         patch.setattr(cuda, "copy_to_host", copy)
         patch.setattr(cuda, "TRAIL_LENGTH", 1)
         patch.setattr(cuda, "LAST_BYTES", pages.block_bytes)
         size = 2 * cuda.RING_DEPTH * piece_blocks * pages.block_bytes
-        transfer = cuda.CudaTransfer(pages, SLOTS, staging_bytes=size)
+        transfer = cuda.CudaTransfer(pages, SLOTS, staging_bytes=size, shared=shared)
         try:
             yield transfer
         finally:
@@ -159,12 +160,12 @@ def _play(order, random):
             ids = random.sample(range(BLOCKS), count)
             first = random.randrange(SLOTS - count + 1)
             slots = random.choice([list(range(first, first + count)), random.sample(range(SLOTS), count)])
-            what = random.choice(["load", "load_and_wait", "save", "write", "clear"])
+            what = random.choice(["load", "load aside", "save", "write", "clear", "write to slots"])
             if what == "load":
                 transfer.load(slots, ids)
                 want_pages[ids] = want_arena[slots]
-            elif what == "load_and_wait":
-                transfer.load_and_wait(slots, ids, transfer.fence())
+            elif what == "load aside":
+                transfer.load_aside(slots, ids, transfer.fence()).end.synchronize()
                 want_pages[ids] = want_arena[slots]
                 assert torch.equal(gather(pages, ids, pages.buffer(count)), want_pages[ids])
             elif what == "save":
@@ -173,6 +174,9 @@ def _play(order, random):
             elif what == "clear":
                 transfer.clear(ids)
                 want_pages[ids] = 0
+            elif what == "write to slots":  # by another process
+                if transfer.is_settled(slots):
+                    transfer.arena[slots] = want_arena[slots] = turn
             else:
                 fresh = torch.full((count, *want_pages.shape[1:]), turn, dtype=torch.uint8)
                 transfer.before_writes(ids)
@@ -189,6 +193,33 @@ def _play(order, random):
         assert not any(gpu.streams)
         assert torch.equal(transfer.arena, want_arena)
         assert torch.equal(gather(pages, range(BLOCKS), pages.buffer(BLOCKS)), want_pages)
+
+
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_shared_memory_says_what_has_been_saved(is_pinned):
+    for seed in range(20):
+        random = Random(seed)
+        _, pages = layout("LBHNC")
+        gpu, shared = Gpu(random.choice), SharedSlots(SLOTS, pages.block_bytes)
+
+        def write_value(target, value, stream, gpu=gpu):
+            gpu.give(stream, lambda: ctypes.memmove(target, value.to_bytes(8, "little"), 8))
+
+        with (
+            transfer_on(gpu, pages, 1, shared=shared, is_pinned=is_pinned) as transfer,
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setattr(cuda, "write_value", write_value)
+            want = gather(pages, range(6), pages.buffer(6))
+            for number in (1, 2, 3):
+                first = 2 * number - 2
+                transfer.save([first, first + 1], [first, first + 1])
+                transfer.mark_saved(number)
+            while int(shared.copied[0]) < 3:
+                saved = 2 * int(shared.copied[0])
+                assert torch.equal(transfer.arena[:saved], want[:saved])
+                assert gpu.step()
+            assert torch.equal(transfer.arena[:6], want)
 
 
 @pytest.mark.parametrize("tells", [True, False])

@@ -11,9 +11,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kvlab"
 FLOORS = [
     ["errors", "lazy", "progress", "system", "threads", "units"],
     ["auth", "geometry", "hostmemory", "fingerprint", "installed"],
+    ["sharedmemory"],
     ["chunking", "hashing", "container"],
+    ["stated"],
     ["serde", "stores", "paged"],
     ["objects", "machine", "sizing"],
+    ["object_cache", "page_objects"],
+    ["tierworker"],
     ["engine", "datasets", "simulation"],
     ["connectors", "testing"],
     ["serving"],

@@ -8,11 +8,12 @@ from kvlab.auth import AuthKey
 from kvlab.container import pack
 from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Namespace
-from kvlab.objects import ObjectCache
+from kvlab.object_cache import ObjectCache
 from kvlab.serde import get_serde
 from kvlab.serde.cachegen import CacheGenSerde
 from kvlab.serde.tables import profile
-from kvlab.serde.wire import to_parts, token_range
+from kvlab.serde.wire import to_parts
+from kvlab.stated import token_range
 from kvlab.stores import open_store
 from tests.forged import data_of, forged, header_of
 from tests.serde.kinds import serde_of

@@ -12,9 +12,11 @@ from kvlab.engine import CacheEngine
 from kvlab.errors import ConfigError, FormatError
 from kvlab.geometry import AXES
 from kvlab.hashing import Namespace, cache_namespace
-from kvlab.objects import MAX_TOKEN_BYTES, MOST_GROWTH
+from kvlab.object_cache import MAX_TOKEN_BYTES
+from kvlab.objects import MOST_GROWTH
 from kvlab.serde import Encoded, get_serde, serde_to_read
-from kvlab.serde.wire import Expected, from_parts, to_parts
+from kvlab.serde.wire import from_parts, to_parts
+from kvlab.stated import Expected
 from kvlab.stores import open_store, open_stores
 from kvlab.stores.wrappers import WrapperStore
 from tests.forged import data_of, forged, header_of

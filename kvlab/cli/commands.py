@@ -24,6 +24,9 @@ COMMANDS = {
         "the JSON of vLLM's --kv-transfer-config, checked; also from LMCache's settings",
         "kvlab config 'memory://?size=8GiB' 'file:///data/kv?size=1TiB'",
     ),
+    "serve": Command(
+        "kvlab.cli.serve", "hold a cache for all engines of this host", "kvlab serve --listen /run/kvlab.sock"
+    ),
     "bench": Command(
         "kvlab.cli.bench",
         "serving benchmarks: backends side by side, first and second run",

@@ -11,6 +11,7 @@ from kvlab.chunking import Chunker
 from kvlab.errors import ConfigError
 from kvlab.stores import check_url
 from kvlab.stores.eviction import get_policy
+from kvlab.stores.served import SCHEME as SERVED
 from kvlab.stores.url import StoreURL, shown_url
 from kvlab.units import parse_bytes
 
@@ -81,6 +82,7 @@ class ConnectorConfig:
     secondary_tiers: tuple[str, ...] = field(init=False, default=())
     serde: str = field(init=False, default="naive")
     auth: AuthKey | None = field(init=False, default=None)
+    auth_file: str = field(init=False, default="")
 
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> Self:
@@ -160,6 +162,11 @@ class ConnectorConfig:
                 raise ConfigError(f"{url.shown!r} stands twice among the tiers; name it once")
             lower.append(f"{base}?{urlencode(url.options)}" if url.options else base)
             check_url(lower[-1], also=("auth", "serde"))
+        served = [url for url in lower if url.startswith(f"{SERVED}://")]
+        if served and len(lower) > 1:
+            raise ConfigError(
+                f"{shown_url(served[0])!r} must be the only secondary tier: a cache server brings its own"
+            )
         if len(serdes) > 1:
             raise ConfigError(
                 f"all secondary tiers must use one serde, got {sorted(serdes)}; objects move between them as they are"
@@ -168,7 +175,8 @@ class ConnectorConfig:
             raise ConfigError(
                 "all secondary tiers must use one auth key file, or none; objects move between them as they are"
             )
-        put(self, "auth", auth_key(next(iter(key_files), "") or None))
+        put(self, "auth_file", next(iter(key_files), ""))
+        put(self, "auth", auth_key(self.auth_file or None))
         put(self, "serde", serdes.pop() if serdes else "naive")
         _check_serde(self.serde)
         put(self, "secondary_tiers", tuple(lower))
@@ -181,6 +189,12 @@ class ConnectorConfig:
     def keeps_memory(self) -> bool:
         """True where host memory is a tier of its own and not only a way to the lower ones."""
         return self.memory_bytes > 0
+
+    @property
+    def server_socket(self) -> str:
+        """The socket of the cache server that holds the secondary tiers; empty where this engine opens them."""
+        first = self.secondary_tiers[0] if self.secondary_tiers else ""
+        return StoreURL.parse(first).path if first.startswith(f"{SERVED}://") else ""
 
     @property
     def arena_bytes(self) -> int:

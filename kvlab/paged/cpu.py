@@ -8,7 +8,7 @@ import torch
 
 from kvlab.hostmemory import populate, reserve
 from kvlab.paged.layout import PageLayout, check_block_ids
-from kvlab.paged.slots import fill, gather, view
+from kvlab.sharedmemory import SharedSlots
 
 
 class WallClock:
@@ -35,10 +35,12 @@ class CPUTransfer:
     torch would start a team of OpenMP threads for every thread that copies, and those spin beside the model's own.
     """
 
-    def __init__(self, layout: PageLayout, num_slots: int) -> None:
+    def __init__(self, layout: PageLayout, num_slots: int, *, shared: SharedSlots | None = None) -> None:
         self.layout = layout
         shape = (num_slots, layout.num_layers, layout.page_bytes)
-        self._arena = reserve(num_slots * layout.block_bytes).reshape(shape)
+        self._shared = shared
+        memory = shared.slots if shared is not None else reserve(num_slots * layout.block_bytes)
+        self._arena = memory.reshape(shape)
         self.arena = torch.from_numpy(self._arena)
         # Now, by one thread beside the engine: no request should pay for memory that is touched for the first time.
         Thread(target=populate, args=(self._arena,), kwargs={"threads": 1}, daemon=True, name="kvlab-arena").start()
@@ -71,24 +73,27 @@ class CPUTransfer:
     def fence(self) -> None:
         """Nothing is under way when a call returns."""
 
-    def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int], after: None = None) -> None:
+    def load_aside(self, slots: Sequence[int], block_ids: Sequence[int], after: None = None) -> WallClock:
+        clock = WallClock()
         self.load(slots, block_ids)
+        clock.stop()
+        return clock
+
+    def is_settled(self, slots: Sequence[int]) -> bool:
+        """True: no copy is under way when a call returns."""
+        return True
+
+    def mark_saved(self, number: int) -> None:
+        if self._shared is not None:
+            self._shared.copied[0] = number
 
     def clock(self) -> WallClock:
         """Starts now."""
         return WallClock()
 
-    def view(self, slots: Sequence[int]) -> torch.Tensor | None:
-        """The memory of `slots`, uint8 [blocks, layers, page_bytes]; None where they do not lie in one run."""
-        return view(self.arena, slots)
-
     def slots(self, slots: Sequence[int]) -> torch.Tensor:
-        """The content of `slots`, uint8 [blocks, layers, page_bytes], until this thread's next call."""
-        return gather(self.arena, slots)
-
-    def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None:
-        """Write `buffer`, uint8 [blocks, layers, page_bytes], into slots."""
-        fill(self.arena, slots, buffer)
+        """What `slots` hold, uint8 [blocks, layers, page_bytes]."""
+        return self.arena[list(slots)]
 
     def close(self) -> None:
         """Nothing: the arena is ordinary memory."""

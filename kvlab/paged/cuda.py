@@ -28,10 +28,11 @@ from triton.runtime import driver as triton_driver
 
 from kvlab.errors import ConfigError
 from kvlab.hostmemory import pin, reserve
-from kvlab.paged.driver import copy_to_device, copy_to_host
+from kvlab.paged.driver import copy_to_device, copy_to_host, write_value
 from kvlab.paged.kernels import BLOCKS_PER_LAUNCH, PageMover
 from kvlab.paged.layout import PageLayout, check_block_ids
-from kvlab.paged.slots import fill, gather, runs, view
+from kvlab.paged.slots import runs
+from kvlab.sharedmemory import SharedSlots
 
 DEFAULT_STAGING_BYTES = 128 << 20  # of GPU memory, all ring buffers together
 RING_DEPTH = 4
@@ -73,7 +74,14 @@ class CudaTransfer:
     the other way round, and every write to a page for the save that reads it.
     """
 
-    def __init__(self, layout: PageLayout, num_slots: int, *, staging_bytes: int = DEFAULT_STAGING_BYTES) -> None:
+    def __init__(
+        self,
+        layout: PageLayout,
+        num_slots: int,
+        *,
+        staging_bytes: int = DEFAULT_STAGING_BYTES,
+        shared: SharedSlots | None = None,
+    ) -> None:
         self.layout = layout
         self.device = layout.pages[0].device
         block = layout.block_bytes
@@ -85,8 +93,10 @@ class CudaTransfer:
         if piece_blocks > BLOCKS_PER_LAUNCH:
             piece_blocks -= piece_blocks % BLOCKS_PER_LAUNCH  # no launch for a few blocks
         self._last_blocks = max(min(LAST_BYTES // block, piece_blocks), 1)
-        memory = reserve(num_slots * block)
-        unpin = pin(memory)  # None: pageable memory, which works and is slower
+        self._shared = shared
+        memory = shared.slots.reshape(-1) if shared is not None else reserve(num_slots * block)
+        unpin = pin(shared.bytes if shared is not None else memory)  # None: pageable memory, which works and is slower
+        self._is_pinned = unpin is not None
         self.arena = torch.from_numpy(memory).view(num_slots, layout.num_layers, layout.page_bytes)
         self._mover = PageMover(layout)
         self._arena_address = self.arena.data_ptr()
@@ -182,36 +192,39 @@ class CudaTransfer:
         """The end of what the current stream has been given so far."""
         return _recorded(torch.cuda.current_stream(self.device))
 
-    def load_and_wait(
+    def load_aside(
         self, slots: Sequence[int], block_ids: Sequence[int], after: torch.cuda.Event | None = None
-    ) -> None:
-        """`load` on a stream of its own, for threads: the pages are filled when it returns. Nothing is written to them
-        before `after`: who had the pages last may still be reading them, and a save of them may be under way."""
+    ) -> Timing:
+        """`load` on a stream of its own, beside the engine's work. Nothing is written to the pages before `after`: who
+        had them last may still be reading them, and a save of them may be under way."""
         with torch.cuda.device(self.device), torch.cuda.stream(self._side):
             if after is not None:
                 self._side.wait_event(after)
-            self.load(slots, block_ids)
-            ended = _recorded(self._side, blocking=True)
-        ended.synchronize()
+            return self.load(slots, block_ids)
+
+    def mark_saved(self, number: int) -> None:
+        """Written by the GPU, behind the bytes of the saves so far."""
+        if self._shared is None:
+            return
+        if self._is_pinned:
+            write_value(self._shared.copied.ctypes.data, number, self._out.cuda_stream)
+        else:
+            _recorded(self._out).synchronize()
+            self._shared.copied[0] = number
 
     def clock(self) -> Timing:
         """Starts behind what the current stream has been given so far."""
         return Timing(torch.cuda.current_stream(self.device))
 
-    def view(self, slots: Sequence[int]) -> torch.Tensor | None:
-        """The memory of `slots`, once no copy uses them; None where they do not lie in one run."""
-        self._settle(slots)
-        return view(self.arena, slots)
-
     def slots(self, slots: Sequence[int]) -> torch.Tensor:
-        """The content of `slots` once the copies into them have ended, until this thread's next call."""
-        self._settle(slots)
-        return gather(self.arena, slots)
+        """What `slots` hold once the copies into them have ended, uint8 [blocks, layers, page_bytes]."""
+        for event in self._under_way(slots):
+            event.synchronize()
+        return self.arena[list(slots)]
 
-    def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None:
-        """Write `buffer`, uint8 [blocks, layers, page_bytes], into slots, once no copy uses them."""
-        self._settle(slots)
-        fill(self.arena, slots, buffer)
+    def is_settled(self, slots: Sequence[int]) -> bool:
+        """Whether no copy uses these slots."""
+        return all(event.query() for event in self._under_way(slots))
 
     def close(self) -> None:
         """Wait for copies under way and unpin the arena."""
@@ -228,13 +241,11 @@ class CudaTransfer:
             yield ring.next(), block_ids[at : at + size], slots[at : at + size]
             at += size
 
-    def _settle(self, slots: Sequence[int]) -> None:
-        """Wait until no copy uses these slots."""
+    def _under_way(self, slots: Sequence[int]) -> list[torch.cuda.Event]:
+        """The ends of the copies that use these slots or have used them."""
         with self._lock:
-            under_way = [trail.newest(slots) for trail in (self._loads, self._saves)]
-        for event in under_way:
-            if event is not None:
-                event.synchronize()
+            newest = [trail.newest(slots) for trail in (self._loads, self._saves)]
+        return [event for event in newest if event is not None]
 
 
 def piece_sizes(num_blocks: int, most: int, last: int) -> list[int]:

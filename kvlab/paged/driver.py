@@ -2,7 +2,7 @@
 
 A piece of a transfer is a handful of calls, and the first of them are not hidden behind any copy: through torch
 (slices, `copy_`, a switch of the current stream) they cost more than the driver's own work.
-https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html
+https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html and group__CUDA__MEMOP.html
 """
 
 import ctypes
@@ -38,3 +38,11 @@ def copy_to_device(target: int, source: int, num_bytes: int, stream: int) -> Non
 def copy_to_host(target: int, source: int, num_bytes: int, stream: int) -> None:
     """Device to host on `stream`; returns at once where the host memory is pinned."""
     checked("cuMemcpyDtoHAsync", driver_function("cuMemcpyDtoHAsync_v2", *_COPY)(target, source, num_bytes, stream))
+
+
+def write_value(target: int, value: int, stream: int) -> None:
+    """Write a 64-bit `value` to pinned host memory at `target`, once what `stream` was given before is done and can be
+    seen by every process."""
+    types = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint)
+    write = driver_function("cuStreamWriteValue64_v2", *types)
+    checked("cuStreamWriteValue64", write(stream, target, value, 0))

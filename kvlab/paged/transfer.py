@@ -7,6 +7,7 @@ import torch
 
 from kvlab.paged.cpu import CPUTransfer
 from kvlab.paged.layout import PageLayout
+from kvlab.sharedmemory import SharedSlots
 
 
 class Clock(Protocol):
@@ -35,8 +36,8 @@ class Transfer(Protocol):
     def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Clock | None:
         """Copy slots into pages; the engine's next work sees them."""
 
-    def load_and_wait(self, slots: Sequence[int], block_ids: Sequence[int], after: Any) -> None:
-        """The same behind the fence `after`; done when it returns."""
+    def load_aside(self, slots: Sequence[int], block_ids: Sequence[int], after: Any) -> Clock:
+        """The same behind the fence `after`, and beside the engine's work."""
 
     def fence(self) -> Any:
         """The end of the engine's work so far."""
@@ -50,24 +51,26 @@ class Transfer(Protocol):
     def clock(self) -> Clock:
         """Starts with the engine's next work."""
 
-    def view(self, slots: Sequence[int]) -> torch.Tensor | None:
-        """The memory of `slots`, uint8 [blocks, layers, page_bytes]; None where they do not lie in one run."""
+    def is_settled(self, slots: Sequence[int]) -> bool:
+        """Whether no copy uses these slots, so that another process may write to them."""
+
+    def mark_saved(self, number: int) -> None:
+        """Once all saves so far are in their slots, the counter ``copied`` of shared memory is `number`."""
 
     def slots(self, slots: Sequence[int]) -> torch.Tensor:
-        """The content of `slots`, of the same shape, until this thread's next call."""
-
-    def fill(self, slots: Sequence[int], buffer: torch.Tensor) -> None:
-        """Write `buffer`, of the same shape, into slots."""
+        """What `slots` hold once the copies into them have ended, uint8 [blocks, layers, page_bytes]."""
 
     def close(self) -> None:
         """Give the arena back."""
 
 
-def open_transfer(layout: PageLayout, num_slots: int, *, staging_bytes: int) -> Transfer:
-    """The transfer between these pages and a new arena of `num_slots` slots. `staging_bytes`: GPU memory for its rings,
-    where the pages lie on a GPU."""
+def open_transfer(
+    layout: PageLayout, num_slots: int, *, staging_bytes: int, shared: SharedSlots | None = None
+) -> Transfer:
+    """The transfer between these pages and an arena of `num_slots` slots: `shared`, or new memory. `staging_bytes`: GPU
+    memory for its rings, where the pages lie on a GPU."""
     if layout.pages[0].device.type != "cuda":
-        return CPUTransfer(layout, num_slots)
+        return CPUTransfer(layout, num_slots, shared=shared)
     from kvlab.paged.cuda import CudaTransfer  # loads Triton
 
-    return CudaTransfer(layout, num_slots, staging_bytes=staging_bytes)
+    return CudaTransfer(layout, num_slots, staging_bytes=staging_bytes, shared=shared)

@@ -27,6 +27,7 @@ STORES = {  # scheme -> "module:Class"; imported on use
     "redis-sentinel": "kvlab.stores.redis:RedisStore",
     "redis-cluster": "kvlab.stores.redis:RedisStore",
     "s3": "kvlab.stores.s3:S3Store",
+    "kvlab": "kvlab.stores.served:ServedStore",
 }
 
 

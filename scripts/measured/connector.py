@@ -1,4 +1,4 @@
-"""Pages of the vLLM connector: TTFT of hits, cost of first runs, copies, hooks, stalls."""
+"""Pages of the vLLM connector: TTFT of hits, cost of first runs, copies, hooks."""
 
 from measured.pages import Goal, Page, Row, Table, interval, num, pivot, read
 
@@ -121,8 +121,7 @@ def first_runs() -> Page:
             ),
         ],
         "Ratios are to rounds of the same engine with the hooks out, 95% intervals in brackets; a request every eighth step. The last kind of prompt was stored before, but only the secondary tier still has it, and most of these "
-        "loads are not worth making. The rows with a secondary tier were measured before saves were written back between prefills ([write back](../design/write-back.md)); that change is measured on a stand-in for an engine only "
-        "([stalls](stalls.md)).",
+        "loads are not worth making. The rows with a secondary tier are of stores in threads of the engine's process, before there was a [tier worker](../design/tier-worker.md).",
         ["gpu_steps.csv"],
     )
 
@@ -213,49 +212,4 @@ def hooks() -> Page:
     )
 
 
-def stalls() -> Page:
-    saves, launches, waits = read("save_stalls.csv"), read("launch_stalls.csv"), read("lookup_waits.csv")
-    how = {"not at all": "not at all", "at once": "as soon as its copy ended", "waits": "between prefills"}
-    added = {(row["lower"], row["writes"]): float(row["added_ms"]) for row in launches}
-    names = {"redis": "Redis", "file": "disk"}
-    asked = [row for row in waits if row["skipped"] == "0"]
-    yes = {"0": "no", "1": "yes"}
-    return Page(
-        "stalls",
-        "How long do kvlab's threads hold up a busy engine?",
-        f"Written back between prefills, objects add {max(added['redis', 'waits'], added['file', 'waits']):.2f} ms at most to a prompt in the median; written at once {min(added['redis', 'at once'], added['file', 'at once']):.2f} and more.",
-        [
-            Table(
-                "A prompt whose objects are written back",
-                ["tier", "an object is written", "prompt ms", "added ms", "quartiles"],
-                [
-                    [names[row["lower"]], how[row["writes"]], num(row["prompt_ms"], 1), num(row["added_ms"]), f"{num(row['added_q1_ms'])} to {num(row['added_q3_ms'])}"]
-                    for row in launches
-                ],
-                launches,
-                "A stand-in for an engine: thousands of calls that each release the GIL, as a prefill's launches do.",
-            ),
-            Table(
-                "A busy thread while objects are packed",
-                ["repeat", "objects", "MB each", "stalls for each object", "stalled ms for each", "longest ms"],
-                [
-                    [row["repeat"], row["objects"], num(int(row["object_bytes"]) / 1e6, 1), num(row["stalls_per_object"], 3), num(row["stalled_ms_per_object"], 3), num(row["longest_ms"], 1)]
-                    for row in saves
-                ],
-                saves,
-            ),
-            Table(
-                "Waiting for a tier's answer",
-                ["tier", "saves beside it", "questions", "no answer within 1 ms", "median ms", "p90 ms", "longest ms"],
-                [
-                    [names[row["store"]], yes[row["saving"]], row["questions"], f"{float(row['unanswered']):.1%}", num(row["median_ms"]), num(row["p90_ms"]), num(row["longest_ms"])]
-                    for row in asked
-                ],
-                asked,
-            ),
-        ],
-        files=["launch_stalls.csv", "save_stalls.csv", "lookup_waits.csv"],
-    )  # fmt: skip
-
-
-PAGES = (ttft, first_runs, gpu_transfer, hooks, stalls)
+PAGES = (ttft, first_runs, gpu_transfer, hooks)

@@ -2,8 +2,9 @@
 
 import gc
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ import kvlab
 from kvlab.datasets.demo_model import demo_model
 from tests.connectors.models import TOKEN_BYTES, short_demo
 from tests.support.starts import check_may_start
+from tests.support.tiers import workers_in_threads
 
 BLOCK = 32
 MAX_TOKENS = 8
@@ -58,8 +60,11 @@ def freeze_imports() -> None:
 
 
 @contextmanager
-def engine(tiers: Sequence[str] | None, settings: dict[str, Any] | None = None, **connector: Any) -> Iterator[Any]:
-    """An `LLM` with these tiers (None: no connector), shut down at the end."""
+def engine(
+    tiers: Sequence[str] | None, settings: dict[str, Any] | None = None, *, in_thread: bool = False, **connector: Any
+) -> Iterator[Any]:
+    """An `LLM` with these tiers (None: no connector), shut down at the end. `in_thread`: its tier worker is a thread,
+    see `objects_of`."""
     from vllm import LLM
     from vllm.config import KVTransferConfig
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -75,7 +80,8 @@ def engine(tiers: Sequence[str] | None, settings: dict[str, Any] | None = None, 
     if tiers is not None:
         chosen = {"report": True, "chunk_tokens": 64, **PATIENT, **connector}
         arguments["kv_transfer_config"] = KVTransferConfig(**kvlab.vllm_config(tiers, **chosen))
-    llm = LLM(model, **arguments)
+    with workers_in_threads() if in_thread else nullcontext():
+        llm = LLM(model, **arguments)
     try:
         yield llm
     finally:
@@ -125,6 +131,11 @@ def worker(llm: Any) -> Any:
     return get_kv_transfer_group().worker
 
 
+def objects_of(llm: Any) -> Any:
+    """The `PageObjects` of a tier worker that is a thread; its `store` may be replaced."""
+    return worker(llm).tiers._worker.server.objects
+
+
 def generate(llm: Any, prompts: Sequence[Sequence[int]], *, salt: str | None = None, **params: Any) -> list[Answer]:
     from vllm import SamplingParams
 
@@ -152,7 +163,12 @@ def prompt(length: int, *, ending: int | None = None) -> list[int]:
 
 def drain(llm: Any) -> None:
     """Wait until what was saved is in the tier, and let the scheduler hear of it."""
-    worker(llm).write_back.flush()
+    tiers, deadline = worker(llm).tiers, time.monotonic() + 120
+    while tiers is not None and tiers.has_waiting:
+        assert time.monotonic() < deadline
+        tiers.wait(0.05)
+        tiers.poll()
+    worker(llm).poll()
     report = worker(llm).take_report()
     if report is not None:
         connector(llm).scheduler.absorb(report)

@@ -22,7 +22,7 @@ import torch
 
 from kvlab.stores.wrappers import FaultStore
 from tests.connectors.damage import overwritten
-from tests.connectors.engine import connector, drain, engine, worker
+from tests.connectors.engine import connector, drain, engine, objects_of, worker
 
 VOCABULARY, BLOCK = 4096, 32
 POLICIES = ["lru", "s3fifo", "arc", "fifo", "lfu", "mru"]
@@ -164,11 +164,13 @@ class Stress:
             "truncate": rng.choice([0, 0.05]), "lose": rng.choice([0, 0.1]), "slow_s": rng.choice([0, 0.02, 0.3]),
         }  # fmt: skip
         about = {"round": number, "tiers": tiers, "faults": faults, **connector_settings, **settings}
-        with engine(tiers, settings, **connector_settings) as llm:
-            if has_secondary:
-                tier, scheduler = worker(llm).engine, connector(llm).scheduler
+        in_thread = has_secondary and rng.random() < 0.6  # else a process that is killed now and then
+        about["tier worker"] = "thread" if in_thread else "process"
+        with engine(tiers, settings, in_thread=in_thread, **connector_settings) as llm:
+            if in_thread:
+                tier = objects_of(llm)
                 tier.store = UnevenFaults(tier.store, rng, seed=rng.randrange(1 << 30), **faults)
-                scheduler._lookup._store = UnevenFaults(scheduler.secondary, rng, seed=rng.randrange(1 << 30), **faults)
+            self.kills = 0.01 if has_secondary and not in_thread else 0.0
             # Pages that vLLM's own prefix cache still names may not be overwritten.
             pages = nullcontext() if settings["enable_prefix_caching"] or rng.random() < 0.4 else overwritten(llm)
             with pages:
@@ -207,6 +209,9 @@ class Stress:
                     vllm.abort_request([request_id])
                     self.totals["aborted"] += 1
             patience = {request_id: steps - 1 for request_id, steps in patience.items() if steps}
+            if rng.random() < self.kills:
+                worker(llm).tiers._worker.kill()
+                self.totals["kills"] += 1
             if rng.random() < 0.004:
                 llm.reset_prefix_cache(reset_connector=rng.random() < 0.5)
             for output in vllm.step():

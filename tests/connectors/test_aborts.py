@@ -3,17 +3,17 @@
 from vllm import SamplingParams
 
 from kvlab.stores.wrappers import LatencyStore
-from tests.connectors.engine import connector, core, drain, engine, generate, prompt, worker
+from tests.connectors.engine import connector, core, drain, engine, generate, objects_of, prompt
 
 
 def test_an_abort_during_a_load_leaves_nothing_behind(tmp_path, expected):
     p, other = prompt(300), prompt(300, ending=0)
-    with engine([f"file://{tmp_path}?size=1GiB"]) as llm:
+    with engine([f"file://{tmp_path}?size=1GiB"], in_thread=True) as llm:
         generate(llm, [p])
         drain(llm)
         scheduler, pool = connector(llm).scheduler, core(llm).kv_cache_manager.block_pool
         free = pool.get_num_free_blocks()
-        secondary = worker(llm).engine
+        secondary = objects_of(llm)
         fast, secondary.store = secondary.store, LatencyStore(secondary.store, latency_s=0.3)
         sampling = SamplingParams(temperature=0, max_tokens=4)
         llm.llm_engine.add_request("gone", {"prompt_token_ids": p}, sampling)

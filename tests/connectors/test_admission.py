@@ -6,7 +6,7 @@ import pytest
 
 from kvlab.connectors.vllm.scheduler.admission import FORGET_S, LoadAdmission, SaveAdmission
 from kvlab.stores.wrappers import LatencyStore
-from tests.connectors.engine import connector, drain, engine, generate, prompt, worker
+from tests.connectors.engine import connector, drain, engine, generate, objects_of, prompt
 
 
 @pytest.fixture
@@ -164,12 +164,12 @@ def on_a_clock(rule: LoadAdmission, monkeypatch, *, step_s: float, token_s: floa
 @pytest.mark.parametrize(("admission", "hits"), [(True, [299, 0, 0]), (False, [299, 299, 299])])
 def test_a_tier_slower_than_computing(tmp_path, expected, monkeypatch, admission, hits):
     p = prompt(300)
-    with engine([f"file://{tmp_path}?size=1GiB"], admission=admission) as llm:
+    with engine([f"file://{tmp_path}?size=1GiB"], in_thread=True, admission=admission) as llm:
         scheduler = connector(llm).scheduler
         on_a_clock(scheduler.admission, monkeypatch, step_s=0.01, token_s=0.001)
         generate(llm, [p])
         drain(llm)
-        secondary = worker(llm).engine
+        secondary = objects_of(llm)
         secondary.store = LatencyStore(secondary.store, latency_s=1.0)  # slower than 300 tokens in 0.3 s
         saved = scheduler.counters["saved_tokens"]
         answers = [generate(llm, [p])[0] for _ in hits]

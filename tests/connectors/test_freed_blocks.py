@@ -39,8 +39,7 @@ class LateSaves:
         self.waiting, self.at_last, self.too_late = [], 0, 0
         monkeypatch.setattr(transfer, "save", self.later)
         monkeypatch.setattr(transfer, "before_writes", self.before_writes)
-        for name in ("view", "slots", "fill"):
-            monkeypatch.setattr(transfer, name, self.first(getattr(transfer, name)))
+        monkeypatch.setattr(transfer, "slots", self.first(transfer.slots))
         monkeypatch.setattr(transfer, "load", self.first(transfer.load, loads=True))
 
     def before_writes(self, block_ids):

@@ -1,5 +1,6 @@
 """Questions to secondary tiers: who waits for the answer, and what is learned from one that nobody waited for."""
 
+import time
 from collections import Counter
 
 import pytest
@@ -15,13 +16,15 @@ from kvlab.connectors.vllm.scheduler.residency import KEPT_KEYS, LatestKeys, Res
 from kvlab.connectors.vllm.scheduler.saves import Write
 from kvlab.connectors.vllm.scheduler.scheduler import Scheduler
 from kvlab.connectors.vllm.scheduler.slots import SlotIndex
-from kvlab.errors import StoreError
 from kvlab.hashing import Namespace
 from kvlab.stores.memory import MemoryStore
+from kvlab.tierworker.client import TierClient
+from kvlab.tierworker.messages import Opening
 from tests.support.gate import Gate
+from tests.support.tiers import workers_in_threads
 
 NAMESPACE = Namespace("model")
-CHUNKS = [bytes([at]) * 32 for at in range(16)]  # hashes of one chunk of 16 blocks
+CHUNKS = [bytes([at]) * 16 for at in range(16)]  # hashes of one chunk of 16 blocks
 
 
 @pytest.fixture
@@ -29,14 +32,17 @@ def asked():
     gate, admission = Gate(MemoryStore(1 << 20)), LoadAdmission()
     residency = Residency(SlotIndex(8), keeps_memory=True)
     gate.inner.put(NAMESPACE.key(CHUNKS[-1]), b"kv")
-    lookup = Lookup(gate, Chunker(), [NAMESPACE], 60.0, admission, residency, Counter())
+    with workers_in_threads(gate):
+        tiers = TierClient(Opening([], "naive", None, [{"model": "model", "fields": {}}]))
+    lookup = Lookup(tiers, Chunker(), 60.0, admission, residency, Counter())
 
     def ask(state: RequestState, num_tokens: int = 256):
+        state.tiers = tiers
         return lookup.ask(state, None, num_tokens)
 
     yield gate, admission, residency, ask
     gate.is_open.set()
-    lookup.close()
+    tiers.close()
 
 
 def state() -> RequestState:
@@ -44,7 +50,10 @@ def state() -> RequestState:
 
 
 def finish(one: RequestState) -> None:
-    one.lookup.result(timeout=20)
+    deadline = time.monotonic() + 20
+    while not one.lookup.is_answered:
+        assert time.monotonic() < deadline
+        one.tiers.wait(0.01)
 
 
 def knows(admission: LoadAdmission, *, prefill_s: float, held: bool) -> None:
@@ -78,7 +87,7 @@ def test_what_a_store_raises_reaches_no_scheduler(asked, monkeypatch):
     monkeypatch.setattr(gate, "contains_many", panic)
     one = state()
     while (known := ask(one)) is None:
-        assert isinstance(one.lookup.exception(timeout=20), StoreError)
+        finish(one)
     assert known == {}
 
 
@@ -127,7 +136,7 @@ def test_as_long_as_nothing_is_known_a_request_waits(asked):
 def test_who_would_win_little_does_not_wait_and_all_the_same_the_answer_counts(asked):
     gate, admission, residency, ask = asked
     knows(admission, prefill_s=0.016, held=False)
-    one, long, other = state(), state(), state()
+    one, long = state(), state()
     assert ask(one) == {}, "one in 66 of 8 ms, against a step of 8 ms"
     assert one.skip is SkipReason.NOT_WORTH_WAITING
     assert ask(long, 100_000) is None, "one in 66 of 3 s"
@@ -135,7 +144,6 @@ def test_who_would_win_little_does_not_wait_and_all_the_same_the_answer_counts(a
     gate.is_open.set()
     finish(one)
     finish(long)
-    ask(other)
     assert residency.is_written(CHUNKS[-1]), "what is there is not saved again"
     assert not residency.is_written(CHUNKS[0])
     assert sum(admission._answers) == 2
@@ -191,10 +199,13 @@ def test_where_an_object_is(keeps_memory):
 
 
 def test_what_one_rank_could_not_hand_on_is_not_held_below():
-    ranks = [Namespace("model", {"rank": rank}) for rank in range(2)]
+    with workers_in_threads(MemoryStore(1 << 20)):
+        tiers = TierClient(
+            Opening([], "naive", None, [{"model": "model", "fields": {"rank": rank}} for rank in range(2)])
+        )
     scheduler = Scheduler(
         ConnectorConfig(tiers=("memory://?size=1MiB", "redis://none")), Chunker(), KVGroups((None,), 16), SlotIndex(8),
-        MemoryStore(1 << 20), ranks, lambda loads: set(), at_once=False,
+        tiers, 2, lambda loads: set(), at_once=False,
     )  # fmt: skip
     for first_refuses in (True, False, True):
         entry = scheduler.index.reserve(CHUNKS[0], 1)
@@ -210,4 +221,4 @@ def test_what_one_rank_could_not_hand_on_is_not_held_below():
         assert scheduler.residency.is_written(CHUNKS[0]) is not first_refuses
         scheduler.residency.learn(CHUNKS[:1], {})
         scheduler.index.drop(entry)
-    scheduler.close()
+    tiers.close()

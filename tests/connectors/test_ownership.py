@@ -2,10 +2,11 @@
 
 import threading
 
+from kvlab.connectors.vllm.namespace import rank_namespace
 from kvlab.hashing import block_hashes
 from kvlab.stores.wrappers import WrapperStore
 from tests.connectors.damage import flip_a_bit, objects
-from tests.connectors.engine import BLOCK, connector, drain, engine, generate, prompt, text_ids, worker
+from tests.connectors.engine import BLOCK, connector, drain, engine, generate, objects_of, prompt, text_ids, worker
 from tests.connectors.models import TOKEN_BYTES
 
 CHUNK = 2 * BLOCK
@@ -32,11 +33,11 @@ def test_a_broken_object_that_others_still_need_keeps_its_slots(tmp_path):
     with engine(["memory://?size=256MiB", disk], **options) as llm:
         want = generate(llm, [long])[0].tokens
         drain(llm)
-        second = connector(llm).scheduler.namespaces[0].key(block_hashes(long, BLOCK)[3])
+        second = rank_namespace(connector(llm).namespace, 0).key(block_hashes(long, BLOCK)[3])
     (rotten,) = [path for path in objects(tmp_path) if second.rpartition(":")[2] in path.name]
     flip_a_bit(rotten, [])
-    with engine([f"memory://?size={12 * SLOT_BYTES}", disk], **options) as llm:
-        scheduler, tier = connector(llm).scheduler, worker(llm).engine
+    with engine([f"memory://?size={12 * SLOT_BYTES}", disk], in_thread=True, **options) as llm:
+        scheduler, tier = connector(llm).scheduler, objects_of(llm)
         tier.store = gate = Gate(tier.store)
         generate(llm, [others[0]], max_tokens=1)  # its write is the one that waits at the gate
         generate(llm, [short], max_tokens=1)  # finds the second object broken, computes it, saves it

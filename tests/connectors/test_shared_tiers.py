@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvlab.machine.redis_server import RedisServer
-from tests.connectors.engine import connector, drain, empty_memory, engine, generate, prompt, worker
+from tests.connectors.engine import connector, drain, empty_memory, engine, generate, prompt
 from tests.connectors.models import TOKEN_BYTES
 
 OTHER = """
@@ -102,7 +102,6 @@ def test_metrics_and_hit_sources(tmp_path, expected):
         assert told["vllm:kvlab_misses_total"] == 1
         stats = type(ours).build_kv_connector_stats(dict(ours.scheduler.counters))
         assert stats.reduce()["load_gb_per_s"] > 0
-        assert worker(llm).engine.stats()["hits"] >= 1
 
 
 def test_a_serde_that_needs_k_and_v_is_refused_at_start(tmp_path):

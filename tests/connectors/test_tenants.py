@@ -8,7 +8,7 @@ import torch
 from kvlab.stores.memory import MemoryStore
 from kvlab.stores.wrappers import WrapperStore
 from tests.connectors.damage import GARBAGE, overwritten
-from tests.connectors.engine import BLOCK, connector, drain, engine, generate, prompt, text_ids, worker
+from tests.connectors.engine import BLOCK, connector, drain, engine, generate, objects_of, prompt, text_ids, worker
 from tests.connectors.models import TOKEN_BYTES, gemma
 
 MARKER = bytes([GARBAGE]) * 16  # what `overwritten` leaves in pages that were freed, four floats of it
@@ -45,9 +45,9 @@ def test_nothing_that_others_left_in_a_page_is_stored(kind, prefix_caching, tmp_
         layers = ["sliding_attention"] * 5 + ["full_attention"] * 2
         settings = {**gemma(tmp_path, layers), "kv_cache_memory_bytes": 4 << 20, "max_model_len": 256}
     settings |= {"enable_prefix_caching": prefix_caching, "max_num_batched_tokens": 64, "enable_chunked_prefill": True}
-    with engine(["memory://?size=64MiB", f"file://{tmp_path}/kv?size=1GiB"], settings) as llm:
+    with engine(["memory://?size=64MiB", f"file://{tmp_path}/kv?size=1GiB"], settings, in_thread=True) as llm:
         ours, pages = worker(llm), worker(llm).transfer.layout.pages
-        ours.engine.store = seen = Seen(MemoryStore(1 << 30))
+        objects_of(llm).store = seen = Seen(MemoryStore(1 << 30))
         for layer in pages:
             layer.fill_(GARBAGE)
         with overwritten(llm) as freed:

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from kvlab.connectors.vllm.namespace import rank_namespace
+from kvlab.stores import open_store
 from tests.connectors.engine import BLOCK, connector, empty_memory, engine, generate, prompt
 
 NUM_TOKENS = 300
@@ -40,7 +42,7 @@ def test_two_ranks_answer_from_every_tier(model, tmp_path, monkeypatch):
     tiers = ["memory://?size=64MiB", f"file://{tmp_path}/tier?size=1GiB"]
     with engine(tiers, settings) as llm:
         scheduler = connector(llm).scheduler
-        assert len(scheduler.namespaces) == 2
+        assert len(scheduler.tiers.opening.namespaces) == 2
 
         def ask(length: int = NUM_TOKENS):
             return generate(llm, [p[:length]], detokenize=False)[0]
@@ -65,10 +67,11 @@ def test_two_ranks_answer_from_every_tier(model, tmp_path, monkeypatch):
         settle()
         empty_memory(llm)
         # What one rank lost, no rank may promise: everything of the second one's.
-        lost = [key for key in list(scheduler.secondary.keys()) if key.split(":")[2] == scheduler.namespaces[1].id]
-        assert len(lost) == 6
-        for key in lost:
-            assert scheduler.secondary.delete(key)
+        of_second = rank_namespace(connector(llm).namespace, 1).id
+        with open_store(tiers[1]) as disk:
+            lost = [key for key in list(disk.keys()) if key.split(":")[2] == of_second]
+            assert len(lost) == 6
+            assert all(disk.delete(key) for key in lost)
         alone = ask()
         assert alone.hit == 0
         assert first.tokens == memory.tokens == secondary.tokens == alone.tokens

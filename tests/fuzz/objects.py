@@ -26,7 +26,8 @@ from kvlab.container import ITEM_BYTES, unpack
 from kvlab.engine import CacheEngine
 from kvlab.errors import FormatError
 from kvlab.geometry import AXES
-from kvlab.serde.wire import Expected, from_parts
+from kvlab.serde.wire import from_parts
+from kvlab.stated import Expected
 from kvlab.stores import open_store
 from kvlab.testing.serde import PAGES, kv_like
 from tests.forged import SEAL, data_of, forged, forged_text, header_of

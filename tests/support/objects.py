@@ -7,7 +7,8 @@ from kvlab.container import pack
 from kvlab.engine import CacheEngine
 from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Namespace
-from kvlab.serde.wire import to_parts, token_range
+from kvlab.serde.wire import to_parts
+from kvlab.stated import token_range
 
 GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=3, head_dim=8, dtype="float32")
 CHUNKER = Chunker(chunk_tokens=32, block_tokens=8)

@@ -11,7 +11,7 @@ be served are refused at start.
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
@@ -27,12 +27,13 @@ from kvlab.connectors.vllm.namespace import engine_namespace, rank_namespace
 from kvlab.connectors.vllm.scheduler.scheduler import Scheduler
 from kvlab.connectors.vllm.scheduler.slots import SlotIndex
 from kvlab.connectors.vllm.worker.worker import Worker
-from kvlab.engine import CacheEngine
 from kvlab.errors import ConfigError
-from kvlab.hashing import cache_namespace
+from kvlab.hashing import Namespace, cache_namespace
 from kvlab.paged import open_transfer, page_layout
-from kvlab.stores import open_stores
+from kvlab.sharedmemory import SharedSlots
 from kvlab.stores.url import shown_url
+from kvlab.tierworker.client import TierClient
+from kvlab.tierworker.messages import Memory, Opening
 from kvlab.units import format_bytes
 
 __all__ = ["KVLabConnector"]
@@ -107,11 +108,14 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self._match = (0, False)  # tokens that the engine had computed, and whether the load is async
         self.scheduler: Scheduler | None = None
         self.worker: Worker | None = None
-        # Here, as vLLM keeps a connector whose later hook raises, and gives it to the next engine in this process.
-        self._secondary = open_stores(self.config.secondary_tiers) if self.config.secondary_tiers else None
+        self.tiers: TierClient | None = None
+        self._owns_tiers = False
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        if outlives:
+            # Here, as vLLM keeps a connector whose later hook raises, and gives it to the next engine in this process.
+            of_rank = [vllm_config.parallel_config.rank] if role == KVConnectorRole.WORKER else range(ranks)
+            self._open_tiers([rank_namespace(self.namespace, rank) for rank in of_rank])
         if role == KVConnectorRole.SCHEDULER:
-            ranks = vllm_config.parallel_config.tensor_parallel_size
-            namespaces = [rank_namespace(self.namespace, rank) for rank in range(ranks)]
             index = SlotIndex(
                 self.num_slots,
                 policy=self.config.policy,
@@ -124,8 +128,8 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 self.chunker,
                 self.groups,
                 index,
-                self._secondary,
-                namespaces,
+                self.tiers,
+                ranks,
                 self._load_now,
                 at_once=ranks == 1 and alone and not self._writes_early and not self.groups.fail_whole,
                 unfilled_groups=compat.unfilled_groups(kv_cache_config),
@@ -133,6 +137,23 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 in_company=has_kv_transfer_group() and not alone,
                 slot_bytes=slot_bytes * ranks,
             )
+
+    def _open_tiers(self, namespaces: Sequence[Namespace]) -> None:
+        """Start the process of the secondary tiers, or use the one of the worker side, where this lives in the same
+        process."""
+        path = self.config.server_socket
+        opening = Opening(
+            [] if path else list(self.config.secondary_tiers),
+            self.config.serde,
+            self.config.auth_file or None,
+            [{"model": namespace.model, "fields": dict(namespace.fields)} for namespace in namespaces],
+        )
+        group = get_kv_transfer_group() if has_kv_transfer_group() else None
+        beside = group.tiers if isinstance(group, KVLabConnector) else None
+        if beside is not None and beside.opening == opening:
+            self.tiers = beside
+        else:
+            self.tiers, self._owns_tiers = TierClient(opening, path=path), True
 
     def _hook_failed(self, name: str) -> None:
         """Call it from an exception handler: counts the error, and logs it with its traceback the first time."""
@@ -157,29 +178,23 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 f"a block holds {layout.block_bytes} bytes in the engine's memory, more than its specs say; "
                 "run this model without the connector"
             )
-        engine = None
-        if self._secondary is not None:
-            namespace = rank_namespace(self.namespace, self._vllm_config.parallel_config.rank)
-            engine = CacheEngine(
-                self._secondary,
-                namespace=namespace,
-                chunker=self.chunker,
-                serde=self.config.serde,
-                auth=self.config.auth,
-            )
-        transfer = open_transfer(layout, self.num_slots, staging_bytes=self.config.gpu_staging)
+        shared = None
+        if self.tiers is not None:
+            shared = SharedSlots(self.num_slots, layout.block_bytes)
+            self.tiers.share(Memory(self.num_slots, layout.num_layers, layout.page_bytes), shared)
+        transfer = open_transfer(layout, self.num_slots, staging_bytes=self.config.gpu_staging, shared=shared)
         self.worker = Worker(
             transfer,
             self.num_slots,
-            engine,
+            self.tiers,
+            shared,
             writes_early=self._writes_early,
             load_timeout_s=self.config.load_timeout_ms / 1e3,
         )
         self._log_start(layout.block_bytes)
 
     def _log_start(self, block_bytes: int) -> None:
-        """What is in use, in one line; the worker adds what the secondary tiers hold, once they have said so."""
-        assert self.worker is not None
+        """What is in use, in one line; the tier worker adds what the secondary tiers hold."""
         memory = "memory tier" if self.config.keeps_memory else "staging"
         logger.info(
             "kvlab: %s of %s (%d blocks of %s a rank), secondary tiers %s, objects of %d tokens, namespace %s",
@@ -191,7 +206,6 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             self.chunker.chunk_tokens,
             rank_namespace(self.namespace, self._vllm_config.parallel_config.rank).id,
         )
-        self.worker.log_tiers()
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -343,5 +357,5 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     def shutdown(self) -> None:
         if self.worker is not None:
             self.worker.close()
-        if self.scheduler is not None:
-            self.scheduler.close()
+        elif self.tiers is not None and self._owns_tiers:
+            self.tiers.close()

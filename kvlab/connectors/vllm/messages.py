@@ -147,6 +147,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     forwards: list[tuple[int, float]] = field(default_factory=list)  # prefill tokens and seconds of forward passes
     tiers: dict[str, TierRow] = field(default_factory=dict)  # secondary tiers by name, now and then
     adapters: dict[int, LoadedAdapter] = field(default_factory=dict)  # LoRA adapters loaded since the last report
+    events: Counter[str] = field(default_factory=Counter)  # of tier workers
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         if isinstance(other, WorkerReport):
@@ -158,6 +159,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.rows += other.rows
             self.overdue += other.overdue
             self.forwards += other.forwards
+            self.events.update(other.events)
             for name, row in other.tiers.items():
                 self.tiers[name] = row.joined(self.tiers[name]) if name in self.tiers else row
             for adapter_id, loaded in other.adapters.items():

@@ -22,6 +22,9 @@ DOCUMENTATION = {
     "errors": "Errors of kvlab's own that cost a save.",
     "load_rollbacks": "Requests whose pages a load within a step could not fill; they are computed instead.",
     "pins_refused": "Objects not pinned because half of the memory tier is pinned.",
+    "writes_dropped": "Objects not written to the secondary tiers because their process had too much to do.",
+    "tier_worker_deaths": "Times the process of the secondary tiers was lost: it ended, or hung and was killed.",
+    "tier_worker_restarts": "Times it was started again.",
     "saves_over_quota": "Objects not kept in memory because their cache_salt has its share of the memory tier.",
 }
 LOADED_BYTES = "Bytes of KV loaded into pages, by the tier they came from."

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvlab.hostmemory import PAGE, aligned
-from kvlab.stores.base import Buffer, Store, StoreCounters, Value, buffers, check_fits, fits_key
+from kvlab.stores.base import Buffer, Store, StoreCounters, Value, buffers, check_fits, cut, fits_key
 from kvlab.stores.eviction import EvictionPolicy, get_policy, policy_name
 from kvlab.stores.forks import ForkAware
 from kvlab.stores.memory.arena import Arena, Region, cuda_is_in_use
@@ -128,11 +128,15 @@ class MemoryStore(Store, ForkAware):
                     self._lock.notify_all()
 
     def get(self, key: str) -> Buffer | None:
-        return self._read(key, None)
+        got = self._read(key, None)
+        return None if got is None else got[0]
 
     def get_into(self, key: str, out: memoryview) -> int | None:
-        got = self._read(key, out.cast("B"))
-        return None if got is None else got.nbytes
+        return self.get_pieces(key, [out])
+
+    def get_pieces(self, key: str, out: Sequence[memoryview]) -> int | None:
+        got = self._read(key, [piece.cast("B") for piece in out])
+        return None if got is None else sum(piece.nbytes for piece in got)
 
     def get_head(self, key: str, num_bytes: int) -> Buffer | None:
         with self.lease(key) as held:
@@ -190,21 +194,24 @@ class MemoryStore(Store, ForkAware):
     def after_fork_in_child(self) -> None:
         self._lock = threading.Condition()
 
-    def _read(self, key: str, out: memoryview | None) -> memoryview | None:
+    def _read(self, key: str, out: Sequence[memoryview] | None) -> list[memoryview] | None:
         start = time.perf_counter()
         with self.lease(key) as held:
             if held is None:
                 return None
             size = held.nbytes
             if out is not None:
-                check_fits(key, size, [out])
-            into = (aligned(size) if out is None else out)[:size]
-            np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(held, np.uint8))
+                check_fits(key, size, out)
+            pieces, at = cut([aligned(size)] if out is None else out, size), 0
+            for piece in pieces:  # numpy lets other threads run meanwhile
+                if piece.nbytes:
+                    np.copyto(np.frombuffer(piece, np.uint8), np.frombuffer(held[at : at + piece.nbytes], np.uint8))
+                    at += piece.nbytes
         with self._lock:
             self.counters.hits += 1
             self.counters.get_bytes += size
             self.counters.get_s += time.perf_counter() - start
-        return into
+        return pieces
 
     def _make_room(self, size: int, key: str) -> Region | None:
         """A region for `size` bytes. Values leave by policy until there is one; waits for leases if it must."""

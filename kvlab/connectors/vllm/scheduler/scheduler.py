@@ -34,9 +34,7 @@ from kvlab.connectors.vllm.scheduler.residency import Residency, Where
 from kvlab.connectors.vllm.scheduler.rollback import StepRollback
 from kvlab.connectors.vllm.scheduler.saves import SavePlanner, allocated_blocks, empty_blocks
 from kvlab.connectors.vllm.scheduler.slots import Entry, SlotIndex
-from kvlab.hashing import Namespace, versioned
-from kvlab.stores import Store
-from kvlab.stores.closing import close_store
+from kvlab.tierworker.client import TierClient
 
 logger = logging.getLogger("vllm.kvlab")
 IDLE_WAIT_S = 0.0005
@@ -44,10 +42,10 @@ MOST_DECODED = 8  # tokens of a request in a step; more are a prompt's, fewer ma
 
 
 class Scheduler:
-    """One per engine. `secondary` may be None; `namespaces` holds one namespace per worker rank. `load_now` carries out
-    loads at once and answers the pages it could not fill; without `at_once` all loads run between steps. Pages of
-    `unfilled_groups` have bytes that no token writes. `role` is vLLM's ``kv_role``: a consumer stores nothing, a
-    producer loads nothing. `in_company`: other connectors may have filled pages that the prefix cache finds.
+    """One per engine, of `num_ranks` workers. `tiers` leads to the secondary tiers, if there are any. `load_now`
+    carries out loads at once and answers the pages it could not fill; without `at_once` all loads run between steps.
+    Pages of `unfilled_groups` have bytes that no token writes. `role` is vLLM's ``kv_role``: a consumer stores nothing,
+    a producer loads nothing. `in_company`: other connectors may have filled pages that the prefix cache finds.
     `slot_bytes`: of all ranks."""
 
     def __init__(
@@ -56,8 +54,8 @@ class Scheduler:
         chunker: Chunker,
         groups: KVGroups,
         index: SlotIndex,
-        secondary: Store | None,
-        namespaces: Sequence[Namespace],
+        tiers: TierClient | None,
+        num_ranks: int,
         load_now: Callable[[list[RequestLoad]], set[int]],
         *,
         at_once: bool,
@@ -70,9 +68,8 @@ class Scheduler:
         self.chunker = chunker
         self.groups = groups
         self.index = index
-        self.secondary = secondary
-        self.namespaces = namespaces
-        self._base_namespaces = namespaces
+        self.tiers = tiers
+        self._num_ranks = num_ranks
         self._may_load, self._may_save = role != "kv_producer", role != "kv_consumer"
         self._unfilled_groups = unfilled_groups
         self.enabled = config.enabled
@@ -95,14 +92,13 @@ class Scheduler:
             groups,
             self.residency,
             self.counters,
-            has_secondary=secondary is not None,
-            ranks=len(namespaces),
+            has_secondary=tiers is not None,
+            ranks=num_ranks,
             in_company=in_company,
         )
         self._lookup = Lookup(
-            secondary,
+            tiers,
             chunker,
-            namespaces,
             config.lookup_timeout_ms / 1e3,
             self.admission,
             self.residency,
@@ -140,7 +136,7 @@ class Scheduler:
         if usable <= num_computed_tokens:
             return 0, False
         plan = find_hit(state, self.chunker, self.residency, {})
-        if self.secondary is not None and end_block(plan) < usable // block:
+        if self.tiers is not None and end_block(plan) < usable // block:
             wanted = usable - num_computed_tokens
             if not plan and not self.admission.is_worth({"secondary": wanted}):  # the question would cost a step
                 state.skip = SkipReason.NOT_WORTH_ASKING
@@ -240,7 +236,7 @@ class Scheduler:
             return ""
         if key in self.index.evicted:
             return "evicted"
-        return state.missing.get(key, "never_stored" if self.secondary is None else "not_asked")
+        return state.missing.get(key, "never_stored" if self.tiers is None else "not_asked")
 
     # ---- each step
 
@@ -275,7 +271,7 @@ class Scheduler:
 
     def absorb(self, report: WorkerReport) -> None:
         """Take in what the workers finished."""
-        ranks = len(self.namespaces)
+        ranks = self._num_ranks
         ADAPTERS.learn(report.adapters)
         for key in report.absent:
             self.residency.corrupt(key)
@@ -312,6 +308,8 @@ class Scheduler:
             if (state := self._states.get(request_id)) is not None:
                 state.given_up = True
         self.counters.see_tiers(report.tiers)
+        for name, count in report.events.items():
+            self.counters[name] += count
         for prefill_tokens, seconds in report.forwards:
             self.admission.forward(prefill_tokens, seconds)
 
@@ -357,20 +355,14 @@ class Scheduler:
         False if a request has loaded KV, or waits for it, and has not begun to compute: it will use what was stored
         before."""
         version = secrets.token_hex(8)
-        self.namespaces = [versioned(namespace, version) for namespace in self._base_namespaces]
         self.pins.clear()
         self.residency.clear()
-        self._lookup.restart(self.namespaces)
+        self._lookup.restart(version)
         self.loads.version = version
         self.saves.restart(version)
         for state in self._states.values():
             state.given_up = True
         return not self.unbegun
-
-    def close(self) -> None:
-        self._lookup.close()
-        if self.secondary is not None:
-            close_store(self.secondary)
 
     def _media_of(self, request: Any) -> list[str]:
         """Names of the request's multimodal inputs; [] if one has none."""

@@ -1,30 +1,79 @@
-"""A load between steps that has not ended, and who may decide on its pages."""
+"""A load between steps that has not ended."""
 
-import threading
 import time
-from typing import Literal
+from typing import Any
 
-from kvlab.connectors.vllm.messages import RequestLoad
-
-Claimant = Literal["load", "timeout"]
+from kvlab.connectors.vllm.messages import LoadOp, RequestLoad
+from kvlab.paged.transfer import Clock
 
 
 class PendingLoad:
-    """The first claimant has the load: the thread that carries it out, or the timeout. The thread claims it before it
-    writes to pages. So they are not written once the request was told that its load failed: they may be another's."""
+    """Which of a load's objects are in their slots, and how far they have been copied to pages. Pages are filled in the
+    prompt's order, up to the first object that is missing: KV without its prefix is useless."""
 
-    def __init__(self, load: RequestLoad) -> None:
+    def __init__(self, load: RequestLoad, ops: list[LoadOp], fence: Any) -> None:
         self.load = load
-        self._asked = time.perf_counter()
-        self._lock = threading.Lock()
-        self._claimant: Claimant | None = None
+        self.ops = ops
+        self.fence = fence  # the pages may be those of a request whose last step is still under way
+        self.unsent = [op for op in ops if op.fetch]  # to be asked of the tier worker
+        self.num_awaited = 0  # answers
+        self.arrived = {op.generation for op in ops if not op.fetch}
+        self.served_by: dict[int, str] = {}  # generation -> secondary tier
+        self.copied: list[LoadOp] = []
+        self.has_hole = False
+        self.is_given_up = False
+        self._missing: set[int] = set()
+        self._clock: Clock | None = None  # of the latest copy, behind which all others are
+        self._started = time.perf_counter()
 
-    def claim(self, claimant: Claimant) -> bool:
-        """Whether the load is this claimant's."""
-        with self._lock:
-            self._claimant = self._claimant or claimant
-            return self._claimant == claimant
+    def answered(self, op: LoadOp, tier: str) -> None:
+        """The object is in its slots; or, without a `tier`, in none."""
+        self.num_awaited -= 1
+        if tier:
+            self.arrived.add(op.generation)
+            self.served_by[op.generation] = tier
+        else:
+            self._missing.add(op.generation)
+
+    def take_ready(self) -> list[LoadOp]:
+        """The objects that can be copied next, in order."""
+        if self.is_given_up or self.has_hole:
+            return []
+        ready: list[LoadOp] = []
+        for op in self.ops[len(self.copied) :]:
+            if op.generation not in self.arrived:
+                self.has_hole = op.generation in self._missing
+                break
+            ready.append(op)
+        self.copied += ready
+        return ready
+
+    def stop_before(self, op: LoadOp) -> None:
+        """Its slots do not hold it after all, so nothing from it on is filled."""
+        self.has_hole = True
+        del self.copied[self.copied.index(op) :]
+
+    def is_copying(self) -> bool:
+        return self._clock is not None and self._clock.seconds() is None
+
+    def copies(self, clock: Clock) -> None:
+        self._clock = clock
+
+    @property
+    def touches_slots(self) -> bool:
+        """Whether the tier worker or a copy may still use the slots."""
+        return self.num_awaited > 0 or self.is_copying()
+
+    @property
+    def unfilled(self) -> list[LoadOp]:
+        """Objects that were to come from secondary tiers, and whose slots hold nothing."""
+        return [op for op in self.load.ops if op.fetch and op.generation not in self.arrived]
+
+    @property
+    def has_ended(self) -> bool:
+        is_done = self.has_hole or len(self.copied) == len(self.ops)
+        return is_done and not (self.unsent and not self.has_hole) and not self.touches_slots
 
     def waited_s(self) -> float:
         """Seconds since the request began to wait."""
-        return time.perf_counter() - self._asked
+        return time.perf_counter() - self._started

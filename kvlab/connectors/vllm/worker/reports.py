@@ -1,9 +1,7 @@
-"""What a worker tells the scheduler side: collected by its threads, taken once a step."""
+"""What a worker tells the scheduler side: taken once a step."""
 
 import logging
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.messages import LoadRow, TierRow, WorkerReport
@@ -20,15 +18,13 @@ class Reports:
         self._report: WorkerReport | None = None  # None: there is nothing to report, as in most steps
         self._under_way: list[tuple[LoadRow, int, Clock]] = []  # loads whose copies have not ended
         self._forwards: list[tuple[int, Clock]] = []  # forward passes that may not have ended
-        self._lock = threading.Lock()
 
-    @contextmanager
-    def adding(self) -> Iterator[WorkerReport]:
-        """The report to add to; no thread takes it meanwhile."""
-        with self._lock:
-            if self._report is None:
-                self._report = WorkerReport()
-            yield self._report
+    @property
+    def current(self) -> WorkerReport:
+        """The report to add to."""
+        if self._report is None:
+            self._report = WorkerReport()
+        return self._report
 
     def add_forward(self, prefill_tokens: int, clock: Clock) -> None:
         self._forwards.append((prefill_tokens, clock))
@@ -36,28 +32,23 @@ class Reports:
     def add_load(self, row: LoadRow, prompt_tokens: int, clock: Clock | None = None) -> None:
         """A request's load; with `clock`, once its copy has ended."""
         if clock is not None:
-            with self._lock:
-                self._under_way.append((row, prompt_tokens, clock))
+            self._under_way.append((row, prompt_tokens, clock))
             return
-        with self.adding() as report:
-            report.rows.append(row)
+        self.current.rows.append(row)
         line = retrieved_line(row.num_tokens, prompt_tokens, row.num_bytes, row.seconds)
         logger.info("%s (%s) for %s", line, row.tier, row.request_id)
 
     def add_tiers(self, rows: Mapping[str, TierRow]) -> None:
-        with self.adding() as report:
-            for name, row in rows.items():
-                report.tiers[name] = row.after(report.tiers.get(name, TierRow()))
+        for name, row in rows.items():
+            self.current.tiers[name] = row.after(self.current.tiers.get(name, TierRow()))
 
     def take(self) -> WorkerReport | None:
         """What is new since the last call; None if nothing is."""
         if adapters := ADAPTERS.take_news():
-            with self.adding() as report:
-                report.adapters |= adapters
+            self.current.adapters |= adapters
         if not (self._under_way or self._forwards or self._report):
             return None
-        with self._lock:
-            waiting, self._under_way = self._under_way, []
+        waiting, self._under_way = self._under_way, []
         for row, prompt_tokens, clock in waiting:
             seconds = clock.seconds()
             if seconds is None:
@@ -69,8 +60,6 @@ class Reports:
         self._forwards = [entry for entry, seconds in measured if seconds is None]
         forwards = [(entry[0], seconds) for entry, seconds in measured if seconds is not None]
         if forwards:
-            with self.adding() as report:
-                report.forwards += forwards
-        with self._lock:
-            taken, self._report = self._report, None
+            self.current.forwards += forwards
+        taken, self._report = self._report, None
         return taken

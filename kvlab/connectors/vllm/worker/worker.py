@@ -1,14 +1,10 @@
 """`Worker` copies what the scheduler side decided, and reports what finished."""
 
-import copy
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import wait
 from itertools import takewhile
-from typing import Any
 
 from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.messages import (
@@ -23,85 +19,92 @@ from kvlab.connectors.vllm.messages import (
 from kvlab.connectors.vllm.scheduler.admission import MIN_PREFILL_TOKENS
 from kvlab.connectors.vllm.worker.pending import PendingLoad
 from kvlab.connectors.vllm.worker.reports import Reports
-from kvlab.connectors.vllm.worker.tier_rows import TierRows, log_tiers
-from kvlab.connectors.vllm.worker.write_back import MAX_DELAY_S, WriteBackQueue
-from kvlab.engine import CacheEngine
-from kvlab.hashing import versioned
-from kvlab.paged.slots import room
+from kvlab.connectors.vllm.worker.tier_rows import TierRows
 from kvlab.paged.transfer import Clock, Transfer
-from kvlab.stores.closing import close_store
-from kvlab.threads import Threads
+from kvlab.sharedmemory import SharedSlots
+from kvlab.tierworker.client import TierClient
+from kvlab.tierworker.link import Message
+from kvlab.tierworker.messages import Fill, Write, runs_of
 
 logger = logging.getLogger("vllm.kvlab")
 TIMED_STEPS = 8  # one in so many of the steps without a prefill is timed
-PAGE_AXES = ("blocks", "layers", "page_bytes")
+POLLED_STEPS = 16  # in one of so many steps that wait for nothing, the tier worker is heard all the same
 LOAD_TIMEOUT_S = 30.0
-STALL_S = 30.0  # at the end, a write that takes longer is left alone
-LOAD_STALL_S = 5.0  # and a load, which is lost anyway
-FETCH_THREADS = 4  # objects of one load are read at once, so that disk, network and checks overlap
 
 
 class Worker:
-    """Executes a step's copies. `engine` holds the secondary tiers, or is None; `writes_early`: the engine may write to
-    new pages before `begin`; `max_write_delay_s`: see `WriteBackQueue`; `load_timeout_s`: after so long a load between
-    steps is given up.
+    """Executes a step's copies. `tiers` leads to the secondary tiers and `shared` is the arena that their process maps;
+    both are None where there are none. `writes_early`: the engine may write to new pages before `begin`;
+    `load_timeout_s`: after so long a load between steps is given up.
 
     Each slot remembers the generation whose bytes it holds. It must be the one that a copy names, before the bytes are
     read and after. A load from a slot of another generation is reported as lost, and the engine computes; a write of
     it is not made. The scheduler side gives no slot to another object while a copy may touch it. This check is the
     second line of defence: no request sees another's KV, and no tier gets it under a wrong name.
+
+    All of it runs in the engine's own thread: copies are queued, and what ends is noticed in `poll`.
     """
 
     def __init__(
         self,
         transfer: Transfer,
         num_slots: int,
-        engine: CacheEngine | None,
+        tiers: TierClient | None,
+        shared: SharedSlots | None = None,
         *,
         writes_early: bool = False,
-        max_write_delay_s: float = MAX_DELAY_S,
         load_timeout_s: float = LOAD_TIMEOUT_S,
     ) -> None:
         self.transfer = transfer
-        self.engine = engine
+        self.tiers = tiers
+        self._shared = shared
         self._writes_early = writes_early
         self.counters: Counter[str] = Counter()
         self._owner: list[int | None] = [None] * num_slots  # generations
         self._reports = Reports()
         self._saves = True
+        self._num_saves = 0  # copies from pages to slots
         self._version = ""  # of the namespace
         self._lost_blocks: set[int] = set()
         self._finished: set[str] = set()
         self._lost_requests: set[str] = set()
-        self._pending: dict[str, PendingLoad] = {}  # loads between steps, by request id
+        self._pending: list[PendingLoad] = []
         self._load_timeout_s = load_timeout_s
+        self._num_steps = 0
         self._num_decodes = 0  # steps without a prefill
         self._forward: tuple[int, Clock] | None = None  # prefill tokens of this step's forward pass
-        self._lock = threading.Lock()
-        self._copies = Threads(2, "kvlab-copy")  # loads from memory, which no tier delays
-        self._loads = Threads(2, "kvlab-load")
-        self._fetches = Threads(FETCH_THREADS, "kvlab-fetch")
-        self.write_back = WriteBackQueue(self._write, max_delay_s=max_write_delay_s)
-        self._tier_rows = TierRows(engine.store, self._fetches, self._reports.add_tiers) if engine is not None else None
+        self._tier_rows = TierRows()
 
     # ---- each step
 
     def begin(self, metadata: StepMetadata) -> None:
         """The step's forward pass comes next."""
         self._version = metadata.version
-        if self._pending:
-            self._expire_loads()
+        self._num_steps += 1
+        if self._pending or self.tiers is not None:
+            self.poll(always=self._num_steps % POLLED_STEPS == 0)
         self.transfer.before_writes(metadata.new_blocks)
         if metadata.unclean_blocks:
             self._clear(metadata.unclean_blocks)
         prefill = metadata.prefill_tokens
         decodes = metadata.num_tokens > 0 and not prefill
         self._num_decodes += decodes
-        if self._tier_rows is not None:
-            self.write_back.begin_step(prefill)
-            self._tier_rows.begin_step()
         timed = prefill >= MIN_PREFILL_TOKENS or (decodes and self._num_decodes % TIMED_STEPS == 0)
         self._forward = (prefill, self.transfer.clock()) if timed else None
+
+    def poll(self, *, always: bool = True) -> None:
+        """Take what the tier worker has answered, and go on with loads between steps. Unless `always`, only if
+        something is waited for."""
+        if self.tiers is not None and (always or self.tiers.has_waiting):
+            self.tiers.poll()
+            if self.tiers.rows is not None:
+                rows, self.tiers.rows = self.tiers.rows, None
+                self._reports.add_tiers(self._tier_rows.increments(rows))
+            if self.tiers.counters:
+                self._reports.current.events.update(self.tiers.counters)
+                self.tiers.counters.clear()
+        for pending in list(self._pending):
+            self._advance(pending)
 
     def _clear(self, block_ids: Sequence[int]) -> None:
         """Zero pages of which objects will hold more than tokens write. Where that fails, nothing is saved any more: a
@@ -115,15 +118,17 @@ class Worker:
     def load_now(self, loads: Iterable[RequestLoad]) -> set[int]:
         """Loads within the step, before `begin`: the engine's next work sees them. Returns the pages they could not
         fill."""
-        return {page for load in loads for page in self._load(load)}
+        return {page for load in loads for page in self._load_now(load)}
 
     def load(self, metadata: StepMetadata) -> None:
         """Begin loads between steps."""
         for load in metadata.loads:
-            pending = self._pending[load.request_id] = PendingLoad(load)
-            threads = self._loads if any(op.fetch for op in load.ops) else self._copies
-            # The pages may be those of a request that has just ended and whose last step is still under way.
-            threads.submit(self._load, load, self.transfer.fence(), pending)
+            ops = [] if _other_adapter(load.adapter) else load.ops
+            pending = PendingLoad(load, ops, self.transfer.fence())
+            self._pending.append(pending)
+            for op in pending.unsent:
+                self._disown(op.slots)
+            self._advance(pending)
         metadata.loads = []
 
     def save(self, metadata: StepMetadata) -> None:
@@ -140,11 +145,12 @@ class Worker:
         slots = [slot for op in ops for slot in op.slots]
         blocks = [block for op in ops for block in op.block_ids]
         try:
-            for slot in slots:
-                self._owner[slot] = None
+            self._disown(slots)
             self.transfer.save(blocks, slots)
             if self._writes_early:
                 self.transfer.before_writes(blocks)
+            self._num_saves += 1
+            self.transfer.mark_saved(self._num_saves)
         except Exception:
             for op in ops:
                 self._failed("save", op)
@@ -153,7 +159,7 @@ class Worker:
         for op in ops:
             self._own(op)
             if op.write:
-                self.write_back.put(op)
+                self._write(op)
 
     def _may_save(self, op: SaveOp) -> bool:
         """False if the pages are known not to hold what the object's key says; then it is not saved."""
@@ -165,132 +171,168 @@ class Worker:
     @property
     def has_finished(self) -> bool:
         """Whether async loads ended since they were last taken."""
+        if self._pending:
+            self.poll()
         return bool(self._finished)
 
     def take_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose async loads ended, and those of them with pages that were not filled."""
-        if not self._finished:  # what ends from now on is reported in the next step
+        if not self.has_finished:  # what ends from now on is reported in the next step
             return set(), set()
-        with self._lock:
-            finished, self._finished = self._finished, set()
-            failed, self._lost_requests = self._lost_requests, set()
+        finished, self._finished = self._finished, set()
+        failed, self._lost_requests = self._lost_requests, set()
         return finished, failed
 
     def take_lost_blocks(self) -> set[int]:
         """Pages that loads between steps could not fill."""
-        if not self._lost_blocks:
-            return set()
-        with self._lock:
-            lost, self._lost_blocks = self._lost_blocks, set()
+        lost, self._lost_blocks = self._lost_blocks, set()
         return lost
 
     def take_report(self) -> WorkerReport | None:
         """What is new since the last call; None if nothing is."""
         return self._reports.take()
 
-    def log_tiers(self) -> None:
-        """Log what the secondary tiers hold, in a thread of its own."""
-        if self.engine is not None:
-            self._fetches.submit(log_tiers, self.engine)
-
     def close(self) -> None:
-        """Finish the writes that are queued; drop loads. A thread whose tier does not answer is left behind, with the
-        memory that it may still write to."""
-        pools = (self._copies, self._loads, self._fetches)
-        ended = [threads.close(cancel=True, stall_s=LOAD_STALL_S) for threads in pools]
-        ended.append(self.write_back.close(stall_s=STALL_S))
-        if all(ended):
+        """Have what was saved written to the tiers; drop loads. Where the tier worker does not die, the arena stays."""
+        if self.tiers is None or self.tiers.close():
             self.transfer.close()
         else:
-            logger.warning("kvlab: a tier does not answer; what was not written to it is lost")
-        if self.engine is not None:
-            close_store(self.engine.store, stall_s=STALL_S if all(ended) else LOAD_STALL_S)
+            logger.warning("kvlab: the tier worker does not end; its memory is left to it")
+        if self._shared is not None:
+            self._shared.close()
 
-    # ----
+    # ---- loads between steps
 
-    def _expire_loads(self) -> None:
-        """Give up loads that take too long: their requests compute, and their pages are left alone."""
-        for pending in list(self._pending.values()):
-            load, seconds = pending.load, pending.waited_s()
-            if seconds < self._load_timeout_s or not pending.claim("timeout"):
-                continue
-            self._pending.pop(load.request_id, None)
-            with self._lock:
-                self._lost_blocks.update(load.pages)
-                self._finished.add(load.request_id)
-                self._lost_requests.add(load.request_id)
-            with self._reports.adding() as report:
-                tier = "secondary" if any(op.fetch for op in load.ops) else "memory"
-                report.overdue.append((load.request_id, tier, sum(op.num_tokens for op in load.ops), seconds))
+    def _advance(self, pending: PendingLoad) -> None:
+        """Ask for objects, copy those that have come, and end the load if nothing is left to do."""
+        self._ask_for_objects(pending)
+        if ready := pending.take_ready():
+            held = list(takewhile(self._present, ready))
+            if len(held) < len(ready):
+                pending.stop_before(ready[len(held)])
+            self._copy(pending, held)
+        if pending.is_given_up:
+            self._end_overdue(pending)
+        elif pending.has_ended:
+            self._end(pending)
+        elif pending.waited_s() >= self._load_timeout_s and not pending.is_copying():
+            self._give_up(pending)
 
-    def _load(self, load: RequestLoad, after: Any = None, pending: PendingLoad | None = None) -> list[int]:
-        """The pages that could not be filled. `pending`: of a load between steps."""
+    def _ask_for_objects(self, pending: PendingLoad) -> None:
+        """Of objects whose slots no copy uses any more: the tier worker writes to them from now on."""
+        if self.tiers is None or pending.is_given_up:
+            return
+        while pending.unsent and self.transfer.is_settled(pending.unsent[0].slots):
+            op = pending.unsent.pop(0)
+            pending.num_awaited += 1
+            place = (0, pending.load.version, op.hash.hex(), runs_of(op.slots), op.first_token, op.end_token)
+
+            def answered(message: Message | None, _: bytes, op: LoadOp = op) -> None:
+                tier = str(message["tier"]) if message is not None else ""
+                if tier:
+                    self._own(op)
+                else:
+                    self._mark_absent(op)
+                pending.answered(op, tier)
+
+            self.tiers.fill(Fill(self.tiers.next_id(), *place), answered)
+
+    def _copy(self, pending: PendingLoad, ops: Sequence[LoadOp]) -> None:
+        slots = [slot for op in ops for slot in op.picked]
+        pages = [block for op in ops for block in op.block_ids]
+        if not slots:
+            return
+        try:
+            pending.copies(self.transfer.load_aside(slots, pages, pending.fence))
+        except Exception:
+            self._failed("load", *ops)
+            pending.stop_before(ops[0])
+
+    def _give_up(self, pending: PendingLoad) -> None:
+        """The load takes too long: its request computes, and its pages are left alone."""
+        load = pending.load
+        pending.is_given_up = True
+        self._lost_blocks.update(load.pages)
+        self._finished.add(load.request_id)
+        self._lost_requests.add(load.request_id)
+        tier = "secondary" if any(op.fetch for op in load.ops) else "memory"
+        tokens = sum(op.num_tokens for op in load.ops)
+        self._reports.current.overdue.append((load.request_id, tier, tokens, pending.waited_s()))
+        self._end_overdue(pending)
+
+    def _end_overdue(self, pending: PendingLoad) -> None:
+        """The request was told that its load failed. The leases of its objects end only once nothing writes to their
+        slots."""
+        if not pending.touches_slots:
+            self._pending.remove(pending)
+            self._mark_broken(*pending.unfilled)
+            self._reports.current.loaded[pending.load.request_id] += 1
+
+    def _end(self, pending: PendingLoad) -> None:
+        load = pending.load
+        self._pending.remove(pending)
+        self._mark_broken(*pending.unfilled)
+        taken = list(takewhile(self._present, pending.copied))  # the slots were not given to others meanwhile
+        if load.version != self._version:
+            taken = []  # the weights may have changed since
+        wanted = [block for op in load.ops for block in op.block_ids]
+        filled = sum(len(op.block_ids) for op in taken)
+        lost = load.lost_blocks + wanted[filled:]
+        self._lost_blocks.update(lost)
+        self._finished.add(load.request_id)
+        if lost:
+            self._lost_requests.add(load.request_id)
+        self._reports.current.loaded[load.request_id] += 1
+        if wanted:
+            seconds = pending.waited_s()
+            self._reports.add_load(self._row(load, taken, pending.served_by, seconds), load.prompt_tokens)
+
+    # ---- loads within a step
+
+    def _load_now(self, load: RequestLoad) -> list[int]:
+        """The pages that could not be filled."""
         start = time.perf_counter()
-        pages: list[int] = []
-        tiers: dict[str, None] = {}
-        tokens = 0
+        taken: list[LoadOp] = []
         wanted = [block for op in load.ops for block in op.block_ids]
         clock: Clock | None = None
         try:
-            ops = [] if _other_adapter(load.adapter) else load.ops
-            served_by = self._fetch_all([op for op in ops if op.fetch], load.version)
-            if pending is not None and not pending.claim("load"):
-                return self._end_overdue(load)
-            held = list(takewhile(self._present, ops))  # KV without its prefix is useless
+            held = list(takewhile(self._present, [] if _other_adapter(load.adapter) else load.ops))
             slots = [slot for op in held for slot in op.picked]
-            pages = [block for op in held for block in op.block_ids]
-            if slots and load.is_async:
-                self.transfer.load_and_wait(slots, pages, after)
-            elif slots:
-                clock = self.transfer.load(slots, pages)
-            taken = list(takewhile(self._present, held))  # the slots were not given to others meanwhile
-            if load.is_async and load.version != self._version:
-                taken = []  # the weights may have changed since
-            pages = pages[: sum(len(op.block_ids) for op in taken)]
-            tokens = sum(op.num_tokens for op in taken)
-            tiers = dict.fromkeys(served_by.get(op.generation, "memory") for op in taken if op.picked)
+            if slots:
+                clock = self.transfer.load(slots, [block for op in held for block in op.block_ids])
+            taken = list(takewhile(self._present, held))
         except Exception:
-            pages, tokens = [], 0
+            taken = []
             self._failed("load", *load.ops)
-            if pending is not None and not pending.claim("load"):
-                return self._end_overdue(load)
-        num_bytes = len(pages) * self.transfer.layout.block_bytes
-        seconds = time.perf_counter() - start
-        delay = pending.waited_s() if pending is not None else seconds
-        row = LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", delay)
-        lost = load.lost_blocks + wanted[len(pages) :]
-        if load.is_async:
-            self._ended(load)
-        with self._lock:
-            if load.is_async:
-                self._pending.pop(load.request_id, None)
-                self._lost_blocks.update(lost)
-                self._finished.add(load.request_id)
-                if lost:
-                    self._lost_requests.add(load.request_id)
+        row = self._row(load, taken, {}, time.perf_counter() - start)
         if clock is not None or wanted:
             self._reports.add_load(row, load.prompt_tokens, clock)
-        return lost
+        return load.lost_blocks + wanted[sum(len(op.block_ids) for op in taken) :]
 
-    def _end_overdue(self, load: RequestLoad) -> list[int]:
-        """The request was told that its load failed. The leases of its objects end only here: the thread wrote to
-        their slots until now."""
-        self._ended(load)
-        return load.pages
+    def _row(self, load: RequestLoad, taken: list[LoadOp], served_by: dict[int, str], seconds: float) -> LoadRow:
+        num_bytes = sum(len(op.block_ids) for op in taken) * self.transfer.layout.block_bytes
+        tiers = dict.fromkeys(served_by.get(op.generation, "memory") for op in taken if op.picked)
+        tokens = sum(op.num_tokens for op in taken)
+        return LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", seconds)
 
-    def _ended(self, load: RequestLoad) -> None:
-        """No thread touches its slots any more."""
-        with self._reports.adding() as report:
-            report.loaded[load.request_id] += 1
+    # ---- slots
 
-    def _holds(self, op: LoadOp | SaveOp) -> bool:
-        """Whether the operation's slots hold its object now."""
-        slots = op.picked if isinstance(op, LoadOp) else op.slots
-        return all(self._owner[slot] == op.generation for slot in slots)
+    def _holds(self, op: LoadOp) -> bool:
+        """Whether the slots that the operation reads hold its object now."""
+        return all(self._owner[slot] == op.generation for slot in op.picked)
 
     def _own(self, op: LoadOp | SaveOp) -> None:
         for slot in op.slots:
             self._owner[slot] = op.generation
+        if self._shared is not None:
+            self._shared.owners[list(op.slots)] = op.generation
+
+    def _disown(self, slots: Sequence[int]) -> None:
+        """They hold no object, from before the first byte changes."""
+        for slot in slots:
+            self._owner[slot] = None
+        if self._shared is not None:
+            self._shared.owners[list(slots)] = 0
 
     def _present(self, op: LoadOp) -> bool:
         """Whether the slots this load reads hold its object."""
@@ -300,79 +342,32 @@ class Worker:
         self._mark_broken(op)
         return False
 
-    def _fetch_all(self, ops: Sequence[LoadOp], version: str) -> dict[int, str]:
-        """Fill objects' slots from the secondary tiers, whose names are returned by generation. When it returns, no
-        thread writes to the slots any more."""
-        served_by: dict[int, str] = {}
-        if len(ops) == 1:
-            self._fetch(ops[0], version, served_by)
-        else:
-            wait([self._fetches.submit(self._fetch, op, version, served_by) for op in ops])
-        return served_by
-
-    def _fetch(self, op: LoadOp, version: str, served_by: dict[int, str]) -> None:
-        """Fill one object's slots, in place where they lie in one run. Where that fails, they hold no object."""
-        for slot in op.slots:
-            self._owner[slot] = None
-        try:
-            if (engine := self._engine_of(version)) is None:
-                return
-            place = self.transfer.view(op.slots)
-            out = place if place is not None else room(self.transfer.arena, len(op.slots))
-            tokens = {"first_token": op.first_token, "end_token": op.end_token}
-            if engine.load_object(engine.namespace.key(op.hash), out, axes=PAGE_AXES, **tokens) is None:
-                self._mark_absent(op)
-                return
-            served_by[op.generation] = engine.store.served_by
-            if place is None:
-                self.transfer.fill(op.slots, out)
-        except BaseException:  # a store of another package may raise what is no Exception
-            self._failed("fetch", op)
-            self._mark_absent(op)
-            return
-        self._own(op)
+    # ---- writes, and what went wrong
 
     def _write(self, op: SaveOp) -> None:
-        """Write an object to the secondary tiers. Its slots are leased until this is reported."""
-        stored = False
-        try:
-            if (engine := self._engine_of(op.version)) is not None and self._holds(op):
-                stored = engine.contains_many([op.hash])[0] or engine.save_object(
-                    engine.namespace.key(op.hash),
-                    self.transfer.slots(op.slots),
-                    PAGE_AXES,
-                    first_token=op.first_token,
-                    end_token=op.end_token,
-                    confirm=lambda: self._holds(op),
-                )
-        except BaseException:  # as above; the lease must end
-            self._failed("write", op)
-        self._end_write(op, success=stored)
-
-    def _engine_of(self, version: str) -> CacheEngine | None:
-        """The secondary tiers under this version of the namespace."""
-        if self.engine is None or not version:
-            return self.engine
-        engine = copy.copy(self.engine)
-        engine.namespace = versioned(self.engine.namespace, version)
-        return engine
+        """Have an object written to the secondary tiers. Its slots are leased until this is reported."""
+        if self.tiers is None:
+            self._end_write(op, success=False)
+            return
+        place = (0, op.version, op.hash.hex(), runs_of(op.slots), op.first_token, op.end_token)
+        write = Write(self.tiers.next_id(), *place, generation=op.generation, after=self._num_saves)
+        self.tiers.write(write, lambda message, _: self._end_write(op, success=message is not None and message["ok"]))
 
     def _end_write(self, op: SaveOp, *, success: bool) -> None:
-        with self._reports.adding() as report:
-            report.written[op.generation] += 1
-            if not success:
-                report.failed_writes.add(op.generation)
+        report = self._reports.current
+        report.written[op.generation] += 1
+        if not success:
+            report.failed_writes.add(op.generation)
 
     def _mark_broken(self, *ops: LoadOp | SaveOp) -> None:
         """These objects' slots do not hold them."""
-        with self._reports.adding() as report:
-            report.broken.update(op.generation for op in ops)
+        if ops:
+            self._reports.current.broken.update(op.generation for op in ops)
 
     def _mark_absent(self, op: LoadOp) -> None:
         """The secondary tiers do not hold this object, or hold it broken."""
         self._mark_broken(op)
-        with self._reports.adding() as report:
-            report.absent.add(op.hash)
+        self._reports.current.absent.add(op.hash)
 
     def _unsaved(self, op: SaveOp) -> None:
         """An object whose slots were not filled."""
@@ -385,8 +380,7 @@ class Worker:
         self.counters[f"{what}_errors"] += 1
         if self.counters[f"{what}_errors"] == 1:
             logger.exception("kvlab: %s of object %s failed", what, ops[0].hash.hex())
-        if what != "write":
-            self._mark_broken(*ops)
+        self._mark_broken(*ops)
 
 
 def _other_adapter(adapter: Adapter | None) -> bool:

@@ -1,0 +1,75 @@
+"""``kvlab serve``: one process whose tiers the engines of this host share."""
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvlab.cli.parser import Parser
+from kvlab.errors import ConfigError
+from kvlab.stores import check_url, open_stores
+from kvlab.stores.url import StoreURL
+from kvlab.tierworker.host import CacheServer
+from kvlab.tierworker.metrics import MetricsServer
+from kvlab.tierworker.resp import RespServer
+from kvlab.units import parse_bytes
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of ``kvlab serve``."""
+    examples = (
+        "kvlab serve --memory 64GiB --listen /run/kvlab.sock",
+        "kvlab serve --memory 64GiB --tier 'file:///kv?size=1TiB' --listen /run/kvlab.sock --metrics 127.0.0.1:9400",
+    )
+    about = "Hold a memory tier, and tiers below it, for all engines of this host."
+    more = "Engines attach with the tier kvlab:///run/kvlab.sock. SIGTERM writes what is queued, then ends."
+    p = Parser("kvlab serve", about, examples=examples, more=more)
+    p.add_argument("--memory", default="1GiB", metavar="SIZE", help="of the memory tier (default: %(default)s)")
+    p.add_argument("--policy", default="lru", help="of the memory tier's evictions (default: %(default)s)")
+    p.add_argument("--tier", action="append", default=[], metavar="URL", help="below memory, fastest first; may repeat")
+    p.add_argument("--listen", type=Path, required=True, metavar="PATH", help="socket for engines; this user's alone")
+    p.add_argument("--tcp", metavar="HOST:PORT", help="answer other hosts in Redis' protocol (redis://HOST:PORT)")
+    p.add_argument("--password-file", type=Path, metavar="FILE", help="of --tcp; needed where HOST is no loopback")
+    p.add_argument("--metrics", metavar="HOST:PORT", help="serve Prometheus metrics at /metrics")
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until a signal; raises KVLabError, which the dispatcher turns into one line and exit status 2."""
+    args = parser().parse_args(list(argv))
+    if parse_bytes(args.memory) < 1:
+        raise ConfigError(f"--memory must be at least one byte, got {args.memory!r}")
+    for url in args.tier:
+        if StoreURL.parse(url).scheme in ("memory", "kvlab"):
+            raise ConfigError(f"--tier must lie below memory, got {url!r}; --memory gives the memory tier its size")
+        check_url(url)
+    password = _password(args.password_file) if args.password_file else ""
+    form = "%(levelname)s %(asctime)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, datefmt="%m-%d %H:%M:%S")
+    store = open_stores([f"memory://?size={args.memory}&policy={args.policy}&pinned=false", *args.tier])
+    server = CacheServer(store, args.listen)
+    with contextlib.ExitStack() as beside:
+        if args.metrics:
+            beside.enter_context(MetricsServer(server, args.metrics))
+        if args.tcp:
+            beside.enter_context(RespServer(store, args.tcp, password=password))
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, lambda *_: server.stop())
+        server.log()
+        server.run()
+    logging.shutdown()
+    os._exit(0)  # a thread may be stuck in a store
+
+
+def _password(file: Path) -> str:
+    """The one line of `file`, which no other user may read."""
+    about = file.stat()
+    if about.st_mode & 0o077:
+        raise ConfigError(f"--password-file {str(file)!r} can be read or written by others; chmod 600 it")
+    text = file.read_text(encoding="utf-8").rstrip("\r\n") if about.st_size <= 4096 else ""
+    if not text or "\n" in text:
+        raise ConfigError(f"--password-file {str(file)!r} must hold one password in one line")
+    return text

@@ -1,0 +1,139 @@
+"""`PageObjects`: an engine's pages as objects in a store, without PyTorch where they are stored as they are."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvlab.auth import AuthKey
+from kvlab.container import Container, Part
+from kvlab.errors import FormatError
+from kvlab.hashing import Namespace, versioned
+from kvlab.hostmemory import PAGE, address, scratch
+from kvlab.objects import HEADROOM_BYTES, Found, SealedObjects, check_range
+from kvlab.stated import Expected, metadata_of, stated
+from kvlab.stores import Store
+from kvlab.stores.base import ValueTooLongError, cut
+
+PAGE_AXES = ("blocks", "layers", "page_bytes")
+
+
+class PageObjects(SealedObjects):
+    """Pages are uint8 [blocks, layers, page_bytes], C-contiguous; `serde` encodes them, ``naive`` stores them as they
+    are. Others load PyTorch."""
+
+    def __init__(
+        self, store: Store | str, *, namespace: Namespace, serde: str = "naive", auth: AuthKey | None = None
+    ) -> None:
+        super().__init__(store, namespace=namespace, auth=auth)
+        self._in_place = serde == "naive"
+        self._codec: Any = None if self._in_place else _Codec(serde)
+
+    def under(self, namespace: Namespace, version: str = "") -> "PageObjects":
+        """The same under another namespace, in this `version`; its counters are these."""
+        other = copy.copy(self)
+        other.namespace = versioned(namespace, version)
+        return other
+
+    def save(
+        self,
+        key: str,
+        pages: NDArray[np.uint8],
+        *,
+        first_token: int,
+        end_token: int,
+        confirm: Callable[[], bool] | None = None,
+    ) -> bool:
+        """As `ObjectCache.save_object`."""
+        check_range(first_token, end_token)
+        return self.put_parts(
+            key,
+            lambda: _as_they_are(pages) if self._in_place else self._codec.encode(pages),
+            kv_bytes=pages.nbytes,
+            first_token=first_token,
+            end_token=end_token,
+            confirm=confirm,
+        )
+
+    def load(self, key: str, out: NDArray[np.uint8], *, first_token: int, end_token: int) -> bool:
+        """Fill `out` with the object of these tokens under `key`. False on any miss; then `out` may hold anything."""
+        check_range(first_token, end_token)
+        expected = Expected(PAGE_AXES, out.shape, "uint8", out.nbytes, (first_token, end_token))
+
+        def decode(value: Found) -> bool:
+            self._decode(value, key, out, expected)
+            return True
+
+        return bool(self.get_decoded(key, lambda: self._read(key, out), decode))
+
+    def _read(self, key: str, out: NDArray[np.uint8]) -> Found | None:
+        """Pages as they are go to where they belong, behind a header of the usual length; others to memory that this
+        thread's next read uses again, as filling fresh memory takes as long as a disk."""
+        size = PAGE if self._in_place else out.nbytes + out.nbytes // 64 + HEADROOM_BYTES
+        room = scratch("objects", size)
+        pieces = [room[:PAGE], out.reshape(-1).data] if self._in_place else [room]
+        try:
+            length = self.store.get_pieces(key, pieces)
+        except ValueTooLongError:
+            return self.read_whole(key, out.nbytes)
+        return None if length is None else cut(pieces, length)
+
+    def _decode(self, value: Found, key: str, out: NDArray[np.uint8], expected: Expected) -> None:
+        container = self.opened(value, key)
+        if self._in_place:
+            _take(container, out, expected)
+        elif not isinstance(value, bytes | bytearray | memoryview) and len(value) > 1:
+            self._decode(b"".join(value), key, out, expected)  # its parts lie where the KV is to go
+        else:
+            self._codec.decode(container, out, expected)
+
+
+def _as_they_are(pages: NDArray[np.uint8]) -> tuple[Mapping[str, Part], Mapping[str, str]]:
+    """What the naive serde makes of the same bytes."""
+    part = Part("U8", pages.shape, pages.reshape(-1).data)
+    return {"payload": part}, metadata_of("naive", pages.shape, "uint8", PAGE_AXES, {})
+
+
+def _take(container: Container, out: NDArray[np.uint8], expected: Expected) -> None:
+    """Put the bytes of pages that were stored as they are into `out`, if they are not there already."""
+    said = stated(container.metadata, expected)
+    if said.serde != "naive":
+        raise FormatError(f"pages are read as they are here, the object is encoded by {said.serde!r}", reason="serde")
+    part = container.parts.get("payload")
+    if part is None or (part.dtype, part.shape, len(container.parts)) != ("U8", said.shape, 1):
+        raise FormatError(f"pages must be one part of uint8{list(said.shape)}, got {sorted(container.parts)}"[:300])
+    if address(part.data) != out.ctypes.data:
+        out.reshape(-1)[:] = np.frombuffer(part.data, np.uint8)
+
+
+class _Codec:
+    """A serde of tensors for pages."""
+
+    def __init__(self, spec: str) -> None:
+        from kvlab.serde import get_serde
+
+        self._serde = get_serde(spec)
+
+    def encode(self, pages: NDArray[np.uint8]) -> tuple[Mapping[str, Part], Mapping[str, str]]:
+        import torch
+
+        from kvlab.serde.wire import to_parts
+
+        return to_parts(self._serde.encode(torch.from_numpy(pages), PAGE_AXES))
+
+    def decode(self, container: Container, out: NDArray[np.uint8], expected: Expected) -> None:
+        import torch
+
+        from kvlab.serde import serde_to_read
+        from kvlab.serde.wire import from_parts
+
+        encoded = from_parts(container.parts, container.metadata, expected)
+        serde = self._serde if encoded.serde == self._serde.name else serde_to_read(encoded.serde)
+        into = torch.from_numpy(out)
+        kv = serde.decode(encoded, into)
+        if (tuple(kv.shape), kv.dtype) != (out.shape, torch.uint8):  # of another package's serde
+            raise FormatError(f"serde {serde.name!r} decodes to {kv.dtype}{list(kv.shape)}", reason="serde")
+        if kv is not into:
+            into.copy_(kv)

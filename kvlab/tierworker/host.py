@@ -1,0 +1,130 @@
+"""`CacheServer`: one process whose tiers the engines of a host share. `kvlab serve` runs it."""
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import stat
+import threading
+import time
+from pathlib import Path
+
+from kvlab.errors import ConfigError
+from kvlab.stores import Store
+from kvlab.stores.closing import close_store
+from kvlab.tierworker.link import Link
+from kvlab.tierworker.server import TierServer
+from kvlab.units import format_bytes
+
+logger = logging.getLogger("kvlab.serve")
+MAX_ENGINES = 256
+LOOK_S = 0.2
+LINE_INTERVAL_S = 60.0
+LEAVE_S = 5.0  # for sessions to end what is under way, when the server stops
+
+
+class CacheServer:
+    """Engines attach at the socket `path`, which this user alone can open; each is served by threads of its own and
+    shares its slots of memory with this process. `store` is what all of them read and write; the server closes it."""
+
+    def __init__(self, store: Store, path: Path) -> None:
+        self.store = store
+        self.path = path
+        self._name = os.urandom(16).hex()  # of this server, which knows of no other's sessions
+        self._socket = _listen(path)
+        self._sessions: dict[str, tuple[TierServer, threading.Thread]] = {}  # by token
+        self._is_stopped = threading.Event()
+        self._next_line_s = time.monotonic() + LINE_INTERVAL_S
+        self.num_attached = 0  # engines since the start
+
+    @property
+    def num_engines(self) -> int:
+        return sum(thread.is_alive() for _, thread in list(self._sessions.values()))
+
+    def run(self) -> None:
+        """Serve until `stop`; then end the sessions, write what is queued and close the store."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        while not self._is_stopped.is_set():
+            if poller.poll(LOOK_S * 1e3):
+                self._accept()
+            self._forget_ended()
+            if time.monotonic() >= self._next_line_s:
+                self._next_line_s = time.monotonic() + LINE_INTERVAL_S
+                self.log()
+        self._end()
+
+    def stop(self) -> None:
+        """May be called from a signal handler."""
+        self._is_stopped.set()
+
+    def log(self) -> None:
+        """A line of what is held and who is there."""
+        rows = self.store.rows()
+        tiers = ", ".join(f"{row['tier']} {format_bytes(int(row['used_bytes']))}" for row in rows)
+        logger.info("kvlab serve: %d engines; %s", self.num_engines, tiers)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._socket.accept()
+        except OSError as error:
+            logger.warning("kvlab serve: an engine could not attach: %s", error)
+            return
+        if self.num_engines >= MAX_ENGINES:
+            logger.warning("kvlab serve: %d engines are attached; another is turned away", MAX_ENGINES)
+            sock.close()
+            return
+        token = f"{self._name}{os.urandom(16).hex()}"
+        session = TierServer(Link(sock), store=self.store, token=token, is_over=self._is_over)
+        thread = threading.Thread(target=session.run, name="kvlab-session", daemon=True)
+        self._sessions[token] = (session, thread)
+        self.num_attached += 1
+        thread.start()
+
+    def _is_over(self, token: str) -> bool:
+        """Whether nothing of this session touches its engine's memory any more."""
+        session = self._sessions.get(token)
+        if session is None:
+            return token.startswith(self._name)
+        return not session[1].is_alive() and not session[0].touches_memory
+
+    def _forget_ended(self) -> None:
+        for token in [token for token in self._sessions if self._is_over(token)]:
+            del self._sessions[token]
+
+    def _end(self) -> None:
+        sessions = list(self._sessions.values())
+        for session, _ in sessions:
+            session.leave()
+        deadline = time.monotonic() + LEAVE_S
+        for _, thread in sessions:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        close_store(self.store)
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        self._socket.close()
+
+
+def _listen(path: Path) -> socket.socket:
+    """A socket that this user alone can open. ConfigError where another server is at work, or the place cannot be
+    used."""
+    if not path.is_absolute():
+        raise ConfigError(f"--listen must be an absolute path, got {str(path)!r}")
+    with contextlib.suppress(OSError):
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            with socket.socket(socket.AF_UNIX) as other:
+                if other.connect_ex(str(path)) == 0:
+                    raise ConfigError(f"a server listens at {str(path)!r} already; give another --listen")
+            path.unlink()  # of a server that was killed
+    listening = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)
+    try:
+        listening.bind(str(path))
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"cannot listen at {str(path)!r}: {error.strerror or error}") from error
+    finally:
+        os.umask(mask)
+    listening.listen(64)
+    return listening

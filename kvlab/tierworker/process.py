@@ -1,0 +1,148 @@
+"""Starts a tier worker's process."""
+
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from kvlab.errors import StoreError
+from kvlab.tierworker.link import Link, LinkError
+
+ASK_INTERVAL_S = 0.5  # between questions whether a lost session is over
+
+
+@dataclass
+class Started:
+    """A tier worker's process and the link to it."""
+
+    link: Link
+    process: "subprocess.Popen[bytes]"
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it is known to touch no memory any more."""
+        return self.process.poll() is not None
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended within `timeout_s`."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
+def start(level: int) -> Started:
+    """A new process, which knows this one's packages, sees no GPU and logs from `level` on. Raises StoreError where the
+    system starts none."""
+    ours, theirs = socket.socketpair()
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "kvlab.tierworker", str(theirs.fileno()), str(os.getpid()), str(level)],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # what a terminal sends to the engine is the engine's
+        )
+    except OSError as error:
+        ours.close()
+        raise StoreError(f"cannot start the tier worker: {error}", reason="not_started") from error
+    finally:
+        theirs.close()
+    return Started(Link(ours), process)
+
+
+class Attached:
+    """A session at the cache server that listens at `path`: another process, which lives on without this one.
+    StoreError where none listens."""
+
+    def __init__(self, path: str) -> None:
+        self.link = _connected(path)
+        self.token = ""  # of the session, once it is open
+        self._path = path
+        self._process = _process_of(self.link.socket)
+        self._probe: Link | None = None  # on which it was asked whether the session is over
+        self._asked_at = 0.0
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the session is known to touch no memory any more: its server has ended, or says so. That no server
+        can be reached says nothing: its socket may have been removed. Asks without waiting: look again."""
+        if not self.token:  # it was never given memory
+            return True
+        if self._process is not None and select.select([self._process], [], [], 0)[0]:
+            return True
+        try:
+            if self._probe is not None:
+                messages = self._probe.receive()
+                if not messages and time.monotonic() - self._asked_at < ASK_INTERVAL_S:
+                    return False
+                self._drop_probe()
+                return any(message.get("is_over") is True for message, _ in messages)
+            if time.monotonic() - self._asked_at >= ASK_INTERVAL_S:
+                self._asked_at = time.monotonic()
+                self._probe = _connected(self._path)
+                self._probe.send({"op": "over", "token": self.token})
+        except (LinkError, StoreError):
+            self._drop_probe()
+        return False
+
+    def __del__(self) -> None:
+        if getattr(self, "_process", None) is not None:
+            os.close(self._process)  # type: ignore[arg-type]
+
+    def _drop_probe(self) -> None:
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None
+
+    def kill(self) -> None:
+        self.link.close()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended within `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while not self.is_dead:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+
+def attach(path: str) -> Attached:
+    """A session at the cache server that listens at `path`; StoreError where none does."""
+    return Attached(path)
+
+
+def _process_of(sock: socket.socket) -> int | None:
+    """A descriptor that can be read once the process at the other end has ended; None where the system gives none, as
+    for one of another container."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid = struct.unpack("3i", credentials)[0]
+    try:
+        return os.pidfd_open(pid) if pid > 0 else None
+    except (AttributeError, OSError):
+        return None
+
+
+def _connected(path: str) -> Link:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.setblocking(False)
+    try:
+        sock.connect(path)
+    except BlockingIOError as error:  # more than it accepts are waiting
+        sock.close()
+        raise StoreError(f"the cache server at {path!r} is busy", reason="busy") from error
+    except OSError as error:
+        sock.close()
+        hint = f"start one with: kvlab serve --listen {path}"
+        raise StoreError(f"no cache server listens at {path!r} ({error.strerror}); {hint}", reason="refused") from error
+    return Link(sock)

@@ -1,0 +1,45 @@
+"""Tier workers in this process, so that tests can put stores of their own into them."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from kvlab.stores import Store
+from kvlab.tierworker import process
+from kvlab.tierworker.link import Link
+from kvlab.tierworker.server import TierServer
+
+
+class ThreadWorker:
+    """What `process.start` returns, for a worker that is a thread."""
+
+    def __init__(self, store: Store | None = None) -> None:
+        ours, theirs = socket.socketpair()
+        self.link = Link(ours)
+        self.server = TierServer(Link(theirs), store=store)
+        self._thread = threading.Thread(target=self.server.run, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_dead(self) -> bool:
+        """Not before the last thread has let go of the slots."""
+        pools = (self.server._reads, self.server._writes)
+        return not self._thread.is_alive() and not any(thread.is_alive() for pool in pools for thread in pool._threads)
+
+    def kill(self) -> None:
+        self.link.close()
+
+    def wait(self, timeout_s: float) -> bool:
+        self._thread.join(timeout_s)
+        return self.is_dead
+
+
+@contextmanager
+def workers_in_threads(store: Store | None = None) -> Iterator[None]:
+    """Tier workers that are started are threads of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "start", lambda level: ThreadWorker(store))
+        yield
