@@ -123,6 +123,9 @@ def main() -> None:
     learned = [piece for kv in captured(model, other) for piece in kv.split(CHUNK, dim=1)]
 
     serdes: list[tuple[str, Serde]] = [(spec, get_serde(spec)) for spec in PLAIN]
+    theta = float(model.config.rope_parameters["rope_theta"])
+    centered = [f"centered:bits={bits},theta={theta:g}" for bits in (8, 4)]
+    serdes += [(spec, get_serde(spec)) for spec in centered]
     serdes += [(f"cachegen:level={level}", CacheGenSerde(profile(learned, AXES, level))) for level in LEVELS]
     for level in args.ablate:
         serdes.append(

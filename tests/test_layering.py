@@ -15,7 +15,7 @@ FLOORS = [
     ["chunking", "hashing", "container"],
     ["stated"],
     ["serde", "stores", "paged"],
-    ["objects", "machine", "sizing"],
+    ["codecs", "objects", "machine", "sizing"],
     ["object_cache", "page_objects"],
     ["tierworker"],
     ["engine", "datasets", "simulation"],
@@ -27,12 +27,12 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN_GROUND = {("units", "errors"), ("lazy", "errors")}  # errors imports nothing
 HEAVY = {  # each enters at these places alone
-    "vllm": ("connectors/vllm",),
+    "vllm": ("connectors/vllm", "paged/vllm_operators.py"),
     "pytest": ("testing",),
     "hypothesis": ("testing",),
     "plotly": ("plotting", "sizing/compare.py"),
     "transformers": ("connectors/transformers.py", "datasets"),
-    "triton": ("paged", "serde"),
+    "triton": ("paged", "serde", "codecs"),
     "numba": ("serde",),
     "pandas": ("sizing",),
 }

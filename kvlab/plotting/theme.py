@@ -40,7 +40,7 @@ POLICIES = {
     "lru": BLUE, "fifo": AMBER, "lfu": PINK, "mru": BROWN, "s3fifo": TEAL, "arc": VIOLET, "belady": NONE
 }  # fmt: skip
 SERDES = {
-    "naive": NONE, "lossless": GREEN, "fp8": TEAL, "int8": BLUE, "int4": VIOLET, "rotated4": PINK,
+    "naive": NONE, "lossless": GREEN, "fp8": TEAL, "int8": BLUE, "int4": VIOLET, "centered": AMBER, "rotated4": PINK,
     "cachegen": RUST, "cachegen-lmcache": "#df8a76",
 }  # fmt: skip
 COLORS = {**BACKENDS, **TIERS, **POLICIES, **SERDES}

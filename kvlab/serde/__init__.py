@@ -23,6 +23,7 @@ SERDES = {  # name -> "module:Class"; imported on use
     "fp8": "kvlab.serde.quantized:Fp8Serde",
     "int8": "kvlab.serde.quantized:Int8Serde",
     "int4": "kvlab.serde.quantized:Int4Serde",
+    "centered": "kvlab.serde.centered:CenteredSerde",
     "rotated4": "kvlab.serde.rotated:Rotated4Serde",
     "cachegen": "kvlab.serde.cachegen:CacheGenSerde",
     "cachegen-lmcache": "kvlab.serde.cachegen_lmcache:CacheGenLMCacheSerde",
@@ -36,7 +37,8 @@ def get_serde(spec: str) -> Serde:
     ----------
     spec
         ``name`` or ``name:option=value,option=value``. Names: ``naive``, ``lossless``, ``fp8``, ``int8``, ``int4``,
-        ``rotated4``, ``cachegen``, ``cachegen-lmcache``, and those of the entry point group ``kvlab.serde``.
+        ``centered``, ``rotated4``, ``cachegen``, ``cachegen-lmcache``, and those of the entry point group
+        ``kvlab.serde``.
 
     Returns
     -------

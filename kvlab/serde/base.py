@@ -60,6 +60,8 @@ class Serde(ABC):
     lossless: ClassVar[bool] = False
     # True where K must be told from V (axis "kv"); such a serde refuses opaque pages at start, not at the first save.
     needs_kv_axes: ClassVar[bool] = False
+    # True where such a serde also codes latents (MLA): one vector a token, K and V alike, an axis "kv" of size 1.
+    takes_latents: ClassVar[bool] = False
 
     @property
     def spec(self) -> str:

@@ -30,6 +30,7 @@ class ScaledSerde(Serde):
     """What the scaled kinds share: how K and V are cut into groups. A kind says how one group becomes codes."""
 
     needs_kv_axes = True
+    takes_latents = True
     default_modes: ClassVar[tuple[str, str]] = ("token", "token")
 
     def __init__(self, k: str | None = None, v: str | None = None, group: str | int = 0) -> None:
@@ -58,7 +59,7 @@ class ScaledSerde(Serde):
         """Dtype and shape of each part that `quantize` makes of values of this shape."""
 
     def encode(self, kv: torch.Tensor, axes: tuple[str, ...]) -> Encoded:
-        need_kv_axes(self.name, kv, axes)
+        need_kv_axes(self.name, kv, axes, latents=True)
         host = kv.detach().cpu()
         parts: dict[str, torch.Tensor] = {}
         for piece in halves(host, axes, self.modes, self.group):
@@ -69,7 +70,7 @@ class ScaledSerde(Serde):
 
     def decode(self, encoded: Encoded, out: torch.Tensor | None = None) -> torch.Tensor:
         modes, group = _params(encoded)
-        checked_axes(encoded.shape, encoded.axes, encoded.dtype)
+        checked_axes(encoded.shape, encoded.axes, encoded.dtype, latents=True)
         # A tensor without memory has the shapes to check the parts against, before any memory is taken.
         for piece in halves(torch.empty(encoded.shape, device="meta"), encoded.axes, modes, group):
             shapes = self.part_shapes(piece.values.shape, piece.dim)
@@ -143,9 +144,10 @@ class Int4Serde(ScaledSerde):
 
     def quantize(self, values: torch.Tensor, dim: int) -> Parts:
         limit = torch.finfo(torch.bfloat16).max
-        low = finite(values.amin(dim, keepdim=True)).clamp_(-limit, limit).to(torch.bfloat16)
+        # -0.0 is made 0.0: which of them a minimum gives depends on the machine.
+        low = finite(values.amin(dim, keepdim=True)).clamp_(-limit, limit).to(torch.bfloat16).add_(0.0)
         high = finite(values.amax(dim, keepdim=True))
-        step = (high / 15 - low.float() / 15).clamp_(0, limit).to(torch.bfloat16)
+        step = (high / 15 - low.float() / 15).clamp_(0, limit).to(torch.bfloat16).add_(0.0)
         small = away_from_the_end(high, low)
         inverse = torch.where(step > 0, 1 / (step.float() * small), 0.0).clamp_(0, limit)
         values = values if small == 1 else values * small

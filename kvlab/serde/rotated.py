@@ -26,9 +26,10 @@ class Rotated4Serde(Serde):
 
     name = "rotated4"
     needs_kv_axes = True  # it takes head vectors apart, which an opaque page does not show
+    takes_latents = True
 
     def encode(self, kv: torch.Tensor, axes: tuple[str, ...]) -> Encoded:
-        need_kv_axes(self.name, kv, axes)
+        need_kv_axes(self.name, kv, axes, latents=True)
         if (dim := kv.shape[axes.index("head_dim")]) > MAX_HEAD_DIM:
             raise ConfigError(f"rotated4 takes a head_dim of up to {MAX_HEAD_DIM}, got {dim}; use int4")
         vectors = kv.detach().cpu().movedim(axes.index("head_dim"), -1).float()
@@ -47,7 +48,7 @@ class Rotated4Serde(Serde):
         return Encoded(self.name, tuple(kv.shape), str(kv.dtype).removeprefix("torch."), axes, parts)
 
     def decode(self, encoded: Encoded, out: torch.Tensor | None = None) -> torch.Tensor:
-        checked_axes(encoded.shape, encoded.axes, encoded.dtype)
+        checked_axes(encoded.shape, encoded.axes, encoded.dtype, latents=True)
         at = encoded.axes.index("head_dim")
         lead, dim = (*encoded.shape[:at], *encoded.shape[at + 1 :]), encoded.shape[at]
         shapes = {"payload": (torch.uint8, (*lead, -(-dim // 2))), "scales": (torch.bfloat16, (*lead, 1))}

@@ -20,13 +20,15 @@ from kvlab.page_objects import PageObjects
 from kvlab.sharedmemory import SharedSlots
 from kvlab.stores import Store, open_stores
 from kvlab.stores.closing import close_store
+from kvlab.system import num_cores
 from kvlab.threads import Threads
 from kvlab.tierworker.link import Link, LinkError, Message
 from kvlab.tierworker.messages import Ask, Fill, Memory, Opening, Runs, Write, ask_of, failure, place_of
 from kvlab.units import format_bytes
 
 logger = logging.getLogger("kvlab.tiers")
-READ_THREADS = 16  # objects that are read, checked or waited for at once
+# Objects that are read, checked or waited for at once: the engine's own threads need cores too.
+READ_THREADS = min(max(num_cores() // 2, 4), 16)
 WRITE_THREADS = 2
 ASK_THREADS = 2
 ROWS_INTERVAL_S = 10.0

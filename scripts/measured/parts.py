@@ -75,9 +75,10 @@ def tier_loads() -> Page:
         return [r for r in rows if (r["tier"], r["reader"], int(r["objects"])) == (tier, reader, count)]
 
     def line(tier: str, count: int) -> list[str]:
-        bare, ours = max(of(tier, "bare", count), key=rate), max(of(tier, "worker", count), key=rate)
+        bare = max(of(tier, "bare", count), key=rate)
+        ours = next(row for row in of(tier, "worker", count) if int(row["threads"]) == int(row["cores"]) // 2)
         spread = f"{num(ours['ms'], 1)} ({num(ours['ms_min'], 1)} to {num(ours['ms_max'], 1)})"
-        share = num(rate(ours) / rate(bare))
+        share = num(rate(ours) / rate(bare), 3)
         return [tier, str(count), ours["mib"], spread, num(rate(ours)), num(rate(bare)), bare["threads"], share]
 
     shares = {tier: float(line(tier, counts[-1])[-1]) for tier in tiers}
@@ -91,12 +92,12 @@ def tier_loads() -> Page:
                 ["tier", "objects", "MiB", "ms, median (least to most)", "GB/s", "bare GB/s", "bare threads", "share of bare"],
                 [line(tier, count) for tier in tiers for count in counts],
                 rows,
-                "*Bare*: the same bytes read by the number of threads that does best, into memory that is used again, with no check. From memory itself (a tmpfs) the check and the second pass over the bytes show; from a medium they hide.",
+                "*Bare*: the same bytes read by the number of threads that does best, into memory that is used again, with no check; the tier worker has as many readers as half the cores. From memory itself (a tmpfs) the check and the second pass over the bytes show; from a medium they hide.",
             )
         ],
         [
-            Goal("a disk: at least 0.95 of the best direct reader", num(shares["disk"]), shares["disk"] >= 0.95),
-            Goal("Redis: at least 0.9 of the best bare sockets", num(shares["Redis, TCP"]), shares["Redis, TCP"] >= 0.9),
+            Goal("a disk: at least 0.95 of the best direct reader", num(shares["disk"], 3), shares["disk"] >= 0.95),
+            Goal("Redis: at least 0.9 of the best bare sockets", num(shares["Redis, TCP"], 3), shares["Redis, TCP"] >= 0.9),
         ],
         files=["tier_loads.csv"],
     )  # fmt: skip
@@ -111,6 +112,21 @@ def serde_quality() -> Page:
     by = {row["kind"]: row for row in [*rows, *more]}
     channel, level = by["int8"], by["cachegen:level=0.125"]
     fewer = 1 - float(level["bits_per_element"]) / float(channel["bits_per_element"])
+
+    constants = read("serde_constants.csv")
+    of = {(row["kind"], row["keys"]): row for row in constants}
+    constant_cells = [
+        [
+            kind,
+            num(of[kind, "plain"]["bits_per_element"]),
+            *(
+                num(of[kind, keys][f"key_error_{end}"], 3)
+                for keys in ("plain", "with a bias")
+                for end in ("first", "last")
+            ),
+        ]
+        for kind in dict.fromkeys(row["kind"] for row in constants)
+    ]
 
     def cells(row: Row) -> list[str]:
         share = float(row["greedy_agreement"])
@@ -128,7 +144,14 @@ def serde_quality() -> Page:
                 [cells(row) for row in [*rows, *more]],
                 [*rows, *more],
                 "SmolLM2-135M, 12 contexts of 768 tokens (8 ShareGPT, 4 Python source), chunks of 256; then 255 further tokens and 64 greedy ones with the decoded KV in the cache, the model computing in float32. Bits include the container's header.",
-            )
+            ),
+            Table(
+                "Keys with a large constant",
+                ["kind", "bits", "plain keys: first layer", "last", "with a bias: first layer", "last"],
+                constant_cells,
+                constants,
+                "K error in units of what differs between tokens. SmolLM2-135M's keys of 3,072 tokens, and the same with a bias of norm 605 in the first layer and 921 in the last (Qwen2.5-7B's), turned as RoPE turns it. Tables of `cachegen` come from other texts with the same bias.",
+            ),
         ],
         reading=f"""
 - A small model is a hard judge: codecs below five bits hurt it more than one of 7B.
@@ -137,8 +160,9 @@ def serde_quality() -> Page:
 - *Layer groups* do not pay here: one bin for all layers needs fewer bits at a smaller rise.
 - *Tables in the chunk* are out of the question at 256 tokens.
 - The paper's own bins (level 1) are too coarse for a model this small.
+- *Keys with a large constant*: RoPE turns the constant, so a scale by channel does not catch it, and every plain kind spends its bits on it. `centered` turns it back and takes it away: its error is that of plain keys. Perplexity was not taken, as this model was not trained with such a bias.
 """,
-        files=["serde_quality.csv", "serde_quality_first_token.csv"],
+        files=["serde_quality.csv", "serde_quality_first_token.csv", "serde_constants.csv"],
     )  # fmt: skip
 
 

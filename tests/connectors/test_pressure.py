@@ -7,6 +7,7 @@ import torch
 from tests.connectors.engine import connector, engine, generate, text_ids
 from tests.connectors.models import TOKEN_BYTES
 
+NEAR_TIE = 0.01  # of log probability: on a GPU such a pair may fall either way, though a second run shows none
 NUM_REQUESTS = 500 if torch.cuda.is_available() else 32
 
 
@@ -59,7 +60,8 @@ def test_evictions_under_load_change_no_token():
         scheduler = connector(llm).scheduler
         gaps = [gap(*pair) for pair in zip(want, (answer.tokens for answer in got), strict=True)]
         assert max(noise) < 0.05
-        assert max(gaps) <= 4 * max(noise), (sorted(gaps)[-5:], sorted(noise)[-5:])
+        most = max(4 * max(noise), NEAR_TIE) if torch.cuda.is_available() else 0.0
+        assert max(gaps) <= most, (sorted(gaps)[-5:], sorted(noise)[-5:])
         assert sum(each > 0 for each in gaps) <= sum(each > 0 for each in noise) + NUM_REQUESTS // 100
         assert scheduler.index.num_evictions > 0
         assert scheduler.counters["hit_requests"] > 0

@@ -60,6 +60,7 @@ def test_a_tier_worker_that_is_killed_costs_misses_never_a_request(tmp_path, exp
         assert hits >= 6, "it is served again by the next one"
         assert scheduler.counters["tier_worker_restarts"] >= 12
         generate(llm, [prompt(31)], max_tokens=1)  # reports come with steps
+        drain(llm)  # and its own save
         assert not scheduler.index.num_leased_slots
         assert (scheduler.loads.in_flight, scheduler.saves.in_flight) == ({}, {})
         assert not connector(llm).hook_errors

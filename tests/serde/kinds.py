@@ -19,11 +19,21 @@ SPECS = [
     "int8:k=channel,v=token",
     "int4",
     "int4:group=16",
+    "centered",
+    "centered:bits=8,theta=500.0,rotary=8,style=pairs",
     "rotated4",
     "cachegen",
     "cachegen-lmcache",
 ]
-MAX_ERROR = {"fp8": 0.04, "int8": 0.02, "int4": 0.16, "rotated4": 0.13, "cachegen": 0.16, "cachegen-lmcache": 0.3}
+MAX_ERROR = {
+    "fp8": 0.04,
+    "int8": 0.02,
+    "int4": 0.16,
+    "centered": 0.16,
+    "rotated4": 0.13,
+    "cachegen": 0.16,
+    "cachegen-lmcache": 0.3,
+}
 
 
 @lru_cache

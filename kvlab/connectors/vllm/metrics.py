@@ -91,7 +91,8 @@ class Counters(Counter[str]):
 
     def see_tiers(self, rows: Mapping[str, TierRow]) -> None:
         for tier, row in rows.items():
-            self._tiers[tier] = row.after(self._tiers.get(tier, TierRow()))
+            earlier = self._tiers.get(tier)
+            self._tiers[tier] = row if earlier is None else row.after(earlier)
             self._are_new = True
 
     def __setitem__(self, name: str, value: int) -> None:
@@ -110,7 +111,7 @@ class Counters(Counter[str]):
         if self._loads:
             data["loads"], self._loads = self._loads, []
         if self._tiers:
-            data["tiers"] = {tier: asdict(row) for tier, row in self._tiers.items()}
+            data["tiers"] = {tier: dict(vars(row)) for tier, row in self._tiers.items()}
             self._tiers = {}
         return KVLabStats(data=data)
 

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any
 
 logger = logging.getLogger("vllm.kvlab")
 _LOGGED: set[str] = set()
@@ -24,16 +24,19 @@ class Hints:
     wrong: str = ""
 
     @classmethod
-    def of(cls, request: Any) -> Self:
+    def of(cls, request: Any) -> "Hints":
         params = getattr(request, "kv_transfer_params", None)
-        given = params.get("kvlab") if isinstance(params, Mapping) else None
+        given = params.get("kvlab") if params is not None and isinstance(params, Mapping) else None
         if given is None:
-            return cls()
+            return _NONE
         wrong = _fault(given)
         if wrong and wrong not in _LOGGED:  # the texts are those below
             _LOGGED.add(wrong)
             logger.warning("kvlab: a request's hints are wrong, such requests go without the cache: %s", wrong)
         return cls(load=False, save=False, wrong=wrong) if wrong else cls(**given)
+
+
+_NONE = Hints()  # as most requests have
 
 
 def _fault(given: object) -> str:

@@ -335,7 +335,9 @@ class Scheduler:
 
     def take_stats(self) -> KVLabStats | None:
         """What was counted since the last call, with the memory tier's fill; None if nothing was."""
-        if self.counters.are_new and self.config.keeps_memory:
+        if not self.counters.are_new:
+            return None
+        if self.config.keeps_memory:
             evictions, self._told_evictions = self.index.num_evictions - self._told_evictions, self.index.num_evictions
             used = (self.index.num_slots - self.index.num_free) * self._slot_bytes
             row = TierRow(used, self.index.num_slots * self._slot_bytes, evictions)

@@ -185,6 +185,8 @@ class Worker:
 
     def take_lost_blocks(self) -> set[int]:
         """Pages that loads between steps could not fill."""
+        if not self._lost_blocks:
+            return set()
         lost, self._lost_blocks = self._lost_blocks, set()
         return lost
 
