@@ -3,10 +3,14 @@
 PYTHON ?= python3
 VENV := .venv/bin
 EXECUTED := notebooks/executed
-# Two processes, each of which takes file after file, in the order given by tests/conftest.py.
-PYTEST = $(NOTEBOOK_ENV) $(VENV)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+# Two processes, each of which takes file after file, in the order given by tests/conftest.py. nbmake takes seconds to
+# import, and runs notebooks alone.
+WITH_NBMAKE = $(NOTEBOOK_ENV) $(VENV)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+PYTEST = $(WITH_NBMAKE) -p no:nbmake
 HEAVY := engine or server or notebook
 NOTEBOOK_ENV := TQDM_DISABLE=1 PLOTLY_RENDERER=plotly_mimetype HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 JUPYTER_PLATFORM_DIRS=1
+# Without bytecode, which images of containers often switch off, a process takes 20 s to import vLLM, else 7.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: core demo test quick lab check docs clean env-core env-demo env-test env-dev env-docs model
 
@@ -31,7 +35,7 @@ test: env-test
 	@$(VENV)/python scripts/get_servers.py
 	@$(VENV)/python scripts/get_browser.py
 	@$(PYTEST) -m "not ($(HEAVY))" tests || failed=1; \
-	$(PYTEST) -m "$(HEAVY)" --nbmake --nbmake-timeout=1200 tests notebooks --ignore=$(EXECUTED) || failed=1; \
+	$(WITH_NBMAKE) -m "$(HEAVY)" --nbmake --nbmake-timeout=1200 tests notebooks --ignore=$(EXECUTED) || failed=1; \
 	exit $${failed:-0}
 
 # All tests that start neither an engine nor a server, but for those marked slow.

@@ -1,5 +1,6 @@
 """Shared fixtures, markers and the order of tests. Nothing here skips: a missing model or server is a failure."""
 
+import gc
 import os
 import socket
 import sys
@@ -10,6 +11,7 @@ import hypothesis
 import pytest
 
 from tests.support import starts
+from tests.support.lab_packages import closed_to
 
 # One thread for each engine, on any core: several threads wait for each other in every small operation, which takes a
 # scheduler's time slice (5 ms, 200 times a token) wherever another process computes too.
@@ -23,6 +25,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 hypothesis.settings.register_profile("kvlab", deadline=None)  # no test fails because the machine is busy
 hypothesis.settings.load_profile("kvlab")
 sys.addaudithook(starts.watch)
+gc.disable()  # until all is imported: vLLM and torch are half a million objects, which stay
 
 ROOT = Path(__file__).resolve().parent.parent
 # Cheap tests first. Servers before engines, because they take longest in one piece.
@@ -41,6 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: KINDS.index(kind_of(item)))
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 def kind_of(item: pytest.Item) -> str:
     """The last of `KINDS` that the test is marked with."""
     return next((kind for kind in reversed(KINDS) if kind and item.get_closest_marker(kind)), "")
@@ -48,11 +56,11 @@ def kind_of(item: pytest.Item) -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    os.environ[starts.ALLOWED] = " ".join(marker.name for marker in item.iter_markers())
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(starts.ALLOWED, " ".join(marker.name for marker in item.iter_markers()))
+        for name, value in (closed_to("demo") if item.path.suffix == ".ipynb" else {}).items():
+            patch.setenv(name, value)  # a kernel has what `make lab` installs, and not what tests need
         return (yield)
-    finally:
-        del os.environ[starts.ALLOWED]
 
 
 @pytest.fixture(scope="session")

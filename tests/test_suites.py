@@ -122,7 +122,8 @@ class TestWrong(SerdeTests):
 
 def judged(tmp_path: Path, text: str, *options: str) -> str:
     (tmp_path / "test_it.py").write_text(text)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(tmp_path)]
+    without = [option for plugin in ("cacheprovider", "nbmake", "xdist") for option in ("-p", f"no:{plugin}")]
+    command = [sys.executable, "-m", "pytest", "-q", *without, *options, str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
     assert done.returncode == 1, done.stdout[-2000:]

@@ -26,7 +26,8 @@ EXAMPLES = (
     "kvlab store evict file:///data/kv --to 10GiB",
     "kvlab store clear file:///data/kv --yes",
 )
-MORE = """URLs: file:///path, redis://host:6379/0, unix:///run/redis.sock, redis-sentinel://..., redis-cluster://...
+MORE = """URLs: file:///path, redis://host:6379/0, unix:///run/redis.sock, redis-sentinel://..., redis-cluster://...,
+s3://bucket/prefix
 A folder is opened with its present size as budget unless the URL gives one (?size=10GiB), so looking evicts nothing."""
 OF_OTHERS = frozenset({"version", "other_auth"})  # readers of another version, with another key or none, can use it
 

@@ -99,7 +99,7 @@ class S3Server:
             "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}", f"-volume.port={volume}",
             "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={self._folder / 'users.json'}",
             "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=256", "-volume.max=8",
-            "-master.telemetry=false",
+            "-master.telemetry=false", "-master.electionTimeout=1s",
             *([f"-s3.port.https={tls}", f"-s3.cert.file={cert}", f"-s3.key.file={key}"] if cert else []),
         ]  # fmt: skip
 

@@ -107,7 +107,7 @@ def run(
         ``sharegpt`` with several seeds and one run each gives several first runs: no prompt of one is in another.
     num_prompts, request_rate
         of each run, and requests per second, Poisson arrivals (a trace brings its own times); default 1024 and 16 where
-        there is an NVIDIA GPU, else 64 and 1.
+        there is an NVIDIA GPU, else 32 and 1.
     runs
         how often the same prompts are sent to the same server. The first fills the cache, later ones use it.
     together

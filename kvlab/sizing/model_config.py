@@ -35,14 +35,16 @@ class ModelConfig:
     def get(self, *names: str) -> Any:
         """The first of `names` with a value, then the transformers class's own default, else None."""
         for name in names:
-            if self.fields.get(name) is not None:
+            value = self.fields.get(name)
+            if value is not None:
                 self.seen.add(name)
-                return self.fields[name]
+                return value
+        defaults = CLASS_DEFAULTS.get(self.model_type, {})
         for name in names:
             if name in self.unknown:
                 return None
-            if self.has_default(name):
-                return CLASS_DEFAULTS[self.model_type][name]
+            if name in defaults:
+                return defaults[name]
         return None
 
     def has_default(self, name: str) -> bool:

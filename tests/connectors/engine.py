@@ -1,4 +1,4 @@
-"""A real vLLM in this process, with and without kvlab; prompts of the demo model."""
+"""A real vLLM in this process, with and without kvlab, on a short demo model; prompts of its tokens."""
 
 import gc
 import os
@@ -13,16 +13,17 @@ import torch
 
 import kvlab
 from kvlab.datasets.demo_model import demo_model
+from tests.connectors.models import TOKEN_BYTES, short_demo
 from tests.support.starts import check_may_start
 from tests.support.tiers import workers_in_threads
 
 BLOCK = 32
-MAX_TOKENS = 12
+MAX_TOKENS = 8
 # Float32: in bfloat16 another batch composition flips near-ties by itself.
 SETTINGS = {
     "enforce_eager": "KVLAB_TEST_GRAPHS" not in os.environ,  # CUDA graphs cost minutes of compilation
     "distributed_executor_backend": "uni",
-    "kv_cache_memory_bytes": 160 << 20,
+    "kv_cache_memory_bytes": 112 * BLOCK * TOKEN_BYTES,
     # Must be free at the start, though the line above says what is used. On a CPU another engine may run beside.
     "gpu_memory_utilization": 0.3 if torch.cuda.is_available() else 0.15,
     "max_model_len": 1024,
@@ -75,7 +76,7 @@ def engine(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     arguments = {**SETTINGS, **(settings or {})}
-    model = arguments.pop("model", None) or demo_model()
+    model = arguments.pop("model", None) or short_demo()
     if tiers is not None:
         chosen = {"report": True, "chunk_tokens": 64, **PATIENT, **connector}
         arguments["kv_transfer_config"] = KVTransferConfig(**kvlab.vllm_config(tiers, **chosen))

@@ -25,11 +25,8 @@ def test_an_abort_during_a_load_leaves_nothing_behind(tmp_path, expected):
         # The pages stay taken while the load may still write to them; another request must not get them.
         answer = generate(llm, [other])[0]
         assert answer.tokens == expected(other)
-        for _ in range(200):
-            if not scheduler.loads.in_flight:
-                break
+        while scheduler.loads.in_flight:
             generate(llm, [prompt(31)], max_tokens=1)
-        assert not scheduler.loads.in_flight
         drain(llm)  # what was saved meanwhile is pinned until it is written
         assert not scheduler.index.num_leased_slots
         assert not scheduler._states

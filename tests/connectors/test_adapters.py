@@ -15,8 +15,9 @@ from kvlab.connectors.vllm.adapters import Adapters, LoadedAdapter
 from kvlab.connectors.vllm.messages import WorkerReport
 from kvlab.connectors.vllm.scheduler.requests import request_extras
 from tests.connectors.engine import MAX_TOKENS, Answer, connector, drain, engine, prompt
+from tests.connectors.models import KEPT
 
-RANK, HIDDEN, LAYERS = 8, 576, 30
+RANK, HIDDEN, LAYERS = 8, 576, len(KEPT)
 
 
 def adapter(folder: Path, seed: int) -> str:

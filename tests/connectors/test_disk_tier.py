@@ -11,6 +11,7 @@ from kvlab.connectors.vllm.messages import WorkerReport
 from kvlab.hashing import block_hashes
 from tests.connectors.damage import cut_short, flip_a_bit, make_a_folder, make_empty, objects, swap_content
 from tests.connectors.engine import BLOCK, connector, drain, engine, generate, prompt, shared, worker
+from tests.connectors.models import TOKEN_BYTES
 
 WRITER = """
 from tests.connectors.engine import engine, generate, prompt
@@ -122,18 +123,19 @@ def test_an_unwritable_folder_costs_misses_never_a_request(tmp_path, expected, m
 
 
 def test_budgets_hold_with_files_from_before(tmp_path, expected):
-    budget = 20 << 20
+    budget = 450 * TOKEN_BYTES
     (tmp_path / "old").mkdir()
-    with engine(["memory://?size=20MiB", f"file://{tmp_path}?size=20MiB"]) as llm:
+    with engine([f"memory://?size={budget}", f"file://{tmp_path}?size={budget}"]) as llm:
         for p in [prompt(480), prompt(480, ending=0), prompt(300, ending=1), prompt(480)]:
             assert generate(llm, [p])[0].tokens == expected(p)
             drain(llm)
             assert sum(path.stat().st_size for path in objects(tmp_path)) <= budget
         assert worker(llm).transfer.arena.numel() <= budget
-    with engine([f"file://{tmp_path}?size=8MiB"]) as llm:
+    less = 180 * TOKEN_BYTES
+    with engine([f"file://{tmp_path}?size={less}"]) as llm:
         generate(llm, [prompt(300)])
         drain(llm)
-        assert sum(path.stat().st_size for path in objects(tmp_path)) <= 8 << 20
+        assert sum(path.stat().st_size for path in objects(tmp_path)) <= less
 
 
 def test_lossless_serde_gives_the_same_tokens(tmp_path, expected):

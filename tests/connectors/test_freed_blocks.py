@@ -5,6 +5,7 @@ import torch
 
 from tests.connectors.damage import overwritten
 from tests.connectors.engine import connector, drain, empty_memory, engine, generate, prompt, worker
+from tests.connectors.models import TOKEN_BYTES
 
 
 def ask_twice(llm, prompts) -> list[list[list[int]]]:
@@ -17,7 +18,7 @@ def test_saves_are_over_before_pages_are_freed(tmp_path, expected, secondary):
     tiers = ["memory://?size=256MiB"] + ([f"file://{tmp_path}?size=1GiB"] if secondary else [])
     # Room for about three requests at a time: pages are reused while others are being saved.
     with (
-        engine(tiers, {"kv_cache_memory_bytes": 24 * 32 * 46080, "max_model_len": 512}) as llm,
+        engine(tiers, {"kv_cache_memory_bytes": 24 * 32 * TOKEN_BYTES, "max_model_len": 512}) as llm,
         overwritten(llm) as freed,
     ):
         assert ask_twice(llm, prompts) == [[expected(p) for p in prompts]] * 2
@@ -74,7 +75,7 @@ def test_saves_hear_of_writes_to_their_pages_first(expected, prefix_caching, mon
     """Saves read pages after the step, on a GPU perhaps after the request has ended: whoever gets a page must be named
     before it is written to. Whole pages only, as requests go on writing to their last one."""
     prompts = [prompt(200, ending=e) for e in range(8)] + [prompt(480), prompt(90), prompt(480, ending=0)]
-    few_pages = {"kv_cache_memory_bytes": 24 * 32 * 46080, "max_model_len": 512}
+    few_pages = {"kv_cache_memory_bytes": 24 * 32 * TOKEN_BYTES, "max_model_len": 512}
     settings = {**few_pages, "enable_prefix_caching": prefix_caching}
     # No hit on the first pass: a load would run the saves before it.
     with engine(["memory://?size=256MiB"], settings, save_partial_block=False, min_hit_tokens=190) as llm:

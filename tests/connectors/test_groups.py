@@ -7,6 +7,7 @@ from kvlab.stores.wrappers import LatencyStore
 from tests.connectors.damage import cut_short, flip_a_bit, objects, overwritten
 from tests.connectors.engine import (
     BLOCK,
+    MAX_TOKENS,
     connector,
     core,
     drain,
@@ -140,7 +141,7 @@ def test_preempted_requests(settings, expected):
         scheduler._preempt_request = lambda request, *a, **k: (preempted.append(1), original(request, *a, **k))[1]
         for _ in range(3):
             answers = generate(llm, prompts, detokenize=False, max_tokens=80)
-            assert [answer.tokens[:12] for answer in answers] == [expected(p) for p in prompts]
+            assert [answer.tokens[:MAX_TOKENS] for answer in answers] == [expected(p) for p in prompts]
         assert preempted
         assert not connector(llm).hook_errors
 

@@ -8,6 +8,7 @@ from kvlab.connectors.vllm.scheduler.hints import Hints
 from kvlab.connectors.vllm.scheduler.pins import Pins
 from kvlab.connectors.vllm.scheduler.slots import SlotIndex
 from tests.connectors.engine import connector, drain, engine, generate, prompt, worker
+from tests.connectors.models import TOKEN_BYTES
 
 
 def hints(given):
@@ -119,7 +120,7 @@ def other_prompts(count):
 
 
 def test_hints_of_requests_to_an_engine():
-    size = 40 * 32 * 46080  # four prompts of 300 tokens
+    size = 40 * 32 * TOKEN_BYTES  # four prompts of 300 tokens
     with engine([f"memory://?size={size}"]) as llm:
         scheduler = connector(llm).scheduler
         first, second, third, *others = other_prompts(9)
@@ -149,7 +150,7 @@ def test_hints_of_requests_to_an_engine():
 def test_a_salt_has_its_share_and_metrics_tell_of_every_tier(tmp_path):
     from prometheus_client import REGISTRY
 
-    size = 40 * 32 * 46080
+    size = 40 * 32 * TOKEN_BYTES
     settings = {"disable_log_stats": False}
     tiers = [f"memory://?size={size}", f"file://{tmp_path}?size=1GiB"]
     with engine(tiers, settings, in_thread=True, max_salt_share=0.25) as llm:
@@ -169,15 +170,15 @@ def test_a_salt_has_its_share_and_metrics_tell_of_every_tier(tmp_path):
             for metric in REGISTRY.collect()
             for sample in metric.samples
         }
-        assert found["loaded_bytes_total", "memory"] == 2 * 320 * 46080
-        assert found["loaded_bytes_total", "disk"] == 320 * 46080
+        assert found["loaded_bytes_total", "memory"] == 2 * 320 * TOKEN_BYTES
+        assert found["loaded_bytes_total", "disk"] == 320 * TOKEN_BYTES
         assert found["load_seconds_count", "disk"] == 1
-        assert found["tier_used_bytes", "memory"] == (320 + 320 + 32) * 46080, "whole pages of three prompts"
+        assert found["tier_used_bytes", "memory"] == (320 + 320 + 32) * TOKEN_BYTES, "whole pages of three prompts"
         assert found["tier_max_bytes", "memory"] == size
         assert found["tier_max_bytes", "disk"] == 1 << 30
-        assert found["tier_used_bytes", "disk"] > 3 * 300 * 46080
-        assert found["tier_written_bytes_total", "disk"] > 3 * 300 * 46080
-        assert found["tier_read_bytes_total", "disk"] > 300 * 46080
+        assert found["tier_used_bytes", "disk"] > 3 * 300 * TOKEN_BYTES
+        assert found["tier_written_bytes_total", "disk"] > 3 * 300 * TOKEN_BYTES
+        assert found["tier_read_bytes_total", "disk"] > 300 * TOKEN_BYTES
         assert found["tier_evictions_total", "memory"] > 0
         assert found["tier_up", "disk"] == 1
         assert ("tier_read_bytes_total", "memory") not in found

@@ -7,9 +7,10 @@ from kvlab.hashing import block_hashes
 from kvlab.stores.wrappers import WrapperStore
 from tests.connectors.damage import flip_a_bit, objects
 from tests.connectors.engine import BLOCK, connector, drain, engine, generate, objects_of, prompt, text_ids, worker
+from tests.connectors.models import TOKEN_BYTES
 
 CHUNK = 2 * BLOCK
-SLOT_BYTES = 46080 * BLOCK
+SLOT_BYTES = TOKEN_BYTES * BLOCK
 
 
 class Gate(WrapperStore):

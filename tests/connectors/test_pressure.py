@@ -5,6 +5,7 @@ import random
 import torch
 
 from tests.connectors.engine import connector, engine, generate, text_ids
+from tests.connectors.models import TOKEN_BYTES
 
 NEAR_TIE = 0.01  # of log probability: on a GPU such a pair may fall either way, though a second run shows none
 NUM_REQUESTS = 500 if torch.cuda.is_available() else 32
@@ -53,7 +54,7 @@ def test_evictions_under_load_change_no_token():
         again = generate(llm, asked[::-1], max_tokens=8)[::-1]
     noise = [gap(*pair) for pair in zip(want, (answer.tokens for answer in again), strict=True)]
     touched = sum(len({tuple(p[:64]) for p in asked}) * 64 for _ in range(4)) + 40 * len(asked)
-    budget = touched * 46080 // 10
+    budget = touched * TOKEN_BYTES // 10
     with engine([f"memory://?size={budget}"]) as llm:
         got = generate(llm, asked, max_tokens=8)
         scheduler = connector(llm).scheduler

@@ -10,6 +10,7 @@ import pytest
 
 from kvlab.machine.redis_server import RedisServer
 from tests.connectors.engine import connector, drain, empty_memory, engine, generate, prompt
+from tests.connectors.models import TOKEN_BYTES
 
 OTHER = """
 from tests.connectors.engine import engine, generate, prompt
@@ -96,7 +97,7 @@ def test_metrics_and_hit_sources(tmp_path, expected):
             told[sample.name] += sample.value
         assert told["vllm:kvlab_hit_tokens_total"] == 598
         assert told["vllm:kvlab_hit_requests_total"] == 2
-        assert told["vllm:kvlab_loaded_bytes_total"] == 2 * 320 * 46080  # whole pages
+        assert told["vllm:kvlab_loaded_bytes_total"] == 2 * 320 * TOKEN_BYTES  # whole pages
         assert told["vllm:kvlab_load_seconds_sum"] > 0
         assert told["vllm:kvlab_misses_total"] == 1
         stats = type(ours).build_kv_connector_stats(dict(ours.scheduler.counters))

@@ -9,7 +9,7 @@ from kvlab.stores.memory import MemoryStore
 from kvlab.stores.wrappers import WrapperStore
 from tests.connectors.damage import GARBAGE, overwritten
 from tests.connectors.engine import BLOCK, connector, drain, engine, generate, objects_of, prompt, text_ids, worker
-from tests.connectors.models import gemma
+from tests.connectors.models import TOKEN_BYTES, gemma
 
 MARKER = bytes([GARBAGE]) * 16  # what `overwritten` leaves in pages that were freed, four floats of it
 LENGTHS = [2, 3, 5, 31, 33, 40, 63, 65, 100, 129, 150, 200]
@@ -40,7 +40,7 @@ def tenants():
 @pytest.mark.parametrize("kind", ["demo", "gemma"])
 def test_nothing_that_others_left_in_a_page_is_stored(kind, prefix_caching, tmp_path):
     """Every page is full of a marker before the first request, and freed pages are again at once."""
-    settings = {"kv_cache_memory_bytes": 24 * BLOCK * 46080, "max_model_len": 256}
+    settings = {"kv_cache_memory_bytes": 24 * BLOCK * TOKEN_BYTES, "max_model_len": 256}
     if kind == "gemma":  # four groups, of which one has one layer, the others two: its pages have room for two
         layers = ["sliding_attention"] * 5 + ["full_attention"] * 2
         settings = {**gemma(tmp_path, layers), "kv_cache_memory_bytes": 4 << 20, "max_model_len": 256}
@@ -72,6 +72,6 @@ def check_number_of_words(value: bytes) -> None:
     metadata = json.loads(value[8 : 8 + size])["__metadata__"]
     data = torch.frombuffer(bytearray(value[8 + size :]), dtype=torch.float32)
     num_tokens = int(metadata["end_token"]) - int(metadata["first_token"])
-    per_token = 46080 // 4
+    per_token = TOKEN_BYTES // 4
     found = int(torch.count_nonzero(data))
     assert 0.99 * num_tokens * per_token <= found <= num_tokens * per_token

@@ -17,12 +17,10 @@ from kvlab.serving.server import Server
 from kvlab.serving.tables import compare, read_rows
 from kvlab.serving.workloads import make_workload
 from tests.connectors.engine import PATIENT
+from tests.connectors.models import TOKEN_BYTES, short_demo
 from tests.support.serving import BLOCK, MARK, SERVER, marked, small_file
 
 NUM_PROMPTS = 24
-TOKEN_BYTES = (
-    46080  # of the demo model in float32, which every CPU computes fast; bfloat16 is slow where it is emulated
-)
 BACKENDS = ["none", "kvlab-memory", "kvlab-disk", "kvlab-redis"]
 
 
@@ -36,7 +34,7 @@ def _threads_as_servers_choose_them():
 
 
 @pytest.fixture(scope="module")
-def measured(demo_model_path, tmp_path_factory):
+def measured(tmp_path_factory):
     """Two runs each of four backends on the same 24 prompts: the rows, and the folder with the client's results."""
     folder = tmp_path_factory.mktemp("serving")
     part = folder / "part.json"
@@ -47,10 +45,10 @@ def measured(demo_model_path, tmp_path_factory):
     with RedisServer() as redis:
         rows = run(
             BACKENDS,
-            model=demo_model_path,
+            model=short_demo(),
             dataset_path=str(part),
             num_prompts=NUM_PROMPTS,
-            request_rate=2.5,
+            request_rate=6,
             output_len=6,
             cache_size="512MiB",
             redis_url=f"{redis.url}?timeout_ms=60000",
@@ -150,10 +148,10 @@ def test_it_is_reported_and_drawn(measured):
 
 
 @pytest.mark.timeout(600)
-def test_servers_that_run_together_take_turns_on_every_dataset(demo_model_path, tmp_path):
+def test_servers_that_run_together_take_turns_on_every_dataset(tmp_path):
     rows = run(
         ["none", "kvlab-memory"],
-        model=demo_model_path,
+        model=short_demo(),
         dataset_path=str(small_file(tmp_path)),
         dataset=["sharegpt", "rounds"],
         num_prompts=[6, 4],

@@ -14,13 +14,14 @@ from kvlab.serving.server import Server
 from kvlab.serving.warm import Warmed, warm
 from kvlab.stores import open_store
 from tests.connectors.engine import PATIENT
+from tests.connectors.models import short_demo
 from tests.support.serving import SERVER
 
 NUM_PROMPTS = 6
 
 
 @pytest.mark.timeout(900)
-def test_sigterm_writes_back_what_waits(demo_model_path, tmp_path, monkeypatch):
+def test_sigterm_writes_back_what_waits(tmp_path, monkeypatch):
     for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"):
         monkeypatch.delenv(name, raising=False)
     url = f"file://{tmp_path}/kv?size=1GiB"
@@ -34,7 +35,7 @@ def test_sigterm_writes_back_what_waits(demo_model_path, tmp_path, monkeypatch):
         json.dumps(config),
     ]
     rng = random.Random(1)
-    with Server(demo_model_path, flags, log=tmp_path / "log") as server:
+    with Server(short_demo(), flags, log=tmp_path / "log") as server:
         prompts = [[rng.randrange(1000, 40_000) for _ in range(300)] for _ in range(NUM_PROMPTS)]
         url_of_server = f"http://127.0.0.1:{server.port}"
         first = warm(prompts[:2], url=url_of_server, pin=True, concurrency=1)

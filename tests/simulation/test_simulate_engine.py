@@ -20,7 +20,7 @@ SPAN = 8192  # bytes of arena any object here takes: a header page and less than
 def prompts(request):
     some = generate_traffic(request.param, 70, reuse=0.6, seed=5, block_tokens=64)
     tokens = prompts_of_traffic(some)
-    return [prompt[: len(prompt) // 16] for prompt in tokens]  # the same shapes, shorter; prefixes stay shared
+    return [prompt[: len(prompt) // 24] for prompt in tokens]  # the same shapes, shorter; prefixes stay shared
 
 
 def served(store, prompts, chunk_tokens):

@@ -10,21 +10,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from folders import bytes_in
+
 from kvlab.container import Part, pack, unpack
 from kvlab.errors import FormatError, StoreError
 from kvlab.stores.disk import DiskStore
 
 FILE_SYSTEM = 3 << 20
-
-
-def bytes_in(root):
-    found = 0
-    for path in root.rglob("*"):
-        try:
-            found += path.lstat().st_size if path.is_file() and path.name != "journal" else 0
-        except FileNotFoundError:
-            continue
-    return found
 
 
 def churn(root, budget, seed, seconds):

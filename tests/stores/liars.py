@@ -28,6 +28,8 @@ class Listening:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port = self._listener.getsockname()[1]
         self.closed = threading.Event()
+        # Its connections inherit it: replies to several commands at once would wait 40 ms for each other.
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sockets = []
         threading.Thread(target=self._accept, daemon=True).start()
 

@@ -67,6 +67,7 @@ class Front:
         self._to = port
         self._context = context
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port = self._listener.getsockname()[1]
         self._sockets = []
         threading.Thread(target=self._accept, daemon=True).start()
@@ -90,6 +91,7 @@ class Front:
             client.close()
             return
         server = socket.create_connection(("127.0.0.1", self._to))
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sockets += [client, server]
         last = [server]
 

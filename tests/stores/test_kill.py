@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from folders import bytes_in
 
 from kvlab.container import unpack
 from kvlab.stores.disk import DiskStore
@@ -94,10 +95,7 @@ def nurseries(tmp_path):
         process.wait(10)
 
 
-def bytes_in(root):
-    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and path.name != "journal")
-
-
+@pytest.mark.slow
 def test_two_hundred_kills(tmp_path, nurseries):
     root = tmp_path / "kv"
     draw = random.Random(7)

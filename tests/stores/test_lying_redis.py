@@ -356,8 +356,9 @@ def test_a_call_of_many_questions_has_one_deadline(call):
             "put": lambda: store.put("kvlab:p", b"z"),
             "used_bytes": lambda: store.used_bytes,
         }
-        with contextlib.suppress(StoreError):
-            calls[call]()
+        while not waited:  # on a busy machine the deadline may pass before anything is asked
+            with contextlib.suppress(StoreError):
+                calls[call]()
         assert len(waited) <= 2
         assert store.errors["timeout"] >= 1
 

@@ -59,7 +59,9 @@ def named(kind):
 def test_a_call_does_not_wait_for_a_silent_name_server(silent, kind):
     url = URLS["cluster" if kind == "moved" else kind]
     with Liar(named(kind)) as liar, open_store(url.format(liar.port)) as store:
-        for _ in range(8):
+        tries = 0
+        while tries < 6 or not silent.asked:  # on a busy machine a call may end before it asks
+            tries += 1
             with contextlib.suppress(StoreError):
                 assert store.get("kvlab:a") is None
         assert silent.given_up == [], "a call waited for the resolver"
