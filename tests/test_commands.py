@@ -17,6 +17,7 @@ from tests.support.examples import ROOT, SHOWN, blocks, commands, commands_with_
 RUN = ("size", "store", "simulate", "config")  # these subcommands need neither an engine nor a download
 PIP = {"pip", "uv"}
 NAMES_FILES = {"conda": "-f", "docker": "-f"}  # programs that are not run, and the flag of a file of the checkout
+OTHERS = {"apt-get", "python", "memcached", "mooncake_master", "mooncake_client"}  # other systems' servers, see stores
 SHELL = {"head", "install", "umask", "chmod"}  # writes files below /etc/kvlab: run below a temporary folder
 
 
@@ -50,7 +51,7 @@ def flags_of(subcommand):
 
 
 def test_what_is_shown_is_a_program_that_is_checked():
-    known = {"kvlab", "make", "vllm", *PIP, *NAMES_FILES, *SHELL}
+    known = {"kvlab", "make", "vllm", *PIP, *NAMES_FILES, *OTHERS, *SHELL}
     shown = {(name_of(page), words[0]) for page in SHOWN for words in commands(page)}
     assert sorted(name for name in shown if not name[1].startswith("/") and name[1] not in known) == []
 

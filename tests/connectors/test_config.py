@@ -36,7 +36,10 @@ from tests.connectors.engine import SETTINGS
         ({"tiers": {"a": 1}}, "tiers must be a list of store URLs"),
         ({"tiers": ["file://?size=1GiB"]}, "a disk store needs a folder"),
         ({"tiers": ["file:///x?serde=int8"]}, "must tell K from V"),
-        ({"tiers": ["file:///x?sered=naive"]}, "known: auth, check, direct, fsync, policy, serde, shared, size"),
+        (
+            {"tiers": ["file:///x?sered=naive"]},
+            "known: auth, check, deadline_ms, direct, fsync, policy, serde, shared, size",
+        ),
         ({"tiers": ["memory://?serde=lossless"]}, "serde is for the URLs of secondary tiers"),
         ({"tiers": ["memory://host/path"]}, "memory:// is this process's memory and has no place"),
         ({"tiers": ["memory://?policy=../x"]}, "unknown eviction policy"),

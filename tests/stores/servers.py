@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import ssl
@@ -93,17 +94,22 @@ class Front:
         server = socket.create_connection(("127.0.0.1", self._to))
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sockets += [client, server]
-        last = [server]
-
-        def pump(source, sink):
+        with contextlib.suppress(OSError):
+            self._pass_on(client, server)
+        for each in (client, server):
             with contextlib.suppress(OSError):
-                while data := source.recv(1 << 16):
-                    if source is client and last[0] is server:
-                        self.turns += 1
-                    last[0] = source
-                    sink.sendall(data)
-            with contextlib.suppress(OSError):
-                sink.shutdown(socket.SHUT_RDWR)
+                each.shutdown(socket.SHUT_RDWR)
 
-        threading.Thread(target=pump, args=(server, client), daemon=True).start()
-        pump(client, server)
+    def _pass_on(self, client, server):
+        """In one thread: OpenSSL takes no read of a connection while another thread writes to it."""
+        last = server
+        while True:
+            waiting = isinstance(client, ssl.SSLSocket) and client.pending()
+            ready = [client] if waiting else select.select([client, server], [], [])[0]
+            for source in ready:
+                data = source.recv(1 << 16)
+                if not data:
+                    return
+                self.turns += source is client and last is server
+                last = source
+                (server if source is client else client).sendall(data)
