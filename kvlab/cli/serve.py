@@ -5,17 +5,20 @@ import contextlib
 import logging
 import os
 import signal
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvlab.cli.parser import Parser
 from kvlab.errors import ConfigError
 from kvlab.stores import check_url, open_stores
-from kvlab.stores.url import StoreURL
+from kvlab.stores.url import StoreURL, shown_url
 from kvlab.tierworker.host import CacheServer
 from kvlab.tierworker.metrics import MetricsServer
 from kvlab.tierworker.resp import RespServer
 from kvlab.units import parse_bytes
+
+MOST_PASSWORD_BYTES = 4096
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,12 +47,17 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--memory must be at least one byte, got {args.memory!r}")
     for url in args.tier:
         if StoreURL.parse(url).scheme in ("memory", "kvlab"):
-            raise ConfigError(f"--tier must lie below memory, got {url!r}; --memory gives the memory tier its size")
+            raise ConfigError(
+                f"--tier must lie below memory, got {shown_url(url)!r}; --memory gives the memory tier its size"
+            )
+        if StoreURL.parse(url).holds_secret:  # every user of the machine sees a command line
+            raise ConfigError(f"--tier must hold no password, {shown_url(url)!r} does; give it by ?password_file=/path")
         check_url(url)
     password = _password(args.password_file) if args.password_file else ""
     form = "%(levelname)s %(asctime)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%m-%d %H:%M:%S")
     store = open_stores([f"memory://?size={args.memory}&policy={args.policy}&pinned=false", *args.tier])
+    _raise_file_limit()
     server = CacheServer(store, args.listen)
     with contextlib.ExitStack() as beside:
         if args.metrics:
@@ -67,9 +75,20 @@ def main(argv: Sequence[str]) -> int:
 def _password(file: Path) -> str:
     """The one line of `file`, which no other user may read."""
     about = file.stat()
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MOST_PASSWORD_BYTES:
+        raise ConfigError(f"--password-file {str(file)!r} must be a plain file of one line")
     if about.st_mode & 0o077:
         raise ConfigError(f"--password-file {str(file)!r} can be read or written by others; chmod 600 it")
-    text = file.read_text(encoding="utf-8").rstrip("\r\n") if about.st_size <= 4096 else ""
-    if not text or "\n" in text:
-        raise ConfigError(f"--password-file {str(file)!r} must hold one password in one line")
+    text = file.read_bytes().decode(errors="replace").rstrip("\r\n")
+    if not text or "\n" in text or "\ufffd" in text:
+        raise ConfigError(f"--password-file {str(file)!r} must hold one password in one line, in UTF-8")
     return text
+
+
+def _raise_file_limit() -> None:
+    """As many open files as the system allows: each engine and each client takes some."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -18,7 +18,7 @@ Answered: TypeAlias = Callable[[Message | None, bytes], None]  # the answer; Non
 START_S = 120.0  # for the tiers to open at the engine's start
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0  # before a worker that died is started again
 SOUND_S = 60.0  # a worker that lives so long is no sign of trouble any more
-STUCK_S = 300.0  # with requests under way and no answer to any of them: it hangs
+STUCK_S = 300.0  # for the answer to one request: then it hangs
 MAX_QUEUED_BYTES = 4 << 20  # of messages that the worker has not taken
 MAX_WRITES = 4096  # under way
 END_S = 5.0  # for a worker that has said it is done
@@ -41,7 +41,7 @@ class TierClient:
         self.opening = opening
         self._path = path
         self._memory: tuple[Memory, SharedSlots] | None = None
-        self._waiting: dict[int, Answered] = {}
+        self._waiting: dict[int, tuple[Answered, float]] = {}  # with the time of the request, the oldest first
         self._num_writes = 0
         self._next_id = 1
         self._is_open = False  # requests may be sent
@@ -50,7 +50,7 @@ class TierClient:
         self._is_closed = False
         self._wait_s = FIRST_WAIT_S
         self._restart_at = 0.0
-        self._started_at = self._heard_at = time.monotonic()
+        self._started_at = time.monotonic()
         self._worker = self._start()
         self._finish_opening()
 
@@ -94,9 +94,7 @@ class TierClient:
         if not self._is_open:
             answered(None, b"")
             return
-        if not self._waiting:
-            self._heard_at = time.monotonic()
-        self._waiting[request.id] = answered
+        self._waiting[request.id] = (answered, time.monotonic())
         self._send(message_of(request), data)
 
     def _send(self, message: Message, data: bytes = b"", *, fd: int = -1) -> None:
@@ -113,9 +111,20 @@ class TierClient:
         return bool(self._waiting)
 
     def poll(self) -> None:
-        """Hand out the answers that have come. Takes microseconds."""
+        """Hand out the answers that have come. Takes microseconds, and raises nothing: a worker that cannot be
+        understood is lost."""
+        try:
+            self._poll()
+        except Exception as error:
+            if self.counters["tier_worker_deaths"] == 0:
+                logger.exception("kvlab: the tier worker is not understood")
+            self._lost(error)
+
+    def _poll(self) -> None:
         if self._is_open or (self._opening_since is not None):
             self._receive()
+        if self._opening_since is not None and time.monotonic() - self._opening_since > START_S:
+            self._lost(LinkError(f"its tiers are not open after {START_S:g} s"))
         if self._is_dying:
             self._bury()
         elif not self._is_open and self._opening_since is None and not self._is_closed:
@@ -135,10 +144,8 @@ class TierClient:
         except LinkError as error:
             self._lost(error)
             return
-        now = time.monotonic()
-        if messages:
-            self._heard_at = now
-        elif self._waiting and now - self._heard_at > STUCK_S:
+        oldest = next(iter(self._waiting.values()), None)
+        if not messages and oldest is not None and time.monotonic() - oldest[1] > STUCK_S:
             self._lost(LinkError(f"no answer for {STUCK_S:g} s"))
             return
         for message, data in messages:
@@ -147,14 +154,14 @@ class TierClient:
     def _take(self, message: Message, data: bytes) -> None:
         op = message.get("op")
         if op == "tiers":
-            self.rows = message["rows"]
+            self.rows = list(message["rows"])
         elif op == "ready":
             self._opened(message.get("token"))
         elif op == "failed":
             logger.warning("kvlab: the tiers could not be opened again: %s", raised_by(message))
             self._lost(LinkError("the tiers could not be opened"))
-        elif (answered := self._waiting.pop(message.get("id", 0), None)) is not None:
-            answered(message, data)
+        elif (waiting := self._waiting.pop(message.get("id", 0), None)) is not None:
+            waiting[0](message, data)
 
     # ---- life and death
 
@@ -211,7 +218,7 @@ class TierClient:
         self._restart_at = time.monotonic() + self._wait_s
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
         waiting, self._waiting = self._waiting, {}
-        for answered in waiting.values():
+        for answered, _ in waiting.values():
             answered(None, b"")
 
     def _restart(self) -> None:
@@ -238,7 +245,7 @@ class TierClient:
         is_dead = self._worker.wait(END_S)
         self._worker.link.close()
         waiting, self._waiting = self._waiting, {}
-        for answered in waiting.values():
+        for answered, _ in waiting.values():
             answered(None, b"")
         return is_dead
 

@@ -14,6 +14,7 @@ from kvlab.errors import ConfigError
 from kvlab.stores import Store
 from kvlab.stores.closing import close_store
 from kvlab.tierworker.link import Link
+from kvlab.tierworker.lockfile import hold
 from kvlab.tierworker.server import TierServer
 from kvlab.units import format_bytes
 
@@ -31,11 +32,15 @@ class CacheServer:
     def __init__(self, store: Store, path: Path) -> None:
         self.store = store
         self.path = path
-        self._name = os.urandom(16).hex()  # of this server, which knows of no other's sessions
+        if not path.is_absolute():
+            raise ConfigError(f"--listen must be an absolute path, got {str(path)!r}")
+        self._lock = hold(path)  # until the process ends
         self._socket = _listen(path)
+        self._inode = path.lstat().st_ino
         self._sessions: dict[str, tuple[TierServer, threading.Thread]] = {}  # by token
         self._is_stopped = threading.Event()
         self._next_line_s = time.monotonic() + LINE_INTERVAL_S
+        self._refused_at = -LINE_INTERVAL_S
         self.num_attached = 0  # engines since the start
 
     @property
@@ -68,26 +73,37 @@ class CacheServer:
     def _accept(self) -> None:
         try:
             sock, _ = self._socket.accept()
-        except OSError as error:
-            logger.warning("kvlab serve: an engine could not attach: %s", error)
+        except OSError as error:  # as without a free file descriptor
+            self._refuse(f"an engine could not attach: {error}")
+            self._is_stopped.wait(LOOK_S)
             return
-        if self.num_engines >= MAX_ENGINES:
-            logger.warning("kvlab serve: %d engines are attached; another is turned away", MAX_ENGINES)
+        if len(self._sessions) >= MAX_ENGINES:  # those that are ending have threads too
+            self._refuse(f"{MAX_ENGINES} engines are attached; another is turned away")
             sock.close()
             return
-        token = f"{self._name}{os.urandom(16).hex()}"
+        token = os.urandom(16).hex()
         session = TierServer(Link(sock), store=self.store, token=token, is_over=self._is_over)
         thread = threading.Thread(target=session.run, name="kvlab-session", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._refuse(f"an engine could not attach: {error}")
+            sock.close()
+            return
         self._sessions[token] = (session, thread)
         self.num_attached += 1
-        thread.start()
+
+    def _refuse(self, why: str) -> None:
+        """Logged once a minute: a client may ask without end."""
+        if time.monotonic() - self._refused_at > LINE_INTERVAL_S:
+            self._refused_at = time.monotonic()
+            logger.warning("kvlab serve: %s", why)
 
     def _is_over(self, token: str) -> bool:
-        """Whether nothing of this session touches its engine's memory any more."""
+        """Whether nothing of this session touches its engine's memory any more. One that is unknown was of a server
+        that had the lock before."""
         session = self._sessions.get(token)
-        if session is None:
-            return token.startswith(self._name)
-        return not session[1].is_alive() and not session[0].touches_memory
+        return session is None or (not session[1].is_alive() and not session[0].touches_memory)
 
     def _forget_ended(self) -> None:
         for token in [token for token in self._sessions if self._is_over(token)]:
@@ -102,20 +118,15 @@ class CacheServer:
             thread.join(max(deadline - time.monotonic(), 0.0))
         close_store(self.store)
         with contextlib.suppress(OSError):
-            self.path.unlink()
+            if self.path.lstat().st_ino == self._inode:  # not another server's
+                self.path.unlink()
         self._socket.close()
 
 
 def _listen(path: Path) -> socket.socket:
-    """A socket that this user alone can open. ConfigError where another server is at work, or the place cannot be
-    used."""
-    if not path.is_absolute():
-        raise ConfigError(f"--listen must be an absolute path, got {str(path)!r}")
+    """A socket that this user alone can open; the lock is held. ConfigError where the place cannot be used."""
     with contextlib.suppress(OSError):
         if stat.S_ISSOCK(path.lstat().st_mode):
-            with socket.socket(socket.AF_UNIX) as other:
-                if other.connect_ex(str(path)) == 0:
-                    raise ConfigError(f"a server listens at {str(path)!r} already; give another --listen")
             path.unlink()  # of a server that was killed
     listening = socket.socket(socket.AF_UNIX)
     mask = os.umask(0o177)

@@ -20,6 +20,7 @@ MAX_JSON = 1 << 20
 MAX_BYTES = 8 << 20  # hashes of a prompt of 8 million tokens
 MAX_FDS = 4  # that have come and belong to no message yet
 RECEIVED_AT_ONCE = 1 << 18
+PIECES_AT_ONCE = 4
 Message: TypeAlias = dict[str, Any]
 
 
@@ -76,7 +77,7 @@ class Link:
         """The messages that have come; none if the socket holds no more. LinkError where the peer is gone, or sent what
         is no message."""
         messages: list[tuple[Message, bytes]] = []
-        while True:
+        for _ in range(PIECES_AT_ONCE):  # a peer that sends without end gets no more
             try:
                 piece, fds, _, _ = socket.recv_fds(self.socket, RECEIVED_AT_ONCE, 1)
             except BlockingIOError:
@@ -96,6 +97,7 @@ class Link:
             messages += self._whole()
             if len(piece) < RECEIVED_AT_ONCE:
                 return messages
+        return messages
 
     def _whole(self) -> list[tuple[Message, bytes]]:
         found: list[tuple[Message, bytes]] = []

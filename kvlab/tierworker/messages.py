@@ -8,7 +8,7 @@ from kvlab.errors import ConfigError, KVLabError, StoreError
 from kvlab.hashing import HASH_BYTES
 from kvlab.tierworker.link import LinkError, Message
 
-MAX_ID = 1 << 53
+MAX_ID = 10**15 - 1  # as many digits as are read
 MAX_VERSION = 64  # characters of a namespace's version
 
 Runs = tuple[tuple[int, int], ...]  # (first slot, number of slots)

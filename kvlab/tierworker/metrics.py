@@ -43,7 +43,7 @@ class MetricsServer:
 
     def __init__(self, server: CacheServer, address: str) -> None:
         host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
             raise ConfigError(f"--metrics must be HOST:PORT, got {address!r}")
 
         class Handler(BaseHTTPRequestHandler):
@@ -65,7 +65,7 @@ class MetricsServer:
 
         try:
             self._http = ThreadingHTTPServer((host.strip("[]"), int(port)), Handler)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigError(f"cannot serve metrics at {address!r}: {error}") from error
         self._http.daemon_threads = True
         self.port = self._http.server_address[1]

@@ -1,9 +1,7 @@
 """Starts a tier worker's process."""
 
 import os
-import select
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -11,6 +9,7 @@ from dataclasses import dataclass
 
 from kvlab.errors import StoreError
 from kvlab.tierworker.link import Link, LinkError
+from kvlab.tierworker.lockfile import ServersLock
 
 ASK_INTERVAL_S = 0.5  # between questions whether a lost session is over
 
@@ -42,7 +41,10 @@ class Started:
 def start(level: int) -> Started:
     """A new process, which knows this one's packages, sees no GPU and logs from `level` on. Raises StoreError where the
     system starts none."""
-    ours, theirs = socket.socketpair()
+    try:
+        ours, theirs = socket.socketpair()
+    except OSError as error:
+        raise StoreError(f"cannot start the tier worker: {error}", reason="not_started") from error
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     try:
         process = subprocess.Popen(
@@ -68,17 +70,19 @@ class Attached:
         self.link = _connected(path)
         self.token = ""  # of the session, once it is open
         self._path = path
-        self._process = _process_of(self.link.socket)
         self._probe: Link | None = None  # on which it was asked whether the session is over
         self._asked_at = 0.0
+        try:
+            self._lock = ServersLock(path)
+        except OSError as error:
+            self.link.close()
+            raise StoreError(f"no cache server has its lock beside {path!r}", reason="refused") from error
 
     @property
     def is_dead(self) -> bool:
         """Whether the session is known to touch no memory any more: its server has ended, or says so. That no server
         can be reached says nothing: its socket may have been removed. Asks without waiting: look again."""
-        if not self.token:  # it was never given memory
-            return True
-        if self._process is not None and select.select([self._process], [], [], 0)[0]:
+        if not self.token or self._lock.is_free():  # without a token it was never given memory
             return True
         try:
             if self._probe is not None:
@@ -86,7 +90,7 @@ class Attached:
                 if not messages and time.monotonic() - self._asked_at < ASK_INTERVAL_S:
                     return False
                 self._drop_probe()
-                return any(message.get("is_over") is True for message, _ in messages)
+                return self._lock.is_in_place() and any(message.get("is_over") is True for message, _ in messages)
             if time.monotonic() - self._asked_at >= ASK_INTERVAL_S:
                 self._asked_at = time.monotonic()
                 self._probe = _connected(self._path)
@@ -96,8 +100,8 @@ class Attached:
         return False
 
     def __del__(self) -> None:
-        if getattr(self, "_process", None) is not None:
-            os.close(self._process)  # type: ignore[arg-type]
+        if hasattr(self, "_lock"):
+            self._lock.close()
 
     def _drop_probe(self) -> None:
         if self._probe is not None:
@@ -122,19 +126,11 @@ def attach(path: str) -> Attached:
     return Attached(path)
 
 
-def _process_of(sock: socket.socket) -> int | None:
-    """A descriptor that can be read once the process at the other end has ended; None where the system gives none, as
-    for one of another container."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid = struct.unpack("3i", credentials)[0]
-    try:
-        return os.pidfd_open(pid) if pid > 0 else None
-    except (AttributeError, OSError):
-        return None
-
-
 def _connected(path: str) -> Link:
-    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock = socket.socket(socket.AF_UNIX)
+    except OSError as error:
+        raise StoreError(f"cannot ask the cache server at {path!r}: {error}", reason="no_descriptor") from error
     sock.setblocking(False)
     try:
         sock.connect(path)

@@ -26,9 +26,14 @@ MAX_COMMAND_BYTES = 32 << 20  # of all arguments but a value
 MAX_LINE = 64
 MAX_CONNECTIONS = 1024
 SILENCE_S = 60.0  # in the middle of a command, or of an answer that is not taken
+STRANGER_S = 20.0  # for a command of a client that has not given the password
+ACCEPT_AGAIN_S = 0.2
+SLOWEST_BYTES_PER_S = 4 << 20
+SENT_AT_ONCE = 1 << 20
+LEAST_BUDGET, MOST_BUDGET = 256 << 20, 4 << 30
 SCANNED = 1000  # keys of one answer at most
 KEPT_SCANS = 64
-OK, NIL, EMPTY = b"+OK\r\n", b"$-1\r\n", b"*0\r\n"
+OK, NIL = b"+OK\r\n", b"$-1\r\n"
 
 
 class ClosedError(Exception):
@@ -42,7 +47,7 @@ class RespServer:
     def __init__(self, store: Store, address: str, *, password: str = "") -> None:
         host, _, port = address.rpartition(":")
         host = host.strip("[]")
-        if not host or not port.isdigit() or int(port) > 65535:
+        if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
             raise ConfigError(f"--tcp must be HOST:PORT, got {address!r}")
         self.store = store
         self._password = password.encode()
@@ -55,8 +60,10 @@ class RespServer:
                     f"--tcp {address} can be reached from other hosts and has no password; give --password-file FILE"
                 )
             self._socket = socket.create_server(place[:2], family=family, backlog=128)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigError(f"cannot listen at {address!r}: {error}") from error
+        self._is_closed = False
+        self._budget = Budget(min(max(2 * store.max_bytes, LEAST_BUDGET), MOST_BUDGET))
         self.port: int = self._socket.getsockname()[1]
 
     def __enter__(self) -> Self:
@@ -66,41 +73,73 @@ class RespServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_closed = True
         self._socket.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._is_closed:
             try:
                 sock, _ = self._socket.accept()
-            except OSError:
-                return  # closed
+            except OSError:  # closed; or without a free file descriptor, which another client gives back
+                time.sleep(ACCEPT_AGAIN_S)
+                continue
             with self._lock:
                 is_full = self._num_connections >= MAX_CONNECTIONS
                 self._num_connections += not is_full
             if is_full:
                 sock.close()
                 continue
-            threading.Thread(target=self._serve, args=(sock,), name="kvlab-resp", daemon=True).start()
+            thread = threading.Thread(target=self._serve, args=(sock,), name="kvlab-resp", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no thread can be started
+                self._left(sock)
+                time.sleep(ACCEPT_AGAIN_S)
+
+    def _left(self, sock: socket.socket) -> None:
+        sock.close()
+        with self._lock:
+            self._num_connections -= 1
 
     def _serve(self, sock: socket.socket) -> None:
         try:
-            with sock:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                Connection(sock, self.store, self._password).run()
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            Connection(sock, self.store, self._password, self._budget).run()
         except (ClosedError, OSError) as error:
             logger.debug("kvlab serve: a client is gone: %s", error)
         except Exception:
             logger.exception("kvlab serve: a client's command failed")
         finally:
-            with self._lock:
-                self._num_connections -= 1
+            self._left(sock)
+
+
+class Budget:
+    """Bytes of values that all connections together hold on their way."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._left = self.max_bytes = max_bytes
+        self._changed = threading.Condition()
+
+    def take(self, num_bytes: int) -> None:
+        """Wait for so much; ClosedError where it does not come."""
+        with self._changed:
+            if num_bytes > self.max_bytes or not self._changed.wait_for(lambda: self._left >= num_bytes, SILENCE_S):
+                raise ClosedError("values on their way take all the memory that there is for them")
+            self._left -= num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        with self._changed:
+            self._left += num_bytes
+            self._changed.notify_all()
 
 
 class Connection:
     """One client. `password`: empty for none."""
 
-    def __init__(self, sock: socket.socket, store: Store, password: bytes) -> None:
+    def __init__(self, sock: socket.socket, store: Store, password: bytes, budget: Budget) -> None:
         self._sock = sock
+        self._budget = budget
+        self._held = 0  # of the budget
         self._store = store
         self._password = password
         self._is_known = not password
@@ -118,13 +157,44 @@ class Connection:
         }  # fmt: skip
 
     def run(self) -> None:
-        while True:
-            self._sock.settimeout(None)
-            command = self._command()
-            reply = self._answer(command)
-            self._sock.settimeout(SILENCE_S)
-            for piece in [reply] if isinstance(reply, bytes) else reply:
-                self._sock.sendall(piece)
+        try:
+            while True:
+                self._sock.settimeout(None if self._is_known else STRANGER_S)
+                command = self._command()
+                self._hold(self._needs(command))
+                reply = self._answer(command)
+                del command
+                for piece in [reply] if isinstance(reply, bytes) else reply:
+                    self._send(piece)
+                del reply
+                self._hold(0)
+        finally:
+            self._hold(0)
+
+    def _hold(self, num_bytes: int) -> None:
+        """So much more of the budget; 0 gives all of it back."""
+        if num_bytes:
+            self._budget.take(num_bytes)
+            self._held += num_bytes
+        elif self._held:
+            self._budget.give_back(self._held)
+            self._held = 0
+
+    def _needs(self, command: Sequence[Buffer]) -> int:
+        """Bytes of a value that the answer holds, for as long as the client does not take it."""
+        is_read = self._is_known and len(command) > 1 and bytes(command[0]).upper() in (b"GET", b"GETRANGE")
+        return (self._store.size_of(_text(command[1])) or 0) if is_read else 0
+
+    def _send(self, piece: Buffer) -> None:
+        """Within the time that a slow network takes for so much."""
+        view = memoryview(piece).cast("B")
+        end = time.monotonic() + SILENCE_S + view.nbytes / SLOWEST_BYTES_PER_S
+        while view.nbytes:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise ClosedError("it takes no answer")
+            self._sock.settimeout(min(left, SILENCE_S))
+            view = view[self._sock.send(view[:SENT_AT_ONCE]) :]
 
     # ---- commands
 
@@ -206,10 +276,12 @@ class Connection:
                 prefix = pattern[:-1]
         keys = self._store.keys() if number == 0 else self._scans.pop(number or 0, None)
         if keys is None:
-            return b"*2\r\n$1\r\n0\r\n" + EMPTY
+            return b"-ERR invalid cursor: its scan was dropped for later ones\r\n"
         taken = list(islice(keys, SCANNED))
         following = 0
-        if len(taken) == SCANNED and len(self._scans) < KEPT_SCANS:
+        if len(taken) == SCANNED:
+            if len(self._scans) >= KEPT_SCANS:
+                del self._scans[min(self._scans)]  # the oldest, whose next question is answered with an error
             following = max(self._scans, default=0) + 1
             self._scans[following] = keys
         shown = [_bulk(key.encode("utf-8", "surrogateescape")) for key in taken if key.startswith(prefix)]
@@ -267,14 +339,16 @@ class Connection:
             taken = bytes(self._received[:length])
             del self._received[:length]
             return taken
+        self._hold(length)
         room = aligned(length)[:length]
         got = min(len(self._received), length)
         room[:got] = self._received[:got]
         del self._received[:got]
+        end = time.monotonic() + SILENCE_S + length / SLOWEST_BYTES_PER_S
         while got < length:
             received = self._sock.recv_into(room[got:])
-            if not received:
-                raise ClosedError("it ended in the middle")
+            if not received or time.monotonic() > end:
+                raise ClosedError("it ended in the middle, or sends too slowly")
             got += received
         return room
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import select
+import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -15,12 +16,13 @@ from kvlab.auth import auth_key
 from kvlab.chunking import longest_prefix, query_prefix
 from kvlab.container import MAX_DIGITS
 from kvlab.errors import ConfigError, KVLabError
-from kvlab.hashing import Namespace, versioned
+from kvlab.hashing import HASH_BYTES, Namespace, versioned
 from kvlab.hostmemory import scratch
 from kvlab.page_objects import PageObjects
 from kvlab.sharedmemory import SharedSlots
 from kvlab.stores import Store, open_stores
 from kvlab.stores.closing import close_store
+from kvlab.stores.sealed import MOST_BYTES
 from kvlab.system import num_cores
 from kvlab.threads import Threads
 from kvlab.tierworker.link import Link, LinkError, Message
@@ -39,6 +41,7 @@ STALL_S = 30.0  # at the end, a write that takes longer is left alone
 READ_STALL_S = 5.0  # and a read, which is lost anyway
 ABANDON_S = 0.5  # what is under way when the engine is gone
 MAX_UNDER_WAY = 20_000  # requests; more are left in the socket
+MAX_QUESTION_BYTES = 32 << 20
 MAX_UNHEARD_BYTES = 32 << 20  # of answers that the engine does not take
 NO_BUDGET = 1 << 60  # as of a bucket
 MOST_NUMBER = 10**MAX_DIGITS - 1  # that a message may hold
@@ -65,7 +68,7 @@ class TierServer:
         self._parent = parent
         self._token = token
         self._is_over = is_over
-        self._is_left = False
+        self._is_left = self._is_abandoned = False
         self._namespaces: list[Namespace] = []
         self._memory: SharedSlots | None = None
         self._pages: NDArray[np.uint8] = np.empty((0, 0, 0), np.uint8)  # [slots, layers, page_bytes]
@@ -73,6 +76,8 @@ class TierServer:
         self._writes = Threads(WRITE_THREADS, "kvlab-write")
         self._asks = Threads(ASK_THREADS, "kvlab-ask")
         self._num_asked = 0
+        self._question_bytes = 0  # under way
+        self._lock = threading.Lock()
         self._told_rows: list[dict[str, Any]] = []
         self._next_rows_s = 0.0
         self._are_rows_asked = False
@@ -97,7 +102,8 @@ class TierServer:
     def _wait(self) -> None:
         """Until something comes, can be sent that could not, or is due."""
         poller = select.poll()
-        events = 0 if self._num_asked - self._num_done > MAX_UNDER_WAY else select.POLLIN  # it may ask again later
+        is_full = self._num_asked - self._num_done > MAX_UNDER_WAY or self._question_bytes > MAX_QUESTION_BYTES
+        events = 0 if is_full else select.POLLIN  # it may ask again later
         poller.register(self.link.socket, events | (select.POLLOUT if self.link.queued_bytes else 0))
         poller.poll(LOOK_S * 1e3)
         if self.link.queued_bytes:
@@ -136,12 +142,17 @@ class TierServer:
             self._map(Memory.of(message), self.link.take_fd())
         elif op in ("fill", "write"):
             place = place_of(message, num_slots=len(self._pages), num_ranks=len(self._namespaces))
+            if place.num_slots * self._pages[0].nbytes > MOST_BYTES:
+                raise LinkError(f"an object of {place.num_slots} slots is larger than any")
             if isinstance(place, Fill):
                 self._reads.submit(self._fill, place)
             else:
                 self._writes.submit(self._write, place)
         elif op == "ask":
-            self._asks.submit(self._ask, *ask_of(message, data))
+            question = ask_of(message, data)
+            with self._lock:
+                self._question_bytes += len(data)
+            self._asks.submit(self._ask, *question)
         elif op == "close":
             return True
         else:
@@ -149,6 +160,7 @@ class TierServer:
         return False
 
     def _end(self, *, drain: bool) -> None:
+        self._is_abandoned = not drain
         stall_s = READ_STALL_S if drain else ABANDON_S
         self._reads.close(cancel=True, stall_s=stall_s if drain else 0.0)
         self._asks.close(cancel=True, stall_s=0.0)
@@ -225,6 +237,13 @@ class TierServer:
         self._tell({"op": "written", "id": write.id, "ok": is_stored})
 
     def _ask(self, ask: Ask, hashes: Sequence[bytes], last: bytes | None, in_memory: bytes) -> None:
+        try:
+            self._answer(ask, hashes, last, in_memory)
+        finally:
+            with self._lock:
+                self._question_bytes -= (ask.num_hashes + ask.has_last) * HASH_BYTES + ask.num_hashes
+
+    def _answer(self, ask: Ask, hashes: Sequence[bytes], last: bytes | None, in_memory: bytes) -> None:
         assert self.objects is not None
         store = self.objects.store
         namespaces = [versioned(namespace, ask.version) for namespace in self._namespaces]
@@ -299,7 +318,7 @@ class TierServer:
         assert self._memory is not None
         deadline = time.monotonic() + COPY_WAIT_S
         while int(self._memory.copied[0]) < number:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or self._is_abandoned:
                 return False
             time.sleep(0.0005)
         return True

@@ -10,6 +10,7 @@ from kvlab.errors import ConfigError, StoreError
 from kvlab.stores import open_store
 from kvlab.stores.base import MAX_KEY_BYTES
 from kvlab.testing import StoreTests
+from kvlab.tierworker import resp
 from kvlab.tierworker.resp import RespServer
 
 PATIENT = "timeout_ms=60000"
@@ -94,7 +95,9 @@ def test_other_hosts_without_a_password_are_refused(address):
         RespServer(open_store("memory://?size=1MiB&pinned=false"), address)
 
 
-@pytest.mark.parametrize("address", ["6379", "host:", ":6379", "127.0.0.1:99999", "127.0.0.1:http"])
+@pytest.mark.parametrize(
+    "address", ["6379", "host:", ":6379", "127.0.0.1:99999", "127.0.0.1:http", "127.0.0.1:\u00b2", "a..b:80"]
+)
 def test_a_wrong_address_is_one_line(address):
     with pytest.raises(ConfigError):
         RespServer(open_store("memory://?size=1MiB&pinned=false"), address)
@@ -126,3 +129,66 @@ def test_clients_that_lie_cost_no_other_anything(server):
         sock.sendall(b"*3\r\n$3\r\nSET\r\n$1\r\na\r\n$900000\r\n" + bytes(1000))
         assert sock.recv(100) == b"", "nothing large is taken from a stranger"
         sock.close()
+
+
+def test_scans_that_are_dropped_say_so(server):
+    with redis.Redis(port=server.port, protocol=2) as client:
+        for number in range(2500):
+            client.set(f"kvlab:{number}", b"y")
+        first = client.scan(0)[0]
+        for _ in range(resp.KEPT_SCANS):
+            cursor, keys = client.scan(0)
+            assert len(keys) == resp.SCANNED
+            assert cursor != 0
+        with pytest.raises(redis.ResponseError, match="dropped"):
+            client.scan(first)
+
+
+def test_values_on_their_way_have_a_budget(server, monkeypatch):
+    monkeypatch.setattr(resp, "SILENCE_S", 0.2)
+    server._budget = resp.Budget(3 << 20)
+    with redis.Redis(port=server.port, protocol=2) as client:
+        client.set("kvlab:a", bytes(2 << 20))
+    half = b"*3\r\n$3\r\nSET\r\n$7\r\nkvlab:b\r\n$2097152\r\nhalf"
+    with socket.create_connection(("127.0.0.1", server.port)) as one:
+        one.sendall(half)
+        with socket.create_connection(("127.0.0.1", server.port)) as other:
+            other.settimeout(20)
+            other.sendall(half)
+            assert other.recv(10) == b"", "there is no room for a second one"
+    with redis.Redis(port=server.port, protocol=2) as client:
+        assert client.get("kvlab:a") == bytes(2 << 20)
+
+
+def test_strangers_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr(resp, "STRANGER_S", 0.05)
+    with (
+        RespServer(open_store("memory://?size=1MiB&pinned=false"), "127.0.0.1:0", password="marker") as server,
+        socket.create_connection(("127.0.0.1", server.port)) as sock,
+    ):
+        sock.settimeout(20)
+        assert sock.recv(1) == b""
+
+
+def test_an_accept_that_fails_is_not_the_last(monkeypatch):
+    """As without a free file descriptor."""
+    monkeypatch.setattr(resp, "ACCEPT_AGAIN_S", 0.01)
+    server = RespServer(open_store("memory://?size=1MiB&pinned=false"), "127.0.0.1:0")
+    real, failed = server._socket, []
+
+    class Failing:
+        def accept(self):
+            if len(failed) < 5:
+                failed.append(True)
+                raise OSError(24, "Too many open files")
+            return real.accept()
+
+        def close(self):
+            real.close()
+
+    server._socket = Failing()
+    with server:
+        for _ in range(3):
+            with redis.Redis(port=server.port, protocol=2) as client:
+                assert client.ping()
+    assert len(failed) == 5

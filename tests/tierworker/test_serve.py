@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import stat
@@ -19,11 +20,13 @@ import pytest
 from kvlab.errors import ConfigError, StoreError
 from kvlab.sharedmemory import SharedSlots
 from kvlab.stores import open_store, open_stores
+from kvlab.tierworker import server as server_module
 from kvlab.tierworker.client import TierClient
 from kvlab.tierworker.host import CacheServer
 from kvlab.tierworker.link import Link
-from kvlab.tierworker.messages import Memory, Opening, message_of
+from kvlab.tierworker.messages import Ask, Memory, Opening, Write, message_of
 from kvlab.tierworker.metrics import MetricsServer
+from tests.support.gate import Gate
 from tests.tierworker.test_process import LAYERS, NAMESPACES, PAGE, SLOTS, Tiers, until
 
 ROOT = Path(__file__).parents[2]
@@ -236,12 +239,10 @@ def test_a_killed_server_is_a_miss_and_is_found_again(command):
     engine.fill("aa", range(4))
     assert engine.wait("aa")[0] in (None, "memory")
     process.wait()
-    path.unlink(missing_ok=True)
     command()
     until(lambda: engine.client._is_open, engine.client.poll)
     engine.write("bb", range(4))
-    engine.fill("bb", range(10, 14))
-    engine.wait("bb")
+    assert engine.wait("bb") == [True]
     engine.fill("bb", range(10, 14))
     assert engine.wait("bb")[0] in ("memory", "disk")
     assert np.array_equal(engine.shared.slots[10:14], engine.bytes[:4])
@@ -271,6 +272,7 @@ def test_a_socket_that_is_gone_says_nothing_of_its_server(command):
     engine.fill("aa", range(4))
     engine.client._worker.kill()
     path.unlink()
+    path.with_name(f"{path.name}.lock").unlink()
     for _ in range(30):
         engine.client.poll()
     _, second = command()
@@ -283,3 +285,72 @@ def test_a_socket_that_is_gone_says_nothing_of_its_server(command):
     until(lambda: engine.client._is_open, engine.client.poll)
     second.send_signal(signal.SIGTERM)
     engine.client.close()
+
+
+def test_two_servers_never_share_a_place(command, tmp_path):
+    path, process = command()
+    with pytest.raises(ConfigError, match="already"):
+        CacheServer(open_store("memory://?size=1MiB&pinned=false"), path)
+    path.unlink()
+    path.with_name(f"{path.name}.lock").unlink()
+    _, second = command()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert path.exists(), "it is the second one's by now"
+    engine = Attached(path)
+    engine.client.close()
+    assert second.poll() is None
+
+
+def test_an_engine_with_many_open_files_goes_on(command):
+    """A descriptor above 1,023 is none for select(2)."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    path, process = command()
+    taken = [os.dup(0) for _ in range(1100)]
+    try:
+        engine = Attached(path)
+        engine.client._wait_s = 0.05
+        process.kill()
+        process.wait()
+        engine.fill("aa", range(4))
+        assert engine.wait("aa")[0] in (None, "")
+        command()
+        until(lambda: engine.client._is_open, engine.client.poll)
+        engine.client.close()
+    finally:
+        for fd in taken:
+            os.close(fd)
+
+
+def test_an_answer_that_cannot_be_understood_costs_the_worker_not_the_engine(tmp_path):
+    tiers = Tiers(tmp_path)
+    tiers.client._take = lambda message, data: 1 / 0
+    tiers.write("aa", range(4))
+    assert tiers.wait("aa") == [None]
+    assert tiers.client.counters["tier_worker_deaths"] == 1
+    tiers.client.close()
+
+
+def test_a_session_that_is_left_waits_for_no_copy(server):
+    engine = Attached(server.path)
+    request = Write(engine.client.next_id(), *engine._place("aa", range(4)), generation=1, after=10**12)
+    engine.client.write(request, lambda message, _: None)
+    until(lambda: any(session._num_asked for session, _ in list(server._sessions.values())), engine.client.poll)
+    engine.client._worker.kill()
+    until(lambda: not server._sessions)
+
+
+def test_questions_wait_in_the_socket_where_many_are_under_way(server, monkeypatch):
+    monkeypatch.setattr(server_module, "MAX_QUESTION_BYTES", 1000)
+    gate = server.store = Gate(server.store)
+    link = opened(server)
+    question, data = message_of(Ask(1, "", 16, 4096, False)), bytes(4096 * 17)
+    for _ in range(40):
+        link.send(question, data)
+    (session, _), *_ = server._sessions.values()
+    until(lambda: link.flush() or session._question_bytes > 0)
+    held = session._question_bytes
+    assert 0 < held <= 2 << 20, "as much as one look at the socket brings"
+    gate.is_open.set()
+    until(lambda: link.receive() is not None and link.flush() and session._num_asked == 40)
+    link.close()

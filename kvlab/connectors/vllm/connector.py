@@ -236,9 +236,11 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         if self.worker is not None and isinstance(self._connector_metadata, StepMetadata):
             self.worker.save(self._connector_metadata)
 
+    @_never_raise(lambda: (None, None))
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return None, (self.worker.take_finished()[0] or None) if self.worker is not None else None
 
+    @_never_raise(lambda: compat.TransferResults())
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """vLLM versions that have it call it in place of `get_finished`; it reports failed loads by request."""
         if self.worker is None or not self.worker.has_finished:

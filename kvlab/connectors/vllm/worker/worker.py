@@ -81,11 +81,11 @@ class Worker:
         """The step's forward pass comes next."""
         self._version = metadata.version
         self._num_steps += 1
-        if self._pending or self.tiers is not None:
-            self.poll(always=self._num_steps % POLLED_STEPS == 0)
         self.transfer.before_writes(metadata.new_blocks)
         if metadata.unclean_blocks:
             self._clear(metadata.unclean_blocks)
+        if self._pending or self.tiers is not None:
+            self.poll(always=self._num_steps % POLLED_STEPS == 0)
         prefill = metadata.prefill_tokens
         decodes = metadata.num_tokens > 0 and not prefill
         self._num_decodes += decodes
@@ -230,7 +230,7 @@ class Worker:
             place = (0, pending.load.version, op.hash.hex(), runs_of(op.slots), op.first_token, op.end_token)
 
             def answered(message: Message | None, _: bytes, op: LoadOp = op) -> None:
-                tier = str(message["tier"]) if message is not None else ""
+                tier = str(message.get("tier", "")) if message is not None else ""
                 if tier:
                     self._own(op)
                 else:
@@ -353,7 +353,11 @@ class Worker:
             return
         place = (0, op.version, op.hash.hex(), runs_of(op.slots), op.first_token, op.end_token)
         write = Write(self.tiers.next_id(), *place, generation=op.generation, after=self._num_saves)
-        self.tiers.write(write, lambda message, _: self._end_write(op, success=message is not None and message["ok"]))
+
+        def answered(message: Message | None, _: bytes) -> None:
+            self._end_write(op, success=message is not None and message.get("ok") is True)
+
+        self.tiers.write(write, answered)
 
     def _end_write(self, op: SaveOp, *, success: bool) -> None:
         report = self._reports.current
