@@ -76,10 +76,10 @@ def test_an_unknown_key_stops_the_start(monkeypatch):
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
-    from kvlab.datasets.demo_model import demo_model
+    from tests.connectors.models import short_demo
 
     with pytest.raises(Exception, match="unknown connector setting 'tier_policy'"):
-        LLM(demo_model(), **SETTINGS, kv_transfer_config=KVTransferConfig(**config))
+        LLM(short_demo(), **SETTINGS, kv_transfer_config=KVTransferConfig(**config))
 
 
 def group(kind, block_size=16, **more):

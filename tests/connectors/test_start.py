@@ -16,14 +16,14 @@ ENGINE = """
 from vllm import LLM
 from vllm.config import KVTransferConfig
 from tests.connectors.engine import SETTINGS
-from kvlab.datasets.demo_model import demo_model
+from tests.connectors.models import short_demo
 
 if __name__ == "__main__":
     transfer = KVTransferConfig(
         kv_connector="KVLabConnector", kv_connector_module_path="kvlab.connectors.vllm", kv_role="kv_both",
         kv_connector_extra_config={"tiers": ["memory://?size=64MiB"], "chunk_size": 64},
     )
-    LLM(demo_model(), **SETTINGS, kv_transfer_config=transfer)
+    LLM(short_demo(), **SETTINGS, kv_transfer_config=transfer)
 """
 
 

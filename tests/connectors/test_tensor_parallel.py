@@ -70,7 +70,7 @@ def test_two_ranks_answer_from_every_tier(model, tmp_path, monkeypatch):
         of_second = rank_namespace(connector(llm).namespace, 1).id
         with open_store(tiers[1]) as disk:
             lost = [key for key in list(disk.keys()) if key.split(":")[2] == of_second]
-            assert len(lost) == 6
+            assert len(lost) in (6, 7), "the prompt's, and where `settle` had to ask, that prompt's"
             assert all(disk.delete(key) for key in lost)
         alone = ask()
         assert alone.hit == 0

@@ -49,15 +49,17 @@ def _requirements(name: str) -> list[str]:
 def closed_to(profile: str) -> dict[str, str]:
     """Variables of a process that can import, and start, only what ``scripts/setup_env.py PROFILE`` installs."""
     there = installed_by(profile) | BOOTSTRAP
-    hidden = {
-        module
+    # What setuptools carries along is on the path once it was imported, and no installed package.
+    own = {canonicalize_name(one.metadata["Name"]) for one in metadata.distributions() if not _is_carried(one)}
+    owned = {
+        module: {canonicalize_name(owner) for owner in owners}
         for module, owners in metadata.packages_distributions().items()
-        if not there & {canonicalize_name(owner) for owner in owners}
     }
+    hidden = {module for module, owners in owned.items() if owners & own and not owners & there}
     programs = {
         script.name
         for one in metadata.distributions()
-        if canonicalize_name(one.metadata["Name"]) not in there
+        if canonicalize_name(one.metadata["Name"]) not in there and not _is_carried(one)
         for script in _programs(one)
     }
     path = [str(ROOT / "tests" / "support" / "closed"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -66,6 +68,10 @@ def closed_to(profile: str) -> dict[str, str]:
         "KVLAB_TEST_HIDDEN": " ".join(sorted(hidden)),
         "KVLAB_TEST_HIDDEN_PROGRAMS": " ".join(sorted(programs)),
     }
+
+
+def _is_carried(one: metadata.Distribution) -> bool:
+    return "_vendor" in Path(str(one.locate_file(""))).parts
 
 
 def _programs(one: metadata.Distribution) -> Iterator[metadata.PackagePath]:
