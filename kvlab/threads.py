@@ -66,7 +66,7 @@ class Threads:
                 entry[0].set_running_or_notify_cancel()  # or a thread that waits for it would wait on
 
     def _run(self) -> None:
-        while (entry := self._calls.get()) is not None:
+        while (entry := self._next()) is not None:
             future, call, args = entry
             if future.set_running_or_notify_cancel():
                 try:
@@ -75,4 +75,11 @@ class Threads:
                     future.set_exception(error)
             self.num_done += 1
             del entry, future, call, args  # or a result would live until the next call
+
+    def _next(self) -> tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None:
+        """The next call. Only a thread that finds none is idle: one that has a call already takes no other."""
+        try:
+            return self._calls.get_nowait()
+        except queue.Empty:
             self._idle.release()
+            return self._calls.get()
