@@ -167,7 +167,7 @@ class TierClient:
 
     def _start(self) -> process.Started | process.Attached:
         self._opening_since = self._started_at = time.monotonic()
-        worker = process.attach(self._path) if self._path else process.start(logger.getEffectiveLevel())
+        worker = process.Attached(self._path) if self._path else process.start(logger.getEffectiveLevel())
         worker.link.send(message_of(self.opening))
         return worker
 

@@ -84,13 +84,14 @@ class CacheServer:
         token = os.urandom(16).hex()
         session = TierServer(Link(sock), store=self.store, token=token, is_over=self._is_over)
         thread = threading.Thread(target=session.run, name="kvlab-session", daemon=True)
+        self._sessions[token] = (session, thread)  # before it can say its token: an unknown one counts as over
         try:
             thread.start()
         except RuntimeError as error:
+            del self._sessions[token]
             self._refuse(f"an engine could not attach: {error}")
             sock.close()
             return
-        self._sessions[token] = (session, thread)
         self.num_attached += 1
 
     def _refuse(self, why: str) -> None:

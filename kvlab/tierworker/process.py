@@ -121,11 +121,6 @@ class Attached:
         return True
 
 
-def attach(path: str) -> Attached:
-    """A session at the cache server that listens at `path`; StoreError where none does."""
-    return Attached(path)
-
-
 def _connected(path: str) -> Link:
     try:
         sock = socket.socket(socket.AF_UNIX)
