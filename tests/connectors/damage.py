@@ -38,21 +38,32 @@ def make_a_folder(path: Path, _others: list[Path]) -> None:
 
 @contextmanager
 def overwritten(llm):
-    """Every page the engine frees is filled with garbage before anything else happens."""
+    """Pages are filled with garbage when the engine frees them, before anything else happens, and again when it
+    allocates them. A freed page that the prefix cache still finds keeps its KV until then: a request may read it."""
     pool, pages, seen = core(llm).kv_cache_manager.block_pool, worker(llm).transfer.layout.pages, []
-    original = pool.free_blocks
+    originals = pool.free_blocks, pool.get_new_blocks
+
+    def fill(block):
+        for layer in pages:
+            layer[block.block_id].fill_(GARBAGE)
 
     def free_blocks(ordered_blocks):
         blocks = list(ordered_blocks)
-        original(blocks)
+        originals[0](blocks)
         for block in blocks:
             if block.ref_cnt == 0 and not block.is_null:
                 seen.append(block.block_id)
-                for layer in pages:
-                    layer[block.block_id].fill_(GARBAGE)
+                if block.block_hash is None:
+                    fill(block)
 
-    pool.free_blocks = free_blocks
+    def get_new_blocks(num_blocks, *args, **kwargs):
+        blocks = originals[1](num_blocks, *args, **kwargs)
+        for block in blocks:
+            fill(block)
+        return blocks
+
+    pool.free_blocks, pool.get_new_blocks = free_blocks, get_new_blocks
     try:
         yield seen
     finally:
-        pool.free_blocks = original
+        pool.free_blocks, pool.get_new_blocks = originals

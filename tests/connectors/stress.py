@@ -171,8 +171,7 @@ class Stress:
                 tier = objects_of(llm)
                 tier.store = UnevenFaults(tier.store, rng, seed=rng.randrange(1 << 30), **faults)
             self.kills = 0.01 if has_secondary and not in_thread else 0.0
-            # Pages that vLLM's own prefix cache still names may not be overwritten.
-            pages = nullcontext() if settings["enable_prefix_caching"] or rng.random() < 0.4 else overwritten(llm)
+            pages = nullcontext() if rng.random() < 0.4 else overwritten(llm)
             with pages:
                 self._traffic(llm, rng, about)
             drain(llm)

@@ -95,7 +95,7 @@ def test_slots_are_written_and_filled_again(tiers):
 
 
 def test_it_loads_no_torch_and_stays_small(tiers):
-    until(lambda: "libc" in Path(f"/proc/{tiers.pid}/maps").read_text())
+    until(lambda: tiers.client._is_open, tiers.client.poll)  # before, it may still be a copy of this process
     maps = Path(f"/proc/{tiers.pid}/maps").read_text()
     assert "numpy" in maps
     assert not [package for package in ("torch", "cuda", "vllm") if package in maps]
