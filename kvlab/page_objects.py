@@ -1,4 +1,8 @@
-"""`PageObjects`: an engine's pages as objects in a store, without PyTorch where they are stored as they are."""
+"""`PageObjects`: an engine's slots as objects in a store, without PyTorch where they are stored as they are.
+
+A slot holds a block: its pages, or what a codec made of them in the engine. Such coded blocks are stored as they are
+too, by objects that name the codec: no reader that wants pages takes them for such.
+"""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -9,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvlab.auth import AuthKey
 from kvlab.container import Container, Part
-from kvlab.errors import FormatError
+from kvlab.errors import ConfigError, FormatError
 from kvlab.hashing import Namespace, versioned
 from kvlab.hostmemory import PAGE, address, scratch
 from kvlab.objects import HEADROOM_BYTES, Found, SealedObjects, check_range
@@ -18,17 +22,28 @@ from kvlab.stores import Store
 from kvlab.stores.base import ValueTooLongError, cut
 
 PAGE_AXES = ("blocks", "layers", "page_bytes")
+CODED_AXES = ("blocks", "slots", "slot_bytes")  # a slot each
 
 
 class PageObjects(SealedObjects):
-    """Pages are uint8 [blocks, layers, page_bytes], C-contiguous; `serde` encodes them, ``naive`` stores them as they
-    are. Others load PyTorch."""
+    """Pages are uint8 [blocks, layers, page_bytes], C-contiguous; or, where `slots` names their codec, coded blocks
+    [blocks, 1, slot_bytes]. `serde` encodes pages; ``naive``, or the codec of the slots, stores them as they are.
+    Others load PyTorch."""
 
     def __init__(
-        self, store: Store | str, *, namespace: Namespace, serde: str = "naive", auth: AuthKey | None = None
+        self,
+        store: Store | str,
+        *,
+        namespace: Namespace,
+        serde: str = "naive",
+        slots: str = "naive",
+        auth: AuthKey | None = None,
     ) -> None:
         super().__init__(store, namespace=namespace, auth=auth)
-        self._in_place = serde == "naive"
+        if slots not in ("naive", serde):
+            raise ConfigError(f"tiers below slots of {slots} must hold the same, got {serde}")
+        self._in_place = serde == slots
+        self._as_they_are = _AsTheyAre(slots)
         self._codec: Any = None if self._in_place else _Codec(serde)
 
     def under(self, namespace: Namespace, version: str = "") -> "PageObjects":
@@ -50,7 +65,7 @@ class PageObjects(SealedObjects):
         check_range(first_token, end_token)
         return self.put_parts(
             key,
-            lambda: _as_they_are(pages) if self._in_place else self._codec.encode(pages),
+            lambda: self._as_they_are.encode(pages) if self._in_place else self._codec.encode(pages),
             kv_bytes=pages.nbytes,
             first_token=first_token,
             end_token=end_token,
@@ -60,7 +75,7 @@ class PageObjects(SealedObjects):
     def load(self, key: str, out: NDArray[np.uint8], *, first_token: int, end_token: int) -> bool:
         """Fill `out` with the object of these tokens under `key`. False on any miss; then `out` may hold anything."""
         check_range(first_token, end_token)
-        expected = Expected(PAGE_AXES, out.shape, "uint8", out.nbytes, (first_token, end_token))
+        expected = Expected(self._as_they_are.axes, out.shape, "uint8", out.nbytes, (first_token, end_token))
 
         def decode(value: Found) -> bool:
             self._decode(value, key, out, expected)
@@ -83,29 +98,36 @@ class PageObjects(SealedObjects):
     def _decode(self, value: Found, key: str, out: NDArray[np.uint8], expected: Expected) -> None:
         container = self.opened(value, key)
         if self._in_place:
-            _take(container, out, expected)
+            self._as_they_are.take(container, out, expected)
         elif not isinstance(value, bytes | bytearray | memoryview) and len(value) > 1:
             self._decode(b"".join(value), key, out, expected)  # its parts lie where the KV is to go
         else:
             self._codec.decode(container, out, expected)
 
 
-def _as_they_are(pages: NDArray[np.uint8]) -> tuple[Mapping[str, Part], Mapping[str, str]]:
-    """What the naive serde makes of the same bytes."""
-    part = Part("U8", pages.shape, pages.reshape(-1).data)
-    return {"payload": part}, metadata_of("naive", pages.shape, "uint8", PAGE_AXES, {})
+class _AsTheyAre:
+    """Slots stored byte by byte: pages as the naive serde has them, or the blocks of the codec that `slots` names."""
 
+    def __init__(self, slots: str) -> None:
+        self.serde = slots.partition(":")[0]
+        self.axes = PAGE_AXES if slots == "naive" else CODED_AXES
+        self._params = {} if slots == "naive" else {"codec": slots}
 
-def _take(container: Container, out: NDArray[np.uint8], expected: Expected) -> None:
-    """Put the bytes of pages that were stored as they are into `out`, if they are not there already."""
-    said = stated(container.metadata, expected)
-    if said.serde != "naive":
-        raise FormatError(f"pages are read as they are here, the object is encoded by {said.serde!r}", reason="serde")
-    part = container.parts.get("payload")
-    if part is None or (part.dtype, part.shape, len(container.parts)) != ("U8", said.shape, 1):
-        raise FormatError(f"pages must be one part of uint8{list(said.shape)}, got {sorted(container.parts)}"[:300])
-    if address(part.data) != out.ctypes.data:
-        out.reshape(-1)[:] = np.frombuffer(part.data, np.uint8)
+    def encode(self, pages: NDArray[np.uint8]) -> tuple[Mapping[str, Part], Mapping[str, str]]:
+        part = Part("U8", pages.shape, pages.reshape(-1).data)
+        return {"payload": part}, metadata_of(self.serde, pages.shape, "uint8", self.axes, self._params)
+
+    def take(self, container: Container, out: NDArray[np.uint8], expected: Expected) -> None:
+        """Put the bytes into `out`, if they are not there already."""
+        said = stated(container.metadata, expected)
+        if said.serde != self.serde or (self._params and said.params != self._params):
+            told = f"{said.serde!r} {said.params}"
+            raise FormatError(f"slots hold {self.serde!r} {self._params} here, the object {told}"[:300], reason="serde")
+        part = container.parts.get("payload")
+        if part is None or (part.dtype, part.shape, len(container.parts)) != ("U8", said.shape, 1):
+            raise FormatError(f"slots must be one part of uint8{list(said.shape)}, got {sorted(container.parts)}"[:300])
+        if address(part.data) != out.ctypes.data:
+            out.reshape(-1)[:] = np.frombuffer(part.data, np.uint8)
 
 
 class _Codec:

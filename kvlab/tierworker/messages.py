@@ -71,12 +71,13 @@ class Ask:
 @dataclass(frozen=True)
 class Opening:
     """The first message: what the tiers are, and under which names objects lie in them. `auth` is the path of a key's
-    file."""
+    file, `slots` the codec of what slots hold, ``naive`` where they hold pages as they are."""
 
     tiers: list[str]
     serde: str
     auth: str | None
     namespaces: list[dict[str, Any]]  # model and fields, one for each rank
+    slots: str = "naive"
 
     @classmethod
     def of(cls, message: Message) -> Self:
@@ -84,7 +85,8 @@ class Opening:
             opening = cls(**{name: value for name, value in message.items() if name != "op"})
         except TypeError as error:
             raise LinkError("the first message does not open the tiers") from error
-        if not all(isinstance(each, list) for each in (opening.tiers, opening.namespaces)):
+        lists, texts = (opening.tiers, opening.namespaces), (opening.serde, opening.slots)
+        if not all(isinstance(each, list) for each in lists) or not all(isinstance(each, str) for each in texts):
             raise LinkError("the first message does not open the tiers")
         return opening
 

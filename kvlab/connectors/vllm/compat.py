@@ -81,6 +81,18 @@ def page_bytes(group: Any) -> dict[str, int]:
     return {layer: specs.get(layer, group.kv_cache_spec).page_size_bytes for layer in group.layer_names}
 
 
+def typed_blocks(kv_cache_config: Any) -> list[tuple[tuple[int, int, int, int, int], str]]:
+    """What each group's specs say a block holds: the shape (layers, tokens, kv_heads, kv, head_dim) and the dtype of an
+    element. Layers of one group that differ give it several."""
+    found: list[tuple[tuple[int, int, int, int, int], str]] = []
+    for group in kv_cache_config.kv_cache_groups:
+        for spec in _specs(group):
+            planes = 1 if "MLA" in type(spec).__name__ else 2
+            shape = (len(group.layer_names), spec.block_size, spec.num_kv_heads, planes, spec.head_size)
+            found.append((shape, str(spec.dtype).removeprefix("torch.")))
+    return found
+
+
 def unfilled_groups(kv_cache_config: Any) -> list[int]:
     """Groups whose pages may have bytes that no token of the request writes: what another one left there. Pages of
     several groups lie over each other, and a group may have fewer layers; others are padded, or hold more than K and V.
