@@ -1,7 +1,7 @@
 """`PageObjects`: an engine's slots as objects in a store, without PyTorch where they are stored as they are.
 
 A slot holds a block: its pages, or what a codec made of them in the engine. Such coded blocks are stored as they are
-too, by objects that name the codec: no reader that wants pages takes them for such.
+too, as ``int4-blocks`` and the like: no reader that wants pages, or chunks, takes them for such.
 """
 
 import copy
@@ -109,7 +109,7 @@ class _AsTheyAre:
     """Slots stored byte by byte: pages as the naive serde has them, or the blocks of the codec that `slots` names."""
 
     def __init__(self, slots: str) -> None:
-        self.serde = slots.partition(":")[0]
+        self.serde = slots if slots == "naive" else f"{slots.partition(':')[0]}-blocks"
         self.axes = PAGE_AXES if slots == "naive" else CODED_AXES
         self._params = {} if slots == "naive" else {"codec": slots}
 

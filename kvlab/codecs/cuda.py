@@ -6,8 +6,10 @@ decodes where a copy scatters. Only encoded bytes go over the link, and no other
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -51,7 +53,7 @@ class CodedMover(PageMover):
     ) -> None:
         partial = [] if self._blocks.map.is_full else list(block_ids)
         with _on(stream, buffer.device):
-            for at, ids, count in self._alike(block_ids, num_tokens):
+            for _, ids, count in self._alike(block_ids, num_tokens):
                 if count < self._blocks.map.block_tokens and self._blocks.map.is_full:
                     partial += [each for (each,) in ids]
             if partial:  # what is none of the tokens' becomes zero
@@ -87,7 +89,7 @@ class CodedMover(PageMover):
 class _Told:
     """Flags of a save on their way to the host, and the slots they are of."""
 
-    ended: torch.cuda.Event
+    ended: Any  # an event
     flags: torch.Tensor
     slots: tuple[int, ...]
 
@@ -122,7 +124,7 @@ class CodedCudaTransfer(CudaTransfer):
             with torch.cuda.stream(self._pack):
                 told = torch.empty((len(slots), 2), dtype=torch.int32, pin_memory=True)
                 told.copy_(torch.cat(flags), non_blocking=True)
-                ended = torch.cuda.Event()
+                ended: Any = torch.cuda.Event()
                 ended.record(self._pack)
             self._told.append(_Told(ended, told, tuple(slots)))
         return timing
@@ -137,6 +139,7 @@ class CodedCudaTransfer(CudaTransfer):
         return unfit
 
 
-def _on(stream: int | None, device: torch.device) -> torch.cuda.StreamContext:
+def _on(stream: int | None, device: torch.device) -> Any:
     """The stream with this handle as the current one; None: as it is."""
-    return torch.cuda.stream(None if stream is None else torch.cuda.ExternalStream(stream, device=device))
+    cuda: Any = torch.cuda
+    return nullcontext() if stream is None else cuda.stream(cuda.ExternalStream(stream, device=device))

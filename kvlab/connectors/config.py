@@ -207,9 +207,15 @@ class ConnectorConfig:
         return self.memory_bytes > 0
 
     @property
+    def is_lossy(self) -> bool:
+        """Whether what the tiers give back is not bit for bit what was computed."""
+        return _is_coded(self.serde)
+
+    @property
     def namespace_serde(self) -> str:
         """How the namespace names the serde: blocks that are coded one by one are other objects than chunks are."""
-        return f"{self.serde}, block by block" if _is_coded(self.serde) else self.serde
+        kind, colon, options = self.serde.partition(":")
+        return f"{kind}-blocks{colon}{options}" if _is_coded(self.serde) else self.serde
 
     @property
     def server_socket(self) -> str:

@@ -1,17 +1,19 @@
 """Tiers with a codec under a real engine: slots hold encoded blocks, and pages what these decode to."""
 
+import json
 import logging
 
 import pytest
 import torch
 
 from kvlab.codecs import PageCodec
-from kvlab.codecs.blocks import BlockCodec
 from kvlab.errors import ConfigError
 from kvlab.paged import Opaque
 from kvlab.serde import get_serde
-from tests.connectors.engine import BLOCK, connector, empty_memory, engine, generate, prompt, worker
+from tests.connectors.damage import cut_short, flip_a_bit, objects
+from tests.connectors.engine import BLOCK, connector, drain, empty_memory, engine, generate, prompt, worker
 from tests.connectors.models import TOKEN_BYTES, gemma
+from tests.forged import data_of, forged, header_of
 
 LENGTHS = [2, 31, 33, 64, 97, 300]
 
@@ -83,7 +85,12 @@ def test_groups_with_windows_are_coded_alike(tmp_path):
         assert not connector(llm).hook_errors
 
 
-def test_most_words_are_the_same(expected):
+def ask_exactly(llm, p):
+    """As `generate`, of a request that takes nothing lossy."""
+    return generate(llm, [p], extra_args={"kv_transfer_params": {"kvlab": {"exact": True}}})[0]
+
+
+def test_most_words_are_the_same_and_all_where_a_request_wants_it_exact(expected):
     with engine(["memory://?size=64MiB&serde=int8"]) as llm:
         same = 0
         for length in (90, 300, 480):
@@ -91,6 +98,8 @@ def test_most_words_are_the_same(expected):
             answer = generate(llm, [prompt(length)])[0]
             assert answer.hit == length - 1
             same += answer.tokens == expected(prompt(length))
+            exact = ask_exactly(llm, prompt(length))
+            assert (exact.hit, exact.row["miss"], exact.tokens) == (0, "not_exact", expected(prompt(length)))
         assert same >= 2, "near-ties of a model without most of its layers may turn"
 
 
@@ -127,37 +136,63 @@ def test_kinds_that_tell_k_from_v_are_refused_over_opaque_pages(monkeypatch):
         pass
 
 
-def test_a_codec_of_other_pages_is_refused():
-    from kvlab.codecs.transfer import open_coded_transfer
-    from tests.test_codec_staging import engine as typed_pages
-    from tests.test_page_codecs import LAYERS, page_map_of
-
-    typed = typed_pages(page_map_of())
-    codec = BlockCodec(get_serde("int8"), page_map_of(heads=4), LAYERS)
-    with pytest.raises(ConfigError, match="does not fit"):
-        open_coded_transfer(typed.layout, codec, 4, staging_bytes=0)
+def slots_by_name(llm):
+    """What the slots of each object hold."""
+    transfer, index = worker(llm).transfer, connector(llm).scheduler.index
+    return {key: transfer.slots(entry.slots).clone() for key, entry in index._entries.items()}
 
 
-def test_a_file_tier_holds_the_blocks_as_slots_do(tmp_path, expected):
-    """What one engine stores another loads, decoded alike; an engine with another codec, or none, finds none of it."""
-    p = prompt(300)
-    with engine([f"memory://?size=64MiB&serde=int4", f"file://{tmp_path}?size=1GiB&serde=int4"]) as llm:
+def test_a_file_tier_holds_blocks_as_slots_do(tmp_path, expected):
+    """What one engine stores another loads, decoded alike, and what is broken or forged is computed."""
+    p, url = prompt(300), f"file://{tmp_path}?size=1GiB&serde=int4"
+    with engine(["memory://?size=64MiB&serde=int4", url]) as llm:
         generate(llm, [p])
         drain(llm)
-        memory = generate(llm, [p])[0]
-        watched = Watched(worker(llm).transfer)
+        memory, held = generate(llm, [p])[0], slots_by_name(llm)
         empty_memory(llm)
         disk = generate(llm, [p])[0]
         assert (memory.hit, memory.row["tier"], disk.hit, disk.row["tier"]) == (299, "memory", 299, "disk")
         assert memory.tokens == disk.tokens
-        assert len(watched.loaded) == 0
-        assert not connector(llm).hook_errors
-    held = sum(path.stat().st_size for path in objects(tmp_path))
-    assert held < 300 * TOKEN_BYTES / 5, "encoded float32, with headers"
-    with engine([f"file://{tmp_path}?size=1GiB&serde=int4"]) as llm:
+        found = slots_by_name(llm)
+        assert found.keys() == held.keys()
+        assert all(found[key].equal(held[key]) for key in held)
+    assert sum(path.stat().st_size for path in objects(tmp_path)) < 300 * TOKEN_BYTES / 5
+    with engine([url]) as llm:  # without a memory tier, slots on the way to it hold the same
         answer = generate(llm, [p])[0]
         assert (answer.hit, answer.tokens) == (299, disk.tokens)
-        opened = unpack(objects(tmp_path)[0].read_bytes(), stored_key(objects(tmp_path)[0]))
-        assert opened.metadata["serde"] == "int4"
-        assert "int4:k=channel,v=token,group=64" in opened.metadata["params"]
-        flip_a_bit(objects(tmp_path))
+        sound = {path: path.read_bytes() for path in objects(tmp_path)}
+        assert {header_of(value)["__metadata__"]["serde"] for value in sound.values()} == {"int4-blocks"}
+        for damage in (flip_a_bit, cut_short, as_if_naive, of_another_codec, of_longer_slots):
+            for path, value in sound.items():
+                path.write_bytes(value)
+                damage(path, [])
+            answer = generate(llm, [p])[0]
+            assert (answer.hit, answer.tokens) == (0, expected(p)), damage.__name__
+            drain(llm)
+        assert not connector(llm).hook_errors
+    for other in ("int8", "naive"):
+        with engine([url.replace("int4", other)]) as llm:
+            assert generate(llm, [p])[0].hit == 0, "another namespace"
+
+
+def resealed(path, *, longer=0, **changed):
+    """The object with other metadata, or so many bytes more in each slot, sealed as its writer would."""
+    header, data = header_of(path.read_bytes()), data_of(path.read_bytes())
+    metadata, payload = header["__metadata__"], header["payload"]
+    metadata.update(changed)
+    payload["shape"][2] += longer
+    metadata["shape"] = json.dumps(payload["shape"])
+    payload["data_offsets"][1] += payload["shape"][0] * longer
+    path.write_bytes(forged(header, data + bytes(payload["shape"][0] * longer)))
+
+
+def as_if_naive(path, _others):
+    resealed(path, serde="naive", params="{}")
+
+
+def of_another_codec(path, _others):
+    resealed(path, params='{"codec":"int4:k=token,v=token,group=64"}')
+
+
+def of_longer_slots(path, _others):
+    resealed(path, longer=256)

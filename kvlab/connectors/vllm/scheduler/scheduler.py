@@ -127,7 +127,7 @@ class Scheduler:
             if loaded is None or loaded.num_loads != state.adapter.num_loads:
                 return 0, False  # other weights came under its adapter while it waited, or would at its next load
         state.extend_hashes(self.chunker)
-        if not state.hints.load:
+        if not state.hints.load or (state.hints.exact and self.config.is_lossy):
             return 0, False
         block = self.chunker.block_tokens
         usable = request.num_tokens - 1  # the last token must be computed
@@ -228,6 +228,8 @@ class Scheduler:
         key = state.hashes[chunk_end - 1]
         if not state.hints.load:
             return "not_wanted"
+        if state.hints.exact and self.config.is_lossy:
+            return "not_exact"
         if state.skip is not None:
             return state.skip.value
         if self.residency.is_corrupt(key):
