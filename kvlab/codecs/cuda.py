@@ -23,6 +23,7 @@ from kvlab.paged.layout import PageLayout
 from kvlab.paged.typed import TypedPages
 from kvlab.sharedmemory import SharedSlots
 
+_cuda: Any = torch.cuda  # whose events and streams have no types
 UNHEARD = 64  # saves whose flags are remembered
 
 
@@ -124,7 +125,7 @@ class CodedCudaTransfer(CudaTransfer):
             with torch.cuda.stream(self._pack):
                 told = torch.empty((len(slots), 2), dtype=torch.int32, pin_memory=True)
                 told.copy_(torch.cat(flags), non_blocking=True)
-                ended: Any = torch.cuda.Event()
+                ended = _cuda.Event()
                 ended.record(self._pack)
             self._told.append(_Told(ended, told, tuple(slots)))
         return timing
@@ -141,5 +142,4 @@ class CodedCudaTransfer(CudaTransfer):
 
 def _on(stream: int | None, device: torch.device) -> Any:
     """The stream with this handle as the current one; None: as it is."""
-    cuda: Any = torch.cuda
-    return nullcontext() if stream is None else cuda.stream(cuda.ExternalStream(stream, device=device))
+    return nullcontext() if stream is None else _cuda.stream(_cuda.ExternalStream(stream, device=device))
