@@ -142,4 +142,7 @@ class CodedCudaTransfer(CudaTransfer):
 
 def _on(stream: int | None, device: torch.device) -> Any:
     """The stream with this handle as the current one; None: as it is."""
-    return nullcontext() if stream is None else _cuda.stream(_cuda.ExternalStream(stream, device=device))
+    if stream is None:
+        return nullcontext()
+    # A handle of 0 is the default stream; torch would make a new one of it.
+    return _cuda.stream(_cuda.ExternalStream(stream, device=device) if stream else _cuda.default_stream(device))

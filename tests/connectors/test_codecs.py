@@ -2,14 +2,17 @@
 
 import json
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from kvlab.codecs import PageCodec
 from kvlab.errors import ConfigError
+from kvlab.machine.redis_server import RedisServer
 from kvlab.paged import Opaque
 from kvlab.serde import get_serde
+from tests.connectors.conftest import EDGES
 from tests.connectors.damage import cut_short, flip_a_bit, objects
 from tests.connectors.engine import BLOCK, connector, drain, empty_memory, engine, generate, prompt, worker
 from tests.connectors.models import TOKEN_BYTES, gemma
@@ -173,6 +176,30 @@ def test_a_file_tier_holds_blocks_as_slots_do(tmp_path, expected):
     for other in ("int8", "naive"):
         with engine([url.replace("int4", other)]) as llm:
             assert generate(llm, [p])[0].hit == 0, "another namespace"
+
+
+@pytest.mark.parametrize(
+    ("tier", "serde", "dtype"),
+    [("disk", "lossless", "bfloat16"), ("redis", "lossless", "float32"), ("redis", "int8", "bfloat16")],
+)
+def test_slots_come_back_from_a_tier_bit_by_bit(tier, serde, dtype, tmp_path, expected):
+    with RedisServer() if tier == "redis" else nullcontext() as server:
+        url = f"{server.url}?timeout_ms=60000&" if server is not None else f"file://{tmp_path}?size=1GiB&"
+        memory = "memory://?size=128MiB" + ("" if serde == "lossless" else f"&serde={serde}")
+        with engine([memory, f"{url}serde={serde}"], {"dtype": dtype}) as llm:
+            for length in [*EDGES, 300]:
+                empty_memory(llm)
+                p = prompt(length)
+                first = generate(llm, [p])[0].tokens
+                drain(llm)
+                held = slots_by_name(llm)
+                empty_memory(llm)
+                again = generate(llm, [p])[0]
+                assert (again.hit, again.row["tier"]) == (length - 1, tier)
+                assert dtype == "bfloat16" or first == again.tokens == expected(p)
+                found = slots_by_name(llm)
+                assert all(slots.equal(held[key]) for key, slots in found.items())
+            assert not connector(llm).hook_errors
 
 
 def resealed(path, *, longer=0, **changed):

@@ -27,7 +27,7 @@ def slot_bytes_of(kv_cache_config: Any, serde: str) -> int:
     from kvlab.serde import get_serde
     from kvlab.serde.groups import FLOATS
 
-    made, blocks = get_serde(serde), compat.typed_blocks(kv_cache_config)
+    made, blocks = get_serde(serde), set(compat.typed_blocks(kv_cache_config))
     dtypes = {dtype for _, dtype in blocks}
     if not dtypes <= FLOATS:
         raise ConfigError(
