@@ -17,7 +17,7 @@ from kvlab.errors import ConfigError, FormatError
 from kvlab.hashing import Namespace, versioned
 from kvlab.hostmemory import PAGE, address, scratch
 from kvlab.objects import HEADROOM_BYTES, Found, SealedObjects, check_range
-from kvlab.stated import Expected, metadata_of, stated
+from kvlab.stated import Expected, is_coded, metadata_of, stated
 from kvlab.stores import Store
 from kvlab.stores.base import ValueTooLongError, cut
 
@@ -42,9 +42,16 @@ class PageObjects(SealedObjects):
         super().__init__(store, namespace=namespace, auth=auth)
         if slots not in ("naive", serde):
             raise ConfigError(f"tiers below slots of {slots} must hold the same, got {serde}")
+        self._serde = serde
         self._in_place = serde == slots
         self._as_they_are = _AsTheyAre(slots)
-        self._codec: Any = None if self._in_place else _Codec(serde)
+        self._codec: Any = None if self._in_place or is_coded(serde) else _Codec(serde)
+
+    def know_pages(self, page_map: object, num_layers: int) -> None:
+        """What lies where in pages, as `PageMap.as_json` tells it: to code their blocks on the way to the store.
+        ConfigError where they cannot be."""
+        if self._codec is None and not self._in_place:
+            self._codec = _BlockCodec(self._serde, page_map, num_layers)
 
     def under(self, namespace: Namespace, version: str = "") -> "PageObjects":
         """The same under another namespace, in this `version`; its counters are these."""
@@ -63,9 +70,18 @@ class PageObjects(SealedObjects):
     ) -> bool:
         """As `ObjectCache.save_object`."""
         check_range(first_token, end_token)
+        try:
+            return self._put(key, pages, first_token, end_token, confirm)
+        except ConfigError as error:  # of a codec, to which a number is none
+            self._save_failed("unfit", key, error)
+            return False
+
+    def _put(
+        self, key: str, pages: NDArray[np.uint8], first_token: int, end_token: int, confirm: Callable[[], bool] | None
+    ) -> bool:
         return self.put_parts(
             key,
-            lambda: self._as_they_are.encode(pages) if self._in_place else self._codec.encode(pages),
+            lambda: self._encode(pages, end_token - first_token),
             kv_bytes=pages.nbytes,
             first_token=first_token,
             end_token=end_token,
@@ -75,13 +91,19 @@ class PageObjects(SealedObjects):
     def load(self, key: str, out: NDArray[np.uint8], *, first_token: int, end_token: int) -> bool:
         """Fill `out` with the object of these tokens under `key`. False on any miss; then `out` may hold anything."""
         check_range(first_token, end_token)
-        expected = Expected(self._as_they_are.axes, out.shape, "uint8", out.nbytes, (first_token, end_token))
+        axes, shape = self._as_they_are.axes, out.shape
+        if isinstance(self._codec, _BlockCodec):
+            axes, shape = CODED_AXES, (len(out), 1, self._codec.slot_bytes)
+        expected = Expected(axes, shape, "uint8", out.nbytes, (first_token, end_token))
 
         def decode(value: Found) -> bool:
             self._decode(value, key, out, expected)
             return True
 
         return bool(self.get_decoded(key, lambda: self._read(key, out), decode))
+
+    def _encode(self, pages: NDArray[np.uint8], num_tokens: int) -> tuple[Mapping[str, Part], Mapping[str, str]]:
+        return self._as_they_are.encode(pages) if self._in_place else self._codec.encode(pages, num_tokens)
 
     def _read(self, key: str, out: NDArray[np.uint8]) -> Found | None:
         """Pages as they are go to where they belong, behind a header of the usual length; others to memory that this
@@ -138,7 +160,7 @@ class _Codec:
 
         self._serde = get_serde(spec)
 
-    def encode(self, pages: NDArray[np.uint8]) -> tuple[Mapping[str, Part], Mapping[str, str]]:
+    def encode(self, pages: NDArray[np.uint8], num_tokens: int) -> tuple[Mapping[str, Part], Mapping[str, str]]:
         import torch
 
         from kvlab.serde.wire import to_parts
@@ -159,3 +181,40 @@ class _Codec:
             raise FormatError(f"serde {serde.name!r} decodes to {kv.dtype}{list(kv.shape)}", reason="serde")
         if kv is not into:
             into.copy_(kv)
+
+
+class _BlockCodec:
+    """Pages to coded blocks and back, for slots that hold pages as they are above tiers that do not."""
+
+    def __init__(self, serde: str, page_map: object, num_layers: int) -> None:
+        from kvlab.codecs.blocks import BlockCodec
+        from kvlab.paged.typed import PageMap
+        from kvlab.serde import get_serde
+
+        self._blocks = BlockCodec(get_serde(serde), PageMap.of(page_map), num_layers)
+        self.slot_bytes = self._blocks.slot_bytes
+        self._stored = _AsTheyAre(serde)
+
+    def encode(self, pages: NDArray[np.uint8], num_tokens: int) -> tuple[Mapping[str, Part], Mapping[str, str]]:
+        coded = np.empty((len(pages), 1, self.slot_bytes), np.uint8)
+        for block, slot in zip(pages, coded, strict=True):
+            self._blocks.encode(_tensor(block), self._tokens_of(num_tokens), _tensor(slot[0]))
+        return self._stored.encode(coded)
+
+    def decode(self, container: Container, out: NDArray[np.uint8], expected: Expected) -> None:
+        coded = np.empty((len(out), 1, self.slot_bytes), np.uint8)
+        self._stored.take(container, coded, expected)
+        assert expected.tokens is not None
+        first_token, end_token = expected.tokens
+        for block, slot in zip(out, coded, strict=True):
+            self._blocks.decode(_tensor(slot[0]), self._tokens_of(end_token - first_token), _tensor(block))
+
+    def _tokens_of(self, num_tokens: int) -> int:
+        """Of each block in an object of so many tokens: one of less than a block fills its blocks in part."""
+        return min(num_tokens, self._blocks.map.block_tokens)
+
+
+def _tensor(array: NDArray[np.uint8]) -> Any:
+    import torch
+
+    return torch.from_numpy(array)

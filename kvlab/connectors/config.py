@@ -9,13 +9,12 @@ from urllib.parse import urlencode
 from kvlab.auth import AuthKey, auth_key
 from kvlab.chunking import Chunker
 from kvlab.errors import ConfigError
+from kvlab.stated import CODED_KINDS, is_coded
 from kvlab.stores import check_url
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.served import SCHEME as SERVED
 from kvlab.stores.url import StoreURL, shown_url
 from kvlab.units import parse_bytes
-
-CODED = ("int8", "int4", "fp8")  # kinds of one size for every block: slots of host memory may hold them
 
 
 @dataclass(frozen=True)
@@ -149,10 +148,10 @@ class ConnectorConfig:
                         "not signed"
                     )
                 put(self, "slot_serde", _checked_serde(url.take("serde", "naive")))
-                if self.slot_serde != "naive" and not _is_coded(self.slot_serde):
+                if self.slot_serde != "naive" and not is_coded(self.slot_serde):
                     raise ConfigError(
                         f"serde {self.slot_serde!r} has no fixed size, which slots of host memory need; use "
-                        f"{', '.join(CODED)} at {url.shown!r}, or {self.slot_serde!r} at secondary tiers alone"
+                        f"{', '.join(CODED_KINDS)} at {url.shown!r}, or {self.slot_serde!r} at secondary tiers alone"
                     )
                 put(self, "memory_bytes", url.take_bytes("size", default="1GiB"))
                 put(self, "policy", url.take("policy", "lru"))
@@ -192,9 +191,8 @@ class ConnectorConfig:
                 f"tiers below memory:// with serde={self.slot_serde} must have the same serde, got {self.serde}: what "
                 "one lost the other could not give back"
             )
-        if self.memory_bytes and _is_coded(self.serde) and self.slot_serde != self.serde:
-            raise ConfigError(f"memory:// above tiers with serde={self.serde} must have the same serde; add it there")
-        put(self, "slot_serde", self.serde if _is_coded(self.serde) else "naive")
+        if not self.memory_bytes and is_coded(self.serde):
+            put(self, "slot_serde", self.serde)
         put(self, "secondary_tiers", tuple(lower))
 
     def __repr__(self) -> str:
@@ -209,13 +207,13 @@ class ConnectorConfig:
     @property
     def is_lossy(self) -> bool:
         """Whether what the tiers give back is not bit for bit what was computed."""
-        return _is_coded(self.serde)
+        return is_coded(self.serde)
 
     @property
     def namespace_serde(self) -> str:
         """How the namespace names the serde: blocks that are coded one by one are other objects than chunks are."""
         kind, colon, options = self.serde.partition(":")
-        return f"{kind}-blocks{colon}{options}" if _is_coded(self.serde) else self.serde
+        return f"{kind}-blocks{colon}{options}" if is_coded(self.serde) else self.serde
 
     @property
     def server_socket(self) -> str:
@@ -229,11 +227,6 @@ class ConnectorConfig:
         return self.memory_bytes or self.staging
 
 
-def _is_coded(serde: str) -> bool:
-    """Whether blocks are coded on their way between pages and slots, by this kind."""
-    return serde.partition(":")[0] in CODED
-
-
 def _checked_serde(spec: str) -> str:
     """The whole name of the serde that `spec` chooses; ConfigError where no tier can have it."""
     if spec == "naive":
@@ -241,9 +234,9 @@ def _checked_serde(spec: str) -> str:
     from kvlab.serde import get_serde
 
     serde = get_serde(spec)
-    if serde.needs_kv_axes and not _is_coded(spec):
-        raise ConfigError(f"serde {spec!r} is not for an engine's pages; use naive, lossless, {', '.join(CODED)}")
-    return serde.spec if _is_coded(spec) else spec
+    if serde.needs_kv_axes and not is_coded(spec):
+        raise ConfigError(f"serde {spec!r} is not for an engine's pages; use naive, lossless, {', '.join(CODED_KINDS)}")
+    return serde.spec if is_coded(spec) else spec
 
 
 def _shown(tiers: object) -> str:

@@ -93,16 +93,20 @@ class Opening:
 
 @dataclass(frozen=True)
 class Memory:
-    """The slots that the engine shares; the descriptor of their memory comes with the message."""
+    """The slots that the engine shares; the descriptor of their memory comes with the message. `page_map`: what lies
+    where in a page, for tiers that code what slots hold as it is."""
 
     num_slots: int
     layers: int
     page_bytes: int
+    page_map: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, message: Message) -> Self:
         most = 1 << 40
-        memory = cls(*(_number(message, name, most) for name in ("num_slots", "layers", "page_bytes")))
+        slots, layers, size = (_number(message, name, most) for name in ("num_slots", "layers", "page_bytes"))
+        page_map = message.get("page_map")
+        memory = cls(slots, layers, size, page_map if isinstance(page_map, dict) else None)
         if not 0 < memory.num_slots * memory.layers * memory.page_bytes <= 1 << 48:
             raise LinkError("a message names memory of no possible size")
         return memory

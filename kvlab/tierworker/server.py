@@ -192,7 +192,9 @@ class TierServer:
         self._asks.submit(self._log_tiers)
 
     def _map(self, memory: Memory, fd: int) -> None:
+        assert self.objects is not None
         try:
+            self.objects.know_pages(memory.page_map, memory.layers)
             self._memory = SharedSlots(memory.num_slots, memory.layers * memory.page_bytes, fd=fd)
         except ConfigError as error:
             raise LinkError(str(error)) from error

@@ -178,6 +178,27 @@ def test_a_file_tier_holds_blocks_as_slots_do(tmp_path, expected):
             assert generate(llm, [p])[0].hit == 0, "another namespace"
 
 
+def test_raw_memory_above_a_lossy_tier_is_exact_and_knows_what_is_not(tmp_path, expected):
+    p, longer = prompt(300), prompt(480)
+    with engine(["memory://?size=64MiB", f"file://{tmp_path}?size=1GiB&serde=int4"]) as llm:
+        generate(llm, [p])
+        drain(llm)
+        assert {header_of(path.read_bytes())["__metadata__"]["serde"] for path in objects(tmp_path)} == {"int4-blocks"}
+        for hit in (299, 0, 299):  # in memory; in the tier alone; computed and in memory again
+            answer = ask_exactly(llm, p)
+            assert (answer.hit, answer.tokens) == (hit, expected(p))
+            if hit and not connector(llm).scheduler.counters["miss_not_exact"]:
+                empty_memory(llm)
+        empty_memory(llm)
+        assert generate(llm, [p])[0].row["tier"] == "disk"
+        assert generate(llm, [p])[0].hit == 299
+        assert generate(llm, [longer])[0].hit == 288
+        for q in (p, longer):  # what the tier gave lies in memory, and what was computed behind it
+            exact = ask_exactly(llm, q)
+            assert (exact.hit, exact.row["miss"], exact.tokens) == (0, "not_exact", expected(q))
+        assert not connector(llm).hook_errors
+
+
 @pytest.mark.parametrize(
     ("tier", "serde", "dtype"),
     [("disk", "lossless", "bfloat16"), ("redis", "lossless", "float32"), ("redis", "int8", "bfloat16")],

@@ -187,7 +187,8 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         if self.tiers is not None:
             shared = SharedSlots(self.num_slots, slot_bytes)
             shape = (layout.num_layers, layout.page_bytes) if codec is None else (1, slot_bytes)
-            self.tiers.share(Memory(self.num_slots, *shape), shared)
+            below = codec_of(self.config.serde, page_map, layout) if codec is None and self.config.is_lossy else None
+            self.tiers.share(Memory(self.num_slots, *shape, None if below is None else below.map.as_json()), shared)
         transfer = open_engine_transfer(
             layout, codec, self.num_slots, staging_bytes=self.config.gpu_staging, shared=shared
         )
