@@ -208,7 +208,7 @@ def test_slots_come_back_from_a_tier_bit_by_bit(tier, serde, dtype, tmp_path, ex
         url = f"{server.url}?timeout_ms=60000&" if server is not None else f"file://{tmp_path}?size=1GiB&"
         memory = "memory://?size=128MiB" + ("" if serde == "lossless" else f"&serde={serde}")
         with engine([memory, f"{url}serde={serde}"], {"dtype": dtype}) as llm:
-            for length in [*EDGES, 300]:
+            for length in [*EDGES[2:], 300]:  # a secondary tier is asked for whole blocks, and what follows them
                 empty_memory(llm)
                 p = prompt(length)
                 first = generate(llm, [p])[0].tokens
