@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from kvlab.codecs.blocks import BlockCodec
 
 
-def slot_bytes_of(kv_cache_config: Any, serde: str) -> int:
+def slot_bytes_of(vllm_config: Any, kv_cache_config: Any, serde: str) -> int:
     """Bytes of a slot: a block of any group, as it is or as `serde` codes it. ConfigError where it cannot."""
-    if serde == "naive":  # a page of the pool serves any group
-        return max(sum(compat.page_bytes(group).values()) for group in kv_cache_config.kv_cache_groups)
+    as_it_is = compat.slot_bytes(vllm_config, kv_cache_config)
+    if serde == "naive":
+        return as_it_is
     from kvlab.codecs.blocks import slot_bytes
     from kvlab.serde import get_serde
     from kvlab.serde.groups import FLOATS
 
-    made, blocks = get_serde(serde), set(compat.typed_blocks(kv_cache_config))
+    made, blocks = get_serde(serde), compat.typed_blocks(vllm_config, kv_cache_config)
     dtypes = {dtype for _, dtype in blocks}
     if not dtypes <= FLOATS:
         raise ConfigError(

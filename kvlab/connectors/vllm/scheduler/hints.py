@@ -37,6 +37,10 @@ class Hints:
             logger.warning("kvlab: a request's hints are wrong, such requests go without the cache: %s", wrong)
         return cls(load=False, save=False, wrong=wrong) if wrong else cls(**given)
 
+    def refusal(self, *, lossy: bool) -> str:
+        """Why the request goes without some of what the tiers hold; empty if it does not."""
+        return "not_wanted" if not self.load else "not_exact" if self.exact and lossy else ""
+
 
 _NONE = Hints()  # as most requests have
 

@@ -96,14 +96,8 @@ class Scheduler:
             ranks=num_ranks,
             in_company=in_company,
         )
-        self._lookup = Lookup(
-            tiers,
-            chunker,
-            config.lookup_timeout_ms / 1e3,
-            self.admission,
-            self.residency,
-            self.counters,
-        )
+        wait_s = config.lookup_timeout_ms / 1e3
+        self._lookup = Lookup(tiers, chunker, wait_s, self.admission, self.residency, self.counters)
 
     # ---- a hit?
 
@@ -228,10 +222,8 @@ class Scheduler:
             return ""
         chunk_end = min(at - at % self.chunker.chunk_blocks + self.chunker.chunk_blocks, len(state.hashes))
         key = state.hashes[chunk_end - 1]
-        if not state.hints.load:
-            return "not_wanted"
-        if state.hints.exact and self.config.is_lossy:
-            return "not_exact"
+        if refusal := state.hints.refusal(lossy=self.config.is_lossy):
+            return refusal
         if state.skip is not None:
             return state.skip.value
         if self.residency.is_corrupt(key):
@@ -277,6 +269,10 @@ class Scheduler:
         """Take in what the workers finished."""
         ranks = self._num_ranks
         ADAPTERS.learn(report.adapters)
+        if report.stale_version == self.saves.version and self.enabled:
+            self.enabled = False
+            self.counters["weights_changed"] += 1
+            logger.warning("kvlab: the model has other weights: off until reset_prefix_cache(reset_connector=True)")
         for key in report.absent:
             self.residency.corrupt(key)
             self.saves.forget_saved(key)
@@ -361,6 +357,7 @@ class Scheduler:
         False if a request has loaded KV, or waits for it, and has not begun to compute: it will use what was stored
         before."""
         version = secrets.token_hex(8)
+        self.enabled = False  # where this fails half way
         self.pins.clear()
         self.residency.clear()
         self._lookup.restart(version)
@@ -368,6 +365,7 @@ class Scheduler:
         self.saves.restart(version)
         for state in self._states.values():
             state.given_up = True
+        self.enabled = self.config.enabled
         return not self.unbegun
 
     def _media_of(self, request: Any) -> list[str]:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
-from kvlab.connectors.vllm.adapters import ADAPTERS
-from kvlab.connectors.vllm.messages import Adapter, LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.messages import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.scheduler.admission import MIN_PREFILL_TOKENS
+from kvlab.connectors.vllm.worker.model_weights import ModelWeights
 from kvlab.connectors.vllm.worker.pending import PendingLoad, load_row, page_tokens
 from kvlab.connectors.vllm.worker.reports import Reports
 from kvlab.connectors.vllm.worker.tier_rows import TierRows
@@ -57,6 +57,7 @@ class Worker:
         self._saves = True
         self._num_saves = 0  # copies from pages to slots
         self._version = ""  # of the namespace
+        self._weights = ModelWeights()
         self._lost_blocks: set[int] = set()
         self._finished: set[str] = set()
         self._lost_requests: set[str] = set()
@@ -72,6 +73,9 @@ class Worker:
     def begin(self, metadata: StepMetadata) -> None:
         """The step's forward pass comes next."""
         self._version = metadata.version
+        self._weights.begin(metadata.version, metadata.num_tokens)
+        if self._weights.are_other:
+            self._reports.current.stale_version = metadata.version
         self._num_steps += 1
         self.transfer.before_writes(metadata.new_blocks)
         if metadata.unclean_blocks:
@@ -115,7 +119,7 @@ class Worker:
     def load(self, metadata: StepMetadata) -> None:
         """Begin loads between steps."""
         for load in metadata.loads:
-            ops = [] if _other_adapter(load.adapter) else load.ops
+            ops = [] if self._weights.are_other_than(load.adapter) else load.ops
             pending = PendingLoad(load, ops, self.transfer.fence())
             self._pending.append(pending)
             for op in pending.unsent:
@@ -168,7 +172,7 @@ class Worker:
 
     def _may_save(self, op: SaveOp) -> bool:
         """False if the pages are known not to hold what the object's key says; then it is not saved."""
-        if self._saves and not _other_adapter(op.adapter):
+        if self._saves and not self._weights.are_other_than(op.adapter):
             return True
         self._unsaved(op)
         return False
@@ -281,8 +285,8 @@ class Worker:
         self._pending.remove(pending)
         self._mark_broken(*pending.unfilled)
         taken = list(takewhile(self._present, pending.copied))  # the slots were not given to others meanwhile
-        if load.version != self._version:
-            taken = []  # the weights may have changed since
+        if load.version != self._version or self._weights.are_other:
+            taken = []
         wanted = [block for op in load.ops for block in op.block_ids]
         filled = sum(len(op.block_ids) for op in taken)
         lost = load.lost_blocks + wanted[filled:]
@@ -305,7 +309,7 @@ class Worker:
         wanted = [block for op in load.ops for block in op.block_ids]
         clock: Clock | None = None
         try:
-            held = list(takewhile(self._present, [] if _other_adapter(load.adapter) else load.ops))
+            held = list(takewhile(self._present, [] if self._weights.are_other_than(load.adapter) else load.ops))
             slots = [slot for op in held for slot in op.picked]
             if slots:
                 pages = [block for op in held for block in op.block_ids]
@@ -389,8 +393,3 @@ class Worker:
         if self.counters[f"{what}_errors"] == 1:
             logger.exception("kvlab: %s of object %s failed", what, ops[0].hash.hex())
         self._mark_broken(*ops)
-
-
-def _other_adapter(adapter: Adapter | None) -> bool:
-    """Whether other weights than those of the name lie under the adapter's id now."""
-    return adapter is not None and ADAPTERS.num_loads(adapter.adapter_id) != adapter.num_loads
