@@ -123,7 +123,7 @@ class CodedCudaTransfer(CudaTransfer):
             timing = super().save(block_ids, slots, num_tokens)
             flags, self._mover.flags = self._mover.flags, []
             with torch.cuda.stream(self._pack):
-                told = torch.empty((len(slots), 2), dtype=torch.int32, pin_memory=True)
+                told = _pinned(len(slots))
                 told.copy_(torch.cat(flags), non_blocking=True)
                 ended = _cuda.Event()
                 ended.record(self._pack)
@@ -138,6 +138,11 @@ class CodedCudaTransfer(CudaTransfer):
                 self._unfit.update(slot for slot, odd in zip(told.slots, told.flags[:, 0].tolist(), strict=True) if odd)
             unfit, self._unfit = self._unfit, set()
         return unfit
+
+
+def _pinned(num_blocks: int) -> torch.Tensor:
+    """Host memory for the flags of so many blocks."""
+    return torch.empty((num_blocks, 2), dtype=torch.int32, pin_memory=True)
 
 
 def _on(stream: int | None, device: torch.device) -> Any:
