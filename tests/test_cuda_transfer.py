@@ -102,7 +102,7 @@ class Mover:
 
 @contextmanager
 def transfer_on(gpu, pages, piece_blocks, *, shared=None, is_pinned=False, slot_bytes=0, made=None):
-    """A CudaTransfer whose ring buffers hold `piece_blocks` blocks; or what `made` makes, with slots of `slot_bytes`."""
+    """A CudaTransfer whose ring buffers hold `piece_blocks` blocks; or `made`, of slots of `slot_bytes`."""
 
     def copy(target, source, num_bytes, stream):
         gpu.give(stream, lambda: ctypes.memmove(target, source, num_bytes))
