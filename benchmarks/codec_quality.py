@@ -13,6 +13,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from json import dumps, loads
 from pathlib import Path
 from statistics import mean
@@ -111,6 +112,7 @@ def main() -> None:
         print(dumps(measured(args.model, kind, int(block), rows, args.greedy)))
         return
     machine = about()
+    machine["versions"] += f", vllm {version('vllm')}"
     found = {f"{row['kind']}@{row['block_tokens']}": row for row in (read(args.out) if args.out.exists() else [])}
     for name in args.kinds:
         sizes = ["--prompts", args.prompts, "--tokens", args.tokens, "--greedy", args.greedy]
