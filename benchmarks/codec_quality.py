@@ -13,7 +13,6 @@ import math
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from json import dumps, loads
 from pathlib import Path
 from statistics import mean
@@ -27,6 +26,7 @@ TOP = 20
 
 def measured(model: str, kind: str, block_tokens: int, rows: list[list[int]], num_greedy: int) -> dict[str, object]:
     """One engine with a memory tier of this kind."""
+    import vllm
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
 
@@ -80,6 +80,7 @@ def measured(model: str, kind: str, block_tokens: int, rows: list[list[int]], nu
         "prompt_tokens": len(rows[0]),
         "greedy_tokens": num_greedy,
         "model": Path(model).name,
+        "vllm": vllm.__version__,
     }
 
 
@@ -112,7 +113,6 @@ def main() -> None:
         print(dumps(measured(args.model, kind, int(block), rows, args.greedy)))
         return
     machine = about()
-    machine["versions"] += f", vllm {version('vllm')}"
     found = {f"{row['kind']}@{row['block_tokens']}": row for row in (read(args.out) if args.out.exists() else [])}
     for name in args.kinds:
         sizes = ["--prompts", args.prompts, "--tokens", args.tokens, "--greedy", args.greedy]

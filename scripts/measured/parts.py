@@ -164,7 +164,7 @@ def serde_quality() -> Page:
                 ["kind", "tokens of a block", "bits", "greedy tokens equal", "first token equal", "its logprob moved by", "KL of the first token"],
                 engine_cells,
                 engine,
-                f"{engine[0]['model']}, {engine[0]['prompts']} prompts of {engine[0]['prompt_tokens']} tokens of Python source, then {engine[0]['greedy_tokens']} greedy ones, up to the first that is another; each prompt computed and then loaded. vLLM on a CPU, computing in float32. Bits are those of a slot.",
+                f"{engine[0]['model']}, {engine[0]['prompts']} prompts of {engine[0]['prompt_tokens']} tokens of Python source, then {engine[0]['greedy_tokens']} greedy ones, up to the first that is another; each prompt computed and then loaded. vLLM {engine[0]['vllm']} on a CPU, computing in float32. Bits are those of a slot.",
             ),
             Table(
                 "Keys with a large constant",
