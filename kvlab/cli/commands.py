@@ -32,6 +32,11 @@ COMMANDS = {
         "serving benchmarks: backends side by side, first and second run",
         "kvlab bench --backends none,kvlab-memory",
     ),
+    "judge": Command(
+        "kvlab.cli.judge",
+        "put any KV connector of vLLM through traps: is a hit a recompute?",
+        "kvlab judge my_package.connector:MyConnector --traps edges,forks",
+    ),
     "warm": Command(
         "kvlab.cli.warm", "send prompts to a running server, so that it keeps their KV", "kvlab warm prompt.txt --pin"
     ),

@@ -1,0 +1,241 @@
+"""Connectors with one fault each, and the trap that must catch it."""
+
+import os
+
+from tests.support.small_connector import PAGES, SmallConnector
+
+CAUGHT_BY: dict[str, tuple[str, str]] = {}  # class -> (trap, verdict)
+
+
+def caught_by(trap, verdict="failed"):
+    def keep(mutant):
+        CAUGHT_BY[mutant.__name__] = (trap, verdict)
+        return mutant
+
+    return keep
+
+
+@caught_by("freed_pages")
+class LateSaves(SmallConnector):
+    """Pages are read a step after the one that computed them."""
+
+    late = ()
+
+    def wait_for_save(self):
+        if self.has_connector_metadata():
+            for key, block in self.late:
+                self.put(key, self.read(block))
+            self.late = self._get_connector_metadata().saves
+
+
+@caught_by("edges")
+class WrongSlot(SmallConnector):
+    """The last two pages of a load are exchanged."""
+
+    def plan(self, keys, blocks, first):
+        blocks[len(keys) - 2 : len(keys)] = blocks[len(keys) - 2 : len(keys)][::-1]
+        return super().plan(keys, blocks, first)
+
+
+@caught_by("forks")
+class TailOneLong(SmallConnector):
+    """A last page is said to hold one token more than it does."""
+
+    def matches(self, request):
+        keys, num_tokens = super().matches(request)
+        more = num_tokens % self.block and num_tokens + 1 < request.num_tokens
+        return keys, num_tokens + bool(more)
+
+
+@caught_by("forks")
+class TailNamedShort(SmallConnector):
+    """A last page is named without its last token."""
+
+    def tail(self, parent, tokens):
+        return self.link(f"{parent} tail {len(tokens)}", tokens[:-1])
+
+
+@caught_by("salts")
+class SaltIgnored(SmallConnector):
+    def root(self, request):
+        return repr(request.lora_request and request.lora_request.lora_name)
+
+
+@caught_by("lora")
+class AdapterIgnored(SmallConnector):
+    def root(self, request):
+        return repr(request.cache_salt)
+
+
+@caught_by("forks")
+class WithoutParent(SmallConnector):
+    """A page is named by its own tokens alone."""
+
+    def link(self, parent, tokens):
+        return super().link(len(tokens), tokens)
+
+
+@caught_by("chunked")
+class SavedBeforeComputed(SmallConnector):
+    """All pages of a prompt are saved in its first step."""
+
+    def end_of(self, table, count):
+        return max(table.request.num_prompt_tokens, super().end_of(table, count))
+
+
+@caught_by("turns")
+class SampledTokenSaved(SmallConnector):
+    """A page is saved when its last token is known, which is a step before its KV is."""
+
+    def place(self, name, blocks, computed, *, is_new):
+        super().place(name, blocks, computed, is_new=is_new)
+        request = self.tables[name].request
+        if request.num_output_tokens:
+            self.tables[name].computed = request.num_tokens
+
+    def due(self, table, end):
+        return super().due(table, min(end, len(table.blocks) * self.block))
+
+
+@caught_by("aborts")
+class StaleAfterAbort(SmallConnector):
+    """The pages of a request that ends are saved, computed or not."""
+
+    def request_finished(self, request, block_ids):
+        table = self.tables.get(request.request_id)
+        if table is not None:
+            self.ended = getattr(self, "ended", []) + self.due(table, request.num_prompt_tokens)
+        return super().request_finished(request, block_ids)
+
+    def build_connector_meta(self, scheduler_output):
+        meta = super().build_connector_meta(scheduler_output)
+        meta.saves, self.ended = getattr(self, "ended", []) + meta.saves, []
+        return meta
+
+
+@caught_by("edges")
+class LoadsHalf(SmallConnector):
+    def fetch(self, pages):
+        super().fetch(pages[: (len(pages) + 1) // 2])
+
+
+@caught_by("edges")
+class LayersTurned(SmallConnector):
+    """Layers are written in another order than they were read in."""
+
+    def write(self, block, data):
+        self.layers.reverse()
+        super().write(block, data)
+        self.layers.reverse()
+
+
+@caught_by("edges")
+class DoneTooEarly(SmallConnector):
+    """A load is reported two steps before its pages are written."""
+
+    waiting = ()
+
+    def get_finished(self, finished_req_ids):
+        ended, self.running = self.running, {}
+        due, self.waiting = self.waiting, [*getattr(self, "next", []), *ended.values()]
+        for pages in due:
+            self.fetch(pages)
+        return None, set(ended) or None
+
+
+@caught_by("preemption")
+class OldPages(SmallConnector):
+    """A request that was preempted and resumed is thought to be in the pages it had."""
+
+    def place(self, name, blocks, computed, *, is_new):
+        super().place(name, blocks, computed, is_new=is_new and not self.tables[name].blocks)
+
+
+@caught_by("prefix_caching")
+class FromTheStart(SmallConnector):
+    """What the engine's own cache holds is forgotten: the load begins with the first page."""
+
+    def plan(self, keys, blocks, first):
+        return list(zip(keys, blocks[first:], strict=False))
+
+
+@caught_by("freed_pages")
+class FirstSaveStays(SmallConnector):
+    """A page is saved again with each step, also after its request has ended."""
+
+    kept = ()
+
+    def wait_for_save(self):
+        super().wait_for_save()
+        if self.has_connector_metadata():
+            for key, block in self.kept:
+                PAGES[key] = self.read(block)
+            self.kept = [*self.kept, *self._get_connector_metadata().saves][-40:]
+
+
+@caught_by("flipped_objects")
+class Unchecked(SmallConnector):
+    def is_sound(self, key, found):
+        return True
+
+
+@caught_by("swapped_objects")
+class NotNamed(SmallConnector):
+    """The checksum is of the content alone, which is right in another's place too."""
+
+    def seal(self, key, data):
+        return super().seal("", data)
+
+
+@caught_by("cut_objects", "crashed")
+class CutUnchecked(Unchecked):
+    pass
+
+
+@caught_by("lost_objects")
+class LostUntold(SmallConnector):
+    """What cannot be read is reported as loaded."""
+
+    def has(self, key):
+        return True
+
+
+@caught_by("aborts")
+class KeepsPages(SmallConnector):
+    """The engine is told to wait with freeing pages, and never told to free them."""
+
+    def request_finished(self, request, block_ids):
+        super().request_finished(request, block_ids)
+        return True, None
+
+
+@caught_by("edges", "hung")
+class NeverDone(SmallConnector):
+    def get_finished(self, finished_req_ids):
+        return None, None
+
+
+@caught_by("edges", "crashed")
+class Raises(SmallConnector):
+    def start_load_kv(self, forward_context, **kwargs):
+        if self._get_connector_metadata().loads:
+            raise RuntimeError("planted")
+
+
+@caught_by("edges", "crashed")
+class Dies(SmallConnector):
+    def start_load_kv(self, forward_context, **kwargs):
+        if self._get_connector_metadata().loads:
+            os.abort()
+
+
+@caught_by("edges", "refused")
+class Refuses(SmallConnector):
+    def __init__(self, vllm_config, role, kv_cache_config):
+        raise ValueError("this connector wants another engine")
+
+
+@caught_by("edges", "no hits")
+class Idle(SmallConnector):
+    def has(self, key):
+        return False
