@@ -6,7 +6,6 @@ from kvlab.judge import Subject
 from kvlab.judge.run import judge_each
 from tests.support.mutants import CAUGHT_BY
 
-pytestmark = pytest.mark.engine
 MODULE = {"SmallConnector": "tests.support.small_connector"}
 IN_A_FOLDER = ("flipped_objects", "swapped_objects", "cut_objects", "lost_objects")
 LAST = ("crashed",)  # these end their process, which others share
