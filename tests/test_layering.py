@@ -18,7 +18,7 @@ FLOORS = [
     ["codecs", "objects", "machine", "sizing"],
     ["object_cache", "page_objects"],
     ["tierworker"],
-    ["engine", "datasets", "simulation"],
+    ["chaos", "engine", "datasets", "simulation"],
     ["judge"],
     ["connectors", "testing"],
     ["serving"],

@@ -17,7 +17,7 @@ from typing import Any
 from kvlab.judge import engine
 from kvlab.judge.answers import Book
 from kvlab.judge.report import CRASHED, FAILED, HELD, HUNG, NO_HITS, REFUSED
-from kvlab.judge.stage import HungError, Rehearsal, Stage
+from kvlab.judge.stage import EnoughError, HungError, Rehearsal, Stage
 from kvlab.judge.traps import COMMON, GROUPS, TRAPS
 
 REHEARSE, FILL, JUDGE = "rehearse", "fill", "judge"
@@ -92,7 +92,10 @@ def play(job: Job, llm: Any, book: Book, name: str) -> dict[str, Any]:
     )  # fmt: skip
     verdict = why = ""
     try:
-        (trap.before if job.what == FILL and trap.before else trap.play)(stage)
+        with engine.overwritten(llm, when_freed=False):  # what another request left in a page may be right by chance
+            (trap.before if job.what == FILL and trap.before else trap.play)(stage)
+    except EnoughError:
+        pass
     except HungError as error:
         verdict, why = HUNG, str(error)
     except Exception as error:

@@ -106,12 +106,12 @@ def pages_of(llm: Any) -> Callable[[int], Sequence[torch.Tensor]]:
 
 
 @contextmanager
-def overwritten(llm: Any, pages: Callable[[int], Sequence[torch.Tensor]] | None = None) -> Iterator[list[int]]:
-    """Pages are filled with garbage when the engine frees them, before anything else happens, and again when it
-    allocates them; gives the list of the freed ones. A freed page that the prefix cache still finds keeps its KV until
-    it is allocated: a request may read it."""
-    pool, seen = core(llm).kv_cache_manager.block_pool, []
-    pages = pages or pages_of(llm)
+def overwritten(llm: Any, *, when_freed: bool = True) -> Iterator[list[int]]:
+    """Pages are filled with garbage when the engine allocates them, and `when_freed`, before anything else happens;
+    gives the list of the freed ones. A freed page that the prefix cache still finds keeps its KV until it is allocated:
+    a request may read it."""
+    pool, pages = core(llm).kv_cache_manager.block_pool, pages_of(llm)
+    seen: list[int] = []
     originals = pool.free_blocks, pool.get_new_blocks
 
     def fill(block: Any) -> None:
@@ -124,7 +124,7 @@ def overwritten(llm: Any, pages: Callable[[int], Sequence[torch.Tensor]] | None 
         for block in blocks:
             if block.ref_cnt == 0 and not block.is_null:
                 seen.append(block.block_id)
-                if block.block_hash is None:
+                if when_freed and block.block_hash is None:
                     fill(block)
 
     def get_new_blocks(num_blocks: int, *args: Any, **kwargs: Any) -> Any:

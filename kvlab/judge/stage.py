@@ -16,10 +16,15 @@ from kvlab.judge import engine
 from kvlab.judge.answers import Answer, Ask, Book, Difference, difference
 from kvlab.judge.damage import objects
 
+ENOUGH = 5  # differences, after which a trap asks no more
 IDLE_S = 0.001  # between steps that give nothing: an asynchronous load needs the processor too
 NOTHING = Answer((), (), ())
 _NUMBERS = itertools.count()
 Arrivals = Callable[[int], Sequence[Ask] | None]  # number of requests under way -> those that arrive; None at the end
+
+
+class EnoughError(Exception):
+    """What a trap has found will do."""
 
 
 class HungError(Exception):
@@ -46,6 +51,8 @@ class Stage:
 
     def ask(self, *asks: Ask, settle: bool = True) -> list[Answer]:
         """All at once, to their ends; what the book says about each. `settle`: saves get a few steps to end in."""
+        if len(self.differences) >= ENOUGH:
+            raise EnoughError
         arriving = iter([asks])
         self.answer(lambda _: next(arriving, None))
         if settle:
@@ -63,7 +70,7 @@ class Stage:
 
     def settle(self) -> None:
         """Steps in which saves may end and be told of: of prompts too short to be loaded."""
-        for _ in range(4):
+        for _ in range(2):
             self._run([Ask((next(_NUMBERS) % 4000, 5), max_tokens=2)], compare=False)
             time.sleep(0.01)
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -130,11 +130,11 @@ def salts(stage: Stage) -> None:
 
 @trap("turns of conversations: the answer, and more, is the next prompt")
 def turns(stage: Stage) -> None:
-    for length in (BLOCK - 20, 3 * BLOCK - 1, 5 * BLOCK + 7):
+    for length, more in ((BLOCK - 12, BLOCK - 12), (3 * BLOCK - 1, 9), (5 * BLOCK + 7, 9)):  # the first: whole pages
         prompt = words(stage.rng, length)
         for _ in range(3):
             (answer,) = stage.ask(Ask(prompt, max_tokens=44))
-            prompt += (*answer.tokens[:44], *words(stage.rng, 9))
+            prompt += (*answer.tokens[:44], *words(stage.rng, more))
         stage.ask(Ask(prompt))
         stage.ask(Ask(prompt[: length + 44]))  # ends with the last token that was answered
 
@@ -183,15 +183,19 @@ def chunked(stage: Stage) -> None:
         stage.ask(Ask(prompt[:-5] + words(stage.rng, 30)))
     long, short = words(stage.rng, 600), [words(stage.rng, 60 + at) for at in range(4)]
     for _ in range(2):
-        stage.ask(Ask(long), *(Ask(prompt) for prompt in short))
+        stage.ask(
+            *(Ask(prompt, max_tokens=20) for prompt in short), Ask(long)
+        )  # steps end within pages of the long one
 
 
 @trap("requests that the engine preempts for want of pages, and resumes", "few")
 def preemption(stage: Stage) -> None:
     asks = [Ask(words(stage.rng, 180 + 5 * at), max_tokens=48) for at in range(8)]
     with stage.preemptions() as preempted:
+        answers = stage.ask(*asks)
         stage.ask(*asks)
-        stage.ask(*asks)
+    for ask, answer in zip(asks, answers, strict=True):
+        stage.ask(Ask((*ask.tokens, *answer.tokens[:48], 77)))
     if not preempted and not stage.is_rehearsal:
         stage.fail("the engine preempted nothing, so that this proves nothing", "8 requests")
     stage.pages_come_back()
@@ -215,7 +219,8 @@ def priorities(stage: Stage) -> None:
 def freed_pages(stage: Stage) -> None:
     asks = [Ask(words(stage.rng, 200 + 9 * at)) for at in range(9)]
     with stage.overwritten():
-        for _ in range(3):
+        stage.ask(*(replace(ask, max_tokens=1) for ask in asks))  # freed as soon as they are computed
+        for _ in range(2):
             stage.ask(*asks)
     stage.pages_come_back()
 

@@ -6,6 +6,7 @@ from kvlab.judge import Subject
 from kvlab.judge.run import judge_each
 from tests.support.mutants import CAUGHT_BY
 
+pytestmark = pytest.mark.timeout(1200)  # of all engines, which one fixture runs
 MODULE = {"SmallConnector": "tests.support.small_connector"}
 IN_A_FOLDER = ("flipped_objects", "swapped_objects", "cut_objects", "lost_objects")
 LAST = ("crashed",)  # these end their process, which others share
@@ -20,7 +21,7 @@ def subject(name, *traps):
 @pytest.fixture(scope="module")
 def verdicts():
     """Of every mutant; and of the correct connector in each trap that catches one."""
-    names = sorted(set(CAUGHT_BY) - set(NEVER_END), key=lambda name: CAUGHT_BY[name][1] in LAST)
+    names = sorted((name for name in CAUGHT_BY if name not in NEVER_END), key=lambda name: CAUGHT_BY[name][1] in LAST)
     cases = [(subject(name, CAUGHT_BY[name][0]), [CAUGHT_BY[name][0]]) for name in names]
     used = {trap for trap, _ in CAUGHT_BY.values()}
     right = [(subject("SmallConnector"), sorted(used - set(IN_A_FOLDER)))]

@@ -83,34 +83,40 @@ class SavedBeforeComputed(SmallConnector):
         return max(table.request.num_prompt_tokens, super().end_of(table, count))
 
 
-@caught_by("turns")
-class SampledTokenSaved(SmallConnector):
-    """A page is saved when its last token is known, which is a step before its KV is."""
+class SavedAtTheEnd(SmallConnector):
+    """Pages are saved when their request ends."""
 
-    def place(self, name, blocks, computed, *, is_new):
-        super().place(name, blocks, computed, is_new=is_new)
-        request = self.tables[name].request
-        if request.num_output_tokens:
-            self.tables[name].computed = request.num_tokens
+    ended = ()
 
-    def due(self, table, end):
-        return super().due(table, min(end, len(table.blocks) * self.block))
-
-
-@caught_by("aborts")
-class StaleAfterAbort(SmallConnector):
-    """The pages of a request that ends are saved, computed or not."""
+    def end(self, table):
+        raise NotImplementedError
 
     def request_finished(self, request, block_ids):
         table = self.tables.get(request.request_id)
         if table is not None:
-            self.ended = getattr(self, "ended", []) + self.due(table, request.num_prompt_tokens)
+            self.ended = [*self.ended, *self.due(table, min(self.end(table), len(table.blocks) * self.block))]
         return super().request_finished(request, block_ids)
 
     def build_connector_meta(self, scheduler_output):
         meta = super().build_connector_meta(scheduler_output)
-        meta.saves, self.ended = getattr(self, "ended", []) + meta.saves, []
+        meta.saves, self.ended = [*self.ended, *meta.saves], ()
         return meta
+
+
+@caught_by("turns")
+class SampledTokenSaved(SavedAtTheEnd):
+    """The last token of an answer is saved, which no step has computed."""
+
+    def end(self, table):
+        return table.request.num_tokens
+
+
+@caught_by("aborts")
+class StaleAfterAbort(SavedAtTheEnd):
+    """The pages of a prompt are saved when its request ends, computed or not."""
+
+    def end(self, table):
+        return table.request.num_prompt_tokens
 
 
 @caught_by("edges")
@@ -131,15 +137,15 @@ class LayersTurned(SmallConnector):
 
 @caught_by("edges")
 class DoneTooEarly(SmallConnector):
-    """A load is reported two steps before its pages are written."""
+    """A load is reported a step before its pages are written."""
 
     waiting = ()
 
     def get_finished(self, finished_req_ids):
         ended, self.running = self.running, {}
-        due, self.waiting = self.waiting, [*getattr(self, "next", []), *ended.values()]
-        for pages in due:
+        for pages in self.waiting:
             self.fetch(pages)
+        self.waiting = list(ended.values())
         return None, set(ended) or None
 
 
