@@ -3,7 +3,8 @@
 import argparse
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from kvlab.chaos.faults import KINDS, Faults
@@ -43,9 +44,30 @@ def main(argv: Sequence[str]) -> int:
     if min(args.delay_ms, args.every_ms, args.limit) < 0:
         raise ConfigError("delay_ms, every_ms and limit must be 0 or more")
     faults = Faults([kind for kind in args.kinds.split(",") if kind], rate=args.rate, seed=args.seed)
+    with _until_interrupted() as stop:
+        _run(args, faults, stop)
+    counts = {kind: faults.counts[kind] for kind in faults.kinds}
+    if args.json:
+        print_json({"seen": faults.seen, "faults": faults.total, **counts})
+    else:
+        said = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        print(f"{faults.total} faults in {faults.seen} values: {said}")
+    return 0
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[threading.Event]:
+    """An event that ctrl-C and a request to end set."""
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(args: argparse.Namespace, faults: Faults, stop: threading.Event) -> None:
     if args.what == "folder":
         if args.path is None:
             raise ConfigError("give the folder, like kvlab chaos folder /data/kv-to-break")
@@ -57,13 +79,6 @@ def main(argv: Sequence[str]) -> int:
         with RedisProxy(_address("--to", args.to), faults, host=host, port=port, delay_ms=args.delay_ms) as proxy:
             print(f"listening at {proxy.host}:{proxy.port}", flush=True)
             stop.wait()
-    counts = {kind: faults.counts[kind] for kind in faults.kinds}
-    if args.json:
-        print_json({"seen": faults.seen, "faults": faults.total, **counts})
-    else:
-        said = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        print(f"{faults.total} faults in {faults.seen} values: {said}")
-    return 0
 
 
 def _address(flag: str, text: str) -> tuple[str, int]:
