@@ -32,9 +32,11 @@ ENGINE = {
     "distributed_executor_backend": "uni", "gpu_memory_utilization": 0.15, "max_num_batched_tokens": 1024,
 }  # fmt: skip
 CASES = [  # traffic, policy, tokens of an object, blocks in memory, objects on disk (None: all)
-    ("chat", "lru", BLOCK, 60, 120),
-    ("chat", "s3fifo", BLOCK, 60, 120),
+    ("chat", "lru", BLOCK, 24, 60),
+    ("chat", "s3fifo", BLOCK, 24, 60),
+    ("agent", "lru", BLOCK, 60, 90),
     ("agent", "lru", 2 * BLOCK, 60, None),
+    ("agent", "arc", 4 * BLOCK, 60, None),
 ]
 DISK_OBJECT = BLOCK * TOKEN_BYTES + 4096  # bytes on disk of an object of one block
 
@@ -118,7 +120,7 @@ def main() -> None:
         for number, case in enumerate(CASES):
             rows.append(compare(model, Path(name) / f"kv-{number}", case, options.requests))
             print(rows[-1], flush=True)
-    append_rows(options.rows, rows, ("kvlab", "vllm", "torch"))
+    append_rows(options.rows, rows, packages=("kvlab", "vllm", "torch"))
 
 
 if __name__ == "__main__":

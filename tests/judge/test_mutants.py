@@ -8,7 +8,7 @@ from tests.support.mutants import CAUGHT_BY
 
 pytestmark = pytest.mark.timeout(1200)  # of all engines, which one fixture runs
 MODULE = {"SmallConnector": "tests.support.small_connector"}
-IN_A_FOLDER = ("flipped_objects", "swapped_objects", "cut_objects", "lost_objects")
+IN_A_FOLDER = ("flipped_objects", "swapped_objects", "cut_objects", "vanishing_objects")
 LAST = ("crashed",)  # these end their process, which others share
 NEVER_END = ("NeverDone", "KeepsPages")
 

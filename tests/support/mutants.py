@@ -30,11 +30,11 @@ class LateSaves(SmallConnector):
 
 @caught_by("edges")
 class WrongSlot(SmallConnector):
-    """The last two pages of a load are exchanged."""
+    """Each page goes to the block behind its own. (Whole pages that are exchanged are no fault: their keys are turned
+    already, and attention does not ask for their order.)"""
 
     def plan(self, keys, blocks, first):
-        blocks[len(keys) - 2 : len(keys)] = blocks[len(keys) - 2 : len(keys)][::-1]
-        return super().plan(keys, blocks, first)
+        return super().plan(keys, [*blocks[1:], blocks[0]], first)
 
 
 @caught_by("forks")
@@ -198,12 +198,19 @@ class CutUnchecked(Unchecked):
     pass
 
 
-@caught_by("lost_objects")
+@caught_by("vanishing_objects")
 class LostUntold(SmallConnector):
-    """What cannot be read is reported as loaded."""
+    """What was there once is thought to be there, and what cannot be read is reported as loaded."""
+
+    known = frozenset()
 
     def has(self, key):
-        return True
+        self.known |= {key} if super().has(key) else set()
+        return key in self.known
+
+    def fetch(self, pages):
+        super().fetch(pages)
+        self.failed.clear()
 
 
 @caught_by("aborts")

@@ -11,6 +11,7 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
+    KVConnectorRole,
     SupportsHMA,
 )
 
@@ -35,6 +36,8 @@ class Table:
 class SmallConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config, role, kv_cache_config):
         super().__init__(vllm_config, role, kv_cache_config)
+        if role is KVConnectorRole.SCHEDULER:
+            PAGES.clear()  # of the engine before in this process
         self.block = vllm_config.cache_config.block_size
         folder = self._kv_transfer_config.kv_connector_extra_config.get("folder")
         self.folder = Path(folder) if folder else None
@@ -195,6 +198,7 @@ class SmallConnector(KVConnectorBase_V1, SupportsHMA):
         for key, block in pages:
             data = self.get(key)
             if data is None:
+                (self.folder / key).unlink(missing_ok=True)  # or it would be found, and fail, again and again
                 self.failed.add(block)
             else:
                 self.write(block, data)
