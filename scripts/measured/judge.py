@@ -21,7 +21,9 @@ def judge() -> Page:
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for (connector, trap), row in bad.items():
         reasons.setdefault((connector, row["verdict"], row["why"].replace("|", "\\|")), []).append(trap)
-    why = [[c, ", ".join(traps) if len(traps) < 8 else f"{len(traps)} traps", v, w] for (c, v, w), traps in reasons.items()]
+    why = [
+        [c, ", ".join(traps) if len(traps) < 8 else f"{len(traps)} traps", v, w] for (c, v, w), traps in reasons.items()
+    ]
     ours = [row for row in rows if row["connector"].startswith(OURS)]
     held = sum(row["verdict"] == "held" for row in ours)
     judged = sum(row["verdict"] != "not run" for row in ours)

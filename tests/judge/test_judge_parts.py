@@ -9,7 +9,6 @@ from kvlab.errors import ConfigError
 from kvlab.judge import Report, Subject, Verdict
 from kvlab.judge.answers import Answer, Ask, Book, difference
 from kvlab.judge.damage import cut_short, flip_bits, make_empty, objects, remove, swap_content
-from kvlab.judge.run import judge
 from kvlab.judge.traps import GROUPS, TRAPS
 
 ASK = Ask((1, 2, 3), salt="s")
@@ -163,8 +162,3 @@ def test_the_command_writes_what_was_found(monkeypatch, tmp_path, capsys):
     assert main(["judge", "m:C", "--traps", "edges", "--seed", "7", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["counts"]["failed"] == 1
     assert main(["judge", "m:C", "--traps", "edges", "--seed", "7", "--html", str(tmp_path)]) == 2
-
-
-def test_traps_that_are_asked_for_must_exist():
-    with pytest.raises(ConfigError, match="unknown trap"):
-        judge("json:C", traps=["nosuch"])
