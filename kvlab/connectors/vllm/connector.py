@@ -345,14 +345,12 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
 
     def reset_cache(self) -> bool | None:
         """vLLM calls it where weights may have changed: from now on, no tier serves what was stored before. False where
-        that failed, or a request that has not begun holds KV that was."""
+        that failed, which turns the cache off, or a request that has not begun holds KV that was."""
         try:
             if self.scheduler is not None and not self.scheduler.reset():
                 return False
         except Exception:
             self._hook_failed("reset_cache")
-            if self.scheduler is not None:
-                self.scheduler.enabled = False
             return False
         return True
 
