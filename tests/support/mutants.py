@@ -30,11 +30,11 @@ class LateSaves(SmallConnector):
 
 @caught_by("edges")
 class WrongSlot(SmallConnector):
-    """Each page goes to the block behind its own. (Whole pages that are exchanged are no fault: their keys are turned
-    already, and attention does not ask for their order.)"""
+    """Each page but the first goes to the block before its own. (Whole pages that are only exchanged are no fault: their
+    keys are turned already, and attention does not ask for their order.)"""
 
     def plan(self, keys, blocks, first):
-        return super().plan(keys, [*blocks[1:], blocks[0]], first)
+        return super().plan(keys, [blocks[0], *blocks], first)
 
 
 @caught_by("forks")
@@ -80,7 +80,8 @@ class SavedBeforeComputed(SmallConnector):
     """All pages of a prompt are saved in its first step."""
 
     def end_of(self, table, count):
-        return max(table.request.num_prompt_tokens, super().end_of(table, count))
+        end = max(table.request.num_prompt_tokens, super().end_of(table, count))
+        return min(end, len(table.blocks) * self.block)
 
 
 class SavedAtTheEnd(SmallConnector):
