@@ -30,7 +30,7 @@ class LateSaves(SmallConnector):
 
 @caught_by("edges")
 class WrongSlot(SmallConnector):
-    """Each page but the first goes to the block before its own. (Whole pages that are only exchanged are no fault: their
+    """Each page but the first goes to the block before its own. (Whole pages that are exchanged are no fault: their
     keys are turned already, and attention does not ask for their order.)"""
 
     def plan(self, keys, blocks, first):
