@@ -13,13 +13,10 @@ from kvlab.machine.provenance import append_rows
 
 PATIENT = {"admission": False, "lookup_timeout_ms": 60_000, "chunk_tokens": 64}
 SUBJECTS = {
-    "kvlab, memory and folder": Subject(
+    "kvlab": Subject(
         "KVLabConnector",
         "kvlab.connectors.vllm",
         {"tiers": ["memory://?size=64MiB", "file://{storage}?size=1GiB"], **PATIENT},
-    ),
-    "kvlab, folder": Subject(
-        "KVLabConnector", "kvlab.connectors.vllm", {"tiers": ["file://{storage}?size=1GiB"], **PATIENT}
     ),
     "ExampleConnector": Subject("ExampleConnector", extra={"shared_storage_path": "{storage}"}),
     "OffloadingConnector": Subject("OffloadingConnector", extra={"cpu_bytes_to_use": 256 << 20}),
