@@ -107,6 +107,8 @@ def play(job: Job, llm: Any, book: Book, name: str) -> dict[str, Any]:
     if found:
         others = f"; and {len(found) - 1} more" if len(found) > 1 else ""
         why = "; ".join(filter(None, [why, found[0].shown + others]))
+    elif verdict == NO_HITS:
+        why = "nothing was loaded"
     elif stage.exact_of:
         why = why or f"{stage.exact} of {stage.exact_of} answers compared to the bit"
     return {

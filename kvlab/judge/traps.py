@@ -296,6 +296,7 @@ _damaged("lost_objects", "objects in the storage are gone", damage.remove)
 def vanishing_objects(stage: Stage) -> None:
     asks = [Ask(words(stage.rng, length)) for length in (130, 8 * BLOCK, 300)]
     stage.ask(*asks)
+    stage.ask(*asks)
     stage.damage(damage.remove)
     stage.ask(*asks)
     stage.ask(*asks)

@@ -216,11 +216,14 @@ class LostUntold(SmallConnector):
 
 @caught_by("aborts")
 class KeepsPages(SmallConnector):
-    """The engine is told to wait with freeing pages, and never told to free them."""
+    """The engine is told to wait with freeing the first request's pages, and never told to free them."""
+
+    has_kept = False
 
     def request_finished(self, request, block_ids):
         super().request_finished(request, block_ids)
-        return True, None
+        keeps, self.has_kept = not self.has_kept and len(block_ids) > 1, True
+        return keeps, None
 
 
 @caught_by("edges", "hung")
