@@ -170,7 +170,7 @@ def aborts(stage: Stage) -> None:
 
 @trap("the same logprobs, bit for bit, as a hit of the same length in the engine's own prefix cache", "exact")
 def bits(stage: Stage) -> None:
-    for length in (BLOCK + 1, 2 * BLOCK + 1, 8 * BLOCK + 1, 16 * BLOCK + 1):
+    for length in (BLOCK + 1, 2 * BLOCK + 1, 8 * BLOCK + 1, 16 * BLOCK + 1, 4 * BLOCK + 20, 9 * BLOCK + 20):
         stage.exactly(Ask(words(stage.rng, length)))
 
 
