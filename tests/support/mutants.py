@@ -216,13 +216,14 @@ class LostUntold(SmallConnector):
 
 @caught_by("aborts")
 class KeepsPages(SmallConnector):
-    """The engine is told to wait with freeing the first request's pages, and never told to free them."""
+    """The engine is told to wait with freeing the page of a short request, and never told to free it."""
 
     has_kept = False
 
     def request_finished(self, request, block_ids):
         super().request_finished(request, block_ids)
-        keeps, self.has_kept = not self.has_kept and len(block_ids) > 1, True
+        keeps = len(block_ids) == 1 and not self.has_kept
+        self.has_kept |= keeps
         return keeps, None
 
 
