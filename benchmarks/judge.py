@@ -28,9 +28,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=Path, default=Path("data/measured/judge.csv"))
     parser.add_argument("--only", choices=SUBJECTS)
+    parser.add_argument("--traps", help="some, with commas; default all")
     options = parser.parse_args()
+    traps = options.traps.split(",") if options.traps else None
     for name in [options.only] if options.only else SUBJECTS:
-        report = judge(SUBJECTS[name], told=lambda one: print(f"  {one.trap}: {one.verdict} {one.why}", flush=True))
+        report = judge(
+            SUBJECTS[name], traps=traps, told=lambda one: print(f"  {one.trap}: {one.verdict} {one.why}", flush=True)
+        )
         print(f"{name}: {report.counts}", flush=True)
         rows = [
             {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -224,7 +225,7 @@ class _Judging:
             self._find(job.name, name, verdict=verdict, why=why)
 
     def _find(self, case: str, name: str, **row: Any) -> None:
-        why = hide_logins(row.get("why", "").replace(str(self.folder), "FOLDER"))
+        why = re.sub(rf"{self.folder}/storage-\w+", "FOLDER", hide_logins(row.get("why", "")))
         found = Verdict(trap=name, about=TRAPS[name].about, **{**row, "why": why})
         self.found[case, name] = found
         self.told(found)
