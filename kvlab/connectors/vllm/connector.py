@@ -83,7 +83,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self._writes_early = self.groups.are_several or compat.zeroes_pages(kv_cache_config)
         pages = [compat.page_bytes(group) for group in kv_cache_config.kv_cache_groups]
         self._pages = {layer: size for group in pages for layer, size in group.items()}
-        slot_bytes = max(sum(group.values()) for group in pages)  # a page of the pool serves any group
+        slot_bytes = compat.slot_bytes(vllm_config, kv_cache_config)
         self.num_slots = self.config.arena_bytes // slot_bytes
         if self.num_slots < 1:
             raise ConfigError(
@@ -110,7 +110,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker: Worker | None = None
         self.tiers: TierClient | None = None
         self._owns_tiers = False
-        ranks = vllm_config.parallel_config.tensor_parallel_size
+        ranks = vllm_config.parallel_config.tensor_parallel_size * vllm_config.parallel_config.pipeline_parallel_size
         if outlives:
             # Here, as vLLM keeps a connector whose later hook raises, and gives it to the next engine in this process.
             of_rank = [vllm_config.parallel_config.rank] if role == KVConnectorRole.WORKER else range(ranks)
