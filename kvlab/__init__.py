@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kvlab.chunking import Chunker as Chunker
     from kvlab.connectors import vllm_config as vllm_config
     from kvlab.connectors.transformers import capture as capture
+    from kvlab.connectors.vllm.by_hand.attach import attach as attach
     from kvlab.engine import CacheEngine as CacheEngine
     from kvlab.geometry import KVGeometry as KVGeometry
     from kvlab.serde import get_serde as get_serde
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "attach": "kvlab.connectors.vllm.by_hand.attach",
     "capture": "kvlab.connectors.transformers",
     "CacheEngine": "kvlab.engine",
     "Chunker": "kvlab.chunking",
