@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvlab.serde import get_serde as get_serde
     from kvlab.simulation.simulate import simulate as simulate
     from kvlab.simulation.sweep import sweep as sweep
+    from kvlab.simulation.why import why as why
     from kvlab.sizing import compare_sizes as compare_sizes
     from kvlab.sizing import size_calculator as size_calculator
     from kvlab.stores import open_store as open_store
@@ -36,6 +37,7 @@ _HOME = {
     "size_calculator": "kvlab.sizing",
     "sweep": "kvlab.simulation.sweep",
     "vllm_config": "kvlab.connectors",
+    "why": "kvlab.simulation.why",
 }
 __all__ = [*_HOME]
 __getattr__, __dir__ = lazy(__name__, _HOME, shown=("__version__",))
