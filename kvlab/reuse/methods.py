@@ -150,9 +150,10 @@ def rope_of(model: Any) -> torch.Tensor:
     return frequencies
 
 
-def turned(kv: KV, by: int, frequencies: torch.Tensor) -> KV:
-    """`kv` with its keys `by` positions further on."""
-    half, angles = len(frequencies), by * frequencies
+def turned(kv: KV, by: int | torch.Tensor, frequencies: torch.Tensor) -> KV:
+    """`kv` with its keys `by` positions further on: all of them by a number, or each by its own, (tokens)."""
+    half = len(frequencies)
+    angles = torch.as_tensor(by, dtype=torch.float64).reshape(-1, 1, 1) * frequencies
 
     def turn(keys: torch.Tensor) -> torch.Tensor:
         a, b = keys[..., :half].double(), keys[..., half : 2 * half].double()
@@ -160,6 +161,17 @@ def turned(kv: KV, by: int, frequencies: torch.Tensor) -> KV:
         return torch.cat([a * cos - b * sin, b * cos + a * sin, keys[..., 2 * half :].double()], dim=-1).to(keys.dtype)
 
     return KV(tuple(map(turn, kv.keys)), kv.values, kv.token_ids, kv.num_positions, kv.model)
+
+
+def kept(kv: KV, places: Sequence[int], frequencies: torch.Tensor) -> KV:
+    """The tokens at `places`, ascending, as a shorter prompt: their keys are turned to the places they come to."""
+    chosen = torch.tensor(list(places), dtype=torch.int64)
+    inside = len(chosen) > 0 and int(chosen[0]) >= 0 and int(chosen[-1]) < kv.num_positions
+    if not inside or bool((chosen.diff() <= 0).any()):
+        raise ConfigError(f"places to keep must ascend within 0 to {kv.num_positions - 1}")
+    keys, values = (tuple(layer[chosen] for layer in half) for half in (kv.keys, kv.values))
+    part = KV(keys, values, tuple(kv.token_ids[at] for at in places), len(chosen), kv.model)
+    return turned(part, torch.arange(len(chosen)) - chosen, frequencies)
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from kvlab.errors import ConfigError
 from kvlab.simulation.cost import Prefill
 from kvlab.simulation.simulate import BOUND, Policy, Simulation, Trace, as_traffic, simulate
 from kvlab.simulation.tiers import Tier, as_tier
-from kvlab.simulation.traffic import Request, Traffic
+from kvlab.simulation.traffic import Request, Traffic, traffic_of_prompts
 from kvlab.stores.eviction import policy_name
 from kvlab.units import format_bytes
 
@@ -145,6 +145,7 @@ def why(
     policy: Policy | None = None,
     policies: Sequence[Policy] = TRIED,
     prefill: Prefill | None = None,
+    block_tokens: int = 16,
     **settings: Any,
 ) -> MissPage:
     """The miss page of one request of `trace`.
@@ -159,6 +160,8 @@ def why(
         that are tried in the place of the one there is
     prefill
         adds milliseconds
+    block_tokens
+        of a block, where the trace is a list of token prompts
 
     Raises
     ------
@@ -171,7 +174,8 @@ def why(
     >>> why([system + [1] * 64, system + [2] * 64], chunk_tokens=16).lines()[1]
     'Token 64 is 2, and 1 in request 0, the nearest.'
     """
-    traffic = as_traffic(trace)
+    prompts = None if isinstance(trace, Traffic | str | Path) else trace
+    traffic = as_traffic(trace) if prompts is None else traffic_of_prompts(prompts, block_tokens=block_tokens)
     count = len(traffic.requests)
     if not isinstance(request, int) or not -count <= request < count:
         raise ConfigError(f"request must be a place in a trace of {count:,}, got {request!r}")
@@ -195,7 +199,6 @@ def why(
             tried = simulate(traffic, stack, policy=one, **settings)
             rate = {"hit_tokens": int(tried.hit_tokens[-1]), "token_hit_rate": tried.row["token_hit_rate"]}
             rows.append({"policy": policy_name(one), **rate})
-    prompts = None if isinstance(trace, Traffic | str | Path) else trace
     ms = {} if prefill is None else _ms(prefill, run, whole)
     return MissPage(
         at, asked.num_tokens, int(run.hit_tokens[-1]), int(whole.hit_tokens[-1]), _difference(traffic, prompts),

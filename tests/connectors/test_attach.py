@@ -9,7 +9,9 @@ from kvlab.connectors.transformers import load_model, to_cache
 from kvlab.connectors.vllm.by_hand import pages as pages_module
 from kvlab.errors import ConfigError
 from kvlab.paged import Opaque
-from tests.connectors.engine import connector, engine, generate, prompt, shared
+from kvlab.reuse.bench import _answer
+from kvlab.reuse.methods import kept, pasted, rope_of, turned
+from tests.connectors.engine import connector, engine, generate, prompt, shared, text_ids
 from tests.connectors.models import WINDOW, gemma, short_demo
 
 TIERS = "memory://?size=64MiB"
@@ -143,6 +145,20 @@ def test_kv_of_another_model_is_refused_unless_told_otherwise(llm):
     assert answer(llm, cache.write(prompt(64), other, any_model=True))[1] == 63
 
 
+def test_a_context_made_of_pieces_is_served(llm, model):
+    """Read from the engine, moved to their places, written: it says what transformers says behind the same KV."""
+    cache, question = kvlab.attach(llm), list(text_ids()[600:610])
+    pieces = [cache.read(prompt(70)), cache.read(list(text_ids()[300:390]))]
+    context = pasted([pieces[0], turned(pieces[1], 70, rope_of(model))])
+    shorter = kept(context, [*range(8), *range(40, 160)], rope_of(model))
+    for made in (context, shorter):
+        asked = cache.write(list(made.token_ids), made)
+        asked["prompt_token_ids"] = [*made.token_ids, *question]
+        tokens, cached = answer(llm, asked)
+        assert cached == made.num_positions
+        assert tokens == _answer(model, made, question, 8)
+
+
 def test_a_comparison_follows_one_answer_under_both(llm):
     cache = kvlab.attach(llm)
     kv = cache.read(prompt(300))
@@ -179,6 +195,22 @@ def test_the_engines_own_prefix_cache_keeps_them_apart_too():
         assert answer(llm, cache.write(prompt(200), kv))[0] == plain
         cache.clear()
         assert answer(llm, edited)[0] == plain
+
+
+def test_the_miss_page_of_an_engines_request_is_what_the_engine_did():
+    """Prompts of whole chunks, as a replay knows no partial block."""
+    asked = [prompt(256), prompt(512), prompt(256, ending=0)[44:] + prompt(44), prompt(320, ending=1), prompt(512)]
+    with engine(["memory://?size=6MiB"]) as llm:
+        slots = connector(llm).num_slots
+        cache = kvlab.attach(llm)
+        hits = [generate(llm, [tokens])[0].hit for tokens in asked]
+        assert cache.history == [list(tokens) for tokens in asked]
+        pages = [cache.why(at) for at in range(len(asked))]
+    assert slots < 24
+    assert [min(page.hit_tokens, page.tokens - 1) for page in pages] == hits
+    assert "evicted" in [page.reason for page in pages]
+    differs = pages[3].difference
+    assert (differs.nearest, differs.token) == (1, 300)
 
 
 def test_pages_that_are_not_proven_are_refused(monkeypatch):

@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kvlab import capture
 from kvlab.connectors.captured import KV
 from kvlab.errors import ConfigError
-from kvlab.reuse import METHODS, compare_reuse, pasted, recomputed, turned
+from kvlab.reuse import METHODS, compare_reuse, kept, pasted, recomputed, turned
 from kvlab.reuse.methods import Case, cacheblend, epic, rerope, rope_of
 
 
@@ -46,6 +46,20 @@ def test_turned_keys_of_the_first_layer_are_those_of_the_whole(case):
 def test_turning_forth_and_back_gives_the_keys_again(case, model):
     kv = case.pieces[0]
     assert worst(kv, turned(turned(kv, 300, rope_of(model)), -300, rope_of(model))) < 1e-5
+
+
+def test_kept_tokens_are_a_shorter_prompt(case, model):
+    """In the first layer KV depends on token and place alone, and these are the places of a prompt of that length."""
+    places = [0, 3, 4, 40, 77, 119]
+    part = kept(case.whole, places, rope_of(model))
+    alone = capture(model, [case.whole.token_ids[at] for at in places])
+    assert part.token_ids == alone.token_ids
+    assert torch.allclose(part.keys[0], alone.keys[0], atol=1e-4)
+    assert torch.equal(part.values[3], case.whole.values[3][places])
+    assert worst(case.whole, kept(case.whole, range(120), rope_of(model))) < 1e-6
+    for wrong in ([], [4, 4], [-1, 3], [120]):
+        with pytest.raises(ConfigError, match="must ascend within 0 to 119"):
+            kept(case.whole, wrong, rope_of(model))
 
 
 def test_all_tokens_computed_again_are_the_whole(case, model):

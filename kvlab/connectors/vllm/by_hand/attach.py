@@ -19,6 +19,7 @@ from kvlab.errors import ConfigError, FormatError
 from kvlab.fingerprint import files_fingerprint, weight_files
 from kvlab.geometry import AXES
 from kvlab.serde import get_serde
+from kvlab.simulation.why import MissPage, why
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 ROUNDING = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.1}  # nats, between two ways to the same logprob
@@ -67,7 +68,7 @@ def attach(llm: Any) -> "AttachedCache":
             config, copies._kv_cache_config, copies.kv_caches, copies.worker.transfer.layout, copies.groups
         )
         decides.by_hand = copies.by_hand = ByHand(pages)
-    return AttachedCache(llm, decides.by_hand, {name: str(value) for name, value in decides.namespace.fields.items()})
+    return AttachedCache(llm, decides)
 
 
 class AttachedCache:
@@ -78,10 +79,11 @@ class AttachedCache:
     nor what the engine computes behind it.
     """
 
-    def __init__(self, llm: Any, by_hand: ByHand, fields: Mapping[str, str]) -> None:
+    def __init__(self, llm: Any, connector: KVLabConnector) -> None:
+        assert connector.by_hand is not None  # of `attach`
         self._llm = llm
-        self._by_hand = by_hand
-        self._fields = fields
+        self._connector = connector
+        self._by_hand = connector.by_hand
         self._asking = Asking(llm)
         self._config = llm.llm_engine.vllm_config
 
@@ -203,6 +205,26 @@ class AttachedCache:
             )
         return kv
 
+    @property
+    def history(self) -> list[list[int]]:
+        """Prompts of the requests that ended since the cache was first attached, the latest of them last; those of
+        hand-written KV are left out."""
+        return [list(tokens) for tokens in self._by_hand.history]
+
+    def why(self, request: int = -1) -> MissPage:
+        """The miss page of a request of `history`, by replay of it through a memory tier like this engine's: see
+        `kvlab.why`. What came before the cache was attached, partial blocks and secondary tiers are not in the replay.
+        """
+        connector = self._connector
+        return why(
+            self.history,
+            request,
+            f"{connector.num_slots} blocks",
+            policy=connector.config.policy,
+            block_tokens=connector.chunker.block_tokens,
+            chunk_tokens=connector.chunker.chunk_tokens,
+        )
+
     def clear(self) -> int:
         """Forget all that was written by hand; the number of writings. Prompts of theirs are computed from then on."""
         count = self._by_hand.clear()
@@ -237,8 +259,9 @@ class AttachedCache:
 
     def _identity(self) -> dict[str, str]:
         """What the KV depends on besides tokens, but for the machine and the engine's sizes."""
+        fields = self._connector.namespace.fields
         weights = weights_name(self._config, outlives=True, named=True, loaded_here=False)
-        return {"weights": weights, **{name: self._fields[name] for name in ("config", "quantization", "dtype")}}
+        return {"weights": weights, **{name: str(fields[name]) for name in ("config", "quantization", "dtype")}}
 
     def _rope(self) -> dict[str, Any]:
         config = self._config.model_config.hf_text_config.to_dict()

@@ -6,6 +6,7 @@ lies in this process's memory and is copied straight into the pages of a request
 """
 
 import secrets
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from kvlab.connectors.vllm.kv_groups import Tables
 from kvlab.connectors.vllm.scheduler.requests import wants_recompute
 
 SALT = "kvlab-by-hand-"
+MOST_REMEMBERED = 10_000  # prompts
 
 
 class _Fill(NamedTuple):
@@ -33,6 +35,7 @@ class ByHand:
         self._fills: list[_Fill] = []  # of the step that is being planned
         self._wanted: tuple[int, ...] | None = None
         self._caught: KV | None = None
+        self.history: deque[tuple[int, ...]] = deque(maxlen=MOST_REMEMBERED)  # prompts of finished requests
 
     def add(self, kv: KV) -> str:
         """Serve `kv` from now on; its salt."""
@@ -77,6 +80,8 @@ class ByHand:
 
     def finished(self, request: Any, block_ids: Tables) -> None:
         """A request is done and its pages are still its own."""
+        if not self.owns(request):
+            self.history.append(tuple(request.prompt_token_ids or ()))
         if self._wanted is not None and tuple(request.prompt_token_ids) == self._wanted:
             self._caught, self._wanted = self.pages.read(block_ids, self._wanted, ""), None
 
