@@ -11,7 +11,8 @@ from kvlab.errors import ConfigError
 from kvlab.paged import Opaque
 from kvlab.reuse.bench import _answer
 from kvlab.reuse.methods import kept, pasted, rope_of, turned
-from tests.connectors.engine import connector, engine, generate, prompt, shared, text_ids
+from kvlab.simulation.trace_files import load_traffic, save_traffic
+from tests.connectors.engine import BLOCK, connector, engine, generate, prompt, shared, text_ids
 from tests.connectors.models import WINDOW, gemma, short_demo
 
 TIERS = "memory://?size=64MiB"
@@ -197,7 +198,7 @@ def test_the_engines_own_prefix_cache_keeps_them_apart_too():
         assert answer(llm, edited)[0] == plain
 
 
-def test_the_miss_page_of_an_engines_request_is_what_the_engine_did():
+def test_the_miss_page_of_an_engines_request_is_what_the_engine_did(tmp_path):
     """Prompts of whole chunks, as a replay knows no partial block."""
     asked = [prompt(256), prompt(512), prompt(256, ending=0)[44:] + prompt(44), prompt(320, ending=1), prompt(512)]
     with engine(["memory://?size=6MiB"]) as llm:
@@ -206,11 +207,16 @@ def test_the_miss_page_of_an_engines_request_is_what_the_engine_did():
         hits = [generate(llm, [tokens])[0].hit for tokens in asked]
         assert cache.history == [list(tokens) for tokens in asked]
         pages = [cache.why(at) for at in range(len(asked))]
+        save_traffic(cache.traffic(), tmp_path / "trace.jsonl")
     assert slots < 24
     assert [min(page.hit_tokens, page.tokens - 1) for page in pages] == hits
     assert "evicted" in [page.reason for page in pages]
     differs = pages[3].difference
     assert (differs.nearest, differs.token) == (1, 300)
+    trace = load_traffic(tmp_path / "trace.jsonl", block_tokens=BLOCK)
+    assert [request.num_tokens for request in trace.requests] == [len(tokens) for tokens in asked]
+    run = kvlab.simulate(trace, f"{slots} blocks", chunk_tokens=64)
+    assert run.hit_tokens.tolist() == [page.hit_tokens for page in pages]
 
 
 def test_pages_that_are_not_proven_are_refused(monkeypatch):

@@ -19,6 +19,7 @@ from kvlab.errors import ConfigError, FormatError
 from kvlab.fingerprint import files_fingerprint, weight_files
 from kvlab.geometry import AXES
 from kvlab.serde import get_serde
+from kvlab.simulation.traffic import Request, Traffic, traffic_of_prompts
 from kvlab.simulation.why import MissPage, why
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -209,7 +210,25 @@ class AttachedCache:
     def history(self) -> list[list[int]]:
         """Prompts of the requests that ended since the cache was first attached, the latest of them last; those of
         hand-written KV are left out."""
-        return [list(tokens) for tokens in self._by_hand.history]
+        return [list(ended.token_ids) for ended in self._by_hand.ended]
+
+    def traffic(self) -> Traffic:
+        """The same as traffic for `kvlab.simulate`, with times of arrival; `save_traffic` writes a file. Blocks are
+        numbers there, so a trace tells what is shared and no token.
+
+        Raises
+        ------
+        ConfigError
+            where no prompt had a full block
+        """
+        ended = sorted(self._by_hand.ended)
+        block = self._connector.chunker.block_tokens
+        made = traffic_of_prompts([each.token_ids for each in ended], block_tokens=block, name="recorded")
+        requests = [
+            Request(each.arrival_s - ended[0].arrival_s, request.num_tokens, each.output_tokens, request.block_ids)
+            for each, request in zip(ended, made.requests, strict=True)
+        ]
+        return Traffic("recorded", block, requests)
 
     def why(self, request: int = -1) -> MissPage:
         """The miss page of a request of `history`, by replay of it through a memory tier like this engine's: see

@@ -19,6 +19,14 @@ SALT = "kvlab-by-hand-"
 MOST_REMEMBERED = 10_000  # prompts
 
 
+class Ended(NamedTuple):
+    """A request that is done."""
+
+    arrival_s: float
+    token_ids: tuple[int, ...]
+    output_tokens: int
+
+
 class _Fill(NamedTuple):
     kv: KV
     block_ids: Tables
@@ -35,7 +43,7 @@ class ByHand:
         self._fills: list[_Fill] = []  # of the step that is being planned
         self._wanted: tuple[int, ...] | None = None
         self._caught: KV | None = None
-        self.history: deque[tuple[int, ...]] = deque(maxlen=MOST_REMEMBERED)  # prompts of finished requests
+        self.ended: deque[Ended] = deque(maxlen=MOST_REMEMBERED)
 
     def add(self, kv: KV) -> str:
         """Serve `kv` from now on; its salt."""
@@ -81,7 +89,8 @@ class ByHand:
     def finished(self, request: Any, block_ids: Tables) -> None:
         """A request is done and its pages are still its own."""
         if not self.owns(request):
-            self.history.append(tuple(request.prompt_token_ids or ()))
+            tokens = tuple(request.prompt_token_ids or ())
+            self.ended.append(Ended(float(request.arrival_time), tokens, int(request.num_output_tokens)))
         if self._wanted is not None and tuple(request.prompt_token_ids) == self._wanted:
             self._caught, self._wanted = self.pages.read(block_ids, self._wanted, ""), None
 
