@@ -64,7 +64,7 @@ part() {
     tokens) with_graphs tests/connectors/test_same_tokens.py ;;
     faults) with_graphs tests/connectors/test_{lost_loads,freed_blocks,aborts,ownership}.py ;;
     tenants) with_graphs tests/connectors/test_tenants.py -k "${TENANTS:-demo}" ;;
-    ranks) with_graphs tests/connectors/test_tensor_parallel.py ;;
+    ranks) with_graphs tests/connectors/test_ranks.py ;;
     steps) "$python" benchmarks/gpu_steps.py "$MODEL" --load-format "$load_format" --rows "$OUT/gpu_steps.csv" ;;
     first)
       seeds=$(seq -s, 0 $((${SEEDS:-7} - 1)))

@@ -189,7 +189,7 @@ def main() -> None:
     options = parser.parse_args()
     size, rows = options.mib << 20, []
     with S3Server() as server:
-        os.environ.update(server.environment)
+        os.environ.update(server.credentials)
         with bare_server(size) as port:
             for name, at in (("bare", port), ("seaweedfs", server.port)):
                 for row in measure(name, at, size, options.repeats):

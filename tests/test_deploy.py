@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import promql_parser
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from kvlab.connectors import vllm_config
+from kvlab.machine.servers import unpacked
 from tests.support.examples import serve_lines, with_files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,6 +124,19 @@ def test_every_metric_of_kvlab_is_in_the_dashboard_or_a_rule():
     text = " ".join(expressions())
     unseen = {name for name in metrics_of_kvlab() if not re.search(rf"{name}\b", text)}
     assert unseen <= {"vllm:kvlab_load_seconds_count"}
+
+
+@pytest.mark.parametrize(("kind", "file"), [("config", "prometheus.yml"), ("rules", "alerts.yml")])
+def test_prometheus_accepts(kind, file, tmp_path):
+    """By its own checker, with the paths of the container under `tmp_path`."""
+    tool = unpacked("promtool")
+    assert tool, "no promtool found; python scripts/get_servers.py"
+    for name in ("alerts.yml", "prometheus.yml"):
+        text = (DEPLOY / name).read_text(encoding="utf-8").replace("/etc/prometheus", str(tmp_path))
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    done = subprocess.run([tool, "check", kind, str(tmp_path / file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(rules())} rules found" in done.stdout
 
 
 def test_prometheus_reads_the_rules_and_asks_the_engine():

@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"{', '.join(KINDS)}; several, with commas, are sent one after the other {TOLD}",
     )
     add("--dataset-path", help="a ShareGPT JSON file, or a trace in Mooncake's format")
-    add("--num-prompts", help="one number, or one for each dataset with commas (default: 1024; without a GPU 32)")
+    add("--num-prompts", help="one number, or one for each dataset with commas (default: 1024; without a GPU 16)")
     add(
         "--request-rate",
         help="requests per second; one number, or one for each dataset with commas (default: 16; without a GPU 1)",

@@ -1,12 +1,14 @@
 """What vLLM's plugin loader calls in each of its processes before a model is loaded.
 
 The name of an engine's weights comes from their files, which are read after vLLM has loaded them. So the state of
-each file is recorded before the load: a name is given only to files that are still the same. Light to import, since
-vLLM calls it in an engine without kvlab's connector too.
+each file is recorded before the load: a name is given only to files that are still the same. What a trainer loads into
+the model later has no name: it is counted. Light to import, since vLLM calls it in an engine without kvlab's connector
+too.
 """
 
 import functools
 import logging
+import sys
 from typing import Any
 
 from kvlab.fingerprint import FileState
@@ -14,6 +16,17 @@ from kvlab.fingerprint import FileState
 logger = logging.getLogger("vllm.kvlab")
 # The files of each model before the first load of it by one engine, by the engine's instance_id and the model's path.
 FILES_BEFORE_LOAD: dict[tuple[str, str], tuple[FileState, ...]] = {}
+# What puts other weights into a model that was loaded, in vLLM's own class of a worker.
+_UPDATES = ("reload_weights", "start_weight_update", "start_draft_weight_update", "update_weights")
+
+
+class WeightLoads:
+    """How often this process has begun or ended to put other weights into a model that it had loaded."""
+
+    count = 0
+
+
+WEIGHT_LOADS = WeightLoads()  # one for a process, as vLLM's worker is
 
 
 def watch_loads() -> None:
@@ -35,10 +48,38 @@ def _recording(original: Any) -> Any:
     def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
         if vllm_config.kv_transfer_config is not None:
             _record(self, vllm_config, model_config)
-        return original(self, vllm_config, model_config, *args, **kwargs)
+        model = original(self, vllm_config, model_config, *args, **kwargs)
+        if vllm_config.kv_transfer_config is not None:
+            _count_updates(model)
+        return model
 
     load_model.records_files = True  # type: ignore[attr-defined]
     return load_model
+
+
+def _count_updates(model: Any) -> None:
+    """Count what puts other weights into `model`: its own `load_weights`, which trainers call, and what vLLM's worker
+    has for them."""
+    if hasattr(model, "load_weights"):
+        model.load_weights = _counted(model.load_weights)
+    worker = getattr(sys.modules.get("vllm.v1.worker.gpu_worker"), "Worker", None)  # vLLM's others inherit from it
+    for name in _UPDATES:
+        original = getattr(worker, name, None)
+        if original is not None and not hasattr(original, "is_counted"):
+            setattr(worker, name, _counted(original))
+
+
+def _counted(original: Any) -> Any:
+    @functools.wraps(original)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        WEIGHT_LOADS.count += 1  # before: a step may run while weights arrive
+        try:
+            return original(*args, **kwargs)
+        finally:
+            WEIGHT_LOADS.count += 1
+
+    counted.is_counted = True  # type: ignore[attr-defined]
+    return counted
 
 
 def _record(loader: Any, vllm_config: Any, model_config: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Self
 from kvlab.errors import ConfigError
 from kvlab.machine.processes import Child
 
-DEBIAN = "debian"  # the folder of packages that are unpacked
+DEBIAN, PROMETHEUS = "debian", "prometheus"  # folders of packages that are unpacked
 FOLDER = "KVLAB_SERVERS"  # in the environment: another place
 TRIES = 5  # another process may take the port before the server does
 START_S = 120.0
@@ -54,7 +54,8 @@ def unpacked_environment() -> dict[str, str]:
 
 def unpacked(binary: str) -> str | None:
     """Path of a program on PATH, or among Debian's that scripts/get_servers.py has unpacked."""
-    return shutil.which(binary) or shutil.which(binary, path=str(folder_of(DEBIAN) / "usr" / "bin"))
+    folders = os.pathsep.join(str(folder_of(name) / "usr" / "bin") for name in (DEBIAN, PROMETHEUS))
+    return shutil.which(binary) or shutil.which(binary, path=folders)
 
 
 def make_importable(name: str, package: str) -> None:
@@ -67,18 +68,28 @@ def make_importable(name: str, package: str) -> None:
 
 
 class OwnServer(ABC):
-    """One process that listens on `port`. Use as a context manager; `url` opens it as a store."""
+    """One process that listens on `port`. Use as a context manager; `url` opens it as a store.
+
+    Its files lie in `folder`, or in one of their own that goes with it.
+    """
 
     name = ""  # for messages
 
-    def __init__(self) -> None:
-        self._log = tempfile.TemporaryFile(prefix="kvlab-server-")  # noqa: SIM115 - as long as the server
+    def __init__(self, folder: Path | None = None) -> None:
+        self._own = None if folder else Path(tempfile.mkdtemp(prefix="kvlab-server-"))
+        self._folder = folder or self._own or Path()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._log = open(self._folder / "log", "a+b")  # noqa: SIM115 - as long as the server
         self._process: Child | None = None
         for _ in range(TRIES):
             self.port = free_port()
+            self.prepare()
             if self._starts():
                 return
         raise self._failed()
+
+    def prepare(self) -> None:  # noqa: B027 - most servers have nothing to prepare
+        """`port` is new."""
 
     @abstractmethod
     def command(self) -> list[str]: ...
@@ -110,6 +121,8 @@ class OwnServer(ABC):
     def __exit__(self, *_: object) -> None:
         self.kill()
         self._log.close()
+        if self._own is not None:
+            shutil.rmtree(self._own, ignore_errors=True)
 
     def _starts(self) -> bool:
         """Whether it answers; not if it has ended before."""

@@ -66,8 +66,8 @@ def pool_flags(given: Sequence[str], backend_flags: Mapping[str, Sequence[str]],
 
 
 def usual_traffic() -> tuple[int, float]:
-    """Prompts of a run and requests per second, unless told: what a GPU serves, or a CPU in half a minute."""
-    return (1024, 16.0) if gpu_name() else (32, 1.0)
+    """Prompts of a run and requests per second, unless told: what a GPU serves, or a CPU in a quarter of a minute."""
+    return (1024, 16.0) if gpu_name() else (16, 1.0)
 
 
 def plan_line(

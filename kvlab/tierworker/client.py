@@ -217,6 +217,9 @@ class TierClient:
             self._wait_s = FIRST_WAIT_S
         self._restart_at = time.monotonic() + self._wait_s
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
+        self._miss_all()
+
+    def _miss_all(self) -> None:
         waiting, self._waiting = self._waiting, {}
         for answered, _ in waiting.values():
             answered(None, b"")
@@ -244,9 +247,7 @@ class TierClient:
             self._worker.kill()
         is_dead = self._worker.wait(END_S)
         self._worker.link.close()
-        waiting, self._waiting = self._waiting, {}
-        for answered, _ in waiting.values():
-            answered(None, b"")
+        self._miss_all()
         return is_dead
 
     def __del__(self) -> None:

@@ -9,7 +9,7 @@ from tests.connectors.engine import connector, drain, engine, generate, prompt
 @pytest.fixture
 def bucket(monkeypatch):
     with S3Server() as server:
-        for name, value in server.environment.items():
+        for name, value in server.credentials.items():
             monkeypatch.setenv(name, value)
         yield server
 

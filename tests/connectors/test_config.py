@@ -121,7 +121,6 @@ def setup(*, scales=False, drafts=None, prefixes=True, **parallel):
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size must be 1 with KVLabConnector, got 2"),
         ({"decode_context_parallel_size": 4}, "decode_context_parallel_size must be 1 with KVLabConnector, got 4"),
         ({"scales": True}, "give memory:// as the only tier"),
         ({"drafts": "eagle"}, "by 'eagle' is not served"),
@@ -136,6 +135,39 @@ def test_setups_that_name_or_copy_kv_wrongly_are_refused(chosen, message):
     refuse_unserved(setup(drafts="ngram"), [], outlives=True)
     with pytest.raises(ConfigError, match=message):
         refuse_unserved(setup(**chosen), [], outlives=True)
+
+
+def stages(num_layers, num_stages, *groups):
+    """A vLLM configuration, and the KV cache configuration of a rank whose groups have these bytes for each layer."""
+    vllm_config = setup(pipeline_parallel_size=num_stages)
+    vllm_config.model_config.get_total_num_hidden_layers = lambda: num_layers
+    found = [
+        SimpleNamespace(
+            kv_cache_spec=SimpleNamespace(
+                kv_cache_specs={f"l{at}": SimpleNamespace(page_size_bytes=size) for at, size in enumerate(sizes)}
+            ),
+            layer_names=[f"l{at}" for at in range(len(sizes))],
+        )
+        for sizes in groups
+    ]
+    return vllm_config, SimpleNamespace(kv_cache_groups=found)
+
+
+def test_stages_of_other_sizes_count_the_same_slots(monkeypatch):
+    from kvlab.connectors.vllm.compat import slot_bytes
+
+    assert slot_bytes(*stages(3, 1, [10, 10, 30])) == 50
+    assert slot_bytes(*stages(5, 2, [10] * 3)) == slot_bytes(*stages(5, 2, [10] * 2)) == 30
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,4")
+    assert slot_bytes(*stages(5, 2, [10])) == 40
+
+
+@pytest.mark.parametrize("groups", [([10, 20],), ([10] * 2, [10]), ([10] * 4,)], ids=["sizes", "groups", "few"])
+def test_stages_whose_layers_differ_are_refused(groups):
+    from kvlab.connectors.vllm.compat import slot_bytes
+
+    with pytest.raises(ConfigError, match="set pipeline_parallel_size to 1 and use tensor parallelism"):
+        slot_bytes(*stages(6, 2, *groups))
 
 
 def test_scales_measured_in_the_process_are_no_matter_to_its_own_memory():

@@ -100,6 +100,67 @@ def test_a_reset_that_fails_says_so_and_turns_the_cache_off(expected, monkeypatc
         assert (answer.hit, answer.tokens) == (0, expected(PROMPT))
 
 
+def load_norms(model) -> None:
+    """As trainers do that send tensors to `load_weights`."""
+    before = {name: weights.detach().clone() for name, weights in model.named_parameters() if "layernorm" in name}
+    change(model)
+    changed = {name: dict(model.named_parameters())[name].detach().clone() for name in before}
+    with torch.no_grad():
+        for name, weights in before.items():
+            dict(model.named_parameters())[name].copy_(weights)
+    model.load_weights(iter(changed.items()))
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True], ids=["", "prefix-caching"])
+def test_weights_that_come_without_a_reset_turn_the_cache_off(tmp_path, expected, changed, prefix_caching):
+    """Until the reset: nothing of the old weights is served, and nothing of the new ones stored as theirs."""
+    tiers = ["memory://?size=256MiB", f"file://{tmp_path}?size=1GiB"]
+    with engine(tiers, {"enable_prefix_caching": prefix_caching}) as llm:
+        assert generate(llm, [PROMPT])[0].tokens == expected(PROMPT)
+        drain(llm)
+        llm.apply_model(load_norms)
+        if not prefix_caching:  # vLLM's own would serve what the old weights computed
+            for _ in range(2):
+                answer = generate(llm, [PROMPT])[0]
+                assert (answer.hit, answer.tokens) == (0, changed[tuple(PROMPT)])
+        generate(llm, [NEW])
+        assert connector(llm).scheduler.counters["weights_changed"] == 1
+        assert connector(llm).scheduler.enabled is False
+        drain(llm)
+        assert llm.reset_prefix_cache(reset_connector=True) is True
+        for hits in ([0, 0], [299, 479]):
+            answers = generate(llm, [PROMPT, NEW])
+            assert [answer.tokens for answer in answers] == [changed[tuple(PROMPT)], changed[tuple(NEW)]]
+            assert prefix_caching or [answer.hit for answer in answers] == hits
+            drain(llm)
+    with engine(tiers) as llm:  # with the folder's weights again
+        answers = generate(llm, [PROMPT, NEW])
+        assert [answer.tokens for answer in answers] == [expected(PROMPT), expected(NEW)]
+
+
+def test_weights_that_come_between_a_reset_and_the_next_request_are_those_of_its_version(tmp_path, changed):
+    """As in an engine that sleeps, which resets, and gets its weights while it wakes up."""
+    with engine(["memory://?size=256MiB", f"file://{tmp_path}?size=1GiB"]) as llm:
+        generate(llm, [PROMPT])
+        assert llm.reset_prefix_cache(reset_connector=True) is True
+        llm.apply_model(load_norms)
+        for hit in (0, 299):
+            answer = generate(llm, [PROMPT])[0]
+            assert (answer.hit, answer.tokens) == (hit, changed[tuple(PROMPT)])
+            drain(llm)
+        assert connector(llm).scheduler.enabled is True
+
+
+def test_weights_that_are_read_again_by_the_worker_are_others(tmp_path, expected):
+    with engine(["memory://?size=256MiB"]) as llm:
+        generate(llm, [PROMPT])
+        llm.collective_rpc("reload_weights")
+        answer = generate(llm, [PROMPT])[0]
+        assert (answer.hit, answer.tokens) == (0, expected(PROMPT))
+        assert llm.reset_prefix_cache(reset_connector=True) is True
+        assert [generate(llm, [PROMPT])[0].hit for _ in range(2)] == [0, 299]
+
+
 def longrope(max_model_len: int) -> dict:
     """vLLM takes the long factors where the engine may go beyond 512 tokens, for all prompts."""
     rope = {

@@ -49,7 +49,7 @@ def test_an_engine_for_gpus_needs_one(monkeypatch):
 
 
 def test_a_machine_without_a_gpu_gets_traffic_that_it_serves(monkeypatch):
-    for gpu, usual in (("GPU", (1024, 16.0)), ("", (32, 1.0))):
+    for gpu, usual in (("GPU", (1024, 16.0)), ("", (16, 1.0))):
         monkeypatch.setattr(preflight, "gpu_name", lambda gpu=gpu: gpu)
         assert preflight.usual_traffic() == usual
     line = preflight.plan_line(["none", "kvlab-memory"], 2, ["sharegpt", "trace"], [64, 5], [1.0, 1.0])
@@ -74,7 +74,7 @@ def test_what_is_about_to_run_is_told_once_all_is_checked(monkeypatch, tmp_path)
         runs.run(["none", "memory://?size=1MiB"], folder=tmp_path / "kept", tell=told.append)
     assert len(told) == 1
     assert told[0].startswith("backends none, ")
-    assert told[0].endswith("; for each 2 runs of 32 prompts of sharegpt at 1/s")
+    assert told[0].endswith("; for each 2 runs of 16 prompts of sharegpt at 1/s")
 
 
 def test_a_redis_server_must_be_there(monkeypatch):

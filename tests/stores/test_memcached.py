@@ -126,14 +126,14 @@ def test_values_end(url):
 def test_a_value_that_comes_between_look_and_removal_stays(url, monkeypatch):
     with open_store(url) as store, open_store(url) as other:
         store.put("k", b"broken")
-        head = store._head
+        head = store._versioned_head
 
         def later(*args):
             found = head(*args)
             other.put("k", b"good")
             return found
 
-        monkeypatch.setattr(store, "_head", later)
+        monkeypatch.setattr(store, "_versioned_head", later)
         assert store.quarantine("k", "checksum", b"broken") is False
         assert bytes(other.get("k")) == b"good"
 

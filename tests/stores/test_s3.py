@@ -20,7 +20,7 @@ count = itertools.count()
 @pytest.fixture(scope="module")
 def server():
     with S3Server() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
+        for name, value in server.credentials.items():
             patch.setenv(name, value)
         yield server
 
@@ -168,7 +168,7 @@ def test_credentials_come_from_where_aws_tools_find_them(server, monkeypatch, tm
     assert reason() == "ok", "of the environment"
     assert reason(f"&credentials_file={file}") == "denied", "a file that the URL names goes first"
     assert reason(f"&credentials_file={file}&profile=team") == "ok"
-    for name in server.environment:
+    for name in server.credentials:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert reason() == "denied"

@@ -34,7 +34,7 @@ def server(tmp_path_factory):
         S3Server(folder, cert=str(folder / "cert.pem"), key=str(folder / "key.pem")) as server,
         pytest.MonkeyPatch.context() as patch,
     ):
-        for name, value in server.environment.items():
+        for name, value in server.credentials.items():
             patch.setenv(name, value)
         server.ca = folder / "ca.pem"
         yield server

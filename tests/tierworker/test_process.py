@@ -1,6 +1,7 @@
 """The worker as a process: what it loads, how it ends, and what is left when it or its engine is killed."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,7 +99,8 @@ def test_it_loads_no_torch_and_stays_small(tiers):
     until(lambda: tiers.client._is_open, tiers.client.poll)  # before, it may still be a copy of this process
     maps = Path(f"/proc/{tiers.pid}/maps").read_text()
     assert "numpy" in maps
-    assert not [package for package in ("torch", "cuda", "vllm") if package in maps]
+    # Not torch's libgomp nor vLLM's libtcmalloc, which vLLM's CPU platform has every child preload.
+    assert [line for line in maps.splitlines() if re.search(r"libtorch|libcuda|vllm/_C", line)] == []
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{tiers.pid}/status").read_text().splitlines())
     own = sum(int(lines[name].split()[0]) for name in ("RssAnon", "RssFile"))
     assert own < 150 << 10

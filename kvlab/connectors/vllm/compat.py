@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config_or_none, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as connector_base
+from vllm.distributed.utils import get_pp_indices
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -81,6 +82,29 @@ def page_bytes(group: Any) -> dict[str, int]:
     return {layer: specs.get(layer, group.kv_cache_spec).page_size_bytes for layer in group.layer_names}
 
 
+def stage_layers(vllm_config: Any) -> list[int]:
+    """Layers of each pipeline stage, as vLLM divides them among its ranks."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    total = vllm_config.model_config.get_total_num_hidden_layers()
+    ends = [get_pp_indices(total, stage, stages) for stage in range(stages)]
+    return [end - start for start, end in ends]
+
+
+def slot_bytes(vllm_config: Any, kv_cache_config: Any) -> int:
+    """Bytes of one block of the engine's pool, of the rank that has most of it: all ranks count the same slots.
+    ConfigError where a rank cannot tell from its own layers what another stage has."""
+    pages = [page_bytes(group) for group in kv_cache_config.kv_cache_groups]
+    stages = stage_layers(vllm_config)
+    if len(stages) == 1:
+        return max(sum(group.values()) for group in pages)  # a page of the pool serves any group
+    if len(pages) != 1 or len(set(pages[0].values())) != 1 or len(pages[0]) not in stages:
+        raise ConfigError(
+            f"this model's layers differ, and {len(stages)} pipeline stages would hold blocks of other sizes; "
+            "set pipeline_parallel_size to 1 and use tensor parallelism"
+        )
+    return max(stages) * next(iter(pages[0].values()))
+
+
 def unfilled_groups(kv_cache_config: Any) -> list[int]:
     """Groups whose pages may have bytes that no token of the request writes: what another one left there. Pages of
     several groups lie over each other, and a group may have fewer layers; others are padded, or hold more than K and V.
@@ -121,11 +145,6 @@ def check_company(kv_transfer_config: Any) -> None:
 def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool) -> None:
     """ConfigError for setups whose KV would be named or copied wrongly; `outlives`: stored KV outlives the process."""
     parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        raise ConfigError(
-            f"pipeline_parallel_size must be 1 with KVLabConnector, got {parallel.pipeline_parallel_size}; "
-            "use tensor parallelism"
-        )
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(f"{name} must be 1 with KVLabConnector, got {getattr(parallel, name)}")

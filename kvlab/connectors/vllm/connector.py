@@ -84,7 +84,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self._writes_early = self.groups.are_several or compat.zeroes_pages(kv_cache_config)
         pages = [compat.page_bytes(group) for group in kv_cache_config.kv_cache_groups]
         self._pages = {layer: size for group in pages for layer, size in group.items()}
-        slot_bytes = max(sum(group.values()) for group in pages)  # a page of the pool serves any group
+        slot_bytes = compat.slot_bytes(vllm_config, kv_cache_config)
         self.num_slots = self.config.arena_bytes // slot_bytes
         if self.num_slots < 1:
             raise ConfigError(
@@ -113,7 +113,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker: Worker | None = None
         self.tiers: TierClient | None = None
         self._owns_tiers = False
-        ranks = vllm_config.parallel_config.tensor_parallel_size
+        ranks = vllm_config.parallel_config.tensor_parallel_size * vllm_config.parallel_config.pipeline_parallel_size
         if outlives:
             # Here, as vLLM keeps a connector whose later hook raises, and gives it to the next engine in this process.
             of_rank = [vllm_config.parallel_config.rank] if role == KVConnectorRole.WORKER else range(ranks)
@@ -359,14 +359,12 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
 
     def reset_cache(self) -> bool | None:
         """vLLM calls it where weights may have changed: from now on, no tier serves what was stored before. False where
-        that failed, or a request that has not begun holds KV that was."""
+        that failed, which turns the cache off, or a request that has not begun holds KV that was."""
         try:
             if self.scheduler is not None and not self.scheduler.reset():
                 return False
         except Exception:
             self._hook_failed("reset_cache")
-            if self.scheduler is not None:
-                self.scheduler.enabled = False
             return False
         return True
 

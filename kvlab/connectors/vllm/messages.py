@@ -148,6 +148,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     tiers: dict[str, TierRow] = field(default_factory=dict)  # secondary tiers by name, now and then
     adapters: dict[int, LoadedAdapter] = field(default_factory=dict)  # LoRA adapters loaded since the last report
     events: Counter[str] = field(default_factory=Counter)  # of tier workers
+    stale_version: str | None = None  # of the namespace: the model has got other weights under it
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         if isinstance(other, WorkerReport):
@@ -160,6 +161,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.overdue += other.overdue
             self.forwards += other.forwards
             self.events.update(other.events)
+            if other.stale_version is not None:
+                self.stale_version = other.stale_version
             for name, row in other.tiers.items():
                 self.tiers[name] = row.joined(self.tiers[name]) if name in self.tiers else row
             for adapter_id, loaded in other.adapters.items():

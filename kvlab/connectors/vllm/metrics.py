@@ -25,6 +25,7 @@ DOCUMENTATION = {
     "writes_dropped": "Objects not written to the secondary tiers because their process had too much to do.",
     "tier_worker_deaths": "Times the process of the secondary tiers was lost: it ended, or hung and was killed.",
     "tier_worker_restarts": "Times it was started again.",
+    "weights_changed": "Times the model got other weights without a reset, which turns the cache off.",
     "saves_over_quota": "Objects not kept in memory because their cache_salt has its share of the memory tier.",
 }
 LOADED_BYTES = "Bytes of KV loaded into pages, by the tier they came from."

@@ -45,6 +45,9 @@ def engine_namespace(
         "extra": extra,
     }
     fields |= options_that_change_kv(vllm_config)
+    if parallel.pipeline_parallel_size > 1:  # a rank knows the layers of its own stage; all have pages of one size
+        stages = compat.stage_layers(vllm_config)
+        fields |= {"pages": str(next(iter(pages.values()))), "stages": "+".join(map(str, stages))}
     if served.are_several or served.have_windows:  # which decide what an object holds
         layers = [[window, list(group.layer_names)] for window, group in zip(served.windows, groups, strict=True)]
         fields["groups"] = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]
@@ -52,5 +55,5 @@ def engine_namespace(
 
 
 def rank_namespace(namespace: Namespace, rank: int) -> Namespace:
-    """The namespace of one tensor-parallel rank's objects."""
+    """The namespace of the objects of one rank, of a tensor-parallel group and a pipeline stage."""
     return Namespace(namespace.model, {**namespace.fields, "rank": rank})

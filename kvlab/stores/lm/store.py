@@ -7,26 +7,25 @@ from typing import Any
 
 from kvlab.errors import ConfigError, StoreError
 from kvlab.hostmemory import aligned
-from kvlab.stores.base import Buffer, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
+from kvlab.stores.base import Value, check_fits, cut
 from kvlab.stores.circuit_breaker import CircuitBreaker
-from kvlab.stores.lm.wire import MOST_BYTES, Head, LMConnection, name_of
-from kvlab.stores.remote import ObjectStore, remember
+from kvlab.stores.lm.wire import MOST_BYTES, LMConnection, name_of
+from kvlab.stores.one_server import OneServerStore
+from kvlab.stores.remote import remember
 from kvlab.stores.server import EnoughError, Server
-from kvlab.stores.shown import call_of
 from kvlab.stores.url import StoreURL
 from kvlab.stores.wire import ProtocolError, connected
 
 log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 65432
-PIPELINED = 512  # keys asked for at once, by one deadline
 
 
 class _CutValueError(Exception):
     """The server announced a value and hung up."""
 
 
-class LMStore(ObjectStore):
+class LMStore(OneServerStore):
     """Values in an LMCache server (``python -m lmcache.v1.server HOST PORT``).
 
     The server has no budget, evicts nothing, lists nothing and removes nothing: its memory only grows until it is
@@ -42,6 +41,7 @@ class LMStore(ObjectStore):
         values over this many bytes are refused before anything is sent, and not read either.
     """
 
+    batch = 512
     max_bytes = 1 << 62  # none
     lost = "vanished"  # the server was started again
 
@@ -57,10 +57,8 @@ class LMStore(ObjectStore):
         longest_wait_s: float = 10.0,
         name: str = "lm",
     ) -> None:
-        super().__init__(name, timeout_s)
-        self._place = (host, port, *([prefix] if prefix else []))
+        super().__init__(name, host, port, prefix, timeout_s=timeout_s, limit=limit)
         self._prefix = prefix
-        self._limit = limit
         self._held: OrderedDict[str, int] = OrderedDict()  # put by this store, and the lengths
         self._server = Server(
             f"LMCache server at {host}:{port}",
@@ -76,40 +74,10 @@ class LMStore(ObjectStore):
                 f"size is no option of {url.shown!r}: the server evicts nothing and its memory grows until it is "
                 "started again; Redis and memcached have budgets"
             )
-        host, port = url.take_place(DEFAULT_PORT)
-        limit = url.take_bytes("limit", "512MiB")
-        if limit > MOST_BYTES:
+        arguments = cls.common_arguments(url, DEFAULT_PORT, timeout_ms=1000)
+        if arguments["limit"] > MOST_BYTES:
             raise ConfigError(f"limit must be less than 2GiB in {url.shown!r}: LMCache's server takes no longer values")
-        return {
-            "host": host,
-            "port": port,
-            "prefix": url.path.strip("/"),
-            "timeout_s": url.take_ms("timeout_ms", "1000"),
-            "limit": limit,
-            "first_wait_s": url.take_ms("retry_ms", "250"),
-            "longest_wait_s": url.take_ms("longest_retry_ms", "10000"),
-        }
-
-    def _as_call(self) -> str:
-        return call_of(self, *self._place)
-
-    def get_head(self, key: str, num_bytes: int) -> Buffer | None:
-        if not fits_key(key):
-            return None
-        with self._counting():
-            return self._head(key, num_bytes, self._deadline())
-
-    def contains_many(self, keys: Sequence[str]) -> list[bool]:
-        """One round trip for each 512 keys, each with a deadline of its own."""
-        found: list[bool] = []
-        for at in range(0, len(keys), PIPELINED):
-            deadline = self._deadline()
-            with self._counting():
-                found += self._exist(keys[at : at + PIPELINED], deadline)
-        return found
-
-    def contains(self, key: str) -> bool:
-        return self.contains_many([key])[0]
+        return arguments
 
     def keys(self) -> Iterator[str]:
         """Those that this store has put and that are there still."""
@@ -126,28 +94,15 @@ class LMStore(ObjectStore):
         with self._lock:
             return sum(self._held.values())
 
-    def renew(self) -> None:
-        """A connection that is out of step gives other keys' values for ever."""
-        self._server.close_idle()
-
-    def close(self) -> None:
-        self._server.close_idle()
-
     # ---- calls
-
-    def _is_up(self) -> bool:
-        return self._server.health.is_up
 
     def _name(self, key: str) -> bytes:
         return name_of(self._prefix, key)
 
-    def _write(self, key: str, pieces: Sequence[memoryview], size: int, deadline: float) -> str:
-        if size > self._limit:
-            return "too_large"
+    def _send(self, key: str, pieces: Sequence[memoryview], size: int, deadline: float) -> None:
         self._place_at(self._name(key), pieces, deadline)
         with self._lock:
             remember(self._held, key, size)
-        return ""
 
     def _place_at(self, name: bytes, pieces: Sequence[memoryview], deadline: float, *, removed: bool = False) -> None:
         """The server takes requests one by one: that the last one is answered says that the value has arrived."""
@@ -164,7 +119,7 @@ class LMStore(ObjectStore):
             head = connection.ask(self._name(key), deadline)
             if head is None or head.removed:
                 return None
-            self._check(head)
+            self._check_limit(head.size)
             if out is not None:
                 check_fits(key, head.size, out)
             into = [aligned(head.size)[: head.size]] if out is None else cut(out, head.size)
@@ -189,12 +144,12 @@ class LMStore(ObjectStore):
 
         return self._server.run(work, deadline)
 
-    def _head(self, key: str, num_bytes: int, deadline: float) -> Buffer | None:
+    def _head(self, key: str, num_bytes: int, deadline: float) -> bytes | None:
         def work(connection: LMConnection) -> bytes | None:
             head = connection.ask(self._name(key), deadline)
             if head is None or head.removed:
                 return None
-            self._check(head)
+            self._check_limit(head.size)
             found = bytearray(min(head.size, num_bytes))
             _read(connection, [memoryview(found)], deadline)
             if len(found) < head.size:
@@ -209,14 +164,9 @@ class LMStore(ObjectStore):
 
     def _remove(self, key: str, found: Value | None, deadline: float) -> bool:
         """What another client puts between the look and the removal is lost: the server knows no conditions."""
-        if found is None:
-            if self._size(key, deadline) is None:
-                return False
-        else:
-            wanted = b"".join(buffers(found))
-            head = self._head(key, max(len(wanted), 8), deadline)
-            if head is None or bytes(head) != wanted:
-                return False
+        is_there = self._size(key, deadline) is not None if found is None else self._still_is(key, found, deadline)
+        if not is_there:
+            return False
         self._mark_removed(key, deadline)
         return True
 
@@ -239,18 +189,13 @@ class LMStore(ObjectStore):
         self.counters.dropped += 1
 
     def _exist(self, keys: Sequence[str], deadline: float) -> list[bool]:
-        asked = [key for key in keys if fits_key(key)]
-        names = [name for key in asked for name in (self._name(key), name_of(self._prefix, key, of_removed=True))]
-        told = self._server.run(lambda connection: connection.exist(names, deadline), deadline) if names else []
-        there = dict(zip(asked, told[::2], strict=True))
-        for key, was_removed in zip(asked, told[1::2], strict=True):
+        names = [name for key in keys for name in (self._name(key), name_of(self._prefix, key, of_removed=True))]
+        told = self._server.run(lambda connection: connection.exist(names, deadline), deadline)
+        there = dict(zip(keys, told[::2], strict=True))
+        for key, was_removed in zip(keys, told[1::2], strict=True):
             if there[key] and was_removed:
                 there[key] = self._size(key, deadline) is not None
-        return [there.get(key, False) for key in keys]
-
-    def _check(self, head: Head) -> None:
-        if head.size > self._limit:
-            raise ValueTooLongError(f"the server announced a value of {head.size} bytes; the limit is {self._limit}")
+        return [there[key] for key in keys]
 
 
 def _read(connection: LMConnection, into: Sequence[memoryview], deadline: float) -> None:

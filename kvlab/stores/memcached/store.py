@@ -7,15 +7,14 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
-from kvlab.errors import ConfigError, StoreError
+from kvlab.errors import ConfigError
 from kvlab.hostmemory import aligned
-from kvlab.stores.base import MAX_KEY_BYTES, Buffer, Value, ValueTooLongError, buffers, check_fits, cut, fits_key
+from kvlab.stores.base import MAX_KEY_BYTES, Value, buffers, check_fits, cut
 from kvlab.stores.circuit_breaker import CircuitBreaker
 from kvlab.stores.memcached.names import MOST_PREFIX, is_digest, key_of, name_of
 from kvlab.stores.memcached.wire import Item, MemcachedConnection
-from kvlab.stores.remote import ObjectStore
+from kvlab.stores.one_server import OneServerStore
 from kvlab.stores.server import AnswerError, EnoughError, Server
-from kvlab.stores.shown import call_of
 from kvlab.stores.tls import tls_of
 from kvlab.stores.url import Secret, StoreURL
 from kvlab.stores.wire import ProtocolError, connected
@@ -23,14 +22,12 @@ from kvlab.units import format_bytes
 
 DEFAULT_PORT = 11211
 PASSWORD = "KVLAB_MEMCACHED_PASSWORD"
-PIPELINED = 1024  # keys asked for at once, by one deadline
 LISTING = 60  # times the deadline of a call: how long a list of all names may take
 MOST_LISTED_BYTES = 1 << 29  # of memory for names
 BUSY_WAIT_S = 0.02
-_REFUSALS = frozenset({"too_large", "full"})
 
 
-class MemcachedStore(ObjectStore):
+class MemcachedStore(OneServerStore):
     """Values in a memcached server, 1.6 or later.
 
     The budget is the server's ``-m`` and the order of leaving its own; ``-I`` is the longest value it takes, 1 MiB by
@@ -46,6 +43,9 @@ class MemcachedStore(ObjectStore):
     limit
         values over this many bytes are refused before anything is sent, and not read either.
     """
+
+    refusals = frozenset({"too_large", "full"})
+    _server: Server[MemcachedConnection]
 
     def __init__(
         self,
@@ -63,12 +63,9 @@ class MemcachedStore(ObjectStore):
         longest_wait_s: float = 10.0,
         name: str = "memcached",
     ) -> None:
-        super().__init__(name, timeout_s)
-        self._place = (host, port, *([prefix] if prefix else []))
+        super().__init__(name, host, port, prefix, timeout_s=timeout_s, limit=limit)
         self._prefix = f"{quote(prefix, safe='/:')}/" if prefix else ""
         self._ttl_s = max(1, round(ttl_s)) if ttl_s else 0
-        self._limit = limit
-        self._known: dict[str, int] = {}
 
         def connect(deadline: float) -> MemcachedConnection:
             connection = MemcachedConnection(connected((host, port), tls, deadline))
@@ -86,7 +83,6 @@ class MemcachedStore(ObjectStore):
     def arguments(cls, url: StoreURL) -> dict[str, Any]:
         if "size" in url.options:
             raise ConfigError(f"size is no option of {url.shown!r}: the budget is the server's, memcached -m MEGABYTES")
-        host, port = url.take_place(DEFAULT_PORT)
         prefix = url.path.strip("/")
         if len(quote(prefix, safe="/:")) > MOST_PREFIX or "//" in prefix:
             raise ConfigError(f"the prefix of {url.shown!r} must be names with single slashes, of {MOST_PREFIX} bytes")
@@ -101,40 +97,12 @@ class MemcachedStore(ObjectStore):
         tls = url.take_bool("tls", False)
         context = tls_of(url) if tls else None
         return {
-            "host": host,
-            "port": port,
-            "prefix": prefix,
+            **cls.common_arguments(url, DEFAULT_PORT, timeout_ms=1000),
             "user": url.user,
             "password": password,
             "tls": context,
-            "timeout_s": url.take_ms("timeout_ms", "1000"),
             "ttl_s": url.take_ms("ttl_ms", "0"),
-            "limit": url.take_bytes("limit", "512MiB"),
-            "first_wait_s": url.take_ms("retry_ms", "250"),
-            "longest_wait_s": url.take_ms("longest_retry_ms", "10000"),
         }
-
-    def _as_call(self) -> str:
-        return call_of(self, *self._place)
-
-    def get_head(self, key: str, num_bytes: int) -> Buffer | None:
-        if not fits_key(key):
-            return None
-        with self._counting():
-            found = self._head(key, num_bytes, self._deadline())
-        return None if found is None else found[0]
-
-    def contains(self, key: str) -> bool:
-        return self.contains_many([key])[0]
-
-    def contains_many(self, keys: Sequence[str]) -> list[bool]:
-        """One round trip for each 1,024 keys, each with a deadline of its own."""
-        found: list[bool] = []
-        for at in range(0, len(keys), PIPELINED):
-            with self._counting():
-                items = self._look(keys[at : at + PIPELINED], self._deadline())
-            found += [item is not None for item in items]
-        return found
 
     def touch(self, keys: Iterable[str]) -> None:
         """To the server a look is a use."""
@@ -151,45 +119,12 @@ class MemcachedStore(ObjectStore):
             found = {key: None for key in keys if key is not None}
         return iter(found)
 
-    @property
-    def max_bytes(self) -> int:  # type: ignore[override]
-        """The server's ``-m``, as last heard."""
-        if not self._known:
-            self._ask_server()
-        return self._known.get("max_bytes", 0)
-
-    @property
-    def used_bytes(self) -> int:
-        """Of all items on the server, other programs' too. The last known number if it does not answer."""
-        self._ask_server()
-        return self._known.get("used_bytes", 0)
-
-    def renew(self) -> None:
-        """A connection that is out of step gives other keys' values for ever."""
-        self._server.close_idle()
-
-    def close(self) -> None:
-        self._server.close_idle()
-
     # ---- calls
 
-    def _is_up(self) -> bool:
-        return self._server.health.is_up
-
-    def _write(self, key: str, pieces: Sequence[memoryview], size: int, deadline: float) -> str:
-        if size > self._limit:
-            return "too_large"
+    def _send(self, key: str, pieces: Sequence[memoryview], size: int, deadline: float) -> None:
         name, before = name_of(self._prefix, key)
         sent = [memoryview(before), *pieces]
-        try:
-            self._server.run(
-                lambda connection: connection.store(name, sent, len(before), self._ttl_s, deadline), deadline
-            )
-        except AnswerError as error:
-            if error.reason in _REFUSALS:
-                return error.reason
-            raise
-        return ""
+        self._server.run(lambda connection: connection.store(name, sent, len(before), self._ttl_s, deadline), deadline)
 
     def _fetch(self, key: str, out: Sequence[memoryview] | None, deadline: float) -> Sequence[memoryview] | None:
         name, before = name_of(self._prefix, key)
@@ -199,8 +134,7 @@ class MemcachedStore(ObjectStore):
             size = _value_size(item, before)
             if size is None:
                 raise EnoughError(None)
-            if size > self._limit:
-                raise ValueTooLongError(f"the server announced a value of {size} bytes; the limit is {self._limit}")
+            self._check_limit(size)
             if out is not None:
                 check_fits(key, size, out)
             found.append([aligned(size)[:size]] if out is None else cut(out, size))
@@ -213,7 +147,11 @@ class MemcachedStore(ObjectStore):
         item = self._look([key], deadline)[0]
         return None if item is None else _value_size(item, name_of(self._prefix, key)[1])
 
-    def _head(self, key: str, num_bytes: int, deadline: float) -> tuple[bytes, int] | None:
+    def _head(self, key: str, num_bytes: int, deadline: float) -> bytes | None:
+        found = self._versioned_head(key, num_bytes, deadline)
+        return None if found is None else found[0]
+
+    def _versioned_head(self, key: str, num_bytes: int, deadline: float) -> tuple[bytes, int] | None:
         """The first bytes of a value, and the version of the item that they are of."""
         name, before = name_of(self._prefix, key)
 
@@ -242,16 +180,17 @@ class MemcachedStore(ObjectStore):
         name, version = name_of(self._prefix, key)[0], 0
         if found is not None:
             wanted = b"".join(buffers(found))
-            head = self._head(key, max(len(wanted), 8), deadline)
+            head = self._versioned_head(key, max(len(wanted), 8), deadline)
             if head is None or head[0] != wanted:
                 return False
             version = head[1]
         return self._server.run(lambda connection: connection.remove(name, version, deadline), deadline)
 
+    def _exist(self, keys: Sequence[str], deadline: float) -> list[bool]:
+        return [item is not None for item in self._look(keys, deadline)]
+
     def _look(self, keys: Sequence[str], deadline: float) -> list[Item | None]:
-        names = {key: name_of(self._prefix, key) for key in keys if fits_key(key)}
-        if not names:
-            return [None] * len(keys)
+        names = {key: name_of(self._prefix, key) for key in keys}
         asked = [name for name, _ in names.values()]
         told = self._server.run(lambda connection: connection.look(asked, deadline), deadline)
         found = {
@@ -299,14 +238,13 @@ class MemcachedStore(ObjectStore):
             return key if name_of(self._prefix, key) == (name, bytes(raw)) else None
         return None
 
-    def _ask_server(self) -> None:
-        with suppress(StoreError), self._counting():
-            deadline = self._deadline()
-            told = self._server.run(lambda connection: connection.stats(deadline), deadline)
-            if b"bytes" not in told or b"limit_maxbytes" not in told:
-                raise ProtocolError("the server does not tell its memory")
-            most = told[b"limit_maxbytes"]
-            self._known = {"max_bytes": most, "used_bytes": min(told[b"bytes"], most)}
+    def _totals(self, deadline: float) -> dict[str, int]:
+        """The server's ``-m``, and all its items."""
+        told = self._server.run(lambda connection: connection.stats(deadline), deadline)
+        if b"bytes" not in told or b"limit_maxbytes" not in told:
+            raise ProtocolError("the server does not tell its memory")
+        most = told[b"limit_maxbytes"]
+        return {"max_bytes": most, "used_bytes": min(told[b"bytes"], most)}
 
 
 class _Memcached(Server[MemcachedConnection]):

@@ -10,15 +10,14 @@ from urllib.parse import quote, unquote_to_bytes
 
 import xxhash
 
-from kvlab.errors import ConfigError, StoreError
+from kvlab.errors import ConfigError
 from kvlab.hostmemory import aligned
-from kvlab.stores.base import Buffer, Value, buffers, check_fits, cut, fits_key
+from kvlab.stores.base import Value, check_fits, cut, fits_key
 from kvlab.stores.circuit_breaker import CircuitBreaker
 from kvlab.stores.mooncake.client import Agent, AgentConnection, AgentServer
 from kvlab.stores.mooncake.numbers import names, totals
-from kvlab.stores.remote import ObjectStore
+from kvlab.stores.one_server import OneServerStore
 from kvlab.stores.server import AnswerError
-from kvlab.stores.shown import call_of
 from kvlab.stores.url import StoreURL
 
 T = TypeVar("T")
@@ -26,12 +25,11 @@ DEFAULT_PORT, NUMBERS_PORT = 50051, 9003
 MARK = b"kvlab\0\0\1"
 HEAD_BYTES = len(MARK) + 8  # before each value: the mark and a digest, as an object may be replaced while it is read
 TRIES = 8
-BATCH = 1024  # keys asked for at once, by one deadline
 LISTING = 60  # times the deadline of a call: how long a list of all names may take
 _PROTOCOL = re.compile(r"[a-z_]{2,16}")
 
 
-class MooncakeStore(ObjectStore):
+class MooncakeStore(OneServerStore):
     """Objects in a Mooncake Store.
 
     The budget is the memory of the nodes (`mooncake_client`), the order of leaving the master's. Every call ends within
@@ -47,6 +45,9 @@ class MooncakeStore(ObjectStore):
     numbers_port
         the master's ``--metrics_port``: `keys`, `used_bytes` and `max_bytes` ask there.
     """
+
+    refusals = frozenset({"full"})
+    _server: AgentServer
 
     def __init__(
         self,
@@ -64,12 +65,9 @@ class MooncakeStore(ObjectStore):
         longest_wait_s: float = 10.0,
         name: str = "mooncake",
     ) -> None:
-        super().__init__(name, timeout_s)
-        self._place = (host, port, *([prefix] if prefix else []))
+        super().__init__(name, host, port, prefix, timeout_s=timeout_s, limit=limit)
         self._numbers = (host, numbers_port)
         self._start = f"kvlab/{quote(prefix)}{'/' if prefix else ''}"
-        self._limit = limit
-        self._known: dict[str, int] = {}
         if find_spec("mooncake") is None:
             with_gpu = "with a GPU mooncake-transfer-engine instead"
             raise ConfigError(f"mooncake:// needs Mooncake: pip install '/path/to/kvlab[mooncake]', {with_gpu}")
@@ -83,7 +81,6 @@ class MooncakeStore(ObjectStore):
         url.refuse_login("Mooncake knows no users: whoever reaches its ports reads and writes; sign objects by auth=")
         if "size" in url.options:
             raise ConfigError(f"size is no option of {url.shown!r}: the budget is the memory of Mooncake's nodes")
-        host, port = url.take_place(DEFAULT_PORT)
         protocol, device = url.take("protocol", "tcp"), url.take("device", "")
         if not _PROTOCOL.fullmatch(protocol):
             raise ConfigError(f"protocol must be tcp, rdma or another of Mooncake's in {url.shown!r}")
@@ -91,41 +88,12 @@ class MooncakeStore(ObjectStore):
         if not (numbers_port.isascii() and numbers_port.isdigit() and 0 < int(numbers_port) < 1 << 16):
             raise ConfigError(f"metrics_port must be a port in {url.shown!r}")
         return {
-            "host": host,
-            "port": port,
-            "prefix": url.path.strip("/"),
+            **cls.common_arguments(url, DEFAULT_PORT, timeout_ms=3000),
             "protocol": protocol,
             "device": device,
             "metadata": url.take("metadata", "P2PHANDSHAKE"),
             "numbers_port": int(numbers_port),
-            "timeout_s": url.take_ms("timeout_ms", "3000"),
-            "limit": url.take_bytes("limit", "512MiB"),
-            "first_wait_s": url.take_ms("retry_ms", "250"),
-            "longest_wait_s": url.take_ms("longest_retry_ms", "10000"),
         }
-
-    def _as_call(self) -> str:
-        return call_of(self, *self._place)
-
-    def get_head(self, key: str, num_bytes: int) -> Buffer | None:
-        """The library reads whole objects."""
-        if not fits_key(key):
-            return None
-        with self._counting():
-            return self._head(key, num_bytes, self._deadline())
-
-    def contains(self, key: str) -> bool:
-        return self.contains_many([key])[0]
-
-    def contains_many(self, keys: Sequence[str]) -> list[bool]:
-        """One question to the master for each 1,024 keys, each by a deadline of its own."""
-        found: dict[str, bool] = {}
-        asked = [key for key in keys if fits_key(key)]
-        for at in range(0, len(asked), BATCH):
-            some = asked[at : at + BATCH]
-            with self._counting():
-                found |= zip(some, self._exist([self._name(key) for key in some]), strict=True)
-        return [found.get(key, False) for key in keys]
 
     def keys(self) -> Iterator[str]:
         """From the master's page of numbers."""
@@ -134,30 +102,11 @@ class MooncakeStore(ObjectStore):
         keys = [self._key(name) for name in told]
         return iter({key: None for key in keys if key is not None})
 
-    @property
-    def max_bytes(self) -> int:  # type: ignore[override]
-        """Of all nodes, as last heard."""
-        if not self._known:
-            self._ask_master()
-        return self._known.get("max_bytes", 0)
-
-    @property
-    def used_bytes(self) -> int:
-        """Of all objects, other programs' too. The last known number if the master does not answer."""
-        self._ask_master()
-        return self._known.get("used_bytes", 0)
-
-    def renew(self) -> None:
-        self._server.close_idle()
-
     def close(self) -> None:
-        self._server.close_idle()
+        super().close()
         self._agent.end()
 
     # ---- calls
-
-    def _is_up(self) -> bool:
-        return self._server.health.is_up
 
     def _name(self, key: str) -> str:
         return self._start + quote(key.encode("utf-8", "surrogatepass"), safe=":@,")
@@ -172,9 +121,7 @@ class MooncakeStore(ObjectStore):
             return key if fits_key(key) and self._name(key).encode() == name else None
         return None
 
-    def _write(self, key: str, pieces: Sequence[memoryview], size: int, deadline: float) -> str:
-        if size > self._limit:
-            return "too_large"
+    def _send(self, key: str, pieces: Sequence[memoryview], size: int, deadline: float) -> None:
         name, length, head = self._name(key), HEAD_BYTES + size, _head_of(pieces)
 
         def work(connection: AgentConnection) -> None:
@@ -184,13 +131,7 @@ class MooncakeStore(ObjectStore):
                 at += piece.nbytes
             connection.put(name, length, self._timeout_s / 2, deadline)
 
-        try:
-            self._server.run(work, deadline)
-        except AnswerError as error:
-            if error.reason == "full":
-                return "full"
-            raise
-        return ""
+        self._server.run(work, deadline)
 
     def _fetch(self, key: str, out: Sequence[memoryview] | None, deadline: float) -> Sequence[memoryview] | None:
         def take(value: memoryview) -> Sequence[memoryview]:
@@ -230,23 +171,20 @@ class MooncakeStore(ObjectStore):
     def _remove(self, key: str, found: Value | None, deadline: float) -> bool:
         """What another client puts between the look and the removal is lost: Mooncake knows no conditions."""
         name = self._name(key)
-        if found is not None:
-            wanted = b"".join(buffers(found))
-            if self._head(key, max(len(wanted), 8), deadline) != wanted:
-                return False
-
+        if found is not None and not self._still_is(key, found, deadline):
+            return False
         return self._server.run(lambda connection: connection.remove(name, deadline), deadline)
 
-    def _exist(self, names: list[str]) -> list[bool]:
-        deadline = self._deadline()
+    def _exist(self, keys: Sequence[str], deadline: float) -> list[bool]:
+        names = [self._name(key) for key in keys]
         return self._server.run(lambda connection: connection.exist(names, deadline), deadline)
 
     def _listed(self) -> list[bytes]:
         return names(*self._numbers, time.monotonic() + LISTING * self._timeout_s)
 
-    def _ask_master(self) -> None:
-        with suppress(StoreError), self._counting():
-            self._known = totals(*self._numbers, self._deadline())
+    def _totals(self, deadline: float) -> dict[str, int]:
+        """Of all nodes."""
+        return totals(*self._numbers, deadline)
 
 
 def _head_of(pieces: Sequence[memoryview]) -> bytes:

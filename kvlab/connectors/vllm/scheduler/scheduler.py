@@ -273,6 +273,10 @@ class Scheduler:
         """Take in what the workers finished."""
         ranks = self._num_ranks
         ADAPTERS.learn(report.adapters)
+        if report.stale_version == self.saves.version and self.enabled:
+            self.enabled = False
+            self.counters["weights_changed"] += 1
+            logger.warning("kvlab: the model has other weights: off until reset_prefix_cache(reset_connector=True)")
         for key in report.absent:
             self.residency.corrupt(key)
             self.saves.forget_saved(key)
@@ -357,6 +361,7 @@ class Scheduler:
         False if a request has loaded KV, or waits for it, and has not begun to compute: it will use what was stored
         before."""
         version = secrets.token_hex(8)
+        self.enabled = False  # where this fails half way
         self.pins.clear()
         self.residency.clear()
         self._lookup.restart(version)
@@ -364,6 +369,7 @@ class Scheduler:
         self.saves.restart(version)
         for state in self._states.values():
             state.given_up = True
+        self.enabled = self.config.enabled
         return not self.unbegun
 
     def _media_of(self, request: Any) -> list[str]:

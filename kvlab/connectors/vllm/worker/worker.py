@@ -17,6 +17,7 @@ from kvlab.connectors.vllm.messages import (
     WorkerReport,
 )
 from kvlab.connectors.vllm.scheduler.admission import MIN_PREFILL_TOKENS
+from kvlab.connectors.vllm.worker.model_weights import ModelWeights
 from kvlab.connectors.vllm.worker.pending import PendingLoad
 from kvlab.connectors.vllm.worker.reports import Reports
 from kvlab.connectors.vllm.worker.tier_rows import TierRows
@@ -65,6 +66,7 @@ class Worker:
         self._saves = True
         self._num_saves = 0  # copies from pages to slots
         self._version = ""  # of the namespace
+        self._weights = ModelWeights()
         self._lost_blocks: set[int] = set()
         self._finished: set[str] = set()
         self._lost_requests: set[str] = set()
@@ -80,6 +82,9 @@ class Worker:
     def begin(self, metadata: StepMetadata) -> None:
         """The step's forward pass comes next."""
         self._version = metadata.version
+        self._weights.begin(metadata.version, metadata.num_tokens)
+        if self._weights.are_other:
+            self._reports.current.stale_version = metadata.version
         self._num_steps += 1
         self.transfer.before_writes(metadata.new_blocks)
         if metadata.unclean_blocks:
@@ -123,7 +128,7 @@ class Worker:
     def load(self, metadata: StepMetadata) -> None:
         """Begin loads between steps."""
         for load in metadata.loads:
-            ops = [] if _other_adapter(load.adapter) else load.ops
+            ops = [] if self._has_other_weights(load.adapter) else load.ops
             pending = PendingLoad(load, ops, self.transfer.fence())
             self._pending.append(pending)
             for op in pending.unsent:
@@ -163,7 +168,7 @@ class Worker:
 
     def _may_save(self, op: SaveOp) -> bool:
         """False if the pages are known not to hold what the object's key says; then it is not saved."""
-        if self._saves and not _other_adapter(op.adapter):
+        if self._saves and not self._has_other_weights(op.adapter):
             return True
         self._unsaved(op)
         return False
@@ -275,8 +280,8 @@ class Worker:
         self._pending.remove(pending)
         self._mark_broken(*pending.unfilled)
         taken = list(takewhile(self._present, pending.copied))  # the slots were not given to others meanwhile
-        if load.version != self._version:
-            taken = []  # the weights may have changed since
+        if load.version != self._version or self._weights.are_other:
+            taken = []
         wanted = [block for op in load.ops for block in op.block_ids]
         filled = sum(len(op.block_ids) for op in taken)
         lost = load.lost_blocks + wanted[filled:]
@@ -298,7 +303,7 @@ class Worker:
         wanted = [block for op in load.ops for block in op.block_ids]
         clock: Clock | None = None
         try:
-            held = list(takewhile(self._present, [] if _other_adapter(load.adapter) else load.ops))
+            held = list(takewhile(self._present, [] if self._has_other_weights(load.adapter) else load.ops))
             slots = [slot for op in held for slot in op.picked]
             if slots:
                 clock = self.transfer.load(slots, [block for op in held for block in op.block_ids])
@@ -316,6 +321,12 @@ class Worker:
         tiers = dict.fromkeys(served_by.get(op.generation, "memory") for op in taken if op.picked)
         tokens = sum(op.num_tokens for op in taken)
         return LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", seconds)
+
+    def _has_other_weights(self, adapter: Adapter | None) -> bool:
+        """Whether other weights than those of the name are in the model, or lie under the adapter's id."""
+        if self._weights.are_other:
+            return True
+        return adapter is not None and ADAPTERS.num_loads(adapter.adapter_id) != adapter.num_loads
 
     # ---- slots
 
@@ -387,8 +398,3 @@ class Worker:
         if self.counters[f"{what}_errors"] == 1:
             logger.exception("kvlab: %s of object %s failed", what, ops[0].hash.hex())
         self._mark_broken(*ops)
-
-
-def _other_adapter(adapter: Adapter | None) -> bool:
-    """Whether other weights than those of the name lie under the adapter's id now."""
-    return adapter is not None and ADAPTERS.num_loads(adapter.adapter_id) != adapter.num_loads
