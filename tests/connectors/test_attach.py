@@ -118,6 +118,15 @@ def test_after_clear_the_prompt_is_computed(llm):
     assert answer(llm, asked) == (generate(llm, [prompt(100)])[0].tokens, 0)
 
 
+def test_a_reset_of_the_connector_ends_what_was_written():
+    with engine([TIERS]) as llm:
+        cache = kvlab.attach(llm)
+        asked = cache.write(prompt(100), zeroed(cache.read(prompt(100)), 1))
+        assert answer(llm, asked)[1] == 99
+        assert llm.reset_prefix_cache(reset_connector=True)
+        assert answer(llm, asked)[1] == 0
+
+
 def test_what_does_not_fit_is_refused(llm):
     cache = kvlab.attach(llm)
     kv = cache.read(prompt(64))

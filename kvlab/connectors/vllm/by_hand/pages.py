@@ -94,8 +94,8 @@ class EnginePages:
             typed = layer.pages.read(table[kept:], count - first)[0]
             if layer.window is not None:
                 typed = typed[max(count - layer.window - first, 0) :]
-            keys.append(typed[:, :, 0].contiguous())
-            values.append(typed[:, :, 1].contiguous())
+            keys.append(typed[:, :, 0].cpu().contiguous())
+            values.append(typed[:, :, 1].cpu().contiguous())
             windows.append(layer.window)
         return KV(tuple(keys), tuple(values), tuple(token_ids), count, model, tuple(windows) if any(windows) else ())
 
