@@ -179,7 +179,9 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self.kv_caches = dict(kv_caches)
         name = compat.layout_name(self._vllm_config, self._kv_cache_config)
         layout = page_layout(kv_caches, num_blocks=self._kv_cache_config.num_blocks, page_bytes=self._pages, name=name)
-        page_map = proven_map(self._vllm_config, self._kv_cache_config, kv_caches, self._pages)
+        page_map: PageMap | Opaque = Opaque("no serde asks for more")
+        if self.config.is_lossy:
+            page_map = proven_map(self._vllm_config, self._kv_cache_config, kv_caches, self._pages)
         codec = codec_of(self.config.slot_serde, page_map, layout)
         slot_bytes = layout.block_bytes if codec is None else codec.slot_bytes
         if slot_bytes * self.num_slots > self.config.arena_bytes:
