@@ -18,16 +18,17 @@ FLOORS = [
     ["codecs", "objects", "machine", "sizing"],
     ["object_cache", "page_objects"],
     ["tierworker"],
-    ["engine", "datasets", "simulation"],
+    ["chaos", "engine", "datasets", "simulation"],
+    ["judge"],
     ["connectors", "testing"],
-    ["serving"],
+    ["reuse", "serving"],
     ["plotting"],
     ["cli"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN_GROUND = {("units", "errors"), ("lazy", "errors")}  # errors imports nothing
 HEAVY = {  # each enters at these places alone
-    "vllm": ("connectors/vllm", "paged/vllm_operators.py"),
+    "vllm": ("connectors/vllm", "judge/engine.py", "paged/vllm_operators.py"),
     "pytest": ("testing",),
     "hypothesis": ("testing",),
     "plotly": ("plotting", "sizing/compare.py"),
@@ -86,6 +87,6 @@ def test_import_is_light():
 def test_front_door_is_small_and_opens():
     import kvlab
 
-    assert len(kvlab.__all__) <= 12
+    assert len(kvlab.__all__) <= 13
     for name in kvlab.__all__:
         assert getattr(kvlab, name).__name__

@@ -21,6 +21,7 @@ from kvlab.chunking import Chunker
 from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm import compat
 from kvlab.connectors.vllm.adapters import ADAPTERS
+from kvlab.connectors.vllm.by_hand.written import ByHand
 from kvlab.connectors.vllm.messages import RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.metrics import KVLabPromMetrics, KVLabStats
 from kvlab.connectors.vllm.namespace import engine_namespace, rank_namespace
@@ -106,6 +107,8 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             block_tokens=self.chunker.block_tokens,
             auth=auth.id if auth else None,
         )
+        self.by_hand: ByHand | None = None  # where a cache is attached: see kvlab.attach
+        self.kv_caches: dict[str, Any] = {}  # the engine's, by layer
         self._match = (0, False)  # tokens that the engine had computed, and whether the load is async
         self.scheduler: Scheduler | None = None
         self.worker: Worker | None = None
@@ -173,9 +176,12 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- worker
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        self.kv_caches = dict(kv_caches)
         name = compat.layout_name(self._vllm_config, self._kv_cache_config)
         layout = page_layout(kv_caches, num_blocks=self._kv_cache_config.num_blocks, page_bytes=self._pages, name=name)
-        page_map = proven_map(self._vllm_config, self._kv_cache_config, kv_caches, self._pages)
+        page_map: PageMap | Opaque = Opaque("no serde asks for more")
+        if self.config.is_lossy:
+            page_map = proven_map(self._vllm_config, self._kv_cache_config, kv_caches, self._pages)
         codec = codec_of(self.config.slot_serde, page_map, layout)
         slot_bytes = layout.block_bytes if codec is None else codec.slot_bytes
         if slot_bytes * self.num_slots > self.config.arena_bytes:
@@ -229,6 +235,8 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker.begin(self._connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self.by_hand is not None:
+            self.by_hand.fill()  # an error ends the step: it would read pages without what was written by hand
         if getattr(self._connector_metadata, "loads", None):  # in few steps
             self._start_loads()
 
@@ -306,6 +314,9 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     @_never_raise(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self.scheduler is not None
+        if self.by_hand is not None and self.by_hand.owns(request):
+            self._match = (num_computed_tokens, False)
+            return self.by_hand.match(request, num_computed_tokens), False
         tokens, is_async = self.scheduler.match(request, num_computed_tokens)
         self._match = (num_computed_tokens, is_async)
         return tokens, is_async
@@ -314,6 +325,9 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         assert self.scheduler is not None
         block_ids = blocks.get_block_ids()
         self.scheduler.on_allocated(request)
+        if self.by_hand is not None and self.by_hand.owns(request):
+            self.by_hand.allocated(request, block_ids, self._match[0], num_external_tokens)
+            return
         try:
             self.scheduler.allocated(request, block_ids, num_external_tokens)
         except Exception:
@@ -353,6 +367,8 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
+        if self.by_hand is not None:
+            self.by_hand.finished(request, block_ids)
         return self.request_finished(request, block_ids[0])
 
     def reset_cache(self) -> bool | None:
