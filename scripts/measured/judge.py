@@ -24,9 +24,11 @@ def judge() -> Page:
     why = [
         [c, ", ".join(traps) if len(traps) < 8 else f"{len(traps)} traps", v, w] for (c, v, w), traps in reasons.items()
     ]
-    ours = [row for row in rows if row["connector"].startswith(OURS)]
-    held = sum(row["verdict"] == "held" for row in ours)
-    judged = sum(row["verdict"] != "not run" for row in ours)
+    ours: dict[str, set[str]] = {}
+    for row in rows:
+        if row["connector"] == OURS and row["verdict"] != "not run":
+            ours.setdefault(row["trap"], set()).add(row["verdict"])
+    held, judged = sum(found == {"held"} for found in ours.values()), len(ours)
     runs = min(len(of(connector, "edges")) for connector in connectors)
     chaos = read("chaos.csv")
     kinds = ("delay", "drop", "truncate", "flip", "swap", "replay")
