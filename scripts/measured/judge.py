@@ -95,8 +95,8 @@ def simulator_error() -> Page:
             )
         ],
         [Goal("0 in every tier", f"{off:,} tokens", off == 0)],
-        "The simulator replays a stack of stores as `CacheEngine` uses it, where a prompt renews what it finds in every tier. vLLM's connector asks secondary tiers for nothing that it holds in memory, so that a "
-        "disk which evicts has another order; and its memory tier touches the objects of a hit once, not twice, which `arc` counts. `tests/simulation/test_simulate_vllm.py` replays a part of these runs in every run of the suite.",
+        "`simulate(..., connector=True)` replays the order in which vLLM's connector uses its tiers. Without it the simulator replays a stack of stores as `CacheEngine` uses it, where a prompt renews what it finds in "
+        "every tier. `tests/simulation/test_simulate_vllm.py` replays a part of these runs in every run of the suite.",
         ["simulator_error.csv"],
     )  # fmt: skip
 
