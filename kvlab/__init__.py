@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from kvlab.chunking import Chunker as Chunker
     from kvlab.connectors import vllm_config as vllm_config
     from kvlab.connectors.transformers import capture as capture
+    from kvlab.connectors.vllm.by_hand.attach import attach as attach
     from kvlab.engine import CacheEngine as CacheEngine
     from kvlab.geometry import KVGeometry as KVGeometry
     from kvlab.serde import get_serde as get_serde
     from kvlab.simulation.simulate import simulate as simulate
     from kvlab.simulation.sweep import sweep as sweep
+    from kvlab.simulation.why import why as why
     from kvlab.sizing import compare_sizes as compare_sizes
     from kvlab.sizing import size_calculator as size_calculator
     from kvlab.stores import open_store as open_store
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "attach": "kvlab.connectors.vllm.by_hand.attach",
     "capture": "kvlab.connectors.transformers",
     "CacheEngine": "kvlab.engine",
     "Chunker": "kvlab.chunking",
@@ -34,6 +37,7 @@ _HOME = {
     "size_calculator": "kvlab.sizing",
     "sweep": "kvlab.simulation.sweep",
     "vllm_config": "kvlab.connectors",
+    "why": "kvlab.simulation.why",
 }
 __all__ = [*_HOME]
 __getattr__, __dir__ = lazy(__name__, _HOME, shown=("__version__",))

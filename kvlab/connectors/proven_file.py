@@ -1,0 +1,100 @@
+"""A file of KV that proves itself: it names its tokens and model, and says what the model answers behind them.
+
+One safetensors file. Of `naive` KV it is what `KV.save` writes; of other codecs it holds the serde's parts. Its
+metadata carries the proof: the model's identity, its rope, and the logprobs of the likeliest tokens at the places that
+follow. An engine that serves the KV must say the same (`AttachedCache.load`).
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from kvlab.connectors.captured import KV
+from kvlab.errors import FormatError
+from kvlab.geometry import AXES
+from kvlab.serde import get_serde, serde_to_read
+from kvlab.serde.base import Encoded
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a file says of its KV.
+
+    `model`: what the KV depends on, by name: weights, config, dtype... `rope`: how positions turn keys; a part of the
+    config, given apart for readers that turn keys again. `codec`: the serde of the numbers. `tokens` follow the prompt,
+    and `logprobs` are those of the likeliest tokens at each of their places.
+    """
+
+    model: Mapping[str, str]
+    rope: Mapping[str, Any]
+    codec: str
+    tokens: Sequence[int]
+    logprobs: Sequence[Mapping[int, float]]
+
+
+def write_proven(path: str | Path, kv: KV, proof: Proof) -> None:
+    """Write `kv`, coded as ``proof.codec`` says, and its proof."""
+    about = {"token_ids": list(kv.token_ids), "num_positions": kv.num_positions, "windows": list(kv.windows)}
+    if proof.codec == "naive":
+        kv.save(path)
+        with safe_open(str(path), framework="pt") as opened:
+            fields = dict(opened.metadata())
+            parts = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    else:
+        encoded = get_serde(proof.codec).encode(kv.tensor(), AXES)
+        parts = {f"parts.{name}": part.contiguous() for name, part in encoded.parts.items()}
+        coded = {"serde": encoded.serde, "shape": encoded.shape, "dtype": encoded.dtype, "params": encoded.params}
+        fields = {"about": json.dumps({**about, "coded": coded}), "model": kv.model, "axes": ",".join(AXES)}
+    save_file(parts, str(path), {**fields, "kvlab_proof": FORMAT, "proof": json.dumps(asdict(proof))})
+
+
+def read_proven(path: str | Path) -> tuple[KV, Proof]:
+    """The KV of a file and its proof, which is not checked here.
+
+    Raises
+    ------
+    FormatError
+        where the file is something else
+    """
+    try:
+        with safe_open(str(path), framework="pt") as opened:
+            fields = opened.metadata() or {}
+            if fields.get("kvlab_proof") != FORMAT:
+                raise FormatError(f"{path} carries no proof of format {FORMAT}; KV.load reads files without one")
+            told = json.loads(fields["proof"])
+            told["logprobs"] = [{int(token): float(value) for token, value in at.items()} for at in told["logprobs"]]
+            proof = Proof(**told)
+            _check(proof)
+            if proof.codec == "naive":
+                return KV.load(path), proof
+            about = json.loads(fields["about"])
+            coded, axes = about["coded"], tuple(fields["axes"].split(","))
+            parts = {
+                name.removeprefix("parts."): opened.get_tensor(name)
+                for name in opened.keys()  # noqa: SIM118
+            }
+        encoded = Encoded(coded["serde"], tuple(coded["shape"]), coded["dtype"], axes, parts, coded["params"])
+        keys, values = serde_to_read(coded["serde"]).decode(encoded).unbind(dim=3)
+        named = (tuple(about["token_ids"]), about["num_positions"], fields.get("model", ""), tuple(about["windows"]))
+        return KV(tuple(keys), tuple(values), *named), proof
+    except (FormatError, OSError):
+        raise
+    except Exception as error:  # safetensors raises its own class on broken files
+        raise FormatError(f"{path} is not a readable file of KV: {error!r}"[:300]) from error
+
+
+def _check(proof: Proof) -> None:
+    """ValueError where a proof could prove nothing."""
+    values = [value for at in proof.logprobs for value in at.values()]
+    if not proof.tokens or len(proof.tokens) != len(proof.logprobs) or not all(proof.logprobs):
+        raise ValueError(f"a proof of {len(proof.tokens)} tokens and {len(proof.logprobs)} places")
+    if not all(map(math.isfinite, values)) or not all(type(token) is int and token >= 0 for token in proof.tokens):
+        raise ValueError("a proof holds numbers that are none")

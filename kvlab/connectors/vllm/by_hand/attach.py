@@ -1,0 +1,310 @@
+"""`kvlab.attach`: read the KV of a prompt out of a running vLLM, change it, put it back, generate."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+from kvlab.connectors.captured import KV
+from kvlab.connectors.proven_file import Proof, read_proven, write_proven
+from kvlab.connectors.vllm.by_hand.answers import Asking, Change, Logprobs
+from kvlab.connectors.vllm.by_hand.pages import EnginePages
+from kvlab.connectors.vllm.by_hand.written import ByHand
+from kvlab.connectors.vllm.connector import KVLabConnector
+from kvlab.connectors.vllm.weights import weights_name
+from kvlab.errors import ConfigError, FormatError
+from kvlab.fingerprint import files_fingerprint, weight_files
+from kvlab.geometry import AXES
+from kvlab.serde import get_serde
+from kvlab.simulation.traffic import Request, Traffic, traffic_of_prompts
+from kvlab.simulation.why import MissPage, why
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+ROUNDING = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.1}  # nats, between two ways to the same logprob
+
+
+def attach(llm: Any) -> "AttachedCache":
+    """The KV cache of a running vLLM, to read and to write.
+
+    Parameters
+    ----------
+    llm
+        a ``vllm.LLM`` with kvlab's connector (`vllm_config`) whose engine runs in this process:
+        ``VLLM_ENABLE_V1_MULTIPROCESSING=0``, set before vLLM is imported
+
+    Raises
+    ------
+    ConfigError
+        where the engine runs in another process, has another connector, or several ranks, or where its pages are not
+        proven to hold plain K and V
+
+    Examples
+    --------
+    >>> cache = kvlab.attach(llm)  # doctest: +SKIP
+    >>> kv = cache.read("some text")  # doctest: +SKIP
+    >>> kv.values[3].zero_()  # doctest: +SKIP
+    >>> llm.generate(cache.write("some text", kv))  # doctest: +SKIP
+    """
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    if core is None:
+        raise ConfigError(
+            "the engine runs in a process of its own, where its pages cannot be reached; set "
+            "VLLM_ENABLE_V1_MULTIPROCESSING=0 before vLLM is imported, and start it again"
+        )
+    decides = core.scheduler.connector
+    copies = get_kv_transfer_group() if has_kv_transfer_group() else None
+    if not isinstance(decides, KVLabConnector) or not isinstance(copies, KVLabConnector) or copies.worker is None:
+        raise ConfigError(
+            f"kvlab.attach needs an engine whose connector is kvlab's, got {type(decides).__name__}; start it with "
+            "kv_transfer_config=KVTransferConfig(**kvlab.vllm_config())"
+        )
+    config = llm.llm_engine.vllm_config
+    if config.parallel_config.world_size > 1:
+        raise ConfigError(f"kvlab.attach needs an engine of one rank, got {config.parallel_config.world_size}")
+    if decides.by_hand is None:
+        pages = EnginePages(
+            config, copies._kv_cache_config, copies.kv_caches, copies.worker.transfer.layout, copies.groups
+        )
+        decides.by_hand = copies.by_hand = ByHand(pages)
+    return AttachedCache(llm, decides)
+
+
+class AttachedCache:
+    """The KV of prompts in a running engine. Made by `attach`.
+
+    A prompt is text, token ids, or what `write` returned. What is written by hand lies in this process's memory beside
+    the tiers, under a salt of its own: requests that do not carry it never find it, in no tier and in no prefix cache,
+    nor what the engine computes behind it.
+    """
+
+    def __init__(self, llm: Any, connector: KVLabConnector) -> None:
+        assert connector.by_hand is not None  # of `attach`
+        self._llm = llm
+        self._connector = connector
+        self._by_hand = connector.by_hand
+        self._asking = Asking(llm)
+        self._config = llm.llm_engine.vllm_config
+
+    def __repr__(self) -> str:
+        return f"AttachedCache({Path(self.model).name}, {self._by_hand.pages})"
+
+    @property
+    def model(self) -> str:
+        return str(self._config.model_config.model)
+
+    def read(self, prompt: Prompt) -> KV:
+        """The KV that the engine has for `prompt`, to its last token; it computes what no tier holds.
+
+        Keys are as the engine keeps them, after rotary embedding. Of layers with a sliding window, the tokens that the
+        last one sees. The tensors are copies: change them as you like.
+        """
+        asked = self._named(prompt)
+        kv = self._caught(asked)
+        if not self._by_hand.pages.have_windows or len(kv.token_ids) < 2:
+            return kv
+        # The engine gives a window's oldest block back when the prompt's last token is done. It is there one earlier.
+        earlier = self._caught({**asked, "prompt_token_ids": asked["prompt_token_ids"][:-1]})
+
+        def joined(old: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            whole = zip(old, now, kv.windows, strict=True)
+            return tuple(b if window is None else torch.cat([a, b[-1:]])[-window:] for a, b, window in whole)
+
+        halves = joined(earlier.keys, kv.keys), joined(earlier.values, kv.values)
+        return KV(*halves, kv.token_ids, kv.num_positions, kv.model, kv.windows)
+
+    def write(self, prompt: Prompt, kv: KV, *, any_model: bool = False) -> dict[str, Any]:
+        """Have the engine use `kv` for `prompt`; returns the prompt that does, for ``llm.generate``.
+
+        The engine computes the last token of a prompt itself, and all that follows: of `kv` it reads the tokens before.
+        The returned prompt may be made longer; then all of `kv` is read.
+
+        Raises
+        ------
+        ConfigError
+            for KV of another shape, dtype or number of tokens, with NaN or infinity, or, unless `any_model`, of another
+            model
+        """
+        asked = self._named(prompt)
+        token_ids = tuple(asked["prompt_token_ids"])
+        self._by_hand.pages.check(kv, len(token_ids))
+        if not any_model and kv.model and not _same_model(kv.model, self.model):
+            raise ConfigError(
+                f"this KV is of model {Path(kv.model).name!r}, the engine's is {Path(self.model).name!r}; "
+                "any_model=True writes it all the same"
+            )
+        keys, values = (tuple(half.detach().cpu().clone() for half in halves) for halves in (kv.keys, kv.values))
+        salt = self._by_hand.add(KV(keys, values, token_ids, len(token_ids), kv.model, kv.windows))
+        return {"prompt_token_ids": list(token_ids), "cache_salt": salt}
+
+    def compare(self, before: Prompt, after: Prompt, *, max_tokens: int = 16, top: int = 20) -> Change:
+        """What changes in the answer: tokens, and logprobs along the answer to `before`."""
+        return self._asking.change(self._named(before), self._named(after), max_tokens=max_tokens, top=top)
+
+    def save(self, path: str | Path, kv: KV, *, codec: str = "naive", num_tokens: int = 4, top: int = 20) -> None:
+        """Write a file that proves itself: `kv`, coded by the serde `codec`, the model's identity and rope, and what
+        this engine answers behind it, `num_tokens` tokens with the logprobs of the `top` likeliest."""
+        held = kv
+        if codec != "naive":  # the proof is of what the file holds
+            serde = get_serde(codec)
+            held = kv.replaced(serde.decode(serde.encode(kv.tensor(), AXES)))
+        prompt = self.write(list(kv.token_ids), held)
+        try:
+            tokens = self._asking.answers([prompt], max_tokens=num_tokens, top=1)[0].tokens
+            logprobs = self._asking.follow(prompt, tokens, top=top)
+        finally:
+            self._by_hand.drop(prompt["cache_salt"])
+        write_proven(path, kv, Proof(self._identity(), self._rope(), codec, tokens, logprobs))
+
+    def load(self, path: str | Path, *, check: bool = True, tolerance: float | None = None) -> KV:
+        """The KV of a file, proven: this engine has the same model, and says the same behind it.
+
+        Parameters
+        ----------
+        path
+            what `save` wrote
+        check
+            False takes the file's word
+        tolerance
+            nats by which a logprob may differ; by the engine's dtype where it is not given
+
+        Raises
+        ------
+        FormatError
+            where the file is broken, of another model, or the engine answers otherwise, with what differs
+        """
+        kv, proof = read_proven(path)
+        if not check:
+            return kv
+        ours = {**self._identity(), "rope": str(self._rope())}
+        theirs = {**proof.model, "rope": str(dict(proof.rope))}
+        if differing := [name for name in ours if ours[name] != theirs.get(name)]:
+            raise FormatError(
+                f"{path} is KV of another model: {', '.join(differing)} differ; check=False loads it all the same",
+                reason="wrong_model",
+            )
+        vocabulary = int(self._config.model_config.get_vocab_size())
+        if not max(*kv.token_ids, *proof.tokens) < vocabulary:
+            raise FormatError(f"{path} names tokens beyond the model's {vocabulary}", reason="unproven")
+        try:
+            prompt = self.write(list(kv.token_ids), kv, any_model=True)
+        except ConfigError as error:
+            raise FormatError(f"{path} does not fit this engine: {error}", reason="wrong_shape") from error
+        try:
+            found = self._asking.follow(prompt, proof.tokens, top=max(map(len, proof.logprobs)))
+        finally:
+            self._by_hand.drop(prompt["cache_salt"])
+        allowed = ROUNDING[self._by_hand.pages.dtype] if tolerance is None else tolerance
+        off = _distance(proof.logprobs, found)
+        if not off <= allowed:
+            raise FormatError(
+                f"{path} says what this engine does not: a logprob differs by {off:.3g} nats, {allowed:g} are allowed; "
+                "check=False loads it all the same",
+                reason="unproven",
+            )
+        return kv
+
+    @property
+    def history(self) -> list[list[int]]:
+        """Prompts of the requests that ended since the cache was first attached, the latest of them last; those of
+        hand-written KV are left out."""
+        return [list(ended.token_ids) for ended in self._by_hand.ended]
+
+    def traffic(self) -> Traffic:
+        """The same as traffic for `kvlab.simulate`, with times of arrival; `save_traffic` writes a file. Blocks are
+        numbers there, so a trace tells what is shared and no token.
+
+        Raises
+        ------
+        ConfigError
+            where no prompt had a full block
+        """
+        ended = sorted(self._by_hand.ended)
+        block = self._connector.chunker.block_tokens
+        made = traffic_of_prompts([each.token_ids for each in ended], block_tokens=block, name="recorded")
+        requests = [
+            Request(each.arrival_s - ended[0].arrival_s, request.num_tokens, each.output_tokens, request.block_ids)
+            for each, request in zip(ended, made.requests, strict=True)
+        ]
+        return Traffic("recorded", block, requests)
+
+    def why(self, request: int = -1) -> MissPage:
+        """The miss page of a request of `history`, by replay of it through a memory tier like this engine's: see
+        `kvlab.why`. What came before the cache was attached, partial blocks and secondary tiers are not in the replay.
+        """
+        connector = self._connector
+        return why(
+            self.history,
+            request,
+            f"{connector.num_slots} blocks",
+            policy=connector.config.policy,
+            block_tokens=connector.chunker.block_tokens,
+            chunk_tokens=connector.chunker.chunk_tokens,
+        )
+
+    def clear(self) -> int:
+        """Forget all that was written by hand; the number of writings. Prompts of theirs are computed from then on."""
+        count = self._by_hand.clear()
+        self._llm.reset_prefix_cache()
+        return count
+
+    def _named(self, prompt: Prompt) -> dict[str, Any]:
+        """`prompt` as token ids, with its salt if it has one."""
+        given: dict[str, Any] = {}
+        if isinstance(prompt, str):
+            ids: Any = self._llm.get_tokenizer().encode(prompt)
+        elif isinstance(prompt, Mapping):
+            ids, given = prompt.get("prompt_token_ids"), {k: v for k, v in prompt.items() if k == "cache_salt"}
+            if ids is None or set(prompt) - {"prompt_token_ids", "cache_salt", "prompt"}:
+                raise ConfigError(f"a prompt must be prompt_token_ids and cache_salt, got {', '.join(prompt)}")
+        else:
+            ids = prompt
+        ids = [int(token) for token in ids]
+        if not ids:
+            raise ConfigError("a prompt must hold at least one token, got none")
+        return {"prompt_token_ids": ids, **given}
+
+    def _caught(self, asked: dict[str, Any]) -> KV:
+        self._by_hand.want(asked["prompt_token_ids"])
+        try:
+            self._asking.answers([asked], max_tokens=1, top=1)
+        finally:
+            kv = self._by_hand.take()
+        if kv is None:
+            raise ConfigError("the engine ended this prompt without computing it; see its log")
+        return KV(kv.keys, kv.values, kv.token_ids, kv.num_positions, self.model, kv.windows)
+
+    def _identity(self) -> dict[str, str]:
+        """What the KV depends on besides tokens, but for the machine and the engine's sizes."""
+        fields = self._connector.namespace.fields
+        weights = weights_name(self._config, outlives=True, named=True, loaded_here=False)
+        return {"weights": weights, **{name: str(fields[name]) for name in ("config", "quantization", "dtype")}}
+
+    def _rope(self) -> dict[str, Any]:
+        config = self._config.model_config.hf_text_config.to_dict()
+        return {name: value for name, value in sorted(config.items()) if "rope" in name or "rotary" in name}
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whether two folders hold the same weights; without folders, whether they have the same name."""
+    if one == other:
+        return True
+    if not (os.path.isdir(one) and os.path.isdir(other)):
+        return False
+    first, second = (
+        files_fingerprint(weight_files(Path(path)), root=Path(path), fast=True).digest for path in (one, other)
+    )
+    return first == second
+
+
+def _distance(proof: Sequence[Logprobs], found: Sequence[Logprobs]) -> float:
+    """The largest difference of a logprob over the tokens that both name; infinite where they share too few."""
+    worst = 0.0
+    for told, ours in zip(proof, found, strict=True):
+        shared = told.keys() & ours.keys()
+        if 2 * len(shared) < len(told):
+            return float("inf")
+        worst = max(worst, *(abs(told[token] - ours[token]) for token in shared))
+    return worst

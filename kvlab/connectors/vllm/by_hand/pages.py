@@ -1,0 +1,167 @@
+"""Every layer's KV in the engine's own pages, read and written as tensors.
+
+Which byte is which is not guessed: each layer's write operator proves it on scratch pages (`kvlab.paged.probe`). A
+layer whose pages are not proven to hold plain K and V is refused with the reason.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvlab.connectors.captured import KV
+from kvlab.connectors.vllm.kv_groups import NO_PAGE, KVGroups, Tables
+from kvlab.errors import ConfigError
+from kvlab.paged import Opaque, PageLayout, PageMap, TypedPages, understand
+from kvlab.paged.vllm_operators import of_layer
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LayerPages:
+    """One layer's pages. `group` is its KV cache group; `window`: how many tokens it sees; None: all."""
+
+    name: str
+    group: int
+    window: int | None
+    pages: TypedPages
+
+    @property
+    def map(self) -> PageMap:
+        return self.pages.map
+
+
+class EnginePages:
+    """The pages of all layers, in the model's order.
+
+    Parameters
+    ----------
+    vllm_config, kv_cache_config
+        the engine's own
+    kv_caches
+        layer name -> the engine's tensor, as it registered them
+    layout
+        pages of these
+    groups
+        the engine's KV cache groups
+
+    Raises
+    ------
+    ConfigError
+        where the pages of a layer are not proven to hold plain numbers of K and V
+    """
+
+    def __init__(
+        self, vllm_config: Any, kv_cache_config: Any, kv_caches: dict[str, Any], layout: PageLayout, groups: KVGroups
+    ) -> None:
+        self.block_tokens = groups.block_tokens
+        self.dtype: torch.dtype = vllm_config.model_config.dtype
+        known: dict[Any, PageMap] = {}
+        layers: list[LayerPages] = []
+        context = vllm_config.compilation_config.static_forward_context
+        for at, group in enumerate(kv_cache_config.kv_cache_groups):
+            for name in group.layer_names:
+                if name not in kv_caches:  # it reads the KV of another layer
+                    continue
+                where = layout.addresses.index(kv_caches[name].data_ptr())
+                alone = PageLayout((name,), (layout.pages[where],), layout.name)
+                page_map = _proven(name, context[name], kv_caches[name], alone, groups.block_tokens, self.dtype, known)
+                layers.append(LayerPages(name, at, groups.windows[at], TypedPages(alone, page_map, 1)))
+        self.layers = tuple(sorted(layers, key=lambda layer: _number(layer.name)))
+
+    def __repr__(self) -> str:
+        return f"EnginePages({len(self.layers)} layers, {self.layers[0].map})"
+
+    @property
+    def have_windows(self) -> bool:
+        return any(layer.window for layer in self.layers)
+
+    def read(self, block_ids: Tables, token_ids: Sequence[int], model: str) -> KV:
+        """The KV of `token_ids`, whose pages are `block_ids` of each group. Of a layer with a window, the tokens that
+        the engine has kept of those that the last one sees."""
+        count = len(token_ids)
+        if self.layers[0].pages.layout.pages[0].is_cuda:
+            torch.cuda.synchronize()  # a load may be under way on a stream of its own
+        keys, values, windows = [], [], []
+        for layer in self.layers:
+            table = block_ids[layer.group][: -(-count // self.block_tokens)]
+            kept = 0  # blocks that the window has left behind
+            while kept < len(table) and table[kept] == NO_PAGE:
+                kept += 1
+            first = kept * self.block_tokens
+            typed = layer.pages.read(table[kept:], count - first)[0]
+            if layer.window is not None:
+                typed = typed[max(count - layer.window - first, 0) :]
+            keys.append(typed[:, :, 0].cpu().contiguous())
+            values.append(typed[:, :, 1].cpu().contiguous())
+            windows.append(layer.window)
+        return KV(tuple(keys), tuple(values), tuple(token_ids), count, model, tuple(windows) if any(windows) else ())
+
+    def write(self, kv: KV, block_ids: Tables, first_token: int, end_token: int) -> None:
+        """Write tokens [first_token, end_token) of `kv` into the pages of a request; `first_token` begins a block."""
+        for layer, key, value in zip(self.layers, kv.keys, kv.values, strict=True):
+            typed = torch.stack([key, value], dim=2)[None]
+            missing = kv.num_positions - typed.shape[1]  # tokens that the layer's window has left behind
+            start, end = first_token // self.block_tokens, -(-end_token // self.block_tokens)
+            table = block_ids[layer.group][start:end]
+            while table and (table[0] == NO_PAGE or (start + 1) * self.block_tokens <= missing):
+                table, start = table[1:], start + 1
+            first = start * self.block_tokens
+            piece = typed[:, max(first - missing, 0) : end_token - missing]
+            if first < missing:  # a block that begins before the window: what no token sees any more
+                piece = torch.cat([piece.new_zeros(1, missing - first, *piece.shape[2:]), piece], dim=1)
+            if table:
+                layer.pages.write(piece, table)
+
+    def check(self, kv: KV, num_tokens: int) -> None:
+        """ConfigError unless `kv` is KV of `num_tokens` tokens in these layers, and every number of it finite."""
+        if kv.num_layers != len(self.layers):
+            raise ConfigError(f"KV of {kv.num_layers} layers does not fit this engine's {len(self.layers)}")
+        if kv.num_positions != num_tokens:
+            raise ConfigError(f"KV of {kv.num_positions} tokens does not fit a prompt of {num_tokens}")
+        for at, (layer, *halves) in enumerate(zip(self.layers, kv.keys, kv.values, strict=True)):
+            held = num_tokens if layer.window is None else min(num_tokens, layer.window)
+            want = (held, layer.map.kv_heads, layer.map.head_dim)
+            for letter, half in zip("KV", halves, strict=True):
+                if tuple(half.shape) != want or half.dtype != layer.map.element:
+                    raise ConfigError(
+                        f"{letter} of layer {at} must be {layer.map.element}{list(want)}, "
+                        f"got {half.dtype}{list(half.shape)}"
+                    )
+                if not bool(half.isfinite().all()):
+                    raise ConfigError(f"{letter} of layer {at} holds NaN or infinity, which would reach every answer")
+
+
+def _proven(
+    name: str, layer: Any, cache: torch.Tensor, layout: PageLayout, block_tokens: int, given: torch.dtype,
+    known: dict[Any, PageMap],
+) -> PageMap:  # fmt: skip
+    """The map of one layer's pages; layers that are made alike are asked once."""
+    alike = (
+        type(getattr(layer, "impl", None)), getattr(layer, "num_kv_heads", 0), getattr(layer, "head_size", 0),
+        str(getattr(layer, "kv_cache_dtype", "")), tuple(cache.shape), cache.stride(), cache.dtype,
+    )  # fmt: skip
+    if alike not in known:
+        scratch = of_layer(
+            layer, cache, num_blocks=layout.num_blocks, block_tokens=block_tokens, page_bytes=layout.page_bytes,
+            given=given,
+        )  # fmt: skip
+        found = scratch if isinstance(scratch, Opaque) else understand(scratch)
+        if isinstance(found, Opaque):
+            raise ConfigError(f"the pages of layer {name} cannot be read as K and V: {found.reason}")
+        if found.is_latent:
+            raise ConfigError(f"the pages of layer {name} hold latents (MLA), one vector for K and V; not read yet")
+        if found.element not in FLOATS:
+            raise ConfigError(
+                f"the pages of layer {name} hold {found.element}, numbers by a scale that is kept elsewhere; "
+                "start the engine with kv_cache_dtype='auto'"
+            )
+        known[alike] = found
+    return known[alike]
+
+
+def _number(name: str) -> tuple[int, str]:
+    """The layer's place in the model: the number in its name."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0), name

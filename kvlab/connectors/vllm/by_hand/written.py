@@ -1,0 +1,114 @@
+"""KV that was written by hand, served to the requests that name it and to no other.
+
+Each writing has a ``cache_salt`` of its own, which vLLM makes part of every block's hash: neither the engine's own
+prefix cache nor any tier of kvlab finds that KV, or what is computed behind it, for a request without this salt. It
+lies in this process's memory and is copied straight into the pages of a request; the tiers never see it.
+"""
+
+import secrets
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from kvlab.connectors.captured import KV
+from kvlab.connectors.vllm.by_hand.pages import EnginePages
+from kvlab.connectors.vllm.kv_groups import Tables
+from kvlab.connectors.vllm.scheduler.requests import wants_recompute
+
+SALT = "kvlab-by-hand-"
+MOST_REMEMBERED = 10_000  # prompts
+
+
+class Ended(NamedTuple):
+    """A request that is done."""
+
+    arrival_s: float
+    token_ids: tuple[int, ...]
+    output_tokens: int
+
+
+class _Fill(NamedTuple):
+    kv: KV
+    block_ids: Tables
+    first_token: int
+    end_token: int
+
+
+class ByHand:
+    """What the connector's hooks ask where a cache is attached. Both of its sides live in one process and share it."""
+
+    def __init__(self, pages: EnginePages) -> None:
+        self.pages = pages
+        self._written: dict[str, KV] = {}  # by salt
+        self._fills: list[_Fill] = []  # of the step that is being planned
+        self._wanted: tuple[int, ...] | None = None
+        self._caught: KV | None = None
+        self.ended: deque[Ended] = deque(maxlen=MOST_REMEMBERED)
+
+    def add(self, kv: KV) -> str:
+        """Serve `kv` from now on; its salt."""
+        salt = SALT + secrets.token_hex(8)
+        self._written[salt] = kv
+        return salt
+
+    def kv_of(self, salt: str) -> KV | None:
+        return self._written.get(salt)
+
+    def drop(self, salt: str) -> None:
+        self._written.pop(salt, None)
+
+    def clear(self) -> int:
+        """Forget everything; how many writings there were."""
+        count = len(self._written)
+        self._written.clear()
+        return count
+
+    # ---- hooks of the scheduler side
+
+    @staticmethod
+    def owns(request: Any) -> bool:
+        """Whether this request is no business of the tiers: it is not looked up there and not stored."""
+        return str(getattr(request, "cache_salt", None) or "").startswith(SALT)
+
+    def match(self, request: Any, num_computed_tokens: int) -> int:
+        """How many tokens beyond those computed are served."""
+        kv = self._written.get(request.cache_salt)
+        if kv is None or wants_recompute(request):
+            return 0
+        if tuple(request.prompt_token_ids[: kv.num_positions]) != kv.token_ids:
+            return 0
+        last = int(request.num_tokens) - 1  # which must be computed
+        return max(min(kv.num_positions, last) - num_computed_tokens, 0)
+
+    def allocated(self, request: Any, block_ids: Tables, num_computed: int, num_tokens: int) -> None:
+        """Pages for the tokens of the latest match; they are filled once the engine has cleared what it clears."""
+        if num_tokens:
+            kv = self._written[request.cache_salt]
+            self._fills.append(_Fill(kv, block_ids, num_computed, num_computed + num_tokens))
+
+    def finished(self, request: Any, block_ids: Tables) -> None:
+        """A request is done and its pages are still its own."""
+        if not self.owns(request):
+            tokens = tuple(request.prompt_token_ids or ())
+            self.ended.append(Ended(float(request.arrival_time), tokens, int(request.num_output_tokens)))
+        if self._wanted is not None and tuple(request.prompt_token_ids) == self._wanted:
+            self._caught, self._wanted = self.pages.read(block_ids, self._wanted, ""), None
+
+    # ---- of the worker side
+
+    def fill(self) -> None:
+        """Before the step's forward pass."""
+        fills, self._fills = self._fills, []
+        for each in fills:
+            self.pages.write(each.kv, each.block_ids, each.first_token, each.end_token)
+
+    # ---- reading
+
+    def want(self, token_ids: Sequence[int]) -> None:
+        """Catch the KV of the next request with this prompt."""
+        self._wanted, self._caught = tuple(token_ids), None
+
+    def take(self) -> KV | None:
+        """What was caught."""
+        caught, self._wanted, self._caught = self._caught, None, None
+        return caught

@@ -1,0 +1,217 @@
+"""Ways to make the KV of a context out of the KV of its pieces.
+
+Each piece was computed alone, so it knows nothing of the pieces before it, and its keys are turned for positions from
+0 on. Turning keys to their place is arithmetic (RoPE is a rotation). What no arithmetic gives is attention to earlier
+pieces: some tokens are computed again over what is there, and the methods differ in which.
+
+`cacheblend` chooses those whose KV in the second layer differs most from the true one, which costs computing the first
+layers of all tokens (arXiv 2405.16444); `epic` the first of each piece (arXiv 2410.15332); `random` is what a choice
+has to beat.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvlab.connectors.captured import KV
+from kvlab.connectors.transformers import from_cache, to_cache
+from kvlab.errors import ConfigError
+
+JUDGED_LAYER = 1  # the first whose KV depends on other tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    """A context of `pieces`, each computed alone, and its KV `whole` computed as one prompt."""
+
+    model: Any
+    pieces: Sequence[KV]
+    whole: KV
+
+    @property
+    def starts(self) -> list[int]:
+        """The place of each piece's first token."""
+        found, at = [], 0
+        for piece in self.pieces:
+            found.append(at)
+            at += piece.num_positions
+        return found
+
+
+@dataclass(frozen=True)
+class Made:
+    """A context's KV, and how many of its tokens' layers were computed for it, as a share of all."""
+
+    kv: KV
+    computed: float
+
+
+Method = Callable[[Case], Made]
+
+
+def naive(case: Case) -> Made:
+    """The pieces one behind the other, keys as they are."""
+    return Made(pasted(case.pieces), 0.0)
+
+
+def rerope(case: Case) -> Made:
+    """The same with keys turned to their place."""
+    frequencies = rope_of(case.model)
+    moved = [turned(piece, start, frequencies) for piece, start in zip(case.pieces, case.starts, strict=True)]
+    return Made(pasted(moved), 0.0)
+
+
+def epic(tokens: int) -> Method:
+    """`rerope`, and the first `tokens` of each piece but the first computed again."""
+
+    def method(case: Case) -> Made:
+        spans = zip(case.starts[1:], case.pieces[1:], strict=True)
+        chosen = [at for start, piece in spans for at in range(start, start + min(tokens, piece.num_positions))]
+        return _again(case, rerope(case).kv, chosen)
+
+    return method
+
+
+def cacheblend(share: float) -> Method:
+    """`rerope`, and the `share` of tokens computed again whose KV in the second layer is off most."""
+
+    def method(case: Case) -> Made:
+        kv = rerope(case).kv
+        off = deviation(kv, case.whole)
+        count = min(round(share * len(off)), int((off > 0).sum()))
+        made = _again(case, kv, sorted(off.topk(count).indices.tolist()))
+        # The first layers of all tokens are computed for the choice, and so the judged one's KV is the true one.
+        layers = kv.num_layers
+        keys, values = list(made.kv.keys), list(made.kv.values)
+        keys[JUDGED_LAYER], values[JUDGED_LAYER] = case.whole.keys[JUDGED_LAYER], case.whole.values[JUDGED_LAYER]
+        judged = KV(tuple(keys), tuple(values), kv.token_ids, kv.num_positions, kv.model)
+        return Made(judged, made.computed + (1 - made.computed) * JUDGED_LAYER / layers)
+
+    return method
+
+
+def at_random(share: float, seed: int = 0) -> Method:
+    """`rerope`, and a `share` of tokens computed again that nothing chose."""
+
+    def method(case: Case) -> Made:
+        kv = rerope(case).kv
+        source = torch.Generator().manual_seed(seed)
+        order = torch.randperm(kv.num_positions, generator=source)
+        return _again(case, kv, sorted(order[: round(share * kv.num_positions)].tolist()))
+
+    return method
+
+
+def full(case: Case) -> Made:
+    """All of it computed: what the others are measured against."""
+    return Made(case.whole, 1.0)
+
+
+METHODS: dict[str, Method] = {
+    "naive paste": naive,
+    "re-RoPE": rerope,
+    "random 15%": at_random(0.15),
+    "EPIC 8": epic(8),
+    "EPIC 32": epic(32),
+    "CacheBlend 15%": cacheblend(0.15),
+    "CacheBlend 30%": cacheblend(0.30),
+    "full": full,
+}
+
+
+# ---- what they are made of
+
+
+def pasted(pieces: Sequence[KV]) -> KV:
+    """KV of pieces, one behind the other."""
+    if not pieces:
+        raise ConfigError("a context needs at least one piece, got none")
+    keys, values = (
+        tuple(torch.cat(layer) for layer in zip(*(getattr(piece, half) for piece in pieces), strict=True))
+        for half in ("keys", "values")
+    )
+    tokens = tuple(token for piece in pieces for token in piece.token_ids)
+    return KV(keys, values, tokens, len(tokens), pieces[0].model)
+
+
+def rope_of(model: Any) -> torch.Tensor:
+    """Radians that each pair of channels turns a token, float64. ConfigError where a position turns keys otherwise."""
+    rope = getattr(getattr(model, "model", None), "rotary_emb", None)
+    kind = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if (
+        rope is None
+        or kind not in ("default", "linear", "llama3")
+        or model.config.model_type not in ("llama", "mistral")
+    ):
+        raise ConfigError(f"the rope of a {model.config.model_type} model ({kind}) is not known here; take a Llama")
+    frequencies: torch.Tensor = rope.inv_freq.double().cpu()
+    return frequencies
+
+
+def turned(kv: KV, by: int | torch.Tensor, frequencies: torch.Tensor) -> KV:
+    """`kv` with its keys `by` positions further on: all of them by a number, or each by its own, (tokens)."""
+    half = len(frequencies)
+    angles = torch.as_tensor(by, dtype=torch.float64).reshape(-1, 1, 1) * frequencies
+
+    def turn(keys: torch.Tensor) -> torch.Tensor:
+        a, b = keys[..., :half].double(), keys[..., half : 2 * half].double()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, keys[..., 2 * half :].double()], dim=-1).to(keys.dtype)
+
+    return KV(tuple(map(turn, kv.keys)), kv.values, kv.token_ids, kv.num_positions, kv.model)
+
+
+def kept(kv: KV, places: Sequence[int], frequencies: torch.Tensor) -> KV:
+    """The tokens at `places`, ascending, as a shorter prompt: their keys are turned to the places they come to."""
+    chosen = torch.tensor(list(places), dtype=torch.int64)
+    inside = len(chosen) > 0 and int(chosen[0]) >= 0 and int(chosen[-1]) < kv.num_positions
+    if not inside or bool((chosen.diff() <= 0).any()):
+        raise ConfigError(f"places to keep must ascend within 0 to {kv.num_positions - 1}")
+    keys, values = (tuple(layer[chosen] for layer in half) for half in (kv.keys, kv.values))
+    part = KV(keys, values, tuple(kv.token_ids[at] for at in places), len(chosen), kv.model)
+    return turned(part, torch.arange(len(chosen)) - chosen, frequencies)
+
+
+@torch.inference_mode()
+def recomputed(model: Any, kv: KV, chosen: Sequence[int]) -> KV:
+    """`kv` with the tokens `chosen`, ascending, computed again in all layers: each sees what is there of the tokens
+    before it, and of those chosen what was computed just now."""
+    if not chosen:
+        return kv
+    count, places = kv.num_positions, torch.tensor(chosen)
+    if places[0] < 0 or places[-1] >= count or bool((places.diff() <= 0).any()):
+        raise ConfigError(f"tokens to compute again must ascend within 0 to {count - 1}")
+    stale = torch.zeros(count, dtype=torch.bool)
+    stale[places] = True
+    old = (torch.arange(count) < places[:, None]) & ~stale
+    new = places[None] <= places[:, None]
+    sees = torch.cat([old, new], dim=1)
+    mask = torch.zeros(sees.shape, dtype=kv.keys[0].dtype).masked_fill(~sees, torch.finfo(kv.keys[0].dtype).min)
+    ids = torch.tensor([[kv.token_ids[at] for at in chosen]])
+    cache = to_cache(kv)
+    model(ids, past_key_values=cache, position_ids=places[None], attention_mask=mask[None, None], use_cache=True)
+    after = from_cache(cache, list(kv.token_ids) + [0] * len(chosen))
+
+    def placed(old: torch.Tensor, grown: torch.Tensor) -> torch.Tensor:
+        out = old.clone()
+        out[places] = grown[count:]
+        return out
+
+    keys = tuple(placed(a, b) for a, b in zip(kv.keys, after.keys, strict=True))
+    values = tuple(placed(a, b) for a, b in zip(kv.values, after.values, strict=True))
+    return KV(keys, values, kv.token_ids, count, kv.model)
+
+
+def deviation(kv: KV, whole: KV, layer: int = JUDGED_LAYER) -> torch.Tensor:
+    """How far each token's K and V in one layer lie from the true ones, relative to the layer's: float64 (tokens)."""
+    total = torch.zeros(kv.num_positions, dtype=torch.float64)
+    for ours, true in ((kv.keys, whole.keys), (kv.values, whole.values)):
+        wrong, size = (ours[layer] - true[layer]).double(), true[layer].double()
+        total += wrong.square().sum((1, 2)) / size.square().sum((1, 2)).mean()
+    return total
+
+
+def _again(case: Case, kv: KV, chosen: Sequence[int]) -> Made:
+    return Made(recomputed(case.model, kv, chosen), len(chosen) / kv.num_positions)

@@ -1,0 +1,115 @@
+"""Files of KV that prove themselves: what an engine says behind them stands in them, and is asked again."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import kvlab
+from kvlab.connectors.captured import KV
+from kvlab.connectors.proven_file import read_proven
+from kvlab.errors import FormatError
+from tests.connectors.engine import generate, prompt, shared
+from tests.connectors.test_attach import TIERS, answer, worst, zeroed
+
+
+@pytest.fixture
+def cache():
+    return kvlab.attach(shared(TIERS))
+
+
+@pytest.fixture
+def saved(cache, tmp_path):
+    kv = cache.read(prompt(130))
+    cache.save(tmp_path / "kv.safetensors", kv)
+    return tmp_path / "kv.safetensors", kv
+
+
+def changed(path, name, change):
+    """The file with another value of a field of its proof, or other tensors."""
+    with safe_open(path, "pt") as opened:
+        fields, parts = dict(opened.metadata()), {each: opened.get_tensor(each) for each in opened.keys()}  # noqa: SIM118
+    proof = json.loads(fields["proof"])
+    if name in proof:
+        proof[name] = change(proof[name])
+    else:
+        parts[name] = change(parts[name])
+    save_file(parts, path, {**fields, "proof": json.dumps(proof)})
+
+
+def test_a_file_is_loaded_proven_and_serves_its_prompt(cache, saved):
+    path, kv = saved
+    found = cache.load(path)
+    assert worst(kv, found) == 0
+    assert found.token_ids == tuple(prompt(130))
+    llm = shared(TIERS)
+    assert answer(llm, cache.write(list(found.token_ids), found))[0] == generate(llm, [prompt(130)])[0].tokens
+    assert worst(kv, KV.load(path)) == 0  # without an engine it is an ordinary file of KV
+
+
+def test_the_file_of_an_edit_proves_the_edit(cache, saved, tmp_path):
+    _, kv = saved
+    cache.save(tmp_path / "edit.safetensors", zeroed(kv, 2))
+    assert float(cache.load(tmp_path / "edit.safetensors").values[2].abs().max()) == 0
+
+
+def test_numbers_that_were_changed_are_refused_unless_told_otherwise(cache, saved):
+    path, _ = saved
+    changed(path, "layers.2.value", lambda value: value * 0)
+    with pytest.raises(FormatError, match=r"says what this engine does not: a logprob differs by .* nats") as raised:
+        cache.load(path)
+    assert raised.value.reason == "unproven"
+    assert float(cache.load(path, check=False).values[2].abs().max()) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("model", lambda old: {**old, "weights": "others"}, "weights differ"),
+        ("rope", lambda old: {**old, "rope_theta": 3}, "rope differ"),
+    ],
+)
+def test_a_file_of_another_model_is_refused(cache, saved, name, change, words):
+    path, _ = saved
+    changed(path, name, change)
+    with pytest.raises(FormatError, match=words) as raised:
+        cache.load(path)
+    assert raised.value.reason == "wrong_model"
+
+
+def test_a_codec_codes_the_file_and_is_part_of_the_proof(cache, saved, tmp_path):
+    plain, kv = saved
+    path = tmp_path / "coded.safetensors"
+    cache.save(path, kv, codec="int8")
+    assert path.stat().st_size < 0.4 * plain.stat().st_size
+    assert read_proven(path)[1].codec == "int8"
+    assert 0 < worst(kv, cache.load(path)) < 0.05
+
+
+def test_what_is_no_such_file_is_refused_in_one_line(cache, saved, tmp_path):
+    _, kv = saved
+    kv.save(tmp_path / "plain.safetensors")
+    with pytest.raises(FormatError, match=r"carries no proof of format 1; KV.load reads files without one"):
+        cache.load(tmp_path / "plain.safetensors")
+    (tmp_path / "noise").write_bytes(b"noise" * 100)
+    with pytest.raises(FormatError, match="is not a readable file of KV"):
+        cache.load(tmp_path / "noise")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("logprobs", lambda old: old[:-1], "not a readable file of KV"),
+        ("logprobs", lambda old: [{**at, "7": float("nan")} for at in old], "numbers that are none"),
+        ("tokens", lambda old: [], "a proof of 0 tokens"),
+        ("tokens", lambda old: [10**9, *old[1:]], "names tokens beyond the model's 49152"),
+        ("layers.0.key", lambda old: old[:, :, :32].contiguous(), "not a readable file|does not fit this engine"),
+        ("layers.0.key", lambda old: old * float("inf"), "V|K of layer 0 holds NaN or infinity"),
+    ],
+)
+def test_broken_proofs_are_format_errors(cache, saved, name, change, words):
+    path, _ = saved
+    changed(path, name, change)
+    with pytest.raises(FormatError, match=words):
+        cache.load(path)
