@@ -10,9 +10,7 @@ from kvlab.cli.parser import Parser
 from kvlab.cli.show import GREEN, RED, print_json, styled, table
 from kvlab.errors import ConfigError
 from kvlab.judge.report import BAD, HELD, Report, Verdict
-from kvlab.judge.run import judge
 from kvlab.judge.subject import Subject
-from kvlab.judge.traps import TRAPS
 
 WIDEST = 100  # characters of a reason in the table; JSON and HTML have all of it
 
@@ -43,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Judge it; raises KVLabError, which the dispatcher turns into one line and exit status 2."""
     args = parser().parse_args(list(argv))
+    from kvlab.judge.run import judge  # which needs PyTorch; help and completion do not
+    from kvlab.judge.traps import TRAPS
+
     if args.list:
         print(table([["trap", "what happens"], *([one.name, one.about] for one in TRAPS.values())], left=2))
         return 0
