@@ -1,4 +1,8 @@
-"""`PageObjects`: an engine's pages as objects in a store, without PyTorch where they are stored as they are."""
+"""`PageObjects`: an engine's slots as objects in a store, without PyTorch where they are stored as they are.
+
+A slot holds a block: its pages, or what a codec made of them in the engine. Such coded blocks are stored as they are
+too, as ``int4-blocks`` and the like: no reader that wants pages, or chunks, takes them for such.
+"""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -9,27 +13,45 @@ from numpy.typing import NDArray
 
 from kvlab.auth import AuthKey
 from kvlab.container import Container, Part
-from kvlab.errors import FormatError
+from kvlab.errors import ConfigError, FormatError
 from kvlab.hashing import Namespace, versioned
 from kvlab.hostmemory import PAGE, address, scratch
 from kvlab.objects import HEADROOM_BYTES, Found, SealedObjects, check_range
-from kvlab.stated import Expected, metadata_of, stated
+from kvlab.stated import Expected, is_coded, metadata_of, stated
 from kvlab.stores import Store
 from kvlab.stores.base import ValueTooLongError, cut
 
 PAGE_AXES = ("blocks", "layers", "page_bytes")
+CODED_AXES = ("blocks", "slots", "slot_bytes")  # a slot each
 
 
 class PageObjects(SealedObjects):
-    """Pages are uint8 [blocks, layers, page_bytes], C-contiguous; `serde` encodes them, ``naive`` stores them as they
-    are. Others load PyTorch."""
+    """Pages are uint8 [blocks, layers, page_bytes], C-contiguous; or, where `slots` names their codec, coded blocks
+    [blocks, 1, slot_bytes]. `serde` encodes pages; ``naive``, or the codec of the slots, stores them as they are.
+    Others load PyTorch."""
 
     def __init__(
-        self, store: Store | str, *, namespace: Namespace, serde: str = "naive", auth: AuthKey | None = None
+        self,
+        store: Store | str,
+        *,
+        namespace: Namespace,
+        serde: str = "naive",
+        slots: str = "naive",
+        auth: AuthKey | None = None,
     ) -> None:
         super().__init__(store, namespace=namespace, auth=auth)
-        self._in_place = serde == "naive"
-        self._codec: Any = None if self._in_place else _Codec(serde)
+        if slots not in ("naive", serde):
+            raise ConfigError(f"tiers below slots of {slots} must hold the same, got {serde}")
+        self._serde = serde
+        self._in_place = serde == slots
+        self._as_they_are = _AsTheyAre(slots)
+        self._codec: Any = None if self._in_place or is_coded(serde) else _Codec(serde)
+
+    def know_pages(self, page_map: object, num_layers: int) -> None:
+        """What lies where in pages, as `PageMap.as_json` tells it: to code their blocks on the way to the store.
+        ConfigError where they cannot be."""
+        if self._codec is None and not self._in_place:
+            self._codec = _BlockCodec(self._serde, page_map, num_layers)
 
     def under(self, namespace: Namespace, version: str = "") -> "PageObjects":
         """The same under another namespace, in this `version`; its counters are these."""
@@ -48,9 +70,18 @@ class PageObjects(SealedObjects):
     ) -> bool:
         """As `ObjectCache.save_object`."""
         check_range(first_token, end_token)
+        try:
+            return self._put(key, pages, first_token, end_token, confirm)
+        except ConfigError as error:  # of a codec, to which a number is none
+            self._save_failed("unfit", key, error)
+            return False
+
+    def _put(
+        self, key: str, pages: NDArray[np.uint8], first_token: int, end_token: int, confirm: Callable[[], bool] | None
+    ) -> bool:
         return self.put_parts(
             key,
-            lambda: _as_they_are(pages) if self._in_place else self._codec.encode(pages),
+            lambda: self._encode(pages, end_token - first_token),
             kv_bytes=pages.nbytes,
             first_token=first_token,
             end_token=end_token,
@@ -60,13 +91,19 @@ class PageObjects(SealedObjects):
     def load(self, key: str, out: NDArray[np.uint8], *, first_token: int, end_token: int) -> bool:
         """Fill `out` with the object of these tokens under `key`. False on any miss; then `out` may hold anything."""
         check_range(first_token, end_token)
-        expected = Expected(PAGE_AXES, out.shape, "uint8", out.nbytes, (first_token, end_token))
+        axes, shape = self._as_they_are.axes, out.shape
+        if isinstance(self._codec, _BlockCodec):
+            axes, shape = CODED_AXES, (len(out), 1, self._codec.slot_bytes)
+        expected = Expected(axes, shape, "uint8", out.nbytes, (first_token, end_token))
 
         def decode(value: Found) -> bool:
             self._decode(value, key, out, expected)
             return True
 
         return bool(self.get_decoded(key, lambda: self._read(key, out), decode))
+
+    def _encode(self, pages: NDArray[np.uint8], num_tokens: int) -> tuple[Mapping[str, Part], Mapping[str, str]]:
+        return self._as_they_are.encode(pages) if self._in_place else self._codec.encode(pages, num_tokens)
 
     def _read(self, key: str, out: NDArray[np.uint8]) -> Found | None:
         """Pages as they are go to where they belong, behind a header of the usual length; others to memory that this
@@ -83,29 +120,36 @@ class PageObjects(SealedObjects):
     def _decode(self, value: Found, key: str, out: NDArray[np.uint8], expected: Expected) -> None:
         container = self.opened(value, key)
         if self._in_place:
-            _take(container, out, expected)
+            self._as_they_are.take(container, out, expected)
         elif not isinstance(value, bytes | bytearray | memoryview) and len(value) > 1:
             self._decode(b"".join(value), key, out, expected)  # its parts lie where the KV is to go
         else:
             self._codec.decode(container, out, expected)
 
 
-def _as_they_are(pages: NDArray[np.uint8]) -> tuple[Mapping[str, Part], Mapping[str, str]]:
-    """What the naive serde makes of the same bytes."""
-    part = Part("U8", pages.shape, pages.reshape(-1).data)
-    return {"payload": part}, metadata_of("naive", pages.shape, "uint8", PAGE_AXES, {})
+class _AsTheyAre:
+    """Slots stored byte by byte: pages as the naive serde has them, or the blocks of the codec that `slots` names."""
 
+    def __init__(self, slots: str) -> None:
+        self.serde = slots if slots == "naive" else f"{slots.partition(':')[0]}-blocks"
+        self.axes = PAGE_AXES if slots == "naive" else CODED_AXES
+        self._params = {} if slots == "naive" else {"codec": slots}
 
-def _take(container: Container, out: NDArray[np.uint8], expected: Expected) -> None:
-    """Put the bytes of pages that were stored as they are into `out`, if they are not there already."""
-    said = stated(container.metadata, expected)
-    if said.serde != "naive":
-        raise FormatError(f"pages are read as they are here, the object is encoded by {said.serde!r}", reason="serde")
-    part = container.parts.get("payload")
-    if part is None or (part.dtype, part.shape, len(container.parts)) != ("U8", said.shape, 1):
-        raise FormatError(f"pages must be one part of uint8{list(said.shape)}, got {sorted(container.parts)}"[:300])
-    if address(part.data) != out.ctypes.data:
-        out.reshape(-1)[:] = np.frombuffer(part.data, np.uint8)
+    def encode(self, pages: NDArray[np.uint8]) -> tuple[Mapping[str, Part], Mapping[str, str]]:
+        part = Part("U8", pages.shape, pages.reshape(-1).data)
+        return {"payload": part}, metadata_of(self.serde, pages.shape, "uint8", self.axes, self._params)
+
+    def take(self, container: Container, out: NDArray[np.uint8], expected: Expected) -> None:
+        """Put the bytes into `out`, if they are not there already."""
+        said = stated(container.metadata, expected)
+        if said.serde != self.serde or (self._params and said.params != self._params):
+            told = f"{said.serde!r} {said.params}"
+            raise FormatError(f"slots hold {self.serde!r} {self._params} here, the object {told}"[:300], reason="serde")
+        part = container.parts.get("payload")
+        if part is None or (part.dtype, part.shape, len(container.parts)) != ("U8", said.shape, 1):
+            raise FormatError(f"slots must be one part of uint8{list(said.shape)}, got {sorted(container.parts)}"[:300])
+        if address(part.data) != out.ctypes.data:
+            out.reshape(-1)[:] = np.frombuffer(part.data, np.uint8)
 
 
 class _Codec:
@@ -116,7 +160,7 @@ class _Codec:
 
         self._serde = get_serde(spec)
 
-    def encode(self, pages: NDArray[np.uint8]) -> tuple[Mapping[str, Part], Mapping[str, str]]:
+    def encode(self, pages: NDArray[np.uint8], num_tokens: int) -> tuple[Mapping[str, Part], Mapping[str, str]]:
         import torch
 
         from kvlab.serde.wire import to_parts
@@ -137,3 +181,40 @@ class _Codec:
             raise FormatError(f"serde {serde.name!r} decodes to {kv.dtype}{list(kv.shape)}", reason="serde")
         if kv is not into:
             into.copy_(kv)
+
+
+class _BlockCodec:
+    """Pages to coded blocks and back, for slots that hold pages as they are above tiers that do not."""
+
+    def __init__(self, serde: str, page_map: object, num_layers: int) -> None:
+        from kvlab.codecs.blocks import BlockCodec
+        from kvlab.paged.typed import PageMap
+        from kvlab.serde import get_serde
+
+        self._blocks = BlockCodec(get_serde(serde), PageMap.of(page_map), num_layers)
+        self.slot_bytes = self._blocks.slot_bytes
+        self._stored = _AsTheyAre(serde)
+
+    def encode(self, pages: NDArray[np.uint8], num_tokens: int) -> tuple[Mapping[str, Part], Mapping[str, str]]:
+        coded = np.empty((len(pages), 1, self.slot_bytes), np.uint8)
+        for block, slot in zip(pages, coded, strict=True):
+            self._blocks.encode(_tensor(block), self._tokens_of(num_tokens), _tensor(slot[0]))
+        return self._stored.encode(coded)
+
+    def decode(self, container: Container, out: NDArray[np.uint8], expected: Expected) -> None:
+        coded = np.empty((len(out), 1, self.slot_bytes), np.uint8)
+        self._stored.take(container, coded, expected)
+        assert expected.tokens is not None
+        first_token, end_token = expected.tokens
+        for block, slot in zip(out, coded, strict=True):
+            self._blocks.decode(_tensor(slot[0]), self._tokens_of(end_token - first_token), _tensor(block))
+
+    def _tokens_of(self, num_tokens: int) -> int:
+        """Of each block in an object of so many tokens: one of less than a block fills its blocks in part."""
+        return min(num_tokens, self._blocks.map.block_tokens)
+
+
+def _tensor(array: NDArray[np.uint8]) -> Any:
+    import torch
+
+    return torch.from_numpy(array)

@@ -101,8 +101,8 @@ class Mover:
 
 
 @contextmanager
-def transfer_on(gpu, pages, piece_blocks, *, shared=None, is_pinned=False):
-    """A CudaTransfer whose ring buffers hold `piece_blocks` blocks."""
+def transfer_on(gpu, pages, piece_blocks, *, shared=None, is_pinned=False, slot_bytes=0, made=None):
+    """A CudaTransfer whose ring buffers hold `piece_blocks` blocks; or `made`, of slots of `slot_bytes`."""
 
     def copy(target, source, num_bytes, stream):
         gpu.give(stream, lambda: ctypes.memmove(target, source, num_bytes))
@@ -122,8 +122,8 @@ def transfer_on(gpu, pages, piece_blocks, *, shared=None, is_pinned=False):
         patch.setattr(cuda, "copy_to_host", copy)
         patch.setattr(cuda, "TRAIL_LENGTH", 1)
         patch.setattr(cuda, "LAST_BYTES", pages.block_bytes)
-        size = 2 * cuda.RING_DEPTH * piece_blocks * pages.block_bytes
-        transfer = cuda.CudaTransfer(pages, SLOTS, staging_bytes=size, shared=shared)
+        size = 2 * cuda.RING_DEPTH * piece_blocks * (slot_bytes or pages.block_bytes)
+        transfer = (made or cuda.CudaTransfer)(pages, SLOTS, staging_bytes=size, shared=shared)
         try:
             yield transfer
         finally:

@@ -18,7 +18,8 @@ FLOORS = [
     ["codecs", "objects", "machine", "sizing"],
     ["object_cache", "page_objects"],
     ["tierworker"],
-    ["engine", "datasets", "simulation"],
+    ["chaos", "engine", "datasets", "simulation"],
+    ["judge"],
     ["connectors", "testing"],
     ["reuse", "serving"],
     ["plotting"],
@@ -27,7 +28,7 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 WITHIN_GROUND = {("units", "errors"), ("lazy", "errors")}  # errors imports nothing
 HEAVY = {  # each enters at these places alone
-    "vllm": ("connectors/vllm", "paged/vllm_operators.py"),
+    "vllm": ("connectors/vllm", "judge/engine.py", "paged/vllm_operators.py"),
     "pytest": ("testing",),
     "hypothesis": ("testing",),
     "plotly": ("plotting", "sizing/compare.py"),

@@ -48,6 +48,8 @@ def command(line: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
         "completion bash",
         "bench --help",
         "profile --help",
+        "judge --help",
+        "chaos --help",
     ],
 )
 def test_these_commands_need_no_extra(line, tmp_path):

@@ -32,6 +32,16 @@ COMMANDS = {
         "serving benchmarks: backends side by side, first and second run",
         "kvlab bench --backends none,kvlab-memory",
     ),
+    "judge": Command(
+        "kvlab.cli.judge",
+        "put any KV connector of vLLM through traps: is a hit a recompute?",
+        "kvlab judge my_package.connector:MyConnector --traps edges,forks",
+    ),
+    "chaos": Command(
+        "kvlab.cli.chaos",
+        "break what a cache stores in a Redis or a folder, with a seed",
+        "kvlab chaos redis --to 127.0.0.1:6379",
+    ),
     "warm": Command(
         "kvlab.cli.warm", "send prompts to a running server, so that it keeps their KV", "kvlab warm prompt.txt --pin"
     ),

@@ -10,6 +10,8 @@ import torch
 from kvlab.errors import FormatError
 from kvlab.geometry import AXES
 from kvlab.serde.base import Encoded
+from kvlab.serde.groups import halves
+from kvlab.serde.quantized import ScaledSerde
 
 ALIGNMENT = 256  # bytes: of each part's beginning
 
@@ -88,6 +90,16 @@ class Plan:
     def encoded(self, buffer: torch.Tensor) -> Encoded:
         """The object whose parts lie in `buffer`, uint8 in host memory; it views them."""
         return Encoded(self.serde, self.shape, self.dtype, AXES, self.views(buffer), dict(self.params))
+
+
+def scaled_plan(serde: ScaledSerde, shape: tuple[int, ...], dtype: str) -> Plan:
+    """The parts that a scaled kind makes of typed KV of this shape, whatever it holds."""
+    parts = {}
+    for piece in halves(torch.empty(shape, device="meta"), AXES, serde.modes, serde.group):
+        for name, kind in serde.part_shapes(piece.values.shape, piece.dim).items():
+            parts[f"{name}.{piece.name}"] = kind
+    params = {"k": serde.modes[0], "v": serde.modes[1], "group": serde.group}
+    return Plan.of(serde.name, shape, dtype, params, parts)
 
 
 def num_tokens_of(encoded: Encoded) -> int:

@@ -8,11 +8,9 @@ import triton
 
 from kvlab.codecs import scaled_triton as kernels
 from kvlab.codecs.addresses import Addresses
-from kvlab.codecs.plan import Plan, num_tokens_of
+from kvlab.codecs.plan import Plan, num_tokens_of, scaled_plan
 from kvlab.errors import ConfigError
-from kvlab.geometry import AXES
 from kvlab.serde.base import Encoded
-from kvlab.serde.groups import halves
 from kvlab.serde.quantized import ScaledSerde
 
 TILE = 2048  # elements that a program works on at once
@@ -50,27 +48,27 @@ class ScaledCodec:
 
     def plan(self, num_tokens: int) -> Plan:
         """The parts of an object of so many tokens."""
-        shape = self._map.shape(self._at.num_layers, num_tokens)
-        parts = {}
-        for piece in halves(torch.empty(shape, device="meta"), AXES, self.serde.modes, self.serde.group):
-            for name, kind in self.serde.part_shapes(piece.values.shape, piece.dim).items():
-                parts[f"{name}.{piece.name}"] = kind
-        params = {"k": self.serde.modes[0], "v": self.serde.modes[1], "group": self.serde.group}
-        return Plan.of(self.serde.name, shape, self.dtype, params, parts)
+        return scaled_plan(self.serde, self._map.shape(self._at.num_layers, num_tokens), self.dtype)
 
     def check(self, encoded: Encoded) -> None:
         """FormatError unless the object is one of this codec's, with the parts of `plan`."""
         self.plan(num_tokens_of(encoded)).check(encoded)
 
     def encode(
-        self, objects: Sequence[Sequence[int]], num_tokens: int, buffer: torch.Tensor, flags: torch.Tensor
+        self,
+        objects: Sequence[Sequence[int]],
+        num_tokens: int,
+        buffer: torch.Tensor,
+        flags: torch.Tensor,
+        *,
+        each: int = 0,
     ) -> None:
         """Pages of objects of so many tokens each, given as their block ids, into `buffer`, uint8 on their device: one
-        `plan` after the other. ``flags[object, 0]`` becomes 1 where a number is NaN or infinite: then it is no object.
-        """
+        `plan` after the other, or one in `each` bytes, a multiple of 256. ``flags[object, 0]`` becomes 1 where a number
+        is NaN or infinite: then it is no object."""
         plan, ids, item = self.plan(num_tokens), self._at.ids(objects), self._map
         parts, slabs = plan.views(buffer[: plan.num_bytes]), len(objects) * self._at.num_layers
-        about = (self._at.num_layers, len(objects[0]), plan.num_bytes, self._at.block_stride)
+        about = (self._at.num_layers, len(objects[0]), each or plan.num_bytes, self._at.block_stride)
         for run in self._runs(num_tokens):
             payload, scales, low = _operands(parts, run.name)
             tables = self._at.planes[run.plane]
@@ -94,11 +92,11 @@ class ScaledCodec:
                     channels, enable_fp_fusion=False,
                 )  # fmt: skip
 
-    def decode(self, buffer: torch.Tensor, objects: Sequence[Sequence[int]], num_tokens: int) -> None:
+    def decode(self, buffer: torch.Tensor, objects: Sequence[Sequence[int]], num_tokens: int, *, each: int = 0) -> None:
         """What `encode` made, into pages; every byte that is none of the tokens' stays."""
         plan, ids, item = self.plan(num_tokens), self._at.ids(objects), self._map
         parts, slabs = plan.views(buffer[: plan.num_bytes]), len(objects) * self._at.num_layers
-        about = (self._at.num_layers, len(objects[0]), plan.num_bytes, self._at.block_stride)
+        about = (self._at.num_layers, len(objects[0]), each or plan.num_bytes, self._at.block_stride)
         largest = float(torch.finfo(item.element).max)
         for run in self._runs(num_tokens):
             payload, scales, low = _operands(parts, run.name)

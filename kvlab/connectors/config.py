@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 from kvlab.auth import AuthKey, auth_key
 from kvlab.chunking import Chunker
 from kvlab.errors import ConfigError
+from kvlab.stated import CODED_KINDS, is_coded
 from kvlab.stores import check_url
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.served import SCHEME as SERVED
@@ -24,9 +25,9 @@ class ConnectorConfig:
     ----------
     tiers
         store URLs, fastest first. At most one ``memory://`` (the engine's own host memory, the first tier);
-        any others are secondary tiers. ``?serde=NAME`` on these chooses how they encode, ``?auth=FILE`` names the file
-        of a key that their objects are signed with; neither differs between them. No password may stand in a URL, as
-        vLLM logs them: see docs/guide/security.md.
+        any others are secondary tiers. ``?serde=NAME`` chooses how a tier encodes, ``?auth=FILE`` names the file of a
+        key that the objects of secondary tiers are signed with; neither differs between these. No password may stand
+        in a URL, as vLLM logs them: see docs/guide/security.md.
     chunk_tokens
         tokens of one stored object; a multiple of the engine's block size.
     staging
@@ -80,7 +81,8 @@ class ConnectorConfig:
     memory_bytes: int = field(init=False, default=0)
     policy: str = field(init=False, default="lru")
     secondary_tiers: tuple[str, ...] = field(init=False, default=())
-    serde: str = field(init=False, default="naive")
+    serde: str = field(init=False, default="naive")  # of the secondary tiers
+    slot_serde: str = field(init=False, default="naive")  # of host memory, whether it is a tier or on the way to them
     auth: AuthKey | None = field(init=False, default=None)
     auth_file: str = field(init=False, default="")
 
@@ -140,10 +142,16 @@ class ConnectorConfig:
                     raise ConfigError(
                         f"memory:// must be the first tier and the only one of its kind, got {_shown(self.tiers)}"
                     )
-                for option in {"auth", "serde"} & set(url.options):
+                if "auth" in url.options:
                     raise ConfigError(
-                        f"{option} is for the URLs of secondary tiers; the engine's own host memory, {url.shown!r}, "
-                        "holds KV as it is"
+                        f"auth is for the URLs of secondary tiers; the engine's own host memory, {url.shown!r}, is "
+                        "not signed"
+                    )
+                put(self, "slot_serde", _checked_serde(url.take("serde", "naive")))
+                if self.slot_serde != "naive" and not is_coded(self.slot_serde):
+                    raise ConfigError(
+                        f"serde {self.slot_serde!r} has no fixed size, which slots of host memory need; use "
+                        f"{', '.join(CODED_KINDS)} at {url.shown!r}, or {self.slot_serde!r} at secondary tiers alone"
                     )
                 put(self, "memory_bytes", url.take_bytes("size", default="1GiB"))
                 put(self, "policy", url.take("policy", "lru"))
@@ -153,7 +161,7 @@ class ConnectorConfig:
                 url.done()
                 continue
             url.refuse_simulation_options()
-            serdes.add(url.take("serde", "naive"))
+            serdes.add(_checked_serde(url.take("serde", "naive")))
             key_files.add(url.take("auth", ""))
             for option in ("serde", "auth"):
                 url.options.pop(option, None)
@@ -177,8 +185,14 @@ class ConnectorConfig:
             )
         put(self, "auth_file", next(iter(key_files), ""))
         put(self, "auth", auth_key(self.auth_file or None))
-        put(self, "serde", serdes.pop() if serdes else "naive")
-        _check_serde(self.serde)
+        put(self, "serde", serdes.pop() if serdes else self.slot_serde)
+        if self.memory_bytes and self.slot_serde not in ("naive", self.serde):
+            raise ConfigError(
+                f"tiers below memory:// with serde={self.slot_serde} must have the same serde, got {self.serde}: what "
+                "one lost the other could not give back"
+            )
+        if not self.memory_bytes and is_coded(self.serde):
+            put(self, "slot_serde", self.serde)
         put(self, "secondary_tiers", tuple(lower))
 
     def __repr__(self) -> str:
@@ -189,6 +203,17 @@ class ConnectorConfig:
     def keeps_memory(self) -> bool:
         """True where host memory is a tier of its own and not only a way to the lower ones."""
         return self.memory_bytes > 0
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether what the tiers give back is not bit for bit what was computed."""
+        return is_coded(self.serde)
+
+    @property
+    def namespace_serde(self) -> str:
+        """How the namespace names the serde: blocks that are coded one by one are other objects than chunks are."""
+        kind, colon, options = self.serde.partition(":")
+        return f"{kind}-blocks{colon}{options}" if is_coded(self.serde) else self.serde
 
     @property
     def server_socket(self) -> str:
@@ -202,15 +227,16 @@ class ConnectorConfig:
         return self.memory_bytes or self.staging
 
 
-def _check_serde(spec: str) -> None:
+def _checked_serde(spec: str) -> str:
+    """The whole name of the serde that `spec` chooses; ConfigError where no tier can have it."""
     if spec == "naive":
-        return  # without PyTorch, which a machine that only writes a configuration need not have
+        return spec  # without PyTorch, which a machine that only writes a configuration need not have
     from kvlab.serde import get_serde
 
-    if get_serde(spec).needs_kv_axes:
-        raise ConfigError(
-            f"serde {spec!r} must tell K from V, which an engine's opaque pages do not show; use naive or lossless"
-        )
+    serde = get_serde(spec)
+    if serde.needs_kv_axes and not is_coded(spec):
+        raise ConfigError(f"serde {spec!r} is not for an engine's pages; use naive, lossless, {', '.join(CODED_KINDS)}")
+    return serde.spec if is_coded(spec) else spec
 
 
 def _shown(tiers: object) -> str:

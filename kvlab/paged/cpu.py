@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from math import prod
 from threading import Thread
 
 import torch
@@ -31,29 +32,39 @@ class WallClock:
 class CPUTransfer:
     """Pages and arena lie in the same memory: a copy is a copy.
 
-    `arena` is uint8 [slots, layers, page_bytes]; a slot holds one block. Copies go through numpy, page by page:
-    torch would start a team of OpenMP threads for every thread that copies, and those spin beside the model's own.
+    `arena` is uint8 [slots, layers, page_bytes], or what `slot_shape` says; a slot holds one block. Copies go through
+    numpy, page by page: torch would start a team of OpenMP threads for every thread that copies, and those spin beside
+    the model's own.
     """
 
-    def __init__(self, layout: PageLayout, num_slots: int, *, shared: SharedSlots | None = None) -> None:
+    coded_tokens = 0
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        num_slots: int,
+        *,
+        shared: SharedSlots | None = None,
+        slot_shape: tuple[int, ...] | None = None,
+    ) -> None:
         self.layout = layout
-        shape = (num_slots, layout.num_layers, layout.page_bytes)
+        shape = slot_shape or (layout.num_layers, layout.page_bytes)
         self._shared = shared
-        memory = shared.slots if shared is not None else reserve(num_slots * layout.block_bytes)
-        self._arena = memory.reshape(shape)
+        memory = shared.slots if shared is not None else reserve(num_slots * prod(shape))
+        self._arena = memory.reshape(num_slots, *shape)
         self.arena = torch.from_numpy(self._arena)
         # Now, by one thread beside the engine: no request should pay for memory that is touched for the first time.
         Thread(target=populate, args=(self._arena,), kwargs={"threads": 1}, daemon=True, name="kvlab-arena").start()
         self._pages = [pages.numpy() for pages in layout.pages]
 
-    def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> None:
+    def save(self, block_ids: Sequence[int], slots: Sequence[int], num_tokens: Sequence[int] = ()) -> None:
         """Copy pages into slots; done when it returns."""
         check_block_ids(block_ids, self.layout.num_blocks)
         for layer, pages in enumerate(self._pages):
             for block_id, slot in zip(block_ids, slots, strict=True):
                 self._arena[slot, layer] = pages[block_id]
 
-    def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
+    def load(self, slots: Sequence[int], block_ids: Sequence[int], num_tokens: Sequence[int] = ()) -> None:
         """Copy slots into pages; done when it returns."""
         check_block_ids(block_ids, self.layout.num_blocks)
         for layer, pages in enumerate(self._pages):
@@ -73,15 +84,21 @@ class CPUTransfer:
     def fence(self) -> None:
         """Nothing is under way when a call returns."""
 
-    def load_aside(self, slots: Sequence[int], block_ids: Sequence[int], after: None = None) -> WallClock:
+    def load_aside(
+        self, slots: Sequence[int], block_ids: Sequence[int], after: None = None, num_tokens: Sequence[int] = ()
+    ) -> WallClock:
         clock = WallClock()
-        self.load(slots, block_ids)
+        self.load(slots, block_ids, num_tokens)
         clock.stop()
         return clock
 
     def is_settled(self, slots: Sequence[int]) -> bool:
         """True: no copy is under way when a call returns."""
         return True
+
+    def take_unfit(self) -> set[int]:
+        """None: pages are kept whatever they hold."""
+        return set()
 
     def mark_saved(self, number: int) -> None:
         if self._shared is not None:

@@ -22,6 +22,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 from triton.runtime import driver as triton_driver
@@ -74,6 +76,8 @@ class CudaTransfer:
     the other way round, and every write to a page for the save that reads it.
     """
 
+    coded_tokens = 0
+
     def __init__(
         self,
         layout: PageLayout,
@@ -81,10 +85,12 @@ class CudaTransfer:
         *,
         staging_bytes: int = DEFAULT_STAGING_BYTES,
         shared: SharedSlots | None = None,
+        slot_shape: tuple[int, ...] | None = None,
     ) -> None:
         self.layout = layout
         self.device = layout.pages[0].device
-        block = layout.block_bytes
+        shape = slot_shape or (layout.num_layers, layout.page_bytes)
+        block = self._slot_bytes = prod(shape)
         piece_blocks = staging_bytes // (2 * RING_DEPTH) // block  # one ring for loads, one for saves
         if piece_blocks < 1:
             raise ConfigError(
@@ -97,13 +103,13 @@ class CudaTransfer:
         memory = shared.slots.reshape(-1) if shared is not None else reserve(num_slots * block)
         unpin = pin(shared.bytes if shared is not None else memory)  # None: pageable memory, which works and is slower
         self._is_pinned = unpin is not None
-        self.arena = torch.from_numpy(memory).view(num_slots, layout.num_layers, layout.page_bytes)
-        self._mover = PageMover(layout)
+        self.arena = torch.from_numpy(memory).view(num_slots, *shape)
+        self._mover = self._make_mover()
         self._arena_address = self.arena.data_ptr()
         self._in, self._out = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self._seen_streams: dict[int, torch.cuda.Stream] = {}
         self._side, self._pack = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
-        self._rings = {name: _Ring(layout, piece_blocks, self.device) for name in ("in", "out")}
+        self._rings = {name: _Ring((piece_blocks, *shape), self.device) for name in ("in", "out")}
         # Recorded for each piece and waited for in one breath: a wait keeps the record it found.
         self._arrived, self._gathered = torch.cuda.Event(), torch.cuda.Event()
         self._loads, self._saves = _Trail(num_slots), _Trail(num_slots)
@@ -117,14 +123,14 @@ class CudaTransfer:
         """GPU memory the rings take."""
         return sum(ring.num_bytes for ring in self._rings.values())
 
-    def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Timing:
+    def load(self, slots: Sequence[int], block_ids: Sequence[int], num_tokens: Sequence[int] = ()) -> Timing:
         """Slots into pages: the current stream's next work sees them. Returns at once."""
         _check_lengths(slots, block_ids)
-        block, stream = self.layout.block_bytes, self._in.cuda_stream
+        block, stream = self._slot_bytes, self._in.cuda_stream
         with self._lock:
             timing = Timing(self._in)
             compute: torch.cuda.Stream | None = None
-            for piece, ids, places in self._pieces("in", block_ids, slots):
+            for piece, ids, places, *tokens in self._pieces("in", block_ids, slots, *filter(None, (num_tokens,))):
                 self._saves.wait(self._in, places)
                 self._in.wait_event(piece.free)
                 for into, first, count in runs(places):
@@ -137,24 +143,24 @@ class CudaTransfer:
                     check_block_ids(block_ids, self.layout.num_blocks)  # no page is touched before
                 compute.wait_event(self._arrived)
                 self._gathers.wait(compute, ids)
-                self._mover.scatter(ids, piece.buffer, compute.cuda_stream)
+                self._mover.scatter(ids, piece.buffer, compute.cuda_stream, *tokens)
                 piece.free.record(compute)
             timing.stop(compute)
             self._loads.add(_recorded(self._in), slots)
         return timing
 
-    def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> Timing:
+    def save(self, block_ids: Sequence[int], slots: Sequence[int], num_tokens: Sequence[int] = ()) -> Timing:
         """Pages into slots, as they are when the current stream's work so far is done. Returns at once. Before the
         current stream writes to these pages again, `before_writes` must hear of it."""
         _check_lengths(slots, block_ids)
         check_block_ids(block_ids, self.layout.num_blocks)
-        block, stream = self.layout.block_bytes, self._out.cuda_stream
+        block, stream = self._slot_bytes, self._out.cuda_stream
         with self._lock:
             timing = Timing(self._current_stream())
             self._pack.wait_event(timing.start)
-            for piece, ids, places in self._pieces("out", block_ids, slots):
+            for piece, ids, places, *tokens in self._pieces("out", block_ids, slots, *filter(None, (num_tokens,))):
                 self._pack.wait_event(piece.free)
-                self._mover.gather(ids, piece.buffer, self._pack.cuda_stream)
+                self._mover.gather(ids, piece.buffer, self._pack.cuda_stream, *tokens)
                 self._gathered.record(self._pack)
                 self._loads.wait(self._out, places)
                 self._out.wait_event(self._gathered)
@@ -193,14 +199,22 @@ class CudaTransfer:
         return _recorded(torch.cuda.current_stream(self.device))
 
     def load_aside(
-        self, slots: Sequence[int], block_ids: Sequence[int], after: torch.cuda.Event | None = None
+        self,
+        slots: Sequence[int],
+        block_ids: Sequence[int],
+        after: torch.cuda.Event | None = None,
+        num_tokens: Sequence[int] = (),
     ) -> Timing:
         """`load` on a stream of its own, beside the engine's work. Nothing is written to the pages before `after`: who
         had them last may still be reading them, and a save of them may be under way."""
         with torch.cuda.device(self.device), torch.cuda.stream(self._side):
             if after is not None:
                 self._side.wait_event(after)
-            return self.load(slots, block_ids)
+            return self.load(slots, block_ids, num_tokens)
+
+    def take_unfit(self) -> set[int]:
+        """None: pages are kept whatever they hold."""
+        return set()
 
     def mark_saved(self, number: int) -> None:
         """Written by the GPU, behind the bytes of the saves so far."""
@@ -232,13 +246,15 @@ class CudaTransfer:
 
     # ----
 
-    def _pieces(
-        self, name: str, block_ids: Sequence[int], slots: Sequence[int]
-    ) -> Iterator[tuple["_Buffer", Sequence[int], Sequence[int]]]:
-        """What goes through one ring buffer at a time: the buffer, block ids, slots."""
+    def _make_mover(self) -> Any:
+        """What moves blocks between pages and a ring buffer."""
+        return PageMover(self.layout)
+
+    def _pieces(self, name: str, *lists: Sequence[int]) -> Iterator[Any]:
+        """What goes through one ring buffer at a time: the buffer, and its part of each list (block ids, slots...)."""
         ring, at = self._rings[name], 0
-        for size in piece_sizes(len(slots), ring.num_blocks, self._last_blocks if name == "in" else 0):
-            yield ring.next(), block_ids[at : at + size], slots[at : at + size]
+        for size in piece_sizes(len(lists[0]), ring.num_blocks, self._last_blocks if name == "in" else 0):
+            yield ring.next(), *(each[at : at + size] for each in lists)
             at += size
 
     def _under_way(self, slots: Sequence[int]) -> list[torch.cuda.Event]:
@@ -321,10 +337,10 @@ class _Buffer:
 class _Ring:
     """GPU buffers used in turn."""
 
-    def __init__(self, layout: PageLayout, num_blocks: int, device: torch.device) -> None:
-        self.num_blocks = num_blocks
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.num_blocks = shape[0]
         self._buffers = [
-            _Buffer(layout.buffer(num_blocks, device=device), torch.cuda.Event()) for _ in range(RING_DEPTH)
+            _Buffer(torch.empty(shape, dtype=torch.uint8, device=device), torch.cuda.Event()) for _ in range(RING_DEPTH)
         ]
         self._at = 0
 

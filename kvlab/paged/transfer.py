@@ -25,18 +25,23 @@ class Clock(Protocol):
 
 class Transfer(Protocol):
     """Moves blocks between pages and arena slots. A copy that returns a clock is still under way; the engine's
-    next work is ordered behind it all the same. `arena` is uint8 [slots, layers, page_bytes]."""
+    next work is ordered behind it all the same. `arena` is uint8 [slots, ...], a block each: its pages (layers,
+    page_bytes), or what a codec makes of them. Then `coded_tokens` is how many a block has, else 0; and `num_tokens`
+    says how many tokens of each block are the object's; all, if it is empty."""
 
     layout: PageLayout
     arena: torch.Tensor
+    coded_tokens: int
 
-    def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> Clock | None:
+    def save(self, block_ids: Sequence[int], slots: Sequence[int], num_tokens: Sequence[int] = ()) -> Clock | None:
         """Copy pages into slots."""
 
-    def load(self, slots: Sequence[int], block_ids: Sequence[int]) -> Clock | None:
+    def load(self, slots: Sequence[int], block_ids: Sequence[int], num_tokens: Sequence[int] = ()) -> Clock | None:
         """Copy slots into pages; the engine's next work sees them."""
 
-    def load_aside(self, slots: Sequence[int], block_ids: Sequence[int], after: Any) -> Clock:
+    def load_aside(
+        self, slots: Sequence[int], block_ids: Sequence[int], after: Any, num_tokens: Sequence[int] = ()
+    ) -> Clock:
         """The same behind the fence `after`, and beside the engine's work."""
 
     def fence(self) -> Any:
@@ -54,11 +59,14 @@ class Transfer(Protocol):
     def is_settled(self, slots: Sequence[int]) -> bool:
         """Whether no copy uses these slots, so that another process may write to them."""
 
+    def take_unfit(self) -> set[int]:
+        """Slots whose blocks turned out to be none that the codec can keep; their saves have failed."""
+
     def mark_saved(self, number: int) -> None:
         """Once all saves so far are in their slots, the counter ``copied`` of shared memory is `number`."""
 
     def slots(self, slots: Sequence[int]) -> torch.Tensor:
-        """What `slots` hold once the copies into them have ended, uint8 [blocks, layers, page_bytes]."""
+        """What `slots` hold once the copies into them have ended, uint8 [blocks, ...]."""
 
     def close(self) -> None:
         """Give the arena back."""

@@ -10,6 +10,8 @@ until the engine's own write operator has shown it (`kvlab.paged.probe`).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
+from typing import Any
 
 import torch
 
@@ -75,6 +77,32 @@ class PageMap:
             raise ConfigError(f"map {self.name} has elements at no multiple of their {item} bytes")
         if not bool(taken.sort().values.diff().all()):
             raise ConfigError(f"map {self.name} has two elements at one place")
+
+    @staticmethod
+    def of(told: object) -> "PageMap":
+        """The map that `as_json` told of, which others may have written. ConfigError where it is none."""
+        try:
+            fields = dict(told)  # type: ignore[call-overload]
+            element = getattr(torch, str(fields["element"]), None)
+            tables = [[tuple(map(int, table)) for table in plane] for plane in fields["planes"]]
+            page_bytes = int(fields["page_bytes"])
+            # Before anything as large as they say is made.
+            too_large = any(prod(map(len, plane)) > page_bytes for plane in tables)
+            if not isinstance(element, torch.dtype) or too_large:
+                raise ValueError("no such page")
+            planes = tuple(Plane(*plane) for plane in tables)
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            raise ConfigError(f"a page map must name an element, the bytes of a page and planes: {error}") from None
+        return PageMap(str(fields.get("name", "")), element, page_bytes, planes)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `of` reads."""
+        return {
+            "name": self.name,
+            "element": str(self.element).removeprefix("torch."),
+            "page_bytes": self.page_bytes,
+            "planes": [[plane.tokens, plane.heads, plane.channels] for plane in self.planes],
+        }
 
     def __repr__(self) -> str:
         what = "K and V" if len(self.planes) == 2 else "latents"

@@ -1,4 +1,4 @@
-"""Conformance suites for kvlab's stores, serdes and policies, and for those of other packages.
+"""Conformance suites for kvlab's stores, serdes, policies and connectors, and for those of other packages.
 
 Needs pytest and hypothesis, which the extra ``test`` brings.
 """
@@ -10,12 +10,14 @@ from kvlab.lazy import lazy
 
 if TYPE_CHECKING:
     from kvlab.testing.budgets import BudgetTests as BudgetTests
+    from kvlab.testing.connectors import ConnectorTests as ConnectorTests
     from kvlab.testing.policies import PolicyTests as PolicyTests
     from kvlab.testing.serde import SerdeTests as SerdeTests
     from kvlab.testing.stores import StoreTests as StoreTests
 
 _HOME = {
     "BudgetTests": "kvlab.testing.budgets",
+    "ConnectorTests": "kvlab.testing.connectors",
     "PolicyTests": "kvlab.testing.policies",
     "SerdeTests": "kvlab.testing.serde",
     "StoreTests": "kvlab.testing.stores",

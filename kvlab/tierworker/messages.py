@@ -71,12 +71,13 @@ class Ask:
 @dataclass(frozen=True)
 class Opening:
     """The first message: what the tiers are, and under which names objects lie in them. `auth` is the path of a key's
-    file."""
+    file, `slots` the codec of what slots hold, ``naive`` where they hold pages as they are."""
 
     tiers: list[str]
     serde: str
     auth: str | None
     namespaces: list[dict[str, Any]]  # model and fields, one for each rank
+    slots: str = "naive"
 
     @classmethod
     def of(cls, message: Message) -> Self:
@@ -84,23 +85,28 @@ class Opening:
             opening = cls(**{name: value for name, value in message.items() if name != "op"})
         except TypeError as error:
             raise LinkError("the first message does not open the tiers") from error
-        if not all(isinstance(each, list) for each in (opening.tiers, opening.namespaces)):
+        lists, texts = (opening.tiers, opening.namespaces), (opening.serde, opening.slots)
+        if not all(isinstance(each, list) for each in lists) or not all(isinstance(each, str) for each in texts):
             raise LinkError("the first message does not open the tiers")
         return opening
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The slots that the engine shares; the descriptor of their memory comes with the message."""
+    """The slots that the engine shares; the descriptor of their memory comes with the message. `page_map`: what lies
+    where in a page, for tiers that code what slots hold as it is."""
 
     num_slots: int
     layers: int
     page_bytes: int
+    page_map: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, message: Message) -> Self:
         most = 1 << 40
-        memory = cls(*(_number(message, name, most) for name in ("num_slots", "layers", "page_bytes")))
+        slots, layers, size = (_number(message, name, most) for name in ("num_slots", "layers", "page_bytes"))
+        page_map = message.get("page_map")
+        memory = cls(slots, layers, size, page_map if isinstance(page_map, dict) else None)
         if not 0 < memory.num_slots * memory.layers * memory.page_bytes <= 1 << 48:
             raise LinkError("a message names memory of no possible size")
         return memory

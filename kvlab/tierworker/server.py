@@ -183,7 +183,8 @@ class TierServer:
             named = [Namespace(str(each["model"]), dict(each["fields"])) for each in opening.namespaces]
             auth = auth_key(opening.auth)
             self._namespaces = named
-            self.objects = PageObjects(store, namespace=named[0], serde=opening.serde, auth=auth)
+            kinds = {"serde": opening.serde, "slots": opening.slots}
+            self.objects = PageObjects(store, namespace=named[0], **kinds, auth=auth)
         except (KVLabError, ImportError, OSError, ValueError, TypeError, LookupError) as error:
             self._tell(failure(error))
             raise LinkError("the tiers could not be opened") from error
@@ -191,7 +192,9 @@ class TierServer:
         self._asks.submit(self._log_tiers)
 
     def _map(self, memory: Memory, fd: int) -> None:
+        assert self.objects is not None
         try:
+            self.objects.know_pages(memory.page_map, memory.layers)
             self._memory = SharedSlots(memory.num_slots, memory.layers * memory.page_bytes, fd=fd)
         except ConfigError as error:
             raise LinkError(str(error)) from error

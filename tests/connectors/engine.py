@@ -1,6 +1,5 @@
 """A real vLLM in this process, with and without kvlab, on a short demo model; prompts of its tokens."""
 
-import gc
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ import torch
 
 import kvlab
 from kvlab.datasets.demo_model import demo_model
+from kvlab.judge.engine import core, running
 from tests.connectors.models import TOKEN_BYTES, short_demo
 from tests.support.starts import check_may_start
 from tests.support.tiers import workers_in_threads
@@ -50,45 +50,20 @@ class Answer:
         return int(self.row.get("hit_tokens", 0))
 
 
-@cache
-def freeze_imports() -> None:
-    """Collections before, in and after each engine pass over what is there now, which are mostly vLLM's modules: two
-    seconds an engine instead of six. vLLM itself freezes and thaws the whole heap with each engine."""
-    gc.collect()
-    gc.freeze()
-    gc.freeze = gc.unfreeze = lambda: None
-
-
 @contextmanager
 def engine(
     tiers: Sequence[str] | None, settings: dict[str, Any] | None = None, *, in_thread: bool = False, **connector: Any
 ) -> Iterator[Any]:
     """An `LLM` with these tiers (None: no connector), shut down at the end. `in_thread`: its tier worker is a thread,
     see `objects_of`."""
-    from vllm import LLM
-    from vllm.config import KVTransferConfig
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     check_may_start("engine")
     close_shared()
-    freeze_imports()
-    gc.collect()  # the last engine: its user has let go of it only now, and vLLM must see no memory come free at start
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     arguments = {**SETTINGS, **(settings or {})}
     model = arguments.pop("model", None) or short_demo()
-    if tiers is not None:
-        chosen = {"report": True, "chunk_tokens": 64, **PATIENT, **connector}
-        arguments["kv_transfer_config"] = KVTransferConfig(**kvlab.vllm_config(tiers, **chosen))
-    with workers_in_threads() if in_thread else nullcontext():
-        llm = LLM(model, **arguments)
-    try:
+    chosen = {"report": True, "chunk_tokens": 64, **PATIENT, **connector}
+    transfer = None if tiers is None else kvlab.vllm_config(tiers, **chosen)
+    with workers_in_threads() if in_thread else nullcontext(), running(model, arguments, transfer) as llm:
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 _shared: dict[tuple[str, ...], tuple[Any, ExitStack]] = {}
@@ -107,11 +82,6 @@ def close_shared() -> None:
     for _, stack in list(_shared.values()):
         stack.close()
     _shared.clear()
-
-
-def core(llm: Any) -> Any:
-    """vLLM's scheduler of an in-process engine."""
-    return llm.llm_engine.engine_core.engine_core.scheduler
 
 
 def connector(llm: Any) -> Any:

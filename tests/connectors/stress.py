@@ -10,7 +10,6 @@ that wrong KV that was persisted is found.
 """
 
 import argparse
-import json
 import random
 import shutil
 import tempfile
@@ -20,51 +19,28 @@ from pathlib import Path
 
 import torch
 
+from kvlab.datasets.tiny_model import SIZES, VOCABULARY, tiny_adapter, tiny_llama
 from kvlab.stores.wrappers import FaultStore
 from tests.connectors.damage import overwritten
 from tests.connectors.engine import connector, drain, engine, objects_of, worker
 
-VOCABULARY, BLOCK = 4096, 32
+BLOCK = 32
 POLICIES = ["lru", "s3fifo", "arc", "fifo", "lfu", "mru"]
 PLENTY = {"kv_cache_memory_bytes": 48 << 20}
 
 
 def tiny_model(folder: Path, kind: str) -> str:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+    if kind != "gemma":
+        return tiny_llama(folder)
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCABULARY, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-        "max_position_embeddings": 1024, "tie_word_embeddings": False,
-    }  # fmt: skip
-    if kind == "gemma":
-        layers = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-        config = Gemma3TextConfig(
-            hidden_size=128, intermediate_size=256, num_hidden_layers=6, sliding_window=80, layer_types=layers,
-            initializer_range=0.2, query_pre_attn_scalar=64, **sizes,
-        )  # fmt: skip
-        Gemma3ForCausalLM(config).save_pretrained(folder)
-    else:
-        config = LlamaConfig(
-            hidden_size=256, intermediate_size=512, num_hidden_layers=4, initializer_range=0.1, **sizes
-        )
-        LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
-def tiny_adapter(folder: Path, seed: int) -> str:
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    rng, tensors = torch.Generator().manual_seed(seed), {}
-    for layer in range(4):
-        for name, width in (("q_proj", 256), ("v_proj", 128)):
-            base = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{base}.lora_A.weight"] = torch.randn(8, 256, generator=rng) * 0.1
-            tensors[f"{base}.lora_B.weight"] = torch.randn(width, 8, generator=rng) * 0.3
-    save_file(tensors, folder / "adapter_model.safetensors")
+    config = Gemma3TextConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=6, sliding_window=80,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2, initializer_range=0.2,
+        query_pre_attn_scalar=64, **SIZES,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
 

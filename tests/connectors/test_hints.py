@@ -22,7 +22,7 @@ def test_hints_are_read_and_wrong_ones_turn_the_cache_off():
     assert hints({"save": False}) == Hints(save=False)
     for given, told in [
         ("pin", "must be an object"),
-        ({"sav": False}, "unknown hint; known: load, save, pin, release, ttl_s"),
+        ({"sav": False}, "unknown hint; known: load, save, exact, pin, release, ttl_s"),
         ({"pin": "yes"}, "pin must be true or false"),
         ({"pin": True, "ttl_s": True}, "ttl_s must be a number of seconds above 0"),
         ({"pin": True, "ttl_s": float("nan")}, "ttl_s must be"),
@@ -129,7 +129,7 @@ def test_hints_of_requests_to_an_engine():
         assert ask(llm, first, load=False).row["miss"] == "not_wanted"
         wrong = ask(llm, first, lod=False)
         assert (wrong.hit, wrong.row["miss"]) == (0, "wrong_hint")
-        assert wrong.row["hint"] == "unknown hint; known: load, save, pin, release, ttl_s"
+        assert wrong.row["hint"] == "unknown hint; known: load, save, exact, pin, release, ttl_s"
         assert ask(llm, [5, 6, 7], lod=False).row["miss"] == "wrong_hint", "of a prompt that no hit could serve as well"
         assert ask(llm, first, pin=True).row["pinned_objects"] == 6, "four chunks of 64, a tail and a partial block"
         for p in others:

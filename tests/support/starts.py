@@ -14,6 +14,7 @@ import pytest
 
 ALLOWED = "KVLAB_TEST_MAY_START"  # the running test's markers; its child processes inherit it
 SERVERS = {"kvlab.serving.runs.run", "kvlab.serving.server.Server"}
+ENGINES = {"kvlab.judge.engine.running", "kvlab.judge.run.judge", "kvlab.judge.run.judge_each"}
 PROGRAM = re.compile(r"\bLLM\(|\bwith engine\(")  # in the text of a program for another process
 
 
@@ -29,7 +30,7 @@ def started_by(item: pytest.Item) -> set[str]:
             continue
         seen.add(code)
         for name, value in _named(code, function.__globals__, getattr(item, "cls", None)):
-            if name == "LLM" or (isinstance(value, str) and PROGRAM.search(value)):
+            if name == "LLM" or (isinstance(value, str) and PROGRAM.search(value)) or _path(value) in ENGINES:
                 found.add("engine")
             elif _path(value) in SERVERS:
                 found.add("server")

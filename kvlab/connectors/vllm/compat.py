@@ -105,6 +105,20 @@ def slot_bytes(vllm_config: Any, kv_cache_config: Any) -> int:
     return max(stages) * next(iter(pages[0].values()))
 
 
+def typed_blocks(vllm_config: Any, kv_cache_config: Any) -> set[tuple[tuple[int, int, int, int, int], str]]:
+    """What the specs of groups say a block holds, on the rank that has most of it: the shape (layers, tokens, kv_heads,
+    kv, head_dim) and the dtype of an element. Layers of one group that differ give it several."""
+    stages = stage_layers(vllm_config)
+    found: set[tuple[tuple[int, int, int, int, int], str]] = set()
+    for group in kv_cache_config.kv_cache_groups:
+        for spec in _specs(group):
+            layers = len(group.layer_names) if len(stages) == 1 else max(stages)
+            planes = 1 if "MLA" in type(spec).__name__ else 2
+            shape = (layers, spec.block_size, spec.num_kv_heads, planes, spec.head_size)
+            found.add((shape, str(spec.dtype).removeprefix("torch.")))
+    return found
+
+
 def unfilled_groups(kv_cache_config: Any) -> list[int]:
     """Groups whose pages may have bytes that no token of the request writes: what another one left there. Pages of
     several groups lie over each other, and a group may have fewer layers; others are padded, or hold more than K and V.

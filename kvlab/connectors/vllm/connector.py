@@ -25,12 +25,13 @@ from kvlab.connectors.vllm.by_hand.written import ByHand
 from kvlab.connectors.vllm.messages import RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.metrics import KVLabPromMetrics, KVLabStats
 from kvlab.connectors.vllm.namespace import engine_namespace, rank_namespace
+from kvlab.connectors.vllm.pages import codec_of, open_engine_transfer, proven_map, slot_bytes_of
 from kvlab.connectors.vllm.scheduler.scheduler import Scheduler
 from kvlab.connectors.vllm.scheduler.slots import SlotIndex
 from kvlab.connectors.vllm.worker.worker import Worker
 from kvlab.errors import ConfigError
 from kvlab.hashing import Namespace, cache_namespace
-from kvlab.paged import open_transfer, page_layout
+from kvlab.paged import Opaque, PageMap, page_layout
 from kvlab.sharedmemory import SharedSlots
 from kvlab.stores.url import shown_url
 from kvlab.tierworker.client import TierClient
@@ -84,7 +85,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self._writes_early = self.groups.are_several or compat.zeroes_pages(kv_cache_config)
         pages = [compat.page_bytes(group) for group in kv_cache_config.kv_cache_groups]
         self._pages = {layer: size for group in pages for layer, size in group.items()}
-        slot_bytes = compat.slot_bytes(vllm_config, kv_cache_config)
+        slot_bytes = slot_bytes_of(vllm_config, kv_cache_config, self.config.slot_serde)
         self.num_slots = self.config.arena_bytes // slot_bytes
         if self.num_slots < 1:
             raise ConfigError(
@@ -95,7 +96,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             vllm_config,
             kv_cache_config,
             extra=self.config.namespace,
-            serde=self.config.serde,
+            serde=self.config.namespace_serde,
             outlives=outlives,
             loaded_here=role == KVConnectorRole.WORKER,
         )
@@ -150,6 +151,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             self.config.serde,
             self.config.auth_file or None,
             [{"model": namespace.model, "fields": dict(namespace.fields)} for namespace in namespaces],
+            self.config.slot_serde,
         )
         group = get_kv_transfer_group() if has_kv_transfer_group() else None
         beside = group.tiers if isinstance(group, KVLabConnector) else None
@@ -177,16 +179,25 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self.kv_caches = dict(kv_caches)
         name = compat.layout_name(self._vllm_config, self._kv_cache_config)
         layout = page_layout(kv_caches, num_blocks=self._kv_cache_config.num_blocks, page_bytes=self._pages, name=name)
-        if layout.block_bytes * self.num_slots > self.config.arena_bytes:
+        page_map: PageMap | Opaque = Opaque("no serde asks for more")
+        if self.config.is_lossy:
+            page_map = proven_map(self._vllm_config, self._kv_cache_config, kv_caches, self._pages)
+        codec = codec_of(self.config.slot_serde, page_map, layout)
+        slot_bytes = layout.block_bytes if codec is None else codec.slot_bytes
+        if slot_bytes * self.num_slots > self.config.arena_bytes:
             raise ConfigError(
                 f"a block holds {layout.block_bytes} bytes in the engine's memory, more than its specs say; "
                 "run this model without the connector"
             )
         shared = None
         if self.tiers is not None:
-            shared = SharedSlots(self.num_slots, layout.block_bytes)
-            self.tiers.share(Memory(self.num_slots, layout.num_layers, layout.page_bytes), shared)
-        transfer = open_transfer(layout, self.num_slots, staging_bytes=self.config.gpu_staging, shared=shared)
+            shared = SharedSlots(self.num_slots, slot_bytes)
+            shape = (layout.num_layers, layout.page_bytes) if codec is None else (1, slot_bytes)
+            below = codec_of(self.config.serde, page_map, layout) if codec is None and self.config.is_lossy else None
+            self.tiers.share(Memory(self.num_slots, *shape, None if below is None else below.map.as_json()), shared)
+        transfer = open_engine_transfer(
+            layout, codec, self.num_slots, staging_bytes=self.config.gpu_staging, shared=shared
+        )
         self.worker = Worker(
             transfer,
             self.num_slots,
@@ -195,17 +206,20 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             writes_early=self._writes_early,
             load_timeout_s=self.config.load_timeout_ms / 1e3,
         )
-        self._log_start(layout.block_bytes)
+        self._log_start(slot_bytes, page_map)
 
-    def _log_start(self, block_bytes: int) -> None:
+    def _log_start(self, slot_bytes: int, page_map: PageMap | Opaque) -> None:
         """What is in use, in one line; the tier worker adds what the secondary tiers hold."""
         memory = "memory tier" if self.config.keeps_memory else "staging"
         logger.info(
-            "kvlab: %s of %s (%d blocks of %s a rank), secondary tiers %s, objects of %d tokens, namespace %s",
+            "kvlab: %s of %s (%d blocks of %s as %s a rank), pages %s, secondary tiers %s, objects of %d tokens, "
+            "namespace %s",
             memory,
             format_bytes(self.config.arena_bytes),
             self.num_slots,
-            format_bytes(block_bytes),
+            format_bytes(slot_bytes),
+            self.config.slot_serde,
+            f"opaque ({page_map.reason})" if isinstance(page_map, Opaque) else f"typed ({page_map.name})",
             ", ".join(shown_url(url) for url in self.config.secondary_tiers) or "none",
             self.chunker.chunk_tokens,
             rank_namespace(self.namespace, self._vllm_config.parallel_config.rank).id,

@@ -12,12 +12,14 @@ _LOGGED: set[str] = set()
 
 @dataclass(frozen=True)
 class Hints:
-    """`load`, `save`: whether the cache may serve the prompt, and keep it. `pin`: what the memory tier holds of the
-    prompt when the request ends stays there, for `ttl_s` seconds if given. `release`: it is pinned no longer. `wrong`
-    says what is no hint; such a request goes without the cache, as it may have meant to."""
+    """`load`, `save`: whether the cache may serve the prompt, and keep it. `exact`: objects of a lossy kind do not
+    serve it. `pin`: what the memory tier holds of the prompt when the request ends stays there, for `ttl_s` seconds if
+    given. `release`: it is pinned no longer. `wrong` says what is no hint; such a request goes without the cache, as it
+    may have meant to."""
 
     load: bool = True
     save: bool = True
+    exact: bool = False
     pin: bool = False
     release: bool = False
     ttl_s: float | None = None
@@ -34,6 +36,10 @@ class Hints:
             _LOGGED.add(wrong)
             logger.warning("kvlab: a request's hints are wrong, such requests go without the cache: %s", wrong)
         return cls(load=False, save=False, wrong=wrong) if wrong else cls(**given)
+
+    def refusal(self, *, lossy: bool) -> str:
+        """Why the request goes without some of what the tiers hold; empty if it does not."""
+        return "not_wanted" if not self.load else "not_exact" if self.exact and lossy else ""
 
 
 _NONE = Hints()  # as most requests have

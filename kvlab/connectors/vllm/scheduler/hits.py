@@ -10,14 +10,20 @@ HELD = (Where.MEMORY, Where.PENDING, Where.SECONDARY)
 
 
 def find_hit(
-    state: RequestState, chunker: Chunker, residency: Residency, answer: Mapping[bytes, bool]
+    state: RequestState,
+    chunker: Chunker,
+    residency: Residency,
+    answer: Mapping[bytes, bool],
+    *,
+    exact: bool = False,
 ) -> list[ObjectRef]:
     """The longest run of chunks that some tier holds, then the longest tail present; and behind the prompt's last full
-    block the one that it fills in part. `answer`: what the secondary tiers hold."""
+    block the one that it fills in part. `answer`: what the secondary tiers hold. `exact`: only what lies in memory as
+    it was computed."""
     hashes, block = state.hashes, chunker.block_tokens
 
     def is_held(key: bytes) -> bool:
-        return residency.where(key, answer) in HELD
+        return residency.where(key, answer) in HELD and (not exact or residency.is_exact(key))
 
     def ref(span: Span, key: bytes, end_token: int) -> ObjectRef:
         return ObjectRef(span, key, end_token, residency.is_in_memory(key))

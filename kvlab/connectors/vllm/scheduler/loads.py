@@ -11,13 +11,18 @@ from kvlab.connectors.vllm.scheduler.slots import Entry, SlotIndex
 
 
 class LoadPlanner:
-    """Queues loads for the step that is being planned. Without `at_once` all of them run between steps."""
+    """Queues loads for the step that is being planned. Without `at_once` all of them run between steps; `lossy`: what
+    the secondary tiers give back is not bit for bit what was computed, nor then what is computed behind it."""
 
-    def __init__(self, chunker: Chunker, groups: KVGroups, index: SlotIndex, *, at_once: bool) -> None:
+    def __init__(
+        self, chunker: Chunker, groups: KVGroups, index: SlotIndex, *, at_once: bool, lossy: bool = False
+    ) -> None:
         self._chunker = chunker
         self._groups = groups
         self._index = index
         self._at_once = at_once
+        self._lossy = lossy
+        self.has_loaded_inexact = False  # pages that the engine's own prefix cache may find
         self._loads: list[RequestLoad] = []
         self._arrived: dict[str, int] = {}  # ranks that finished an async load
         self.in_flight: dict[str, list[Entry]] = {}  # async loads: request id -> objects leased for it
@@ -73,8 +78,11 @@ class LoadPlanner:
                 if entry is None:
                     at = blocks.start
                     break
+                entry.exact = not self._lossy
                 self._index.lease(entry)
                 leased.append(entry)
+            if not entry.exact:
+                state.is_exact, self.has_loaded_inexact = False, True
             state.secondary_tokens += served if fetch else 0
             slots = tuple(entry.slots[index] for index in picked)
             load.ops.append(LoadOp(ref.hash, entry.generation, entry.slots, slots, pages, *tokens, fetch))

@@ -51,6 +51,7 @@ class RequestState:
     secondary_tokens: int = 0  # tokens of the latest hit that secondary tiers supply
     missing: dict[bytes, str] = field(default_factory=dict)  # why the secondary tiers lack an object, as they said
     skip: SkipReason | None = None  # of the latest match
+    is_exact: bool = True  # no KV that it is computed from came from a lossy tier
     given_up: bool = False  # a promise to it could not be kept
     local_tokens: int = 0  # that the engine's own prefix cache held when it was last asked for
     expected_tokens: int = 0  # computed when it begins: those found in the engine, and those promised

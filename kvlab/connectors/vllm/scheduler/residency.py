@@ -67,6 +67,11 @@ class Residency:
         """Whether its slots hold the object, or will."""
         return self.where(key, {}) in (Where.MEMORY, Where.PENDING)
 
+    def is_exact(self, key: bytes) -> bool:
+        """Whether its slots hold the object, or will, as it was computed."""
+        entry = self.index.get(key)
+        return entry is not None and entry.exact
+
     def is_written(self, key: bytes) -> bool:
         """Whether the secondary tiers hold a sound copy, as far as is known."""
         return key in self._written and key not in self._corrupt

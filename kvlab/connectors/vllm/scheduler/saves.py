@@ -227,6 +227,7 @@ class SavePlanner:
         if entry is None:
             self._counters["saves_dropped"] += 1
             return
+        entry.exact = state.is_exact
         write = self._has_secondary and not is_written
         if write:
             self._index.lease(entry)

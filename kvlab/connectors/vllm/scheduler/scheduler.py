@@ -85,7 +85,7 @@ class Scheduler:
         self.residency = Residency(index, keeps_memory=config.keeps_memory)
         self._rollback = StepRollback(chunker.block_tokens, self.counters)
         self.pins = Pins(index, int(index.num_slots * config.max_pinned_share) if config.keeps_memory else 0)
-        self.loads = LoadPlanner(chunker, groups, index, at_once=at_once)
+        self.loads = LoadPlanner(chunker, groups, index, at_once=at_once, lossy=config.is_lossy)
         self.saves = SavePlanner(
             config,
             chunker,
@@ -96,14 +96,8 @@ class Scheduler:
             ranks=num_ranks,
             in_company=in_company,
         )
-        self._lookup = Lookup(
-            tiers,
-            chunker,
-            config.lookup_timeout_ms / 1e3,
-            self.admission,
-            self.residency,
-            self.counters,
-        )
+        wait_s = config.lookup_timeout_ms / 1e3
+        self._lookup = Lookup(tiers, chunker, wait_s, self.admission, self.residency, self.counters)
 
     # ---- a hit?
 
@@ -117,6 +111,7 @@ class Scheduler:
         if state is None:
             return 0, False
         state.local_tokens = state.expected_tokens = num_computed_tokens
+        state.is_exact &= not (num_computed_tokens and self.loads.has_loaded_inexact)
         state.skip = None
         if not is_known:
             self.pins.expire()
@@ -127,7 +122,8 @@ class Scheduler:
             if loaded is None or loaded.num_loads != state.adapter.num_loads:
                 return 0, False  # other weights came under its adapter while it waited, or would at its next load
         state.extend_hashes(self.chunker)
-        if not state.hints.load:
+        exact = state.hints.exact and self.config.is_lossy
+        if not state.hints.load or (exact and self.config.slot_serde != "naive"):
             return 0, False
         block = self.chunker.block_tokens
         usable = request.num_tokens - 1  # the last token must be computed
@@ -135,8 +131,8 @@ class Scheduler:
             usable -= usable % block
         if usable <= num_computed_tokens:
             return 0, False
-        plan = find_hit(state, self.chunker, self.residency, {})
-        if self.tiers is not None and end_block(plan) < usable // block:
+        plan = find_hit(state, self.chunker, self.residency, {}, exact=exact)
+        if self.tiers is not None and not exact and end_block(plan) < usable // block:
             wanted = usable - num_computed_tokens
             if not plan and not self.admission.is_worth({"secondary": wanted}):  # the question would cost a step
                 state.skip = SkipReason.NOT_WORTH_ASKING
@@ -226,8 +222,8 @@ class Scheduler:
             return ""
         chunk_end = min(at - at % self.chunker.chunk_blocks + self.chunker.chunk_blocks, len(state.hashes))
         key = state.hashes[chunk_end - 1]
-        if not state.hints.load:
-            return "not_wanted"
+        if refusal := state.hints.refusal(lossy=self.config.is_lossy):
+            return refusal
         if state.skip is not None:
             return state.skip.value
         if self.residency.is_corrupt(key):

@@ -29,6 +29,7 @@ class Entry:
     ready: bool = True
     dropped: bool = False
     owner: str | None = None
+    exact: bool = True  # no lossy tier gave it, nor the KV that it was computed from
 
 
 class SlotIndex:

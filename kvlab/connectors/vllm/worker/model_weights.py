@@ -1,5 +1,7 @@
 """Whether the model still has the weights whose KV the namespace's version names."""
 
+from kvlab.connectors.vllm.adapters import ADAPTERS
+from kvlab.connectors.vllm.messages import Adapter
 from kvlab.connectors.vllm_plugin import WEIGHT_LOADS
 
 
@@ -24,3 +26,9 @@ class ModelWeights:
     @property
     def are_other(self) -> bool:
         return WEIGHT_LOADS.count != self._num_loads
+
+    def are_other_than(self, adapter: Adapter | None) -> bool:
+        """Whether other weights than those of the name are in the model, or lie under the adapter's id."""
+        if self.are_other:
+            return True
+        return adapter is not None and ADAPTERS.num_loads(adapter.adapter_id) != adapter.num_loads

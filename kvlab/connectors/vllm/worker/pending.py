@@ -1,9 +1,10 @@
-"""A load between steps that has not ended."""
+"""A load between steps that has not ended, and what is told of loads."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvlab.connectors.vllm.messages import LoadOp, RequestLoad
+from kvlab.connectors.vllm.messages import LoadOp, LoadRow, RequestLoad, SaveOp
 from kvlab.paged.transfer import Clock
 
 
@@ -77,3 +78,23 @@ class PendingLoad:
     def waited_s(self) -> float:
         """Seconds since the request began to wait."""
         return time.perf_counter() - self._started
+
+
+def load_row(
+    load: RequestLoad, taken: Sequence[LoadOp], served_by: Mapping[int, str], seconds: float, block_bytes: int
+) -> LoadRow:
+    """Of a load whose objects `taken` were copied; `served_by`: the secondary tiers of generations that came from one.
+    Blocks have so many bytes in pages."""
+    num_bytes = sum(len(op.block_ids) for op in taken) * block_bytes
+    tiers = dict.fromkeys(served_by.get(op.generation, "memory") for op in taken if op.picked)
+    tokens = sum(op.num_tokens for op in taken)
+    return LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", seconds)
+
+
+def page_tokens(block_tokens: int, ops: Sequence[LoadOp | SaveOp]) -> dict[str, list[int]]:
+    """What a codec must know of the pages that are copied: how many of a block's tokens are the object's. One of less
+    than a block fills each of its pages in part. Nothing without a codec, where `block_tokens` is 0."""
+    if not block_tokens:
+        return {}
+    counts = [(min(block_tokens, op.end_token - op.first_token), len(op.block_ids)) for op in ops]
+    return {"num_tokens": [tokens for tokens, num_pages in counts for _ in range(num_pages)]}

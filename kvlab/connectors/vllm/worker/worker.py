@@ -6,19 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
-from kvlab.connectors.vllm.adapters import ADAPTERS
-from kvlab.connectors.vllm.messages import (
-    Adapter,
-    LoadOp,
-    LoadRow,
-    RequestLoad,
-    SaveOp,
-    StepMetadata,
-    WorkerReport,
-)
+from kvlab.connectors.vllm.messages import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.scheduler.admission import MIN_PREFILL_TOKENS
 from kvlab.connectors.vllm.worker.model_weights import ModelWeights
-from kvlab.connectors.vllm.worker.pending import PendingLoad
+from kvlab.connectors.vllm.worker.pending import PendingLoad, load_row, page_tokens
 from kvlab.connectors.vllm.worker.reports import Reports
 from kvlab.connectors.vllm.worker.tier_rows import TierRows
 from kvlab.paged.transfer import Clock, Transfer
@@ -128,7 +119,7 @@ class Worker:
     def load(self, metadata: StepMetadata) -> None:
         """Begin loads between steps."""
         for load in metadata.loads:
-            ops = [] if self._has_other_weights(load.adapter) else load.ops
+            ops = [] if self._weights.are_other_than(load.adapter) else load.ops
             pending = PendingLoad(load, ops, self.transfer.fence())
             self._pending.append(pending)
             for op in pending.unsent:
@@ -151,7 +142,7 @@ class Worker:
         blocks = [block for op in ops for block in op.block_ids]
         try:
             self._disown(slots)
-            self.transfer.save(blocks, slots)
+            self.transfer.save(blocks, slots, **page_tokens(self.transfer.coded_tokens, ops))
             if self._writes_early:
                 self.transfer.before_writes(blocks)
             self._num_saves += 1
@@ -163,12 +154,25 @@ class Worker:
             return
         for op in ops:
             self._own(op)
-            if op.write:
+        unfit = self._drop_unfit() if self.transfer.coded_tokens else ()
+        for op in ops:
+            if op.write and op.generation in unfit:
+                self._end_write(op, success=False)
+            elif op.write:
                 self._write(op)
+
+    def _drop_unfit(self) -> set[int]:
+        """The generations of objects that the codec turned out unable to keep, as a number is NaN or infinite."""
+        slots = self.transfer.take_unfit()
+        found = {owner for slot in slots if (owner := self._owner[slot]) is not None}
+        if slots:
+            self._disown(sorted(slots))
+            self._reports.current.broken |= found
+        return found
 
     def _may_save(self, op: SaveOp) -> bool:
         """False if the pages are known not to hold what the object's key says; then it is not saved."""
-        if self._saves and not self._has_other_weights(op.adapter):
+        if self._saves and not self._weights.are_other_than(op.adapter):
             return True
         self._unsaved(op)
         return False
@@ -250,7 +254,8 @@ class Worker:
         if not slots:
             return
         try:
-            pending.copies(self.transfer.load_aside(slots, pages, pending.fence))
+            tokens = page_tokens(self.transfer.coded_tokens, ops)
+            pending.copies(self.transfer.load_aside(slots, pages, pending.fence, **tokens))
         except Exception:
             self._failed("load", *ops)
             pending.stop_before(ops[0])
@@ -292,7 +297,8 @@ class Worker:
         self._reports.current.loaded[load.request_id] += 1
         if wanted:
             seconds = pending.waited_s()
-            self._reports.add_load(self._row(load, taken, pending.served_by, seconds), load.prompt_tokens)
+            row = load_row(load, taken, pending.served_by, seconds, self.transfer.layout.block_bytes)
+            self._reports.add_load(row, load.prompt_tokens)
 
     # ---- loads within a step
 
@@ -303,30 +309,19 @@ class Worker:
         wanted = [block for op in load.ops for block in op.block_ids]
         clock: Clock | None = None
         try:
-            held = list(takewhile(self._present, [] if self._has_other_weights(load.adapter) else load.ops))
+            held = list(takewhile(self._present, [] if self._weights.are_other_than(load.adapter) else load.ops))
             slots = [slot for op in held for slot in op.picked]
             if slots:
-                clock = self.transfer.load(slots, [block for op in held for block in op.block_ids])
+                pages = [block for op in held for block in op.block_ids]
+                clock = self.transfer.load(slots, pages, **page_tokens(self.transfer.coded_tokens, held))
             taken = list(takewhile(self._present, held))
         except Exception:
             taken = []
             self._failed("load", *load.ops)
-        row = self._row(load, taken, {}, time.perf_counter() - start)
+        row = load_row(load, taken, {}, time.perf_counter() - start, self.transfer.layout.block_bytes)
         if clock is not None or wanted:
             self._reports.add_load(row, load.prompt_tokens, clock)
         return load.lost_blocks + wanted[sum(len(op.block_ids) for op in taken) :]
-
-    def _row(self, load: RequestLoad, taken: list[LoadOp], served_by: dict[int, str], seconds: float) -> LoadRow:
-        num_bytes = sum(len(op.block_ids) for op in taken) * self.transfer.layout.block_bytes
-        tiers = dict.fromkeys(served_by.get(op.generation, "memory") for op in taken if op.picked)
-        tokens = sum(op.num_tokens for op in taken)
-        return LoadRow(load.request_id, tokens, num_bytes, seconds, "+".join(tiers) or "none", seconds)
-
-    def _has_other_weights(self, adapter: Adapter | None) -> bool:
-        """Whether other weights than those of the name are in the model, or lie under the adapter's id."""
-        if self._weights.are_other:
-            return True
-        return adapter is not None and ADAPTERS.num_loads(adapter.adapter_id) != adapter.num_loads
 
     # ---- slots
 

@@ -1,0 +1,153 @@
+"""Pages on a GPU and slots that hold them encoded: `kvlab.paged.cuda` with a codec in place of its copies.
+
+Streams, rings and their order are those of plain copies: a save encodes into a ring buffer where a copy gathers, a load
+decodes where a copy scatters. Only encoded bytes go over the link, and no other copy of them lies in GPU memory.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from kvlab.codecs.addresses import Addresses
+from kvlab.codecs.blocks import BlockCodec
+from kvlab.codecs.scaled import ScaledCodec
+from kvlab.errors import ConfigError
+from kvlab.paged.cuda import CudaTransfer, Timing
+from kvlab.paged.kernels import PageMover
+from kvlab.paged.layout import PageLayout
+from kvlab.paged.typed import TypedPages
+from kvlab.sharedmemory import SharedSlots
+
+_cuda: Any = torch.cuda  # whose events and streams have no types
+UNHEARD = 64  # saves whose flags are remembered
+
+
+class CodedMover(PageMover):
+    """`PageMover` whose buffers hold slots: `gather` encodes, `scatter` decodes. `flags` are those of the gathers since
+    they were last taken: for each block whether a number in it is NaN or infinite, on the device."""
+
+    def __init__(self, layout: PageLayout, codec: BlockCodec) -> None:
+        super().__init__(layout)
+        self._blocks = codec
+        self._codec = ScaledCodec(codec.serde, Addresses(TypedPages(layout, codec.map, layout.num_layers)))
+        self.flags: list[torch.Tensor] = []
+        self._prepare()
+
+    def gather(
+        self, block_ids: Sequence[int], out: torch.Tensor, stream: int | None = None, num_tokens: Sequence[int] = ()
+    ) -> None:
+        device = out.device
+        with _on(stream, device):
+            out[: len(block_ids)].zero_()  # nothing of what lay there before may stay between the parts
+            flags = torch.zeros((len(block_ids), 2), dtype=torch.int32, device=device)
+            for at, ids, count in self._alike(block_ids, num_tokens):
+                self._codec.encode(ids, count, out[at:].view(-1), flags[at:], each=self._blocks.slot_bytes)
+            self.flags.append(flags)
+
+    def scatter(
+        self, block_ids: Sequence[int], buffer: torch.Tensor, stream: int | None = None, num_tokens: Sequence[int] = ()
+    ) -> None:
+        partial = [] if self._blocks.map.is_full else list(block_ids)
+        with _on(stream, buffer.device):
+            for _, ids, count in self._alike(block_ids, num_tokens):
+                if count < self._blocks.map.block_tokens and self._blocks.map.is_full:
+                    partial += [each for (each,) in ids]
+            if partial:  # what is none of the tokens' becomes zero
+                self.clear(partial, stream)
+            for at, ids, count in self._alike(block_ids, num_tokens):
+                self._codec.decode(buffer[at:].view(-1), ids, count, each=self._blocks.slot_bytes)
+
+    def _alike(self, block_ids: Sequence[int], num_tokens: Sequence[int]) -> list[tuple[int, list[list[int]], int]]:
+        """Runs of blocks with as many tokens each: where the run begins, an object a block, and the tokens."""
+        counts = num_tokens or [self._blocks.map.block_tokens] * len(block_ids)
+        found, at = [], 0
+        for count, run in groupby(counts):
+            size = sum(1 for _ in run)
+            found.append((at, [[block_id] for block_id in block_ids[at : at + size]], count))
+            at += size
+        return found
+
+    def _prepare(self) -> None:
+        """Compile all programs: block 0 goes out, comes back, and is put as it was."""
+        whole = self._blocks.map.block_tokens
+        pages = self.layout.pages
+        raw = [layer[0].clone() for layer in pages]
+        room = torch.empty((1, self._blocks.slot_bytes), dtype=torch.uint8, device=pages[0].device)
+        for count in {1, max(whole - 1, 1), whole}:
+            self.gather([0], room, None, [count])
+            self.scatter([0], room, None, [count])
+        for layer, page in zip(pages, raw, strict=True):
+            layer[0] = page
+        self.flags.clear()
+
+
+@dataclass
+class _Told:
+    """Flags of a save on their way to the host, and the slots they are of."""
+
+    ended: Any  # an event
+    flags: torch.Tensor
+    slots: tuple[int, ...]
+
+
+class CodedCudaTransfer(CudaTransfer):
+    """Slots in a pinned arena hold what `codec` makes of blocks: uint8 [slots, slot_bytes]."""
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        codec: BlockCodec,
+        num_slots: int,
+        *,
+        staging_bytes: int,
+        shared: SharedSlots | None = None,
+    ) -> None:
+        self.codec = codec
+        self.coded_tokens = codec.map.block_tokens
+        self._told: deque[_Told] = deque(maxlen=UNHEARD)
+        self._unfit: set[int] = set()
+        super().__init__(layout, num_slots, staging_bytes=staging_bytes, shared=shared, slot_shape=(codec.slot_bytes,))
+
+    def _make_mover(self) -> CodedMover:
+        return CodedMover(self.layout, self.codec)
+
+    def save(self, block_ids: Sequence[int], slots: Sequence[int], num_tokens: Sequence[int] = ()) -> Timing:
+        if num_tokens and len(num_tokens) != len(slots):
+            raise ConfigError(f"{len(slots)} blocks need as many numbers of tokens, got {len(num_tokens)}")
+        with self._lock:
+            timing = super().save(block_ids, slots, num_tokens)
+            flags, self._mover.flags = self._mover.flags, []
+            with torch.cuda.stream(self._pack):
+                told = _pinned(len(slots))
+                told.copy_(torch.cat(flags), non_blocking=True)
+                ended = _cuda.Event()
+                ended.record(self._pack)
+            self._told.append(_Told(ended, told, tuple(slots)))
+        return timing
+
+    def take_unfit(self) -> set[int]:
+        """Of saves whose flags have come."""
+        with self._lock:
+            while self._told and self._told[0].ended.query():
+                told = self._told.popleft()
+                self._unfit.update(slot for slot, odd in zip(told.slots, told.flags[:, 0].tolist(), strict=True) if odd)
+            unfit, self._unfit = self._unfit, set()
+        return unfit
+
+
+def _pinned(num_blocks: int) -> torch.Tensor:
+    """Host memory for the flags of so many blocks."""
+    return torch.empty((num_blocks, 2), dtype=torch.int32, pin_memory=True)
+
+
+def _on(stream: int | None, device: torch.device) -> Any:
+    """The stream with this handle as the current one; None: as it is."""
+    if stream is None:
+        return nullcontext()
+    # A handle of 0 is the default stream; torch would make a new one of it.
+    return _cuda.stream(_cuda.ExternalStream(stream, device=device) if stream else _cuda.default_stream(device))

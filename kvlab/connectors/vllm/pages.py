@@ -1,0 +1,104 @@
+"""What is known of the inside of an engine's pages, and so what the slots of host memory hold.
+
+Which byte of a page is which is proven by the engine's own write operator when it registers its pages. How many slots
+there are is told earlier, and to a process that has no pages: by the specs, with which the proven map must then agree.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvlab.connectors.vllm import compat
+from kvlab.errors import ConfigError
+from kvlab.paged import Opaque, PageLayout, PageMap, Transfer, open_transfer, understand
+from kvlab.paged.vllm_operators import of_layer
+from kvlab.sharedmemory import SharedSlots
+
+if TYPE_CHECKING:
+    from kvlab.codecs.blocks import BlockCodec
+
+
+def slot_bytes_of(vllm_config: Any, kv_cache_config: Any, serde: str) -> int:
+    """Bytes of a slot: a block of any group, as it is or as `serde` codes it. ConfigError where it cannot."""
+    as_it_is = compat.slot_bytes(vllm_config, kv_cache_config)
+    if serde == "naive":
+        return as_it_is
+    from kvlab.codecs.blocks import slot_bytes
+    from kvlab.serde import get_serde
+    from kvlab.serde.groups import FLOATS
+
+    made, blocks = get_serde(serde), compat.typed_blocks(vllm_config, kv_cache_config)
+    dtypes = {dtype for _, dtype in blocks}
+    if not dtypes <= FLOATS:
+        raise ConfigError(
+            f"serde {serde!r} takes {', '.join(sorted(FLOATS))}, and this engine's pages hold "
+            f"{', '.join(sorted(dtypes))} already; use naive or lossless"
+        )
+    return max(slot_bytes(made, shape, dtype) for shape, dtype in blocks)
+
+
+def proven_map(
+    vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[str, torch.Tensor], page_bytes: Mapping[str, int]
+) -> PageMap | Opaque:
+    """The map of every group's pages, each kind of layer asked once; or why there is none."""
+    layers = vllm_config.compilation_config.static_forward_context
+    found: PageMap | Opaque = Opaque("no layer has pages")
+    seen: dict[tuple[Any, ...], PageMap | Opaque] = {}
+    for group in kv_cache_config.kv_cache_groups:
+        for name in group.layer_names:
+            layer, cache = layers.get(name), kv_caches.get(name)
+            if layer is None or cache is None:
+                continue
+            kind = (
+                type(getattr(layer, "impl", None)), str(getattr(layer, "kv_cache_dtype", "")), cache.dtype,
+                cache.shape[1:], cache.stride(), page_bytes[name],
+            )  # fmt: skip
+            if kind not in seen:
+                seen[kind] = found = _asked(
+                    layer,
+                    cache,
+                    num_blocks=kv_cache_config.num_blocks,
+                    block_tokens=group.kv_cache_spec.block_size,
+                    page_bytes=page_bytes[name],
+                    given=vllm_config.model_config.dtype,
+                )
+    refused = [each for each in seen.values() if isinstance(each, Opaque)]
+    if refused:
+        return refused[0]
+    if len({(each.element, each.planes) for each in seen.values() if isinstance(each, PageMap)}) > 1:
+        return Opaque("layers differ in what lies where in a page")
+    return found
+
+
+def _asked(layer: Any, cache: torch.Tensor, **about: Any) -> PageMap | Opaque:
+    try:
+        scratch = of_layer(layer, cache, **about)
+    except Exception as error:  # a layer of a kind that is not known says nothing
+        return Opaque(f"the engine's layer could not be asked: {type(error).__name__}: {' '.join(str(error).split())}")
+    return scratch if isinstance(scratch, Opaque) else understand(scratch)
+
+
+def codec_of(serde: str, page_map: PageMap | Opaque, layout: PageLayout) -> "BlockCodec | None":
+    """What codes blocks on their way between pages and slots; None where slots hold them as they are."""
+    if serde == "naive":
+        return None
+    from kvlab.codecs.blocks import BlockCodec
+    from kvlab.serde import get_serde
+
+    return BlockCodec(get_serde(serde), page_map, layout.num_layers)
+
+
+def open_engine_transfer(
+    layout: PageLayout,
+    codec: "BlockCodec | None",
+    num_slots: int,
+    *,
+    staging_bytes: int,
+    shared: SharedSlots | None,
+) -> Transfer:
+    if codec is None:
+        return open_transfer(layout, num_slots, staging_bytes=staging_bytes, shared=shared)
+    from kvlab.codecs.transfer import open_coded_transfer
+
+    return open_coded_transfer(layout, codec, num_slots, staging_bytes=staging_bytes, shared=shared)
