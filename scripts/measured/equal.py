@@ -1,6 +1,34 @@
-"""Pages about what must be equal: the simulator beside the engine."""
+"""Pages about what must be equal: answers where what is stored is damaged, and the simulator beside the engine."""
 
 from measured.pages import Goal, Page, Table, num, read
+
+
+def chaos() -> Page:
+    rows = read("chaos.csv")
+    ours = [row for row in rows if row["cache"].startswith("kvlab")]
+    kinds = ("delay", "drop", "truncate", "flip", "swap", "replay")
+    wrong, faults = (sum(int(row[name]) for row in ours) for name in ("wrong", "faults"))
+    return Page(
+        "chaos",
+        "How many answers are wrong when what is stored is damaged?",
+        f"kvlab: {wrong} at {faults:,} faults, while {sum(int(row['loaded_tokens']) for row in ours):,} tokens were loaded.",
+        [
+            Table(
+                "Wrong answers of vLLM per 1,000 faults in what its cache stores",
+                ["cache", "faults", "requests", "tokens loaded", "wrong answers", "per 1,000 faults", *kinds, "the engine ended with"],
+                [
+                    [row["cache"], *(num(row[name], 0) for name in ("faults", "requests", "loaded_tokens", "wrong")),
+                     row["wrong_per_1000_faults"], *(row[kind] for kind in kinds), row["ended"].replace("|", "\\|")]
+                    for row in rows
+                ],
+                rows,
+                "A small random model on the CPU; no memory tier, so that each hit reads what is stored. The faults are those of `kvlab chaos`. A cache whose engine ends sees no more of them. "
+                "ExampleConnector is vLLM's example for those who write a connector.",
+            )
+        ],
+        [Goal("no wrong answer of kvlab, and no engine that ends", f"{wrong} at {faults:,} faults", not wrong and not any(row["ended"] for row in ours))],
+        files=["chaos.csv"],
+    )  # fmt: skip
 
 
 def simulator_error() -> Page:
@@ -33,4 +61,4 @@ def simulator_error() -> Page:
     )  # fmt: skip
 
 
-PAGES = (simulator_error,)
+PAGES = (chaos, simulator_error)
