@@ -11,6 +11,8 @@ EXTRAS = {  # package that an extra brings -> (what people call it, the extra)
     "pytest": ("pytest", "suites"),
     "hypothesis": ("hypothesis", "suites"),
     "vllm": ("vLLM", "vllm"),
+    "zmq": ("pyzmq", "vllm"),
+    "msgspec": ("msgspec", "vllm"),
 }
 
 

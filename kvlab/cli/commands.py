@@ -45,6 +45,9 @@ COMMANDS = {
     "warm": Command(
         "kvlab.cli.warm", "send prompts to a running server, so that it keeps their KV", "kvlab warm prompt.txt --pin"
     ),
+    "watch": Command(
+        "kvlab.cli.watch", "follow the KV events of a running vLLM: what is held, where", "kvlab watch tcp://gpu-1:5557"
+    ),
     "profile": Command(
         "kvlab.cli.profile", "make a model's tables for the cachegen serde", "kvlab profile path/to/model text.txt"
     ),

@@ -374,6 +374,8 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     def reset_cache(self) -> bool | None:
         """vLLM calls it where weights may have changed: from now on, no tier serves what was stored before. False where
         that failed, which turns the cache off, or a request that has not begun holds KV that was."""
+        if self.by_hand is not None:
+            self.by_hand.clear()
         try:
             if self.scheduler is not None and not self.scheduler.reset():
                 return False

@@ -1,0 +1,125 @@
+"""KV events: the state they describe, as vLLM writes them, and over a socket."""
+
+import msgspec
+import pytest
+import zmq
+
+import kvlab
+from kvlab.__main__ import main
+from kvlab.errors import ConfigError
+from kvlab.serving.events import KVEvents, watch
+from kvlab.simulation.trace_files import load_traffic
+
+
+def stored(blocks, parent=None, medium="GPU", **more):
+    about = {"block_hashes": blocks, "parent_block_hash": parent, "token_ids": [7] * 16, "block_size": 16}
+    return {"type": "BlockStored", **about, "lora_id": None, "medium": medium, **more}
+
+
+def removed(blocks, medium="GPU"):
+    return {"type": "BlockRemoved", "block_hashes": blocks, "medium": medium}
+
+
+def batch(*events, when=1.0):
+    return msgspec.msgpack.encode([when, list(events)])
+
+
+@pytest.fixture
+def state():
+    return KVEvents()
+
+
+def test_blocks_are_held_by_medium_until_they_leave_it(state):
+    state.take(batch(stored([1, 2, 3]), stored([1, 2], medium="CPU"), removed([2, 3])))
+    rows = {row["medium"]: row for row in state.rows()}
+    assert rows["GPU"] == {"medium": "GPU", "held": 1, "stored": 3, "removed": 2}
+    assert rows["CPU"] == {"medium": "CPU", "held": 2, "stored": 2, "removed": 0}
+    state.take(batch({"type": "AllBlocksCleared"}))
+    assert [row["held"] for row in state.rows()] == [0, 0]
+
+
+def test_the_tree_has_a_branch_for_each_beginning(state):
+    state.take(batch(stored([1, 2, 3]), stored([4, 5], parent=2), stored([8])))
+    assert state.branches() == [{"blocks": 5, "longest": 4}, {"blocks": 1, "longest": 1}]
+    assert "5 blocks, longest chain 4" in state._repr_html_()
+
+
+def test_a_chain_of_any_length_is_followed(state):
+    state.take(batch(stored(list(range(50_000)))))
+    assert state.branches() == [{"blocks": 50_000, "longest": 50_000}]
+
+
+def test_computed_prompts_are_traffic_that_shares_what_was_reused(state):
+    state.take(batch(stored([1, 2, 3]), when=10.0))
+    state.take(batch(stored([4], parent=3), when=11.0))  # more of the first: a piece, or its answer
+    state.take(batch(stored([5, 6], parent=2), when=12.0))
+    state.take(batch(stored([1], medium="CPU"), when=13.0))  # a copy to a tier is no prompt
+    traffic = state.traffic()
+    assert [len(request.block_ids) for request in traffic.requests] == [4, 4]
+    assert traffic.arrivals_s.tolist() == [0.0, 2.0]
+    run = kvlab.simulate(traffic, chunk_tokens=16)
+    assert run.hit_blocks.tolist() == [0, 2]
+
+
+def test_lost_batches_and_broken_ones_are_counted(state):
+    for sequence in (4, 5, 9):
+        state.take(batch(stored([sequence])), sequence)
+    for wrong in (b"", b"\xff\xff", msgspec.msgpack.encode(7), batch({"type": "BlockStored"}), batch([]), batch(3)):
+        state.take(wrong)
+    state.take(batch({"type": "SomethingNew"}))
+    assert (state.missed, state.broken) == (3, 6)
+    assert state.rows()[0]["held"] == 3
+
+
+def test_events_of_vllms_own_classes_are_read(state):
+    from vllm.distributed.kv_events import BlockRemoved, BlockStored, EventBatch
+
+    about = {"token_ids": [1] * 32, "block_size": 16, "lora_id": None, "lora_name": None}
+    first = BlockStored(block_hashes=[b"a", b"b"], parent_block_hash=None, medium="GPU", **about)
+    events = [first, BlockRemoved(block_hashes=[b"b"], medium="GPU")]
+    state.take(msgspec.msgpack.encode(EventBatch(ts=3.0, events=events)))
+    assert (state.broken, state.block_tokens) == (0, 16)
+    assert state.rows() == [{"medium": "GPU", "held": 1, "stored": 2, "removed": 1}]
+
+
+def test_events_that_are_lists_are_read(state):
+    state.take(batch(["BlockStored", [1, 2], None, [7] * 32, 16, None, "GPU"], ["BlockRemoved", [2], "GPU"]))
+    assert state.rows() == [{"medium": "GPU", "held": 1, "stored": 2, "removed": 1}]
+
+
+def test_nothing_seen_is_no_traffic(state):
+    with pytest.raises(ConfigError, match="no prompt was seen: are KV events on"):
+        state.traffic()
+
+
+@pytest.fixture
+def publisher():
+    context = zmq.Context()
+    socket = context.socket(zmq.PUB)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    yield socket, f"tcp://127.0.0.1:{port}"
+    socket.close(linger=0)
+    context.term()
+
+
+def test_a_publisher_is_followed(publisher):
+    socket, endpoint = publisher
+    for number, state in enumerate(watch(endpoint, wait_s=0.02)):
+        socket.send_multipart([b"", number.to_bytes(8, "big"), batch(stored([number]))])
+        if sum(row["stored"] for row in state.rows()) >= 3:
+            break
+    assert state.broken == 0
+
+
+def test_an_endpoint_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="'nonsense' is no endpoint, write tcp://host:port"):
+        next(watch("nonsense"))
+
+
+def test_the_command_writes_a_trace(monkeypatch, tmp_path, capsys):
+    seen = KVEvents()
+    seen.take(batch(stored([1, 2, 3])))
+    monkeypatch.setattr("kvlab.cli.watch.watch", lambda *_, **__: iter([seen]))
+    assert main(["watch", "--trace", str(tmp_path / "seen.jsonl"), "--json"]) == 0
+    assert '"stored": 3' in capsys.readouterr().out
+    assert load_traffic(tmp_path / "seen.jsonl", block_tokens=16).requests[0].num_tokens == 48
