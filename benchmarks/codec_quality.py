@@ -8,6 +8,7 @@ prompt, up to the first that is not; and how the first token's distribution move
 """
 
 import argparse
+import csv
 import math
 import os
 import subprocess
@@ -19,12 +20,13 @@ from statistics import mean
 from serde_rows import ROOT, about, write
 from serde_texts import code, token_rows
 
-KINDS = (("naive", 32), ("fp8", 32), ("int8", 32), ("int4", 32), ("int4", 128))
+KINDS = ("naive@32", "fp8@32", "int8@32", "int4@32", "int4@128")  # and the tokens of a block
 TOP = 20
 
 
 def measured(model: str, kind: str, block_tokens: int, rows: list[list[int]], num_greedy: int) -> dict[str, object]:
     """One engine with a memory tier of this kind."""
+    import vllm
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
 
@@ -78,6 +80,7 @@ def measured(model: str, kind: str, block_tokens: int, rows: list[list[int]], nu
         "prompt_tokens": len(rows[0]),
         "greedy_tokens": num_greedy,
         "model": Path(model).name,
+        "vllm": vllm.__version__,
     }
 
 
@@ -96,6 +99,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=500, help="of a prompt (default: %(default)s)")
     parser.add_argument("--greedy", type=int, default=32)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), help="of which rows are made; others stay")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # a kind and its block size, in this process
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "measured" / "codec_quality.csv")
     args = parser.parse_args()
@@ -108,14 +112,21 @@ def main() -> None:
         rows = token_rows(args.model, code(args.prompts), args.tokens)
         print(dumps(measured(args.model, kind, int(block), rows, args.greedy)))
         return
-    machine, found = about(), []
-    for kind, block in KINDS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--model", args.model, "--one", f"{kind}@{block}"]
+    machine = about()
+    found = {f"{row['kind']}@{row['block_tokens']}": row for row in (read(args.out) if args.out.exists() else [])}
+    for name in args.kinds:
+        sizes = ["--prompts", args.prompts, "--tokens", args.tokens, "--greedy", args.greedy]
+        command = [sys.executable, __file__, "--model", args.model, *map(str, sizes), "--one", name]
         env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-        found.append({**loads(done.stdout.splitlines()[-1]), **machine})
-        print(found[-1])
-    write(args.out, found)
+        found[name] = {**loads(done.stdout.splitlines()[-1]), **machine}
+        print(found[name])
+        write(args.out, list(found.values()))
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

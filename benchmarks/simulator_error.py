@@ -87,7 +87,7 @@ def simulated(
     tiers = [f"memory://?size={memory * BLOCK}&policy={policy}"]
     tiers.append(f"file:///kv?size={(disk or 10**6) * BLOCK}&policy={policy}")
     traffic = traffic_of_prompts(prompts, block_tokens=BLOCK)
-    done = simulate(traffic, tiers, chunk_tokens=chunk_tokens, object_bytes=lambda num_tokens: num_tokens)
+    done = simulate(traffic, tiers, chunk_tokens=chunk_tokens, object_bytes=lambda n: n, connector=True)
     return {name: int(row["tier_loaded"]) for name, row in zip(("memory", "disk"), done.tiers, strict=True)}
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measured import connector, judge, parts, serving
+from measured import connector, parts, serving
 from measured.pages import Page, rendered
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "measured"
-PAGES = (*connector.PAGES, *serving.PAGES, *parts.PAGES, *judge.PAGES)
+PAGES = (*connector.PAGES, *serving.PAGES, *parts.PAGES)
 
 
 def pages() -> dict[str, str]:

@@ -12,7 +12,8 @@ from kvlab.errors import ConfigError
 from kvlab.simulation.belady import belady
 from kvlab.simulation.cost import CostModel, Ints, Served
 from kvlab.simulation.generate import KINDS, generate_traffic
-from kvlab.simulation.replay import Replay, TierCount, cut, replay
+from kvlab.simulation.replay import Objects, Replay, TierCount, cut, replay
+from kvlab.simulation.replay_connector import replay_connector
 from kvlab.simulation.replay_tiers import Admission, replay_tiers
 from kvlab.simulation.reuse import reuse_histogram
 from kvlab.simulation.tiers import Tier, tier_and_policy
@@ -74,6 +75,7 @@ def simulate(
     admission: Admission | int | None = None,
     cost: CostModel | None = None,
     object_bytes: Callable[[int], int] | None = None,
+    connector: bool = False,
 ) -> Simulation:
     """What a cache of these tiers would do for `trace`; no KV is moved.
 
@@ -104,6 +106,8 @@ def simulate(
         adds seconds and money; needs `model` or `object_bytes`.
     object_bytes
         bytes of an object of so many tokens, instead of `model`'s and `serde`'s.
+    connector
+        replay as vLLM's connector uses its tiers, host memory and at most one below, instead of `CacheEngine`.
 
     Raises
     ------
@@ -143,7 +147,9 @@ def simulate(
         done = Replay(bound.hit_blocks, [TierCount(x, [int(y > 0) for y in x]) for x in (lent, *nothing)])
         whole = bound.hit_last
     else:
-        if len(stack) == 1 and admission is None and capacities[0] >= max(sizes):
+        if connector:
+            done = _as_connector(objects, policies, capacities, sizes, admission)
+        elif len(stack) == 1 and admission is None and capacities[0] >= max(sizes):
             done = replay(objects, get_policy(policies[0]), capacities[0], sizes)
         else:
             pairs = [(get_policy(one), capacity) for one, capacity in zip(policies, capacities, strict=True)]
@@ -183,6 +189,19 @@ def simulate(
     held = [count.put_size - count.evicted_size for count in done.tiers]
     row |= _seconds_and_money(cost, served, without, stack, held, traffic.duration_s)
     return Simulation(row, tier_rows, traffic, hit_blocks, hit_tokens, served, without)
+
+
+def _as_connector(
+    objects: Objects,
+    policies: Sequence[Policy],
+    capacities: Sequence[int],
+    sizes: list[int],
+    admission: Admission | None,
+) -> Replay:
+    if len(capacities) > 2 or admission is not None:
+        raise ConfigError("connector=True simulates host memory and at most one tier below, without admission")
+    pairs = [(get_policy(one), capacity) for one, capacity in zip(policies, capacities, strict=True)]
+    return replay_connector(objects, pairs, sizes)
 
 
 def as_traffic(trace: Trace) -> Traffic:

@@ -128,6 +128,20 @@ def serde_quality() -> Page:
         for kind in dict.fromkeys(row["kind"] for row in constants)
     ]
 
+    engine = read("codec_quality.csv")
+    engine_cells = [
+        [
+            row["kind"],
+            row["block_tokens"],
+            num(row["bits_per_element"]),
+            percent(float(row["greedy_agreement"])),
+            percent(float(row["first_token_equal"])),
+            num(row["first_logprob_difference"], 4),
+            num(row["first_kl"], 5),
+        ]
+        for row in engine
+    ]
+
     def cells(row: Row) -> list[str]:
         share = float(row["greedy_agreement"])
         errors = [num(row[name], 3) for name in ("key_error", "value_error")]
@@ -146,6 +160,13 @@ def serde_quality() -> Page:
                 "SmolLM2-135M, 12 contexts of 768 tokens (8 ShareGPT, 4 Python source), chunks of 256; then 255 further tokens and 64 greedy ones with the decoded KV in the cache, the model computing in float32. Bits include the container's header.",
             ),
             Table(
+                "Through vLLM: hits decoded from slots of a memory tier",
+                ["kind", "tokens of a block", "bits", "greedy tokens equal", "first token equal", "its logprob moved by", "KL of the first token"],
+                engine_cells,
+                engine,
+                f"{engine[0]['model']}, {engine[0]['prompts']} prompts of {engine[0]['prompt_tokens']} tokens of Python source, then {engine[0]['greedy_tokens']} greedy ones, up to the first that is another; each prompt computed and then loaded. vLLM {engine[0]['vllm']} on a CPU, computing in float32. Bits are those of a slot.",
+            ),
+            Table(
                 "Keys with a large constant",
                 ["kind", "bits", "plain keys: first layer", "last", "with a bias: first layer", "last"],
                 constant_cells,
@@ -162,7 +183,7 @@ def serde_quality() -> Page:
 - The paper's own bins (level 1) are too coarse for a model this small.
 - *Keys with a large constant*: RoPE turns the constant, so a scale by channel does not catch it, and every plain kind spends its bits on it. `centered` turns it back and takes it away: its error is that of plain keys. Perplexity was not taken, as this model was not trained with such a bias.
 """,
-        files=["serde_quality.csv", "serde_quality_first_token.csv", "serde_constants.csv"],
+        files=["serde_quality.csv", "serde_quality_first_token.csv", "codec_quality.csv", "serde_constants.csv"],
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def test_a_token_depends_on_what_every_group_holds(settings, expected):
         original = transfer.load
         for spoilt in range(3):
 
-            def load(slots, pages, spoilt=spoilt):
+            def load(slots, pages, num_tokens=(), spoilt=spoilt):
                 original(slots, pages)
                 tables = core(llm).kv_cache_manager.get_block_ids(next(iter(connector(llm).scheduler._states)))
                 for page in set(tables[spoilt]) & set(pages):

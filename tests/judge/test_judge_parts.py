@@ -153,7 +153,7 @@ def test_the_command_writes_what_was_found(monkeypatch, tmp_path, capsys):
             told(verdict)
         return report()
 
-    monkeypatch.setattr("kvlab.cli.judge.judge", found)
+    monkeypatch.setattr("kvlab.judge.run.judge", found)
     files = ["--json", str(tmp_path / "j"), "--html", str(tmp_path / "h")]
     assert main(["judge", "m:C", "--traps", "edges", "--seed", "7", *files]) == 1
     assert "1 held, 1 failed, 1 refused, 1 hung" in capsys.readouterr().out
