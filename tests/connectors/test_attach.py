@@ -224,7 +224,7 @@ def test_the_miss_page_of_an_engines_request_is_what_the_engine_did(tmp_path):
     assert (differs.nearest, differs.token) == (1, 300)
     trace = load_traffic(tmp_path / "trace.jsonl", block_tokens=BLOCK)
     assert [request.num_tokens for request in trace.requests] == [len(tokens) for tokens in asked]
-    run = kvlab.simulate(trace, f"{slots} blocks", chunk_tokens=64)
+    run = kvlab.simulate(trace, f"{slots} blocks", chunk_tokens=64, connector=True)
     assert run.hit_tokens.tolist() == [page.hit_tokens for page in pages]
 
 

@@ -27,8 +27,8 @@ class Change:
     """What becomes of an answer when KV changes.
 
     `before` and `after` are what each prompt is answered. `rows` follow the tokens of `before` under both, so that each
-    place compares like with like: the token's logprob under both, whether the likeliest token is the same, and the KL
-    divergence. That is a lower bound, as tokens outside of both lists count as one; it is exact with ``top=-1``.
+    place compares like with like: the token's logprob under both (-inf where it is not among the likeliest), whether
+    the likeliest token is the same, and the KL divergence: a lower bound of it, or itself with ``top=-1``.
     """
 
     before: Answer
@@ -121,13 +121,18 @@ def likeliest(logprobs: Logprobs) -> int:
 
 
 def divergence(ours: Logprobs, theirs: Logprobs) -> float:
-    """KL(ours, theirs) in nats over the tokens that both name, all others together as one."""
+    """A lower bound of KL(ours, theirs) in nats; the divergence itself where both name all tokens.
+
+    A token that `theirs` does not name is no likelier there than the least likely of those it names, and all tokens
+    that `ours` does not name are at most what is left.
+    """
+    least = min(theirs.values())
+    found = sum(math.exp(p) * (p - theirs.get(token, least)) for token, p in ours.items() if p > -math.inf)
     shared = ours.keys() & theirs.keys()
-    pairs = [(ours[token], theirs[token]) for token in shared if ours[token] > -math.inf]
-    rest = [max(1 - sum(math.exp(side[token]) for token in shared), 0.0) for side in (ours, theirs)]
-    found = sum(math.exp(a) * (a - b) for a, b in pairs)
-    if rest[0] > 1e-9:
-        found += rest[0] * math.log(rest[0] / max(rest[1], 1e-12))
+    rest = max(1 - sum(math.exp(p) for p in ours.values()), 0.0)
+    most = max(1 - sum(math.exp(theirs[token]) for token in shared), 1e-12)
+    if rest > 1e-9:
+        found += rest * math.log(rest / most)
     return max(found, 0.0)
 
 

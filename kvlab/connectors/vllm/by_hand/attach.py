@@ -242,6 +242,7 @@ class AttachedCache:
             policy=connector.config.policy,
             block_tokens=connector.chunker.block_tokens,
             chunk_tokens=connector.chunker.chunk_tokens,
+            connector=True,
         )
 
     def clear(self) -> int:
