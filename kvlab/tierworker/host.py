@@ -1,6 +1,7 @@
 """`CacheServer`: one process whose tiers the engines of a host share. `kvlab serve` runs it."""
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -125,18 +126,27 @@ class CacheServer:
 
 
 def _listen(path: Path) -> socket.socket:
-    """A socket that this user alone can open; the lock is held. ConfigError where the place cannot be used."""
-    with contextlib.suppress(OSError):
-        if stat.S_ISSOCK(path.lstat().st_mode):
-            path.unlink()  # of a server that was killed
+    """A socket that this user alone can open, and that takes connections once it lies at `path`; the lock is held.
+    ConfigError where the place cannot be used."""
+    made = Path(f"{path}~")
+    for place in (path, made):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(place.lstat().st_mode):
+                place.unlink()  # of a server that was killed
     listening = socket.socket(socket.AF_UNIX)
-    mask = os.umask(0o177)
+    mask, is_bound = os.umask(0o177), False
     try:
-        listening.bind(str(path))
+        listening.bind(str(made))
+        is_bound = True
+        listening.listen(64)
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        made.rename(path)
     except OSError as error:
         listening.close()
+        if is_bound:
+            made.unlink(missing_ok=True)
         raise ConfigError(f"cannot listen at {str(path)!r}: {error.strerror or error}") from error
     finally:
         os.umask(mask)
-    listening.listen(64)
     return listening

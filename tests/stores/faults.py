@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-import signal
 import socket
 import threading
 
 import pytest
 import torch
 from liars import hang_up
-from servers import wait_for
+from servers import paused, wait_for
 
 from kvlab.engine import CacheEngine
 from kvlab.errors import StoreError
@@ -67,16 +66,6 @@ class Cutter:
                 sink.sendall(data)
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_RDWR)
-
-
-@contextlib.contextmanager
-def paused(pid):
-    """The process is silent: connections are taken by the system, nothing is answered."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 class FaultTests:

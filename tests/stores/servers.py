@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 import time
+from pathlib import Path
 
 import redis
 from liars import hang_up
@@ -30,14 +31,25 @@ class Server(RedisServer):
     def client(self, **options):
         return redis.Redis(port=self.port, socket_timeout=60, retry=Retry(NoBackoff(), 0), **options)
 
-    @contextlib.contextmanager
     def paused(self):
-        """It is silent inside: connections are taken by the system, nothing is answered."""
-        os.kill(self.pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(self.pid, signal.SIGCONT)
+        return paused(self.pid)
+
+
+@contextlib.contextmanager
+def paused(pid):
+    """The process is silent: connections are taken by the system, nothing is answered."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: is_stopped(pid), "every thread to stop: one of them takes the signal and tells the others")
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def is_stopped(pid):
+    """Whether no thread of the process runs."""
+    stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 @contextlib.contextmanager

@@ -2,13 +2,12 @@
 
 import contextlib
 import os
-import signal
 import socket
 
 import pytest
 import torch
 from faults import Cutter, quietly, reason_of
-from servers import wait_for
+from servers import paused, wait_for
 
 from kvlab.engine import CacheEngine
 from kvlab.errors import StoreError
@@ -75,8 +74,7 @@ def test_a_server_that_is_silent_costs_a_deadline(server):
     with open_store(plain(server) + HASTY) as store:
         wait_for(lambda: quietly(store.put, "k", b"v"), "a quick answer")
         before = store.errors["timeout"]  # of a busy machine
-        os.kill(server.pid, signal.SIGSTOP)
-        try:
+        with paused(server.pid):
             calls = [
                 lambda: store.get("k"),
                 lambda: store.put("p", bytes(20 << 20)),
@@ -88,8 +86,6 @@ def test_a_server_that_is_silent_costs_a_deadline(server):
             for call in calls:
                 assert reason_of(call) == "timeout"
             assert store.stats()["error_timeout"] == before + len(calls)
-        finally:
-            os.kill(server.pid, signal.SIGCONT)
 
         def back():
             return bytes(quietly(store.get, "k") or b"") == b"v"
