@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
 from kvlab.chunking import Chunker
@@ -176,6 +176,13 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- worker
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        try:
+            self._register(kv_caches)
+        except BaseException:
+            ensure_kv_transfer_shutdown()  # else vLLM gives this connector to the process's next engine
+            raise
+
+    def _register(self, kv_caches: dict[str, Any]) -> None:
         self.kv_caches = dict(kv_caches)
         name = compat.layout_name(self._vllm_config, self._kv_cache_config)
         layout = page_layout(kv_caches, num_blocks=self._kv_cache_config.num_blocks, page_bytes=self._pages, name=name)
