@@ -102,11 +102,3 @@ def test_metrics_and_hit_sources(tmp_path, expected):
         assert told["vllm:kvlab_misses_total"] == 1
         stats = type(ours).build_kv_connector_stats(dict(ours.scheduler.counters))
         assert stats.reduce()["load_gb_per_s"] > 0
-
-
-def test_a_serde_that_needs_k_and_v_is_refused_at_start(tmp_path):
-    with (
-        pytest.raises(Exception, match="must tell K from V, which an engine's opaque pages do not show"),
-        engine([f"file://{tmp_path}?size=1GiB&serde=int8"]),
-    ):
-        pass
