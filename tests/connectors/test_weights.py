@@ -161,6 +161,28 @@ def test_weights_that_are_read_again_by_the_worker_are_others(tmp_path, expected
         assert [generate(llm, [PROMPT])[0].hit for _ in range(2)] == [0, 299]
 
 
+def test_pages_that_outlive_a_reset_are_not_stored_as_the_new_weights(tmp_path, changed):
+    """vLLM keeps its prefix cache while a request runs, and answers False; the connector has a new version then."""
+    from vllm import SamplingParams
+
+    tiers = ["memory://?size=256MiB", f"file://{tmp_path}?size=1GiB"]
+    with engine(tiers, {"enable_prefix_caching": True}) as llm:
+        vllm = llm.llm_engine
+        vllm.add_request("runs", {"prompt_token_ids": PROMPT}, SamplingParams(max_tokens=60, ignore_eos=True))
+        for _ in range(3):
+            vllm.step()
+        assert llm.reset_prefix_cache(reset_connector=True) is False
+        llm.apply_model(load_norms)
+        vllm.add_request("finds pages", {"prompt_token_ids": NEW}, SamplingParams(max_tokens=2))
+        while vllm.has_unfinished_requests():
+            vllm.step()
+        drain(llm)
+        assert llm.reset_prefix_cache() is True, "vLLM's own alone"
+        answers = generate(llm, [PROMPT, NEW])
+        assert [answer.tokens for answer in answers] == [changed[tuple(PROMPT)], changed[tuple(NEW)]]
+        assert not connector(llm).hook_errors
+
+
 def longrope(max_model_len: int) -> dict:
     """vLLM takes the long factors where the engine may go beyond 512 tokens, for all prompts."""
     rope = {

@@ -74,7 +74,13 @@ class Asking:
     def __init__(self, llm: Any) -> None:
         self._llm = llm
 
+    def check_alone(self) -> None:
+        """ConfigError while the engine has requests: their answers, and their pages, would be taken for these."""
+        if self._llm.llm_engine.has_unfinished_requests():
+            raise ConfigError("the engine has requests that have not ended; finish or abort them first")
+
     def answers(self, prompts: Sequence[dict[str, Any]], *, max_tokens: int, top: int) -> list[Answer]:
+        self.check_alone()
         limit = self._llm.llm_engine.model_config.max_logprobs
         if top != -1 and not 1 <= top <= (limit if limit >= 0 else math.inf):
             raise ConfigError(f"top must be 1 to {limit} logprobs, got {top}; start the LLM with a larger max_logprobs")

@@ -246,7 +246,9 @@ class AttachedCache:
         )
 
     def clear(self) -> int:
-        """Forget all that was written by hand; the number of writings. Prompts of theirs are computed from then on."""
+        """Forget all that was written by hand; the number of writings. Prompts of theirs are computed from then on.
+        ConfigError while the engine has requests: vLLM's prefix cache would keep what they hold."""
+        self._asking.check_alone()
         count = self._by_hand.clear()
         self._llm.reset_prefix_cache()
         return count

@@ -77,7 +77,7 @@ class ByHand:
             return 0
         if tuple(request.prompt_token_ids[: kv.num_positions]) != kv.token_ids:
             return 0
-        last = int(request.num_tokens) - 1  # which must be computed
+        last = int(request.num_prompt_tokens) - 1  # which is computed, also after a preemption
         return max(min(kv.num_positions, last) - num_computed_tokens, 0)
 
     def allocated(self, request: Any, block_ids: Tables, num_computed: int, num_tokens: int) -> None:
@@ -91,7 +91,7 @@ class ByHand:
         if not self.owns(request):
             tokens = tuple(request.prompt_token_ids or ())
             self.ended.append(Ended(float(request.arrival_time), tokens, int(request.num_output_tokens)))
-        if self._wanted is not None and tuple(request.prompt_token_ids) == self._wanted:
+        if self._wanted is not None and tuple(request.prompt_token_ids or ()) == self._wanted:
             self._caught, self._wanted = self.pages.read(block_ids, self._wanted, ""), None
 
     # ---- of the worker side

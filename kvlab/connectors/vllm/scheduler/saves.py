@@ -85,6 +85,7 @@ class SavePlanner:
         self._admission = SaveAdmission(config.store_threshold)
         self._states: dict[str, RequestState] = {}  # requests that may still have something to save
         self._in_company = in_company
+        self._may_find_old_pages = False  # in vLLM's prefix cache, of an earlier version
         self.version = ""  # of the namespace
         self.in_flight: dict[int, Write] = {}  # by generation
 
@@ -94,9 +95,11 @@ class SavePlanner:
     def forget(self, request_id: str) -> None:
         self._states.pop(request_id, None)
 
-    def restart(self, version: str) -> None:
-        """The namespace has another `version` from now on: what was computed before is not saved any more."""
+    def restart(self, version: str, *, may_find_old_pages: bool) -> None:
+        """The namespace has another `version` from now on: what was computed before is not saved any more.
+        `may_find_old_pages`: while requests hold pages, vLLM does not empty its prefix cache."""
         self.version = version
+        self._may_find_old_pages = may_find_old_pages
         self._states.clear()
 
     def forget_saved(self, key: bytes) -> None:
@@ -179,11 +182,11 @@ class SavePlanner:
         return True
 
     def _may_be_foreign(self, state: RequestState) -> bool:
-        """Whether pages that vLLM's own prefix cache found may hold KV of other LoRA weights than the request's, or
-        such as another connector loaded."""
+        """Whether pages that vLLM's own prefix cache found may hold KV of other weights than the request's, or such as
+        another connector loaded."""
         lora = getattr(state.request, "lora_request", None)
         others = lora is not None and not ADAPTERS.is_only_one_called(lora.lora_name)
-        return state.local_tokens > 0 and (others or self._in_company)
+        return state.local_tokens > 0 and (others or self._in_company or self._may_find_old_pages)
 
     def _save_request(self, state: RequestState, before: int, num_computed: int, saves: list[SaveOp]) -> None:
         """Save the objects whose last block is computed by the end of this step, which began with `before` tokens."""

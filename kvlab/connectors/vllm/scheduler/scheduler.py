@@ -79,6 +79,7 @@ class Scheduler:
         self._told_evictions = 0
         self._states: dict[str, RequestState] = {}
         self._media = MediaNames()
+        self._holders: set[str] = set()  # requests that may hold pages
         self.unbegun: set[str] = set()  # requests with a load between steps that no step has computed since
         self._waiting = False  # since the last step, a request was told to ask again
         self.admission = LoadAdmission(enabled=config.admission)
@@ -180,6 +181,7 @@ class Scheduler:
     def on_allocated(self, request: Any) -> None:
         """The engine has allocated pages to `request`, with or without a hit."""
         self._rollback.on_allocated(request)
+        self._holders.add(request.request_id)
 
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], num_external_tokens: int) -> None:
         """Each group has pages for the tokens of the hit that `match` returned (0: none). Notes which objects fill
@@ -328,6 +330,7 @@ class Scheduler:
             self.counters["pins_refused"] += self.pins.apply(state, self.chunker)
         self._media.forget(request.request_id)
         self.unbegun.discard(request.request_id)
+        self._holders.discard(request.request_id)
         self.saves.forget(request.request_id)
         if state is None or not self.config.report:
             return None
@@ -362,7 +365,7 @@ class Scheduler:
         self.residency.clear()
         self._lookup.restart(version)
         self.loads.version = version
-        self.saves.restart(version)
+        self.saves.restart(version, may_find_old_pages=bool(self._holders))
         for state in self._states.values():
             state.given_up = True
         self.enabled = self.config.enabled
