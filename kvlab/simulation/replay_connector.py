@@ -6,16 +6,12 @@ objects of a hit are renewed once and cannot leave for each other, and a prompt 
 
 from collections.abc import Collection, Sequence
 
-from kvlab.simulation.replay import Objects, Replay, TierCount, find
+from kvlab.simulation.replay import Objects, Replay, find
+from kvlab.simulation.replay_tiers import Tier
 from kvlab.stores.eviction import EvictionPolicy
 
 
-class _Tier:
-    def __init__(self, policy: EvictionPolicy, capacity: int) -> None:
-        self.policy, self.capacity, self.used = policy, capacity, 0
-        self.held: dict[int, int] = {}
-        self.count = TierCount([], [])
-
+class _LeasingTier(Tier):
     def put(self, key: int, size: int, leased: Collection[int] = ()) -> bool:
         """Whether there was room, but for what is leased."""
         if size > self.capacity:
@@ -29,17 +25,12 @@ class _Tier:
             self.used -= gone
             self.count.evictions += 1
             self.count.evicted_size += gone
-        self.held[key] = size
-        self.used += size
-        self.policy.admit(key, size)
-        self.count.puts += 1
-        self.count.put_size += size
-        return True
+        return super().put(key, size)
 
 
 def replay_connector(objects: Objects, tiers: Sequence[tuple[EvictionPolicy, int]], sizes: list[int]) -> Replay:
     """Replay through `tiers` (policy, capacity): host memory, and perhaps one secondary tier."""
-    stack = [_Tier(policy, capacity) for policy, capacity in tiers]
+    stack = [_LeasingTier(policy, capacity) for policy, capacity in tiers]
     memory, secondary = stack[0], stack[1] if len(stack) > 1 else None
     step, result = objects.step, Replay([], [tier.count for tier in stack])
     for ids, keys in zip(objects.block_ids, objects.keys, strict=True):
@@ -68,7 +59,9 @@ def replay_connector(objects: Objects, tiers: Sequence[tuple[EvictionPolicy, int
     return result
 
 
-def _save(ids: list[int], keys: list[int], step: int, sizes: list[int], memory: _Tier, secondary: _Tier | None) -> None:
+def _save(
+    ids: list[int], keys: list[int], step: int, sizes: list[int], memory: _LeasingTier, secondary: _LeasingTier | None
+) -> None:
     """What memory lacks is put there, and below what is not there either; what is being written below stays."""
     writing: set[int] = set()
     for index, key in enumerate(keys):

@@ -26,7 +26,9 @@ class Admission:
             )
 
 
-class _Tier:
+class Tier:
+    """A policy, what it holds by key, and counts."""
+
     def __init__(self, policy: EvictionPolicy, capacity: int) -> None:
         self.policy, self.capacity, self.used = policy, capacity, 0
         self.held: dict[int, int] = {}
@@ -61,7 +63,7 @@ def replay_tiers(
     What is stored goes to every tier; what is read comes from the first tier that has it and is copied to those above.
     """
     admission = admission or Admission()
-    stack = [_Tier(policy, capacity) for policy, capacity in tiers]
+    stack = [Tier(policy, capacity) for policy, capacity in tiers]
     uses: dict[int, int] = {}
     result = Replay([], [tier.count for tier in stack])
     step = objects.step
