@@ -81,7 +81,12 @@ def aligned_bytes(num_bytes: int) -> torch.Tensor:
 
 
 def page_layout(
-    kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int, page_bytes: Mapping[str, int], name: str
+    kv_caches: Mapping[str, torch.Tensor],
+    *,
+    num_blocks: int,
+    page_bytes: Mapping[str, int],
+    name: str,
+    content_bytes: Mapping[str, int] | None = None,
 ) -> PageLayout:
     """Byte views of an engine's pages.
 
@@ -96,6 +101,9 @@ def page_layout(
         layer name -> bytes of one block's page, as the engine states them.
     name
         the engine's own name of the layout; one of COMPACT_LAYOUTS.
+    content_bytes
+        layer name -> bytes at the beginning of a page that the engine's tensor shows, of layers whose pages are
+        padded.
 
     Raises ConfigError where the strides do not make each page one run of bytes, or layers differ in page size.
     """
@@ -123,12 +131,14 @@ def page_layout(
         item = cache.element_size()
         page = cache[0].numel() * item * rows
         stride = cache.stride(0) * item * rows
-        if page != page_bytes[layer] or stride < page or not _is_one_run(cache[0]) or (rows > 1 and stride != page):
-            raise ConfigError(
-                f"a page must be one run of {page_bytes[layer]} bytes, found {page} at stride {stride}; {where}"
-            )
+        wanted = (content_bytes or {}).get(layer, page_bytes[layer])
+        fits = page == wanted and stride >= page_bytes[layer] >= page
+        if not fits or not _is_one_run(cache[0]) or (rows > 1 and stride != page):
+            raise ConfigError(f"a page must be one run of {wanted} bytes, found {page} at stride {stride}; {where}")
         raw = torch.empty(0, dtype=torch.uint8, device=cache.device)
-        view = raw.set_(cache.untyped_storage(), cache.storage_offset() * item, (num_blocks, page), (stride, 1))
+        view = raw.set_(
+            cache.untyped_storage(), cache.storage_offset() * item, (num_blocks, page_bytes[layer]), (stride, 1)
+        )
         views.setdefault((view.data_ptr(), stride), (layer, view))
     names, pages = zip(*views.values(), strict=True)
     return PageLayout(names, pages, name)

@@ -14,8 +14,9 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from kvlab.connectors.vllm import states
 from kvlab.connectors.vllm.adapters import watch
-from kvlab.connectors.vllm.kv_groups import KVGroups
+from kvlab.connectors.vllm.kv_groups import STATE_WINDOW, KVGroups
 from kvlab.errors import ConfigError
 
 # Requests whose async loads ended, and those of them that must be recomputed; of versions that ask for it.
@@ -43,26 +44,30 @@ def served_groups(kv_cache_config: Any) -> KVGroups:
     kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups) or "none"
     what = f"this model has {len(groups)} KV cache groups ({kinds})"
     instead = "Run it without the connector, or with --disable-hybrid-kv-cache-manager where the model allows it"
-    specs = [_specs(group) for group in groups]
-    if not all(_follows_from_what_is_before(spec) for each in specs for spec in each):
-        raise ConfigError(f"{what}; kvlab serves layers that see the whole prefix or a sliding window. {instead}")
-    windows = [
-        {spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None for spec in each} for each in specs
-    ]
+    specs = [states.specs_of(group) for group in groups]
+    if not all(states.is_recurrent(spec) or _follows_from_what_is_before(spec) for each in specs for spec in each):
+        raise ConfigError(
+            f"{what}; kvlab serves layers that see the whole prefix or a sliding window, or have a recurrent state. "
+            f"{instead}"
+        )
+    windows = [{_window(spec) for spec in each} for each in specs]
     sizes = {group.kv_cache_spec.block_size for group in groups}
     if len(sizes) != 1 or any(len(of_group) != 1 for of_group in windows):
         raise ConfigError(
             f"{what}, blocks of {sorted(sizes)} tokens; kvlab needs one size and one window each. {instead}"
         )
-    found = KVGroups(tuple(of_group.pop() for of_group in windows), sizes.pop())
+    found = KVGroups(
+        tuple(of_group.pop() for of_group in windows), sizes.pop(), recurrent=states.recurrent_groups(groups)
+    )
     if found.fail_whole and not hasattr(connector_base.KVConnectorBase_V1, "get_transfer_results"):
         raise ConfigError(f"{what}; with this version of vLLM kvlab serves one, of layers without a window. {instead}")
     return found
 
 
-def _specs(group: Any) -> list[Any]:
-    """A group's specs: one, or one for each of its layers where they differ in size."""
-    return list(getattr(group.kv_cache_spec, "kv_cache_specs", {}).values()) or [group.kv_cache_spec]
+def _window(spec: Any) -> int | None:
+    if states.is_recurrent(spec):
+        return STATE_WINDOW
+    return spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
 
 
 def _follows_from_what_is_before(spec: Any) -> bool:
@@ -111,7 +116,7 @@ def typed_blocks(vllm_config: Any, kv_cache_config: Any) -> set[tuple[tuple[int,
     stages = stage_layers(vllm_config)
     found: set[tuple[tuple[int, int, int, int, int], str]] = set()
     for group in kv_cache_config.kv_cache_groups:
-        for spec in _specs(group):
+        for spec in states.specs_of(group):
             layers = len(group.layer_names) if len(stages) == 1 else max(stages)
             planes = 1 if "MLA" in type(spec).__name__ else 2
             shape = (layers, spec.block_size, spec.num_kv_heads, planes, spec.head_size)
@@ -122,11 +127,14 @@ def typed_blocks(vllm_config: Any, kv_cache_config: Any) -> set[tuple[tuple[int,
 def unfilled_groups(kv_cache_config: Any) -> list[int]:
     """Groups whose pages may have bytes that no token of the request writes: what another one left there. Pages of
     several groups lie over each other, and a group may have fewer layers; others are padded, or hold more than K and V.
+    Not those of recurrent states: their pages may be written to before the connector hears of the step, see
+    `states.Padding`.
     """
     groups = kv_cache_config.kv_cache_groups
+    keep_tokens = [at for at in range(len(groups)) if at not in states.recurrent_groups(groups)]
     if len(groups) > 1:
-        return list(range(len(groups)))
-    return [at for at, group in enumerate(groups) if not all(map(_is_filled_by_tokens, _specs(group)))]
+        return keep_tokens
+    return [at for at in keep_tokens if not all(map(_is_filled_by_tokens, states.specs_of(groups[at])))]
 
 
 def _is_filled_by_tokens(spec: Any) -> bool:
@@ -156,8 +164,10 @@ def check_company(kv_transfer_config: Any) -> None:
         )
 
 
-def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool) -> None:
-    """ConfigError for setups whose KV would be named or copied wrongly; `outlives`: stored KV outlives the process."""
+def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool, lossy: bool = False) -> None:
+    """ConfigError for setups whose KV would be named or copied wrongly; `outlives`: stored KV outlives the process;
+    `lossy`: some tier keeps it with a loss."""
+    states.refuse_unserved(vllm_config, groups, lossy=lossy)
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:

@@ -17,15 +17,14 @@ from typing import Any, TypeVar
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
-from kvlab.chunking import Chunker
 from kvlab.connectors.config import ConnectorConfig
-from kvlab.connectors.vllm import compat
+from kvlab.connectors.vllm import compat, states
 from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.by_hand.written import ByHand
 from kvlab.connectors.vllm.messages import RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.metrics import KVLabPromMetrics, KVLabStats
 from kvlab.connectors.vllm.namespace import engine_namespace, rank_namespace
-from kvlab.connectors.vllm.pages import codec_of, open_engine_transfer, proven_map, slot_bytes_of
+from kvlab.connectors.vllm.pages import codec_of, open_engine_transfer, proven_map, slot_bytes_of, what_is_used
 from kvlab.connectors.vllm.scheduler.scheduler import Scheduler
 from kvlab.connectors.vllm.scheduler.slots import SlotIndex
 from kvlab.connectors.vllm.worker.worker import Worker
@@ -33,7 +32,6 @@ from kvlab.errors import ConfigError
 from kvlab.hashing import Namespace, cache_namespace
 from kvlab.paged import Opaque, PageMap, page_layout
 from kvlab.sharedmemory import SharedSlots
-from kvlab.stores.url import shown_url
 from kvlab.tierworker.client import TierClient
 from kvlab.tierworker.messages import Memory, Opening
 from kvlab.units import format_bytes
@@ -80,8 +78,9 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 )
         self.groups = compat.served_groups(kv_cache_config)
         outlives = bool(self.config.secondary_tiers)
-        compat.refuse_unserved(vllm_config, kv_cache_config.kv_cache_groups, outlives=outlives)
-        self.chunker = Chunker(chunk_tokens=self.config.chunk_tokens, block_tokens=self.groups.block_tokens)
+        lossy = self.config.is_lossy
+        compat.refuse_unserved(vllm_config, kv_cache_config.kv_cache_groups, outlives=outlives, lossy=lossy)
+        self.chunker = self.groups.chunker(self.config.chunk_tokens)
         self._writes_early = self.groups.are_several or compat.zeroes_pages(kv_cache_config)
         pages = [compat.page_bytes(group) for group in kv_cache_config.kv_cache_groups]
         self._pages = {layer: size for group in pages for layer, size in group.items()}
@@ -185,7 +184,14 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     def _register(self, kv_caches: dict[str, Any]) -> None:
         self.kv_caches = dict(kv_caches)
         name = compat.layout_name(self._vllm_config, self._kv_cache_config)
-        layout = page_layout(kv_caches, num_blocks=self._kv_cache_config.num_blocks, page_bytes=self._pages, name=name)
+        engine_groups = self._kv_cache_config.kv_cache_groups
+        layout = page_layout(
+            kv_caches,
+            num_blocks=self._kv_cache_config.num_blocks,
+            page_bytes=self._pages,
+            name=name,
+            content_bytes=states.content_bytes(engine_groups),
+        )
         page_map: PageMap | Opaque = Opaque("no serde asks for more")
         if self.config.is_lossy:
             page_map = proven_map(self._vllm_config, self._kv_cache_config, kv_caches, self._pages)
@@ -212,22 +218,11 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             shared,
             writes_early=self._writes_early,
             load_timeout_s=self.config.load_timeout_ms / 1e3,
+            padding=states.Padding(layout, kv_caches, engine_groups) if self.groups.recurrent else None,
         )
-        self._log_start(slot_bytes, page_map)
-
-    def _log_start(self, slot_bytes: int, page_map: PageMap | Opaque) -> None:
-        """What is in use, in one line; the tier worker adds what the secondary tiers hold."""
-        memory = "memory tier" if self.config.keeps_memory else "staging"
         logger.info(
-            "kvlab: %s of %s (%d blocks of %s as %s a rank), pages %s, secondary tiers %s, objects of %d tokens, "
-            "namespace %s",
-            memory,
-            format_bytes(self.config.arena_bytes),
-            self.num_slots,
-            format_bytes(slot_bytes),
-            self.config.slot_serde,
-            f"opaque ({page_map.reason})" if isinstance(page_map, Opaque) else f"typed ({page_map.name})",
-            ", ".join(shown_url(url) for url in self.config.secondary_tiers) or "none",
+            "kvlab: %s, objects of %d tokens, namespace %s",
+            what_is_used(self.config, self.num_slots, slot_bytes, page_map),
             self.chunker.chunk_tokens,
             rank_namespace(self.namespace, self._vllm_config.parallel_config.rank).id,
         )

@@ -3,15 +3,20 @@
 vLLM puts layers that see the whole prefix and layers that see a window into groups of their own: each group has its own
 table of blocks, all take their blocks from one pool, and those that a window has left behind are given back while the
 prompt is still being computed. What an object holds must follow from its place alone, as other processes read it too.
+
+A group of recurrent layers has a page for the state behind a block's last token: one page is all that a later token
+sees. That is a window of two tokens, so an object holds of it the page of its last block. But a state is right for one
+number of tokens alone, so a hit ends where an object ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from kvlab.chunking import Span
+from kvlab.chunking import Chunker, Span
 
 Tables: TypeAlias = Sequence[Sequence[int]]  # the page of each block of a request, for each group
+STATE_WINDOW = 2  # as the window of a group that holds recurrent states
 NO_PAGE = 0  # stands in a table for a page that was given back (NULL_BLOCK_ID in vllm/v1/core/block_pool.py)
 
 
@@ -26,10 +31,12 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class KVGroups:
-    """`windows` has an entry for each group: how many tokens a token sees, itself included; None: all before it."""
+    """`windows` has an entry for each group: how many tokens a token sees, itself included; None: all before it.
+    Groups of `recurrent` hold states."""
 
     windows: tuple[int | None, ...]
     block_tokens: int
+    recurrent: frozenset[int] = frozenset()
 
     @property
     def are_several(self) -> bool:
@@ -45,6 +52,18 @@ class KVGroups:
         and reads what is before: of several groups it cannot tell which one lost the page, and under a window it was
         given no pages before those that the hit's end sees."""
         return self.are_several or self.have_windows
+
+    def chunker(self, chunk_tokens: int) -> Chunker:
+        """Cuts prompts into objects of `chunk_tokens`. With states, chunks are whole blocks at least: the engine makes
+        a block as long as its page must be to hold a state, which is not known before it starts."""
+        if self.recurrent:
+            chunk_tokens = -(-chunk_tokens // self.block_tokens) * self.block_tokens
+        return Chunker(chunk_tokens=chunk_tokens, block_tokens=self.block_tokens)
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks in which an object of so long a prompt may end. With states, the last token is none of it: it is left
+        to compute, and no hit ends one token before an object does."""
+        return (num_tokens - bool(self.recurrent)) // self.block_tokens
 
     def shows_gap(self, block_ids: Tables, num_tokens: int) -> bool:
         """Whether a page is missing that the token behind `num_tokens` computed ones sees: what is computed then is not
@@ -79,11 +98,18 @@ class KVGroups:
         """Blocks of all groups in an object."""
         return sum(part.end_block - part.first_block for part in self.parts(span, end_token))
 
-    def pages(self, span: Span, end_token: int, block_ids: Tables, before: int) -> tuple[int, ...]:
+    def pages(
+        self, span: Span, end_token: int, block_ids: Tables, before: int, states: Mapping[int, int] | None = None
+    ) -> tuple[int, ...]:
         """The pages of an object's slots, at the end of a step that began with `before` tokens computed; () if the
-        engine has given some of them back."""
+        engine has given some of them back. `states`: the page of each recurrent group's state behind the object."""
         found: list[int] = []
         for part in self.parts(span, end_token):
+            if part.group in self.recurrent:
+                if not states or part.group not in states:
+                    return ()
+                found.append(states[part.group])
+                continue
             pages = block_ids[part.group][part.first_block : part.end_block]
             if (
                 part.first_block < self.first_block(part.group, before)

@@ -74,8 +74,9 @@ class SaveOp:
 class StepMetadata(KVConnectorMetadata):
     """One step's copies but for loads within it. `num_tokens` are those the step computes, `prefill_tokens` those of
     them that belong to prompts; `new_blocks` are the pages that requests have been given for it; those in
-    `unclean_blocks` are to be cleared before it, as an object will hold more of them than tokens write. `version` is
-    that of the namespace by now: loads that began under another one are lost."""
+    `unclean_blocks` are to be cleared before it, as an object will hold more of them than tokens write; of
+    `state_pages`, by KV cache group, only what their states do not fill. `version` is that of the namespace by now:
+    loads that began under another one are lost."""
 
     loads: list[RequestLoad] = field(default_factory=list)
     saves: list[SaveOp] = field(default_factory=list)
@@ -83,6 +84,7 @@ class StepMetadata(KVConnectorMetadata):
     prefill_tokens: int = 0
     new_blocks: list[int] = field(default_factory=list)
     unclean_blocks: list[int] = field(default_factory=list)
+    state_pages: dict[int, list[int]] = field(default_factory=dict)
     version: str = ""
 
 

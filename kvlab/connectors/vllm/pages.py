@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm import compat
 from kvlab.errors import ConfigError
 from kvlab.paged import Opaque, PageLayout, PageMap, Transfer, open_transfer, understand
 from kvlab.paged.vllm_operators import of_layer
 from kvlab.sharedmemory import SharedSlots
+from kvlab.stores.url import shown_url
+from kvlab.units import format_bytes
 
 if TYPE_CHECKING:
     from kvlab.codecs.blocks import BlockCodec
@@ -102,3 +105,14 @@ def open_engine_transfer(
     from kvlab.codecs.transfer import open_coded_transfer
 
     return open_coded_transfer(layout, codec, num_slots, staging_bytes=staging_bytes, shared=shared)
+
+
+def what_is_used(config: ConnectorConfig, num_slots: int, slot_bytes: int, page_map: PageMap | Opaque) -> str:
+    """Of the start-up line; the tier worker adds what the secondary tiers hold."""
+    memory = "memory tier" if config.keeps_memory else "staging"
+    pages = f"opaque ({page_map.reason})" if isinstance(page_map, Opaque) else f"typed ({page_map.name})"
+    tiers = ", ".join(shown_url(url) for url in config.secondary_tiers) or "none"
+    return (
+        f"{memory} of {format_bytes(config.arena_bytes)} ({num_slots} blocks of {format_bytes(slot_bytes)} as "
+        f"{config.slot_serde} a rank), pages {pages}, secondary tiers {tiers}"
+    )

@@ -20,7 +20,7 @@ def find_hit(
     """The longest run of chunks that some tier holds, then the longest tail present; and behind the prompt's last full
     block the one that it fills in part. `answer`: what the secondary tiers hold. `exact`: only what lies in memory as
     it was computed."""
-    hashes, block = state.hashes, chunker.block_tokens
+    hashes, block = state.hit_hashes(chunker), chunker.block_tokens
 
     def is_held(key: bytes) -> bool:
         return residency.where(key, answer) in HELD and (not exact or residency.is_exact(key))

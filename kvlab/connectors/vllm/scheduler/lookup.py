@@ -56,7 +56,7 @@ class Lookup:
             return {}
         wait_s = 0.0
         if state.lookup is None:
-            state.lookup = self._send(self._tiers, list(state.hashes), partial_block)
+            state.lookup = self._send(self._tiers, list(state.hit_hashes(self._chunker)), partial_block)
             state.lookup_started_s = time.monotonic()
             if self._admission.is_worth_waiting(num_tokens, INLINE_WAIT_S):
                 wait_s = INLINE_WAIT_S  # the first time only: requests that run wait as well

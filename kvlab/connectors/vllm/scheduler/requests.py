@@ -43,6 +43,7 @@ class RequestState:
     block_ids: list[list[int]] = field(default_factory=list)  # of each KV cache group
     num_saved_blocks: int = 0
     keeps_partial_block: bool = True  # whether a last block that the prompt fills in part is an object too
+    has_states: bool = False  # recurrent ones: a hit ends where an object ends, before the last token
     partial_block_is_clean: bool = False  # that block's page holds nothing but the prompt's tokens and zeros
     plan: list[ObjectRef] = field(default_factory=list)
     plan_tokens: int = 0  # tokens of the prompt that the plan may serve
@@ -79,9 +80,13 @@ class RequestState:
     def object_keys(self, chunker: Chunker) -> list[bytes]:
         """Hashes of all objects that the prompt may have."""
         hashes = self.extend_hashes(chunker)
-        spans = chunker.spans(self.request.num_prompt_tokens)
+        spans = chunker.spans(self.request.num_prompt_tokens - self.has_states)
         partial = self.partial_block_hash(chunker)
         return [hashes[span.end_block - 1] for span in spans] + ([partial] if partial is not None else [])
+
+    def hit_hashes(self, chunker: Chunker) -> list[bytes]:
+        """Hashes of the blocks with which an object may end that serves the request."""
+        return self.hashes[: chunker.num_blocks(self.request.num_tokens - 1)] if self.has_states else self.hashes
 
     def extend_hashes(self, chunker: Chunker) -> list[bytes]:
         """Hashes of all full blocks of the tokens known now; only new blocks are computed."""

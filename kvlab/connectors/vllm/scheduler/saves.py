@@ -7,12 +7,13 @@ generated token is written behind it. Where that order was not kept, the block i
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvlab.chunking import Chunker, Span
 from kvlab.connectors.config import ConnectorConfig
+from kvlab.connectors.vllm import states
 from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.kv_groups import NO_PAGE, KVGroups
 from kvlab.connectors.vllm.messages import SaveOp
@@ -127,6 +128,7 @@ class SavePlanner:
         left to save are visited: most requests that decode have nothing."""
         if not self._states:
             return
+        left = states.left_by(output) if self._groups.recurrent else {}
         computed: dict[str, int] = {}
         for new in output.scheduled_new_reqs:
             if (state := self._states.get(new.req_id)) is not None:
@@ -152,7 +154,8 @@ class SavePlanner:
                 del self._states[req_id]  # it reads pages that hold nothing: what it computes is not saved
                 continue
             num_computed = before + output.num_scheduled_tokens[req_id]
-            self._save_request(state, before, num_computed, saves)
+            self._save_request(state, before, num_computed, saves, left.get(req_id, {}))
+            self.stop_at_object(req_id, num_computed)
             if num_computed >= state.request.num_prompt_tokens and not self._config.save_generated:
                 del self._states[req_id]
 
@@ -176,7 +179,7 @@ class SavePlanner:
         for table, more in zip(state.block_ids, new_blocks or (), strict=False):
             num_before = len(table)
             table += more
-            if num_before <= partial < len(table):
+            if state.keeps_partial_block and num_before <= partial < len(table):
                 state.partial_block_is_clean = partial >= first_empty
                 unclean += [table[partial]] if state.partial_block_is_clean else []
         return True
@@ -188,8 +191,24 @@ class SavePlanner:
         others = lora is not None and not ADAPTERS.is_only_one_called(lora.lora_name)
         return state.local_tokens > 0 and (others or self._in_company or self._may_find_old_pages)
 
-    def _save_request(self, state: RequestState, before: int, num_computed: int, saves: list[SaveOp]) -> None:
-        """Save the objects whose last block is computed by the end of this step, which began with `before` tokens."""
+    def stop_at_object(self, request_id: str, num_computed: int) -> None:
+        """Where states are to be saved, have a step end at the next chunk's end: it leaves a state there. (Behind the
+        prompt's last block that may end an object, vLLM leaves one by itself.)"""
+        state, chunk = self._states.get(request_id), self._chunker.chunk_tokens
+        end = num_computed - num_computed % chunk + chunk
+        if self._groups.recurrent and state is not None and end < state.request.num_prompt_tokens:
+            states.stop_at(state.request, num_computed, end)
+
+    def _save_request(
+        self,
+        state: RequestState,
+        before: int,
+        num_computed: int,
+        saves: list[SaveOp],
+        left: states.StatePages,
+    ) -> None:
+        """Save the objects whose last block is computed by the end of this step, which began with `before` tokens.
+        `left`: the states that it leaves."""
         request, block = state.request, self._chunker.block_tokens
         num_pages = len(state.block_ids[0]) if state.block_ids else 0
         if num_computed == request.num_prompt_tokens and state.partial_block_is_clean:
@@ -199,30 +218,41 @@ class SavePlanner:
                 self._save_object(ref, state, before, saves)
                 self._index.touch([key])
         # The engine may still discard generated tokens (drafts that are refused), never those of the prompt.
-        limit = request.num_tokens - 1 if self._config.save_generated else request.num_prompt_tokens
-        end = min(num_computed, limit) // block
+        prompt_end = self._groups.num_blocks(request.num_prompt_tokens)
+        last = (request.num_tokens - 1) // block if self._config.save_generated else prompt_end
+        end = min(num_computed // block, last)
         if end <= state.num_saved_blocks:
             return
         hashes = state.extend_hashes(self._chunker)
-        prompt_end = request.num_prompt_tokens // block
         for span in self._chunker.spans(min(end, len(hashes), num_pages) * block):
             full = span.num_blocks == self._chunker.chunk_blocks
             if span.end_block <= state.num_saved_blocks or not (full or span.end_block == prompt_end):
                 continue
             state.num_saved_blocks = span.end_block
-            ref = ObjectRef(span, hashes[span.end_block - 1], span.end_block * block, in_memory=False)
-            self._save_object(ref, state, before, saves)
+            end_token = span.end_block * block
+            if self._groups.recurrent and end_token not in left:
+                continue  # no step has ended there
+            ref = ObjectRef(span, hashes[span.end_block - 1], end_token, in_memory=False)
+            self._save_object(ref, state, before, saves, left.get(end_token))
         self._index.touch(hashes[s.end_block - 1] for s in reversed(self._chunker.spans(end * block)))
 
-    def _save_object(self, ref: ObjectRef, state: RequestState, before: int, saves: list[SaveOp]) -> None:
-        """Save an object of this request from its pages, unless it is there already."""
+    def _save_object(
+        self,
+        ref: ObjectRef,
+        state: RequestState,
+        before: int,
+        saves: list[SaveOp],
+        state_pages: Mapping[int, int] | None = None,
+    ) -> None:
+        """Save an object of this request from its pages, unless it is there already. `state_pages`: by group, of the
+        states behind it."""
         key = ref.hash
         is_written = self._residency.is_written(key)
         if self._index.get(key) is not None or (is_written and not self._config.keeps_memory):
             return
         if not self._admission.is_due(key):
             return
-        pages = self._groups.pages(ref.span, ref.end_token, state.block_ids, before)
+        pages = self._groups.pages(ref.span, ref.end_token, state.block_ids, before, state_pages)
         if not self._index.make_room_of(state.salt, len(pages)):
             self._counters["saves_over_quota"] += 1
             return

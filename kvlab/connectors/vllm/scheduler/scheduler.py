@@ -21,6 +21,7 @@ from kvlab.connectors.vllm.scheduler.hits import end_block, find_hit, ready_run,
 from kvlab.connectors.vllm.scheduler.loads import LoadPlanner
 from kvlab.connectors.vllm.scheduler.lookup import Lookup
 from kvlab.connectors.vllm.scheduler.media import MediaNames
+from kvlab.connectors.vllm.scheduler.misses import miss_reason
 from kvlab.connectors.vllm.scheduler.pins import Pins
 from kvlab.connectors.vllm.scheduler.requests import (
     ObjectRef,
@@ -30,7 +31,7 @@ from kvlab.connectors.vllm.scheduler.requests import (
     request_extras,
     wants_recompute,
 )
-from kvlab.connectors.vllm.scheduler.residency import Residency, Where
+from kvlab.connectors.vllm.scheduler.residency import Residency
 from kvlab.connectors.vllm.scheduler.rollback import StepRollback
 from kvlab.connectors.vllm.scheduler.saves import SavePlanner, allocated_blocks, empty_blocks
 from kvlab.connectors.vllm.scheduler.slots import Entry, SlotIndex
@@ -72,6 +73,7 @@ class Scheduler:
         self._num_ranks = num_ranks
         self._may_load, self._may_save = role != "kv_producer", role != "kv_consumer"
         self._unfilled_groups = unfilled_groups
+        self._keeps_partial_block = config.save_partial_block and not groups.recurrent
         self.enabled = config.enabled
         self._load_now = load_now
         self.counters = Counters()
@@ -104,6 +106,12 @@ class Scheduler:
 
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond `num_computed_tokens`, and whether between steps; None: ask again."""
+        tokens, is_async = self._match(request, num_computed_tokens)
+        if self.groups.recurrent and tokens is not None and self.enabled and self._may_save:
+            self.saves.stop_at_object(request.request_id, num_computed_tokens + tokens)
+        return tokens, is_async
+
+    def _match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         if not self.enabled or wants_recompute(request):
             self._media_of(request)
             return 0, False
@@ -128,7 +136,7 @@ class Scheduler:
             return 0, False
         block = self.chunker.block_tokens
         usable = request.num_tokens - 1  # the last token must be computed
-        if not self.config.save_partial_block:
+        if not self._keeps_partial_block:
             usable -= usable % block
         if usable <= num_computed_tokens:
             return 0, False
@@ -193,7 +201,9 @@ class Scheduler:
         state.plan, state.plan_tokens, state.lookup, state.lookup_started_s = [], 0, None, 0.0
         if not state.counted:  # called a second time once an async load has ended
             state.counted = True
-            if reason := self._miss_reason(state, plan):
+            if reason := miss_reason(
+                state, plan, self.chunker, self.residency, lossy=self.config.is_lossy, asks=self.tiers is not None
+            ):
                 state.row["miss"] = reason
                 self.counters[f"miss_{reason}"] += 1
         if num_external_tokens == 0:
@@ -215,27 +225,6 @@ class Scheduler:
             state.given_up = True
         self.loads.fail_load(request_id, block_ids, is_async=is_async)
 
-    def _miss_reason(self, state: RequestState, plan: Sequence[ObjectRef]) -> str:
-        """Why the first block that no tier holds is not there; empty if all are."""
-        if state.hints.wrong:
-            return "wrong_hint"
-        at = max(end_block(plan), state.local_tokens // self.chunker.block_tokens)
-        if at >= (state.request.num_tokens - 1) // self.chunker.block_tokens:
-            return ""
-        chunk_end = min(at - at % self.chunker.chunk_blocks + self.chunker.chunk_blocks, len(state.hashes))
-        key = state.hashes[chunk_end - 1]
-        if refusal := state.hints.refusal(lossy=self.config.is_lossy):
-            return refusal
-        if state.skip is not None:
-            return state.skip.value
-        if self.residency.is_corrupt(key):
-            return Where.CORRUPT.value
-        if self.index.get(key) is not None:
-            return ""
-        if key in self.index.evicted:
-            return "evicted"
-        return state.missing.get(key, "never_stored" if self.tiers is None else "not_asked")
-
     # ---- each step
 
     def build(self, output: Any) -> StepMetadata:
@@ -254,7 +243,8 @@ class Scheduler:
         if total > len(output.num_scheduled_tokens):  # in most steps each request decodes one
             prefills = sum(count for count in output.num_scheduled_tokens.values() if count > MOST_DECODED)
         unclean = empty_blocks(output, block, self._unfilled_groups) if self._unfilled_groups else []
-        metadata = StepMetadata(between, [], total, prefills, new_blocks, unclean, self.saves.version)
+        held = {group: empty_blocks(output, block, [group]) for group in self.groups.recurrent}
+        metadata = StepMetadata(between, [], total, prefills, new_blocks, unclean, held, self.saves.version)
         if (self.loads.in_flight or self._waiting) and not loads and total == 0:
             time.sleep(IDLE_WAIT_S)  # the engine would spin and starve the threads it waits for
         self._waiting = False
@@ -389,7 +379,8 @@ class Scheduler:
                 self.counters["unnameable_requests"] += 1
                 return None
             hints = Hints.of(request)
-            state = RequestState(request, extras, keeps_partial_block=self.config.save_partial_block, hints=hints)
+            state = RequestState(request, extras, keeps_partial_block=self._keeps_partial_block, hints=hints)
+            state.has_states = bool(self.groups.recurrent)
             state.row = {"hint": hints.wrong} if hints.wrong else {}
             if adapter is not None:
                 state.adapter = Adapter(request.lora_request.lora_int_id, adapter.num_loads)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
+from kvlab.connectors.vllm import states
 from kvlab.connectors.vllm.messages import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.scheduler.admission import MIN_PREFILL_TOKENS
 from kvlab.connectors.vllm.worker.model_weights import ModelWeights
@@ -46,8 +47,10 @@ class Worker:
         *,
         writes_early: bool = False,
         load_timeout_s: float = LOAD_TIMEOUT_S,
+        padding: states.Padding | None = None,
     ) -> None:
         self.transfer = transfer
+        self._padding = padding
         self.tiers = tiers
         self._shared = shared
         self._writes_early = writes_early
@@ -78,8 +81,8 @@ class Worker:
             self._reports.current.stale_version = metadata.version
         self._num_steps += 1
         self.transfer.before_writes(metadata.new_blocks)
-        if metadata.unclean_blocks:
-            self._clear(metadata.unclean_blocks)
+        if metadata.unclean_blocks or metadata.state_pages:
+            self._clear(metadata)
         if self._pending or self.tiers is not None:
             self.poll(always=self._num_steps % POLLED_STEPS == 0)
         prefill = metadata.prefill_tokens
@@ -102,11 +105,14 @@ class Worker:
         for pending in list(self._pending):
             self._advance(pending)
 
-    def _clear(self, block_ids: Sequence[int]) -> None:
-        """Zero pages of which objects will hold more than tokens write. Where that fails, nothing is saved any more: a
-        page that was not cleared may be saved at any later step."""
+    def _clear(self, metadata: StepMetadata) -> None:
+        """Zero what objects will hold of pages and the step does not write. Where that fails, nothing is saved any
+        more: a page that was not cleared may be saved at any later step."""
         try:
-            self.transfer.clear(block_ids)
+            if metadata.unclean_blocks:
+                self.transfer.clear(metadata.unclean_blocks)
+            if self._padding is not None:
+                self._padding.clear(metadata.state_pages)
         except Exception:
             self._saves = False
             raise
@@ -194,8 +200,6 @@ class Worker:
 
     def take_lost_blocks(self) -> set[int]:
         """Pages that loads between steps could not fill."""
-        if not self._lost_blocks:
-            return set()
         lost, self._lost_blocks = self._lost_blocks, set()
         return lost
 
