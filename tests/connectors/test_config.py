@@ -130,7 +130,7 @@ def setup(*, scales=False, drafts=None, prefixes=True, **parallel):
         ({"decode_context_parallel_size": 4}, "decode_context_parallel_size must be 1 with KVLabConnector, got 4"),
         ({"scales": True}, "give memory:// as the only tier"),
         ({"drafts": "eagle"}, "by 'eagle' is not served"),
-        ({"drafts": "draft_model"}, "take ngram or ngram_gpu or suffix, or turn one off"),
+        ({"drafts": "mtp"}, "take ngram or ngram_gpu or suffix or draft_model, or turn one off"),
         ({"prefixes": False}, "serves no cached prefix of it; run it without the connector"),
     ],
 )
@@ -138,7 +138,8 @@ def test_setups_that_name_or_copy_kv_wrongly_are_refused(chosen, message):
     from kvlab.connectors.vllm.compat import refuse_unserved
 
     refuse_unserved(setup(), [], outlives=True)
-    refuse_unserved(setup(drafts="ngram"), [], outlives=True)
+    for drafts in ("ngram", "draft_model"):
+        refuse_unserved(setup(drafts=drafts), [], outlives=True)
     with pytest.raises(ConfigError, match=message):
         refuse_unserved(setup(**chosen), [], outlives=True)
 

@@ -22,6 +22,7 @@ from kvlab.errors import ConfigError
 # Requests whose async loads ended, and those of them that must be recomputed; of versions that ask for it.
 TransferResults: Any = getattr(connector_base, "KVConnectorTransferResults", None)
 DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
+DRAFTS_OF_TOKENS = ("draft_model",)  # whose KV follows from the tokens, as the model's own: objects hold both
 
 
 def layout_name(vllm_config: Any, kv_cache_config: Any) -> str:
@@ -124,15 +125,20 @@ def typed_blocks(vllm_config: Any, kv_cache_config: Any) -> set[tuple[tuple[int,
     return found
 
 
-def unfilled_groups(kv_cache_config: Any) -> list[int]:
+def drafts_have_kv(vllm_config: Any) -> bool:
+    """Whether pages hold a draft model's KV too, which it may have written of generated tokens, or not yet."""
+    return getattr(vllm_config.speculative_config, "method", None) in DRAFTS_OF_TOKENS
+
+
+def unfilled_groups(vllm_config: Any, kv_cache_config: Any) -> list[int]:
     """Groups whose pages may have bytes that no token of the request writes: what another one left there. Pages of
-    several groups lie over each other, and a group may have fewer layers; others are padded, or hold more than K and V.
-    Not those of recurrent states: their pages may be written to before the connector hears of the step, see
-    `states.Padding`.
+    several groups lie over each other, and a group may have fewer layers; others are padded, or hold more than K and V;
+    a draft model skips steps. Not those of recurrent states: their pages may be written to before the connector hears
+    of the step, see `states.Padding`.
     """
     groups = kv_cache_config.kv_cache_groups
     keep_tokens = [at for at in range(len(groups)) if at not in states.recurrent_groups(groups)]
-    if len(groups) > 1:
+    if len(groups) > 1 or drafts_have_kv(vllm_config):
         return keep_tokens
     return [at for at in keep_tokens if not all(map(_is_filled_by_tokens, states.specs_of(groups[at])))]
 
@@ -185,10 +191,11 @@ def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool, 
         )
     speculative = vllm_config.speculative_config
     method = getattr(speculative, "method", None)
-    if speculative is not None and method not in DRAFTS_WITHOUT_KV:
+    served = (*DRAFTS_WITHOUT_KV, *DRAFTS_OF_TOKENS)
+    if speculative is not None and method not in served:
         raise ConfigError(
-            f"speculative decoding by {method!r} is not served: its drafts have KV of their own, which an object's key "
-            f"does not name; take {' or '.join(DRAFTS_WITHOUT_KV)}, or turn one off"
+            f"speculative decoding by {method!r} is not served: its drafts have KV that depends on more than an "
+            f"object's key says; take {' or '.join(served)}, or turn one off"
         )
     if any(getattr(group, "is_eagle_group", False) for group in groups):
         raise ConfigError("a draft model's KV depends on later tokens than its key says; run without the connector")

@@ -9,7 +9,7 @@ import vllm
 
 from kvlab.connectors.vllm import compat, states
 from kvlab.connectors.vllm.options import options_that_change_kv
-from kvlab.connectors.vllm.weights import weights_name
+from kvlab.connectors.vllm.weights import draft_name, weights_name
 from kvlab.hashing import Namespace
 
 
@@ -51,6 +51,8 @@ def engine_namespace(
     if served.are_several or served.have_windows:  # which decide what an object holds
         layers = [[window, list(group.layer_names)] for window, group in zip(served.windows, groups, strict=True)]
         fields["groups"] = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]
+    if compat.drafts_have_kv(vllm_config):
+        fields["draft"] = draft_name(vllm_config, outlives=outlives)
     if served.recurrent:
         about = [[at, *states.described(groups[at])] for at in sorted(served.recurrent)]
         fields["states"] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]

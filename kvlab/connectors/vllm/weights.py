@@ -76,6 +76,22 @@ def _weights(vllm_config: Any, *, loaded_here: bool) -> str:
     return "+".join(found.digest for found in prints)
 
 
+def draft_name(vllm_config: Any, *, outlives: bool) -> str:
+    """A name of a draft model. Its KV decides how many drafts are accepted and changes no answer, so one whose files
+    cannot be read goes by its own name."""
+    speculative = vllm_config.speculative_config
+    model = speculative.draft_model_config
+    about = f"{model.model}@{model.revision}/{model.dtype}/{model.quantization}"
+    if not outlives:
+        return about
+    try:
+        places = _places(model, speculative.draft_load_config or vllm_config.load_config)
+        prints = [files_fingerprint(weight_files(place), root=_root(place), fast=True) for place in places]
+    except _Unnamed:
+        return about
+    return "+".join([*(found.digest for found in prints), f"{model.dtype}/{model.quantization}"])
+
+
 def model_files(model: Any, load: Any) -> tuple[FileState, ...]:
     """The state of each file that decides what this model computes, in the order that `weights_name` reads them."""
     return file_states([file for place in _places(model, load) for file in weight_files(place)])

@@ -45,7 +45,8 @@ MOST_DECODED = 8  # tokens of a request in a step; more are a prompt's, fewer ma
 class Scheduler:
     """One per engine, of `num_ranks` workers. `tiers` leads to the secondary tiers, if there are any. `load_now`
     carries out loads at once and answers the pages it could not fill; without `at_once` all loads run between steps.
-    Pages of `unfilled_groups` have bytes that no token writes. `role` is vLLM's ``kv_role``: a consumer stores nothing,
+    Pages of `unfilled_groups` have bytes that no token writes; with `whole_blocks`, a block that a prompt fills in part
+    holds more than its tokens. `role` is vLLM's ``kv_role``: a consumer stores nothing,
     a producer loads nothing. `in_company`: other connectors may have filled pages that the prefix cache finds.
     `slot_bytes`: of all ranks."""
 
@@ -61,6 +62,7 @@ class Scheduler:
         *,
         at_once: bool,
         unfilled_groups: Sequence[int] = (),
+        whole_blocks: bool = False,
         role: str = "kv_both",
         in_company: bool = False,
         slot_bytes: int = 0,
@@ -73,7 +75,7 @@ class Scheduler:
         self._num_ranks = num_ranks
         self._may_load, self._may_save = role != "kv_producer", role != "kv_consumer"
         self._unfilled_groups = unfilled_groups
-        self._keeps_partial_block = config.save_partial_block and not groups.recurrent
+        self._keeps_partial_block = config.save_partial_block and not whole_blocks
         self.enabled = config.enabled
         self._load_now = load_now
         self.counters = Counters()
