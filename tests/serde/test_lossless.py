@@ -98,7 +98,7 @@ def wild(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """Numbers of all sizes, with infinities, NaN, zeros of both signs and subnormal numbers among them."""
     source = torch.Generator().manual_seed(seed)
     bits = torch.randint(-(2**15), 2**15, shape, generator=source, dtype=torch.int16)
-    return torch.where(torch.rand(shape, generator=source) < 0.1, bits, kv_like(shape).view(torch.int16)).view(
+    return torch.where(torch.rand(shape, generator=source) < 0.02, bits, kv_like(shape).view(torch.int16)).view(
         torch.bfloat16
     )
 
