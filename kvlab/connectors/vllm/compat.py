@@ -170,10 +170,8 @@ def check_company(kv_transfer_config: Any) -> None:
         )
 
 
-def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool, lossy: bool = False) -> None:
-    """ConfigError for setups whose KV would be named or copied wrongly; `outlives`: stored KV outlives the process;
-    `lossy`: some tier keeps it with a loss."""
-    states.refuse_unserved(vllm_config, groups, lossy=lossy)
+def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool) -> None:
+    """ConfigError for setups whose KV would be named or copied wrongly; `outlives`: stored KV outlives the process."""
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:

@@ -76,10 +76,10 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                     "kvlab: this version of vLLM does not show which LoRA weights it loads; requests with "
                     "an adapter go without the cache"
                 )
+        states.refuse_unserved(vllm_config, kv_cache_config.kv_cache_groups, lossy=self.config.is_lossy)
         self.groups = compat.served_groups(kv_cache_config)
         outlives = bool(self.config.secondary_tiers)
-        lossy = self.config.is_lossy
-        compat.refuse_unserved(vllm_config, kv_cache_config.kv_cache_groups, outlives=outlives, lossy=lossy)
+        compat.refuse_unserved(vllm_config, kv_cache_config.kv_cache_groups, outlives=outlives)
         self.chunker = self.groups.chunker(self.config.chunk_tokens)
         self._writes_early = self.groups.are_several or compat.zeroes_pages(kv_cache_config)
         pages = [compat.page_bytes(group) for group in kv_cache_config.kv_cache_groups]

@@ -245,7 +245,8 @@ class Scheduler:
         if total > len(output.num_scheduled_tokens):  # in most steps each request decodes one
             prefills = sum(count for count in output.num_scheduled_tokens.values() if count > MOST_DECODED)
         unclean = empty_blocks(output, block, self._unfilled_groups) if self._unfilled_groups else []
-        held = {group: empty_blocks(output, block, [group]) for group in self.groups.recurrent}
+        recurrent = self.groups.recurrent
+        held = {group: pages for group in recurrent if (pages := empty_blocks(output, block, [group]))}
         metadata = StepMetadata(between, [], total, prefills, new_blocks, unclean, held, self.saves.version)
         if (self.loads.in_flight or self._waiting) and not loads and total == 0:
             time.sleep(IDLE_WAIT_S)  # the engine would spin and starve the threads it waits for
