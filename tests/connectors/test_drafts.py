@@ -34,21 +34,22 @@ def ask(llm, p):
 
 
 def test_as_many_drafts_are_accepted_after_a_hit(settings, tmp_path):
-    prompts = [prompt(n) for n in (97, 300, 480)]
+    prompts = [prompt(n) for n in (100, 300, 480)]  # a hit leaves more than one token: else vLLM pads with drafts
     with engine(None, settings) as llm:
         right = [ask(llm, p) for p in prompts]
     assert min(share for _, share in right) > 0.9
     tiers = [f"file://{tmp_path}?size=1GiB"]
     with engine(["memory://?size=64MiB", *tiers], settings) as llm:
         for p, (expected, share) in zip(prompts, right, strict=True):
-            for hit in (0, (len(p) - 1) // 32 * 32):
+            for _ in range(2):
                 answer, accepted = ask(llm, p)
-                assert (answer.hit, answer.tokens, accepted) == (hit, expected.tokens, share)
+                assert (answer.tokens, accepted) == (expected.tokens, share)
+            assert answer.hit == (len(p) - 1) // 32 * 32
         drain(llm)
         original = worker(llm).transfer.load
-        layout, names = worker(llm).transfer.layout, list(connector(llm).kv_caches)
+        layout = worker(llm).transfer.layout
         own = [at for at, name in enumerate(layout.layer_names) if not name.startswith("draft_model.")]
-        assert 0 < len(own) < len(names)
+        assert 0 < len(own) < layout.num_layers
 
         def load(slots, pages, num_tokens=()):
             original(slots, pages)

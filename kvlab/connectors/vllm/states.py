@@ -77,8 +77,8 @@ def left_by(output: Any) -> dict[str, dict[int, dict[int, int]]]:
 
 def stop_at(request: Any, num_computed: int, num_tokens: int) -> None:
     """Let no step of this request's prompt run past its first `num_tokens` tokens, of which `num_computed` are
-    computed, so that one ends there. vLLM has such a stop for the end of a prefix that prompts share: of two, the
-    nearer one holds."""
+    computed, so that one ends there; and have the state behind them offered, where vLLM offers few. It has such a
+    stop for the end of a prefix that prompts share: of two, the nearer one holds."""
     if not num_computed < getattr(request, "shared_prefix_boundary", 0) < num_tokens:
         request.shared_prefix_boundary = num_tokens
 

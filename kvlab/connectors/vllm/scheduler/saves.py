@@ -196,7 +196,9 @@ class SavePlanner:
         prompt's last block that may end an object, vLLM leaves one by itself.)"""
         state, chunk = self._states.get(request_id), self._chunker.chunk_tokens
         end = num_computed - num_computed % chunk + chunk
-        if self._groups.recurrent and state is not None and end < state.request.num_prompt_tokens:
+        if not self._groups.recurrent or state is None:
+            return
+        if end < state.request.num_prompt_tokens or self._config.save_generated:
             states.stop_at(state.request, num_computed, end)
 
     def _save_request(
@@ -217,9 +219,11 @@ class SavePlanner:
                 ref = ObjectRef(Span(last, last + 1), key, request.num_prompt_tokens, in_memory=False)
                 self._save_object(ref, state, before, saves)
                 self._index.touch([key])
-        # The engine may still discard generated tokens (drafts that are refused), never those of the prompt.
+        # The engine may still discard generated tokens (drafts that are refused), never those of the prompt. With
+        # states there are no drafts, and the step that computes the last token of a block is the one that leaves it.
         prompt_end = self._groups.num_blocks(request.num_prompt_tokens)
-        last = (request.num_tokens - 1) // block if self._config.save_generated else prompt_end
+        known = request.num_tokens - (not self._groups.recurrent)
+        last = known // block if self._config.save_generated else prompt_end
         end = min(num_computed // block, last)
         if end <= state.num_saved_blocks:
             return
