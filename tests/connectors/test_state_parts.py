@@ -58,10 +58,11 @@ def test_the_pages_that_a_step_leaves():
     assert states.left_by(SimpleNamespace()) == {}
 
 
-@pytest.mark.parametrize(("planned", "wanted"), [(0, 64), (16, 64), (48, 48), (64, 64), (96, 64)])
-def test_a_step_ends_at_the_nearer_of_two_stops(planned, wanted):
-    request = SimpleNamespace(shared_prefix_boundary=planned)
-    states.stop_at(request, 32, 64)
+@pytest.mark.parametrize(("shared", "wanted"), [(0, 64), (16, 64), (48, 48), (64, 64), (96, 64)])
+def test_a_step_ends_at_the_nearer_of_two_stops(shared, wanted):
+    request = SimpleNamespace(shared_prefix_boundary=shared)
+    assert states.shared_tokens(request) == shared
+    states.stop_at(request, 32, 64, shared)
     assert request.shared_prefix_boundary == wanted
 
 

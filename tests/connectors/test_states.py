@@ -138,6 +138,15 @@ def test_together_with_the_engines_own_prefix_cache(settings, expected):
         assert not connector(llm).hook_errors
 
 
+def test_a_prefix_that_prompts_were_seen_to_share_ends_an_object(settings, expected):
+    """vLLM sees it: it has the KV of another prompt's first tokens, and no state behind them."""
+    with engine(MEMORY, settings, chunk_tokens=1024) as llm:
+        ask(llm, prompt(300))
+        assert generate(llm, [prompt(300, ending=0)], detokenize=False)[0].tokens == expected(prompt(300, ending=0))
+        third = ask(llm, prompt(300, ending=1))[0]
+        assert third.hit == 256  # 280 tokens are the same
+
+
 def test_states_behind_generated_tokens(settings, expected):
     p = prompt(300)
     with engine(MEMORY, settings, save_generated=True, chunk_tokens=64) as llm:

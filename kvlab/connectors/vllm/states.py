@@ -75,12 +75,16 @@ def left_by(output: Any) -> dict[str, dict[int, dict[int, int]]]:
     return found
 
 
-def stop_at(request: Any, num_computed: int, num_tokens: int) -> None:
-    """Let no step of this request's prompt run past its first `num_tokens` tokens, of which `num_computed` are
-    computed, so that one ends there; and have the state behind them offered, where vLLM offers few. It has such a
-    stop for the end of a prefix that prompts share: of two, the nearer one holds."""
-    if not num_computed < getattr(request, "shared_prefix_boundary", 0) < num_tokens:
-        request.shared_prefix_boundary = num_tokens
+def shared_tokens(request: Any) -> int:
+    """How much of a new request's prompt others share, where its states are not in vLLM's prefix cache; 0: nothing."""
+    return int(getattr(request, "shared_prefix_boundary", 0))
+
+
+def stop_at(request: Any, num_computed: int, *ends: int) -> None:
+    """Let no step of this request's prompt, of which `num_computed` tokens are computed, run past the next of `ends`,
+    so that one ends there; and have the state there offered, where vLLM offers few. It has such a stop for the end of a
+    prefix that prompts share (`shared_tokens`), which is moved."""
+    request.shared_prefix_boundary = min((end for end in ends if end > num_computed), default=0)
 
 
 def content_bytes(groups: Sequence[Any]) -> dict[str, int]:

@@ -43,6 +43,7 @@ class RequestState:
     block_ids: list[list[int]] = field(default_factory=list)  # of each KV cache group
     num_saved_blocks: int = 0
     keeps_partial_block: bool = True  # whether a last block that the prompt fills in part is an object too
+    shared_tokens: int = 0  # of its prompt, where it has states; see `states.shared_tokens`
     has_states: bool = False  # recurrent ones: a hit ends where an object ends, before the last token
     partial_block_is_clean: bool = False  # that block's page holds nothing but the prompt's tokens and zeros
     plan: list[ObjectRef] = field(default_factory=list)

@@ -191,15 +191,17 @@ class SavePlanner:
         others = lora is not None and not ADAPTERS.is_only_one_called(lora.lora_name)
         return state.local_tokens > 0 and (others or self._in_company or self._may_find_old_pages)
 
-    def stop_at_object(self, request_id: str, num_computed: int) -> None:
-        """Where states are to be saved, have a step end at the next chunk's end: it leaves a state there. (Behind the
-        prompt's last block that may end an object, vLLM leaves one by itself.)"""
+    def stop_at_object(self, request_id: str, num_computed: int, *, begins: bool = False) -> None:
+        """Where states are to be saved, have a step end with the next chunk, and where the prompt parts from others: it
+        leaves a state there. (Behind the prompt's last block that may end an object, vLLM leaves one by itself.)"""
         state, chunk = self._states.get(request_id), self._chunker.chunk_tokens
-        end = num_computed - num_computed % chunk + chunk
         if not self._groups.recurrent or state is None:
             return
-        if end < state.request.num_prompt_tokens or self._config.save_generated:
-            states.stop_at(state.request, num_computed, end)
+        if begins:
+            state.shared_tokens = states.shared_tokens(state.request)
+        end = num_computed - num_computed % chunk + chunk
+        is_wanted = end < state.request.num_prompt_tokens or self._config.save_generated
+        states.stop_at(state.request, num_computed, state.shared_tokens, end if is_wanted else 0)
 
     def _save_request(
         self,
@@ -230,10 +232,11 @@ class SavePlanner:
         hashes = state.extend_hashes(self._chunker)
         for span in self._chunker.spans(min(end, len(hashes), num_pages) * block):
             full = span.num_blocks == self._chunker.chunk_blocks
-            if span.end_block <= state.num_saved_blocks or not (full or span.end_block == prompt_end):
+            end_token = span.end_block * block
+            is_wanted = full or span.end_block == prompt_end or end_token == state.shared_tokens
+            if span.end_block <= state.num_saved_blocks or not is_wanted:
                 continue
             state.num_saved_blocks = span.end_block
-            end_token = span.end_block * block
             if self._groups.recurrent and end_token not in left:
                 continue  # no step has ended there
             ref = ObjectRef(span, hashes[span.end_block - 1], end_token, in_memory=False)

@@ -110,7 +110,7 @@ class Scheduler:
         """Tokens that can be loaded beyond `num_computed_tokens`, and whether between steps; None: ask again."""
         tokens, is_async = self._match(request, num_computed_tokens)
         if self.groups.recurrent and tokens is not None and self.enabled and self._may_save:
-            self.saves.stop_at_object(request.request_id, num_computed_tokens + tokens)
+            self.saves.stop_at_object(request.request_id, num_computed_tokens + tokens, begins=True)
         return tokens, is_async
 
     def _match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
