@@ -79,8 +79,12 @@ def _asked(layer: Any, cache: torch.Tensor, **about: Any) -> PageMap | Opaque:
     return scratch if isinstance(scratch, Opaque) else understand(scratch)
 
 
-def codec_of(serde: str, page_map: PageMap | Opaque, layout: PageLayout) -> "BlockCodec | None":
+def codec_of(serde: str, page_map: PageMap | Opaque, layout: PageLayout, transform: str = "") -> "BlockCodec | None":
     """What codes blocks on their way between pages and slots; None where slots hold them as they are."""
+    if transform:
+        from kvlab.connectors.vllm.transformed import TransformedBlocks
+
+        return TransformedBlocks(transform, page_map, layout.num_layers, layout.pages[0].device.type)
     if serde == "naive":
         return None
     from kvlab.codecs.blocks import BlockCodec
