@@ -7,13 +7,13 @@ import pytest
 
 from kvlab import get_serde, open_store, simulate, sweep, vllm_config
 from kvlab import serde as serdes
-from kvlab.connectors.transforms import transform_id
 from kvlab.errors import ConfigError, FormatError
 from kvlab.serde import serde_to_read
 from kvlab.simulation.replay_tiers import Admission
 from kvlab.stores import check_url
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.memory import MemoryStore
+from kvlab.transforms import transform_id
 
 MODULES = {
     "others_good": """
@@ -31,7 +31,7 @@ MODULES = {
             def from_url(cls, url): raise KeyError("secret")
         class Serde(NaiveSerde): pass
         class Policy(LRUPolicy): pass
-        from kvlab.connectors.transforms import KVTransform
+        from kvlab.transforms import KVTransform
         from kvlab.stores.admission import AdmissionRule
         class Halved(KVTransform):
             def __init__(self, by="2"): self.by = float(by)

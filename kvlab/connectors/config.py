@@ -8,7 +8,6 @@ from urllib.parse import urlencode
 
 from kvlab.auth import AuthKey, auth_key
 from kvlab.chunking import Chunker
-from kvlab.connectors.transforms import get_transform, transform_id
 from kvlab.errors import ConfigError
 from kvlab.stated import CODED_KINDS, is_coded
 from kvlab.stores import check_url
@@ -16,6 +15,7 @@ from kvlab.stores.admission import get_rule
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.served import SCHEME as SERVED
 from kvlab.stores.url import StoreURL, shown_url
+from kvlab.transforms import get_transform, transform_id
 from kvlab.units import parse_bytes
 
 

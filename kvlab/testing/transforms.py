@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import torch
 
-from kvlab.connectors.transforms import KVTransform
 from kvlab.testing.wanted import to_define
+from kvlab.transforms import KVTransform
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = (1, 7, 32)  # of an object's last block, and of a whole one

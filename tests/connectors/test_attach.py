@@ -6,7 +6,7 @@ import torch
 import kvlab
 from kvlab.connectors.captured import KV
 from kvlab.connectors.transformers import load_model, to_cache
-from kvlab.connectors.vllm.by_hand import pages as pages_module
+from kvlab.connectors.vllm import pages as pages_module
 from kvlab.errors import ConfigError
 from kvlab.paged import Opaque
 from kvlab.reuse import PRESSES, answered, kept, pasted, pruned, turned

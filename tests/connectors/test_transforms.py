@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from kvlab.connectors.transformers import load_model
-from kvlab.connectors.transforms import TRANSFORMS, KVTransform
 from kvlab.connectors.vllm import pages as pages_module
 from kvlab.errors import ConfigError
 from kvlab.paged import Opaque
 from kvlab.stores.admission import RULES, AdmissionRule
+from kvlab.transforms import TRANSFORMS, KVTransform
 from tests.connectors.engine import connector, drain, engine, generate, prompt
 from tests.connectors.models import short_demo
 from tests.connectors.test_attach import said, zeroed

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 
 from kvlab.codecs.blocks import BlockCodec
-from kvlab.connectors.transforms import get_transform
 from kvlab.errors import ConfigError
 from kvlab.paged import Opaque, PageMap
 from kvlab.serde.groups import FLOATS
+from kvlab.transforms import get_transform
 
 
 class TransformedBlocks(BlockCodec):
