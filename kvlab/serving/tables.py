@@ -143,8 +143,8 @@ def _table(compared: Sequence[Comparison]) -> str:
     for one in compared:
         first, last = one.first, one.last
         hit = last["hit_tokens"] / max(last["total_input_tokens"], 1)
-        cells = [shown(one.backend), f"{first['mean_ttft_ms']:.2f}", f"{last['mean_ttft_ms']:.2f}", f"{one.reduction:+.1%}"]
-        cells += [f"{one.low:+.1%} to {one.high:+.1%}", one.verdict]
+        cells = [shown(one.backend), f"{first['mean_ttft_ms']:.2f}", f"{last['mean_ttft_ms']:.2f}"]
+        cells += [f"{one.reduction:+.1%}", f"{one.low:+.1%} to {one.high:+.1%}", one.verdict]
         cells += [f"{row[f'p99_{metric}_ms']:.2f}" for metric in ("ttft",) for row in (first, last)]
         cells += [f"{row['mean_tpot_ms']:.2f}" for row in (first, last)]
         missing = not_loaded(last)

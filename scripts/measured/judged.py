@@ -11,7 +11,9 @@ FIRST = "edges"
 def judge() -> Page:
     rows = read("judge.csv")
     connectors = list(dict.fromkeys(row["connector"] for row in rows))
-    traps = list(dict.fromkeys(row["trap"] for row in sorted(rows, key=lambda row: not row["connector"].startswith(OURS))))
+    traps = list(
+        dict.fromkeys(row["trap"] for row in sorted(rows, key=lambda row: not row["connector"].startswith(OURS)))
+    )
 
     def of(connector: str, trap: str) -> list[Row]:
         return [row for row in rows if (row["connector"], row["trap"]) == (connector, trap)]
