@@ -5,7 +5,7 @@
 #
 #   check     bytes, order of copies, clocks and pinning of kvlab/paged
 #   kernels   the kernels' tests, then again under compute-sanitizer
-#   codecs    codecs against their twins, a few of them again under compute-sanitizer, then their speed; 5 minutes
+#   codecs    codecs and slots with them against their twins and their speed, a few again under compute-sanitizer; 8 minutes
 #   transfer  copies beside vLLM's and LMCache's
 #   profile   where the time of kvlab's copies goes
 #   ttft      one request at a time, backends in turns
@@ -52,7 +52,8 @@ part() {
       tests=("$python" -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_paged.py)
       "${tests[@]}" && compute-sanitizer --target-processes all --error-exitcode 9 "${tests[@]}" ;;
     codecs)
-      "$python" benchmarks/gpu_codecs.py --rows "$OUT/gpu_codecs.csv" &&
+      "$python" benchmarks/gpu_coded_slots.py --rows "$OUT/gpu_coded_slots.csv" &&
+        "$python" benchmarks/gpu_codecs.py --rows "$OUT/gpu_codecs.csv" &&
         compute-sanitizer --error-exitcode 9 "$python" benchmarks/gpu_codecs.py --check-only --small ;;
     transfer)
       "$python" benchmarks/gpu_transfer.py --peers --layouts NHD --rows "$OUT/gpu_transfer.csv" --staging "${STAGING:-128MiB}" ;;

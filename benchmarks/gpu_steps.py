@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=16384)
     parser.add_argument("--secondary", help="URL of a tier below memory, to which everything is saved as well")
     parser.add_argument("--size", default="16GiB", help="of the memory tier; must hold all rounds")
+    parser.add_argument("--serde", default="naive", help="of the memory tier")
     parser.add_argument("--rows", type=Path, default=Path("data/measured/gpu_steps.csv"))
     options = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -107,7 +108,8 @@ def main() -> None:
     import kvlab
     from kvlab.machine.provenance import append_rows
 
-    tiers = [f"memory://?size={options.size}", *([options.secondary] if options.secondary else [])]
+    memory = f"memory://?size={options.size}&serde={options.serde}"
+    tiers = [memory, *([options.secondary] if options.secondary else [])]
     connector = KVTransferConfig(**kvlab.vllm_config(tiers, report=True))
     extra = {"compilation_config": options.compilation_config} if options.compilation_config else {}
     llm = LLM(
@@ -147,6 +149,7 @@ def main() -> None:
     rows = []
     for name, done in turns.items():
         row = {"turn": name, "rounds": options.rounds, "requests": options.requests, "every": EVERY}
+        row["serde"] = options.serde
         row["lower"] = options.secondary.partition(":")[0] if options.secondary else ""
         for what in done[0]:
             row[what] = round(statistics.median(one[what] for one in done), 3)

@@ -5,7 +5,7 @@
 
 ``kvlab``, ``lmcache`` and ``vllm-offload`` hold the hits in host memory; those called ``-disk`` and ``-redis`` hold
 them in a folder and in Redis alone, with a few GiB of host memory on the way; ``kvlab-serve`` in the memory of a
-``kvlab serve`` that listens at `--socket`.
+``kvlab serve`` that listens at `--socket`. With the name of a serde at its end, slots and tiers hold what it makes.
 
 One request at a time, one new token, random token ids, weights may be random (`--load-format dummy`): only shapes
 matter here. An engine of each backend in a process of its own, all on one GPU: they are asked in turns, as a machine's
@@ -29,7 +29,9 @@ from kvlab.machine.provenance import append_rows
 from kvlab.units import parse_bytes
 
 TIERS = ("kvlab-disk", "lmcache-disk", "kvlab-redis", "lmcache-redis", "kvlab-serve")
-BACKENDS = ("none", "vllm-prefix", "kvlab", "lmcache", "vllm-offload", *TIERS)
+CODED = tuple(f"kvlab-{serde}" for serde in ("int8", "fp8", "int4"))
+CODED_TIERS = tuple(f"kvlab-{tier}-{serde}" for tier in ("disk", "redis") for serde in ("lossless", "int8", "int4"))
+BACKENDS = ("none", "vllm-prefix", "kvlab", "lmcache", "vllm-offload", *TIERS, *CODED, *CODED_TIERS)
 LENGTHS = (776, 2048, 8192, 15000)
 PROMPTS = 4  # of each length
 HOST_GIB = 8  # of each cache
@@ -40,9 +42,12 @@ def transfer_config(backend: str, options: argparse.Namespace):
 
     import kvlab
 
-    if backend in ("kvlab-disk", "kvlab-redis", "kvlab-serve"):
-        disk = f"file://{options.folder.resolve()}/kvlab?size=64GiB" if options.folder else ""
-        tier = {"kvlab-disk": disk, "kvlab-redis": options.redis, "kvlab-serve": f"kvlab://{options.socket}"}[backend]
+    if backend in ("kvlab-disk", "kvlab-redis", "kvlab-serve", *CODED_TIERS):
+        _, name, serde = (*backend.split("-"), "naive")[:3]
+        disk = f"file://{options.folder.resolve()}/{backend}?size=64GiB" if options.folder else ""
+        tier = {"disk": disk, "redis": options.redis, "serve": f"kvlab://{options.socket}"}[name]
+        if serde != "naive":
+            tier += f"{'&' if '?' in tier else '?'}serde={serde}"
         alone = {"admission": False, "staging": "4GiB", "lookup_timeout_ms": 10_000}
         return KVTransferConfig(**kvlab.vllm_config([tier], report=True, **alone))
     if backend in ("lmcache-disk", "lmcache-redis"):
@@ -54,8 +59,9 @@ def transfer_config(backend: str, options: argparse.Namespace):
             os.environ |= {"LMCACHE_REMOTE_URL": options.redis, "LMCACHE_REMOTE_SERDE": "naive"}
         return KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role="kv_both")
 
-    if backend == "kvlab":
-        return KVTransferConfig(**kvlab.vllm_config([f"memory://?size={HOST_GIB}GiB"], report=True))
+    if backend in ("kvlab", *CODED):
+        serde = backend.partition("-")[2] or "naive"
+        return KVTransferConfig(**kvlab.vllm_config([f"memory://?size={HOST_GIB}GiB&serde={serde}"], report=True))
     if backend == "lmcache":
         size = {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": str(HOST_GIB), "LMCACHE_CHUNK_SIZE": "256"}
         os.environ |= size
@@ -105,7 +111,7 @@ def arguments(rows: str, repeats: int, backends: str) -> argparse.Namespace:
     unknown = set(options.backends) - set(BACKENDS)
     if unknown:
         parser.error(f"unknown backends {sorted(unknown)}; known: {', '.join(BACKENDS)}")
-    if options.folder is None and any(name.endswith("-disk") for name in options.backends):
+    if options.folder is None and any("-disk" in name for name in options.backends):
         parser.error("give --folder for the backends on disk")
     return options
 

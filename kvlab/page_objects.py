@@ -159,6 +159,7 @@ class _Codec:
         from kvlab.serde import get_serde
 
         self._serde = get_serde(spec)
+        self._serde.prepare()
 
     def encode(self, pages: NDArray[np.uint8], num_tokens: int) -> tuple[Mapping[str, Part], Mapping[str, str]]:
         import torch

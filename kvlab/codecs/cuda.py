@@ -24,7 +24,7 @@ from kvlab.paged.typed import TypedPages
 from kvlab.sharedmemory import SharedSlots
 
 _cuda: Any = torch.cuda  # whose events and streams have no types
-UNHEARD = 64  # saves whose flags are remembered
+UNHEARD = 64  # saves whose flags may be under way; a further one waits for the oldest
 
 
 class CodedMover(PageMover):
@@ -41,34 +41,40 @@ class CodedMover(PageMover):
     def gather(
         self, block_ids: Sequence[int], out: torch.Tensor, stream: int | None = None, num_tokens: Sequence[int] = ()
     ) -> None:
-        device = out.device
-        with _on(stream, device):
+        with _on(stream, out.device):
             out[: len(block_ids)].zero_()  # nothing of what lay there before may stay between the parts
-            flags = torch.zeros((len(block_ids), 2), dtype=torch.int32, device=device)
-            for at, ids, count in self._alike(block_ids, num_tokens):
-                self._codec.encode(ids, count, out[at:].view(-1), flags[at:], each=self._blocks.slot_bytes)
+            flags = torch.zeros((len(block_ids), 2), dtype=torch.int32, device=out.device)
+            ids, each = self._codec.table(block_ids), self._blocks.slot_bytes
+            for at, size, count in self._alike(block_ids, num_tokens):
+                self._codec.encode_blocks(ids[at:], size, count, out[at:], flags[at:], each=each, stream=stream)
             self.flags.append(flags)
 
     def scatter(
         self, block_ids: Sequence[int], buffer: torch.Tensor, stream: int | None = None, num_tokens: Sequence[int] = ()
     ) -> None:
-        partial = [] if self._blocks.map.is_full else list(block_ids)
+        whole, is_full = self._blocks.map.block_tokens, self._blocks.map.is_full
+        alike = self._alike(block_ids, num_tokens)
         with _on(stream, buffer.device):
-            for _, ids, count in self._alike(block_ids, num_tokens):
-                if count < self._blocks.map.block_tokens and self._blocks.map.is_full:
-                    partial += [each for (each,) in ids]
-            if partial:  # what is none of the tokens' becomes zero
+            # What is none of the tokens' becomes zero.
+            partial = [
+                block_id
+                for at, size, count in alike
+                if count < whole or not is_full
+                for block_id in block_ids[at : at + size]
+            ]
+            if partial:
                 self.clear(partial, stream)
-            for at, ids, count in self._alike(block_ids, num_tokens):
-                self._codec.decode(buffer[at:].view(-1), ids, count, each=self._blocks.slot_bytes)
+            ids, each = self._codec.table(block_ids), self._blocks.slot_bytes
+            for at, size, count in alike:
+                self._codec.decode_blocks(ids[at:], size, count, buffer[at:], each=each, stream=stream)
 
-    def _alike(self, block_ids: Sequence[int], num_tokens: Sequence[int]) -> list[tuple[int, list[list[int]], int]]:
-        """Runs of blocks with as many tokens each: where the run begins, an object a block, and the tokens."""
+    def _alike(self, block_ids: Sequence[int], num_tokens: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Runs of blocks with as many tokens each: where the run begins, its blocks, and the tokens."""
         counts = num_tokens or [self._blocks.map.block_tokens] * len(block_ids)
         found, at = [], 0
         for count, run in groupby(counts):
             size = sum(1 for _ in run)
-            found.append((at, [[block_id] for block_id in block_ids[at : at + size]], count))
+            found.append((at, size, count))
             at += size
         return found
 
@@ -109,9 +115,12 @@ class CodedCudaTransfer(CudaTransfer):
     ) -> None:
         self.codec = codec
         self.coded_tokens = codec.map.block_tokens
-        self._told: deque[_Told] = deque(maxlen=UNHEARD)
+        self._told: deque[_Told] = deque()
         self._unfit: set[int] = set()
         super().__init__(layout, num_slots, staging_bytes=staging_bytes, shared=shared, slot_shape=(codec.slot_bytes,))
+
+    def _per_launch(self) -> int:
+        return 1
 
     def _make_mover(self) -> CodedMover:
         return CodedMover(self.layout, self.codec)
@@ -128,16 +137,22 @@ class CodedCudaTransfer(CudaTransfer):
                 ended = _cuda.Event()
                 ended.record(self._pack)
             self._told.append(_Told(ended, told, tuple(slots)))
+            if len(self._told) > UNHEARD:
+                self._told[0].ended.synchronize()
+                self._hear()
         return timing
 
     def take_unfit(self) -> set[int]:
         """Of saves whose flags have come."""
         with self._lock:
-            while self._told and self._told[0].ended.query():
-                told = self._told.popleft()
-                self._unfit.update(slot for slot, odd in zip(told.slots, told.flags[:, 0].tolist(), strict=True) if odd)
+            self._hear()
             unfit, self._unfit = self._unfit, set()
         return unfit
+
+    def _hear(self) -> None:
+        while self._told and self._told[0].ended.query():
+            told = self._told.popleft()
+            self._unfit.update(slot for slot, odd in zip(told.slots, told.flags[:, 0].tolist(), strict=True) if odd)
 
 
 def _pinned(num_blocks: int) -> torch.Tensor:

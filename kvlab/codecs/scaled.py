@@ -1,13 +1,15 @@
 """`int8`, `fp8` and `int4` on the device where the pages lie: one launch for each run of equal groups."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 
 from kvlab.codecs import scaled_triton as kernels
 from kvlab.codecs.addresses import Addresses
+from kvlab.codecs.launch import Launch
 from kvlab.codecs.plan import Plan, num_tokens_of, scaled_plan
 from kvlab.errors import ConfigError
 from kvlab.serde.base import Encoded
@@ -15,7 +17,6 @@ from kvlab.serde.quantized import ScaledSerde
 
 TILE = 2048  # elements that a program works on at once
 MAX_TOKENS = 32  # of a tile
-Parts = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,80 +43,130 @@ class ScaledCodec:
         self.dtype = str(self._map.element).removeprefix("torch.")
         if self.dtype not in kernels.FLOATS:
             raise ConfigError(f"serde {serde.spec!r} takes {', '.join(kernels.FLOATS)}, pages hold {self.dtype}")
+        self._plans: dict[int, Plan] = {}
+        self._made: dict[tuple[str, int, int, int], list[Launch]] = {}
         self._constants = (
             kernels.KINDS[serde.name], kernels.FLOATS[self.dtype], kernels.WORDS[self.dtype],
         )  # fmt: skip
 
     def plan(self, num_tokens: int) -> Plan:
         """The parts of an object of so many tokens."""
-        return scaled_plan(self.serde, self._map.shape(self._at.num_layers, num_tokens), self.dtype)
+        if num_tokens not in self._plans:
+            shape = self._map.shape(self._at.num_layers, num_tokens)
+            self._plans[num_tokens] = scaled_plan(self.serde, shape, self.dtype)
+        return self._plans[num_tokens]
 
     def check(self, encoded: Encoded) -> None:
         """FormatError unless the object is one of this codec's, with the parts of `plan`."""
         self.plan(num_tokens_of(encoded)).check(encoded)
 
     def encode(
+        self, objects: Sequence[Sequence[int]], num_tokens: int, buffer: torch.Tensor, flags: torch.Tensor
+    ) -> None:
+        """Pages of objects of so many tokens each, given as their block ids, into `buffer`, uint8 on their device: one
+        `plan` after the other. ``flags[object, 0]`` becomes 1 where a number is NaN or infinite: then it is no
+        object."""
+        each = self.plan(num_tokens).num_bytes
+        for launch in self._launches("encode", num_tokens, len(objects[0]), each):
+            launch(self._at.ids(objects), len(objects), buffer, flags, None)
+
+    def decode(self, buffer: torch.Tensor, objects: Sequence[Sequence[int]], num_tokens: int) -> None:
+        """What `encode` made, into pages; every byte that is none of the tokens' stays."""
+        each = self.plan(num_tokens).num_bytes
+        for launch in self._launches("decode", num_tokens, len(objects[0]), each):
+            launch(self._at.ids(objects), len(objects), buffer, None, None)
+
+    def table(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """Block ids on the device, for the two below; they are not checked."""
+        return self._at.table(block_ids, torch.int32)
+
+    def encode_blocks(
         self,
-        objects: Sequence[Sequence[int]],
+        ids: torch.Tensor,
+        count: int,
         num_tokens: int,
         buffer: torch.Tensor,
         flags: torch.Tensor,
         *,
-        each: int = 0,
+        each: int,
+        stream: int | None,
     ) -> None:
-        """Pages of objects of so many tokens each, given as their block ids, into `buffer`, uint8 on their device: one
-        `plan` after the other, or one in `each` bytes, a multiple of 256. ``flags[object, 0]`` becomes 1 where a number
-        is NaN or infinite: then it is no object."""
-        plan, ids, item = self.plan(num_tokens), self._at.ids(objects), self._map
-        parts, slabs = plan.views(buffer[: plan.num_bytes]), len(objects) * self._at.num_layers
-        about = (self._at.num_layers, len(objects[0]), each or plan.num_bytes, self._at.block_stride)
-        for run in self._runs(num_tokens):
-            payload, scales, low = _operands(parts, run.name)
-            tables = self._at.planes[run.plane]
-            places = (self._at.pointers, ids, tables.tokens, tables.heads, tables.channels)
-            tail = (*self._constants, tables.stride, tables.align)
-            if run.by_channel:
-                width = self._width(item.head_dim)
-                tokens, channels = _tile(width, 64)
-                grid = (slabs * run.num_groups, item.kv_heads, triton.cdiv(width, channels))
-                kernels._encode_by_channel[grid](
-                    *places, payload, scales, low, flags, *about, item.block_tokens, run.num_groups,
-                    run.group, run.first, item.kv_heads, item.head_dim, width, *tail, tokens, channels,
-                    enable_fp_fusion=False,
-                )  # fmt: skip
-            else:
-                tokens, channels = _tile(self._width(run.group), 1024)
-                tokens_grid = (slabs * triton.cdiv(num_tokens, tokens), item.kv_heads * run.num_groups)
-                kernels._encode_by_token[tokens_grid](
-                    *places, payload, scales, low, flags, *about, item.block_tokens, num_tokens, 0,
-                    item.kv_heads, run.first, run.num_groups, run.group, self._width(run.group), *tail, tokens,
-                    channels, enable_fp_fusion=False,
-                )  # fmt: skip
+        """`encode` for the first `count` of `ids`, each block an object of its own, one in `each` bytes: a multiple of
+        256. `stream`: the handle of the current one."""
+        for launch in self._launches("encode", num_tokens, 1, each):
+            launch(ids, count, buffer, flags, stream)
 
-    def decode(self, buffer: torch.Tensor, objects: Sequence[Sequence[int]], num_tokens: int, *, each: int = 0) -> None:
-        """What `encode` made, into pages; every byte that is none of the tokens' stays."""
-        plan, ids, item = self.plan(num_tokens), self._at.ids(objects), self._map
-        parts, slabs = plan.views(buffer[: plan.num_bytes]), len(objects) * self._at.num_layers
-        about = (self._at.num_layers, len(objects[0]), each or plan.num_bytes, self._at.block_stride)
-        largest = float(torch.finfo(item.element).max)
-        for run in self._runs(num_tokens):
-            payload, scales, low = _operands(parts, run.name)
-            tables = self._at.planes[run.plane]
-            wide = item.head_dim if run.by_channel else run.group
-            width = self._width(wide)
-            count = run.num_groups * run.group if run.by_channel else num_tokens
-            tokens, channels = _tile(width, 128 if run.by_channel else 1024)
-            pieces = 1 if run.by_channel else run.num_groups
-            first_token, first_channel = (run.first, 0) if run.by_channel else (0, run.first)
-            grid = (
-                slabs * triton.cdiv(count, tokens), item.kv_heads * pieces, triton.cdiv(width, channels),
-            )  # fmt: skip
-            kernels._decode[grid](
-                self._at.pointers, ids, tables.tokens, tables.heads, tables.channels, payload, scales, low,
-                *about, item.block_tokens, count, first_token, item.kv_heads, first_channel,
-                run.num_groups, run.group, wide, width, *self._constants, tables.stride, tables.align, tokens,
-                channels, run.by_channel, largest, enable_fp_fusion=False,
-            )  # fmt: skip
+    def decode_blocks(
+        self, ids: torch.Tensor, count: int, num_tokens: int, buffer: torch.Tensor, *, each: int, stream: int | None
+    ) -> None:
+        """What `encode_blocks` made, into pages."""
+        for launch in self._launches("decode", num_tokens, 1, each):
+            launch(ids, count, buffer, None, stream)
+
+    def _launches(self, what: str, num_tokens: int, object_blocks: int, each: int) -> list[Launch]:
+        key = (what, num_tokens, object_blocks, each)
+        if key not in self._made:
+            make = self._encoding if what == "encode" else self._decoding
+            self._made[key] = [make(run, num_tokens, object_blocks, each) for run in self._runs(num_tokens)]
+        return self._made[key]
+
+    def _encoding(self, run: Run, num_tokens: int, object_blocks: int, each: int) -> Launch:
+        item, layers, tables = self._map, self._at.num_layers, self._at.planes[run.plane]
+        about = (layers, object_blocks, each, self._at.block_stride, item.block_tokens)
+        tail = (*self._constants, tables.stride, tables.align)
+        if run.by_channel:
+            width = self._width(item.head_dim)
+            tokens, channels = _tile(width, 64)
+            program, grid = kernels._encode_by_channel, (run.num_groups, item.kv_heads, triton.cdiv(width, channels))
+            sizes: tuple[int, ...] = (run.num_groups, run.group, run.first, item.kv_heads, item.head_dim, width)
+        else:
+            width = self._width(run.group)
+            tokens, channels = _tile(width, 1024)
+            program = kernels._encode_by_token
+            grid = (triton.cdiv(num_tokens, tokens), item.kv_heads * run.num_groups, 1)
+            sizes = (num_tokens, 0, item.kv_heads, run.first, run.num_groups, run.group, width)
+        rest = (*about, *sizes, *tail, tokens, channels)
+        return self._launch(program, grid, run, num_tokens, rest, flagged=True)
+
+    def _decoding(self, run: Run, num_tokens: int, object_blocks: int, each: int) -> Launch:
+        item, layers, tables = self._map, self._at.num_layers, self._at.planes[run.plane]
+        about = (layers, object_blocks, each, self._at.block_stride, item.block_tokens)
+        wide = item.head_dim if run.by_channel else run.group
+        width = self._width(wide)
+        count = run.num_groups * run.group if run.by_channel else num_tokens
+        tokens, channels = _tile(width, 128 if run.by_channel else 1024)
+        pieces = 1 if run.by_channel else run.num_groups
+        first_token, first_channel = (run.first, 0) if run.by_channel else (0, run.first)
+        grid = (triton.cdiv(count, tokens), item.kv_heads * pieces, triton.cdiv(width, channels))
+        rest = (
+            *about, count, first_token, item.kv_heads, first_channel, run.num_groups, run.group, wide, width,
+            *self._constants, tables.stride, tables.align, tokens, channels, run.by_channel,
+            float(torch.finfo(item.element).max),
+        )  # fmt: skip
+        return self._launch(kernels._decode, grid, run, num_tokens, rest, flagged=False)
+
+    def _launch(
+        self,
+        program: Any,
+        grid: tuple[int, int, int],
+        run: Run,
+        num_tokens: int,
+        rest: tuple[Any, ...],
+        *,
+        flagged: bool,
+    ) -> Launch:
+        """`grid` is of one layer."""
+        tables, parts = self._at.planes[run.plane], self.plan(num_tokens).parts
+        payload, scales = parts[f"payload.{run.name}"], parts[f"scales.{run.name}"]
+        low = parts.get(f"scales_low.{run.name}", scales)
+        return Launch(
+            program,
+            (self._at.num_layers * grid[0], *grid[1:]),
+            (self._at.pointers, tables.tokens, tables.heads, tables.channels),
+            ((payload.start, torch.int8), (scales.start, torch.int16), (low.start, torch.int16)),  # bits, as ints
+            rest,
+            flagged=flagged,
+        )
 
     def _runs(self, num_tokens: int) -> Iterator[Run]:
         """The runs of equal groups, named as `halves` does."""
@@ -131,13 +182,6 @@ class ScaledCodec:
     def _width(self, channels: int) -> int:
         """Bytes of so many channels' codes."""
         return -(-channels // 2) if self.serde.name == "int4" else channels
-
-
-def _operands(parts: Parts, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes as int8, scales and lows as int16: a program works on their bits."""
-    payload, scales = parts[f"payload.{name}"], parts[f"scales.{name}"]
-    low = parts.get(f"scales_low.{name}", scales)
-    return payload.view(torch.int8), scales.view(torch.int16), low.view(torch.int16)
 
 
 def _tile(width: int, most: int) -> tuple[int, int]:

@@ -145,7 +145,9 @@ def _store_codes(payload, at, values, inside, inverse, KIND: tl.constexpr):
     tl.store(payload + at, _coded(values, inverse, KIND).to(tl.int8), mask=inside)
 
 
-@jit(do_not_specialize=["num_tokens", "first_token", "object_blocks"])
+# Sizes vary from object to object, and ids and flags begin anywhere in their tables: a program for each would be
+# compiled in the middle of serving.
+@jit(do_not_specialize=["num_tokens", "first_token", "object_blocks"], do_not_specialize_on_alignment=["ids", "flags"])
 def _encode_by_token(
     page_pointers, ids, tokens, heads, channels, payload, scales, scales_low, flags,
     num_layers, object_blocks, object_bytes, block_stride, block_tokens,
@@ -203,7 +205,10 @@ def _encode_by_token(
     tl.store(flags, NON_FINITE, mask=odd > 0)
 
 
-@jit(do_not_specialize=["num_groups", "group", "first_token", "object_blocks"])
+@jit(
+    do_not_specialize=["num_groups", "group", "first_token", "object_blocks"],
+    do_not_specialize_on_alignment=["ids", "flags"],
+)
 def _encode_by_channel(
     page_pointers, ids, tokens, heads, channels, payload, scales, scales_low, flags,
     num_layers, object_blocks, object_bytes, block_stride, block_tokens,
@@ -294,7 +299,8 @@ def _decoded(code, scale, low, KIND: tl.constexpr, LARGEST: tl.constexpr):
             size = code & 0x7F
             normal = ((size + 960) << 20).to(tl.float32, bitcast=True)
             number = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
-            number = tl.where((code & 0x80) != 0, -number, number)
+            signed = number.to(tl.int32, bitcast=True) | ((code & 0x80) << 24)
+            number = signed.to(tl.float32, bitcast=True)  # a minus sign may be 0 - x, which has no negative zero
         value = tl.minimum(tl.maximum(number * scale, -LARGEST), LARGEST)
     return value
 
@@ -310,7 +316,10 @@ def _write(page, rows, columns, inside, values, FLOAT: tl.constexpr):
         tl.store(where, values, mask=inside)
 
 
-@jit(do_not_specialize=["num_tokens", "first_token", "object_blocks", "num_groups", "group"])
+@jit(
+    do_not_specialize=["num_tokens", "first_token", "object_blocks", "num_groups", "group"],
+    do_not_specialize_on_alignment=["ids"],
+)
 def _decode(
     page_pointers, ids, tokens, heads, channels, payload, scales, scales_low,
     num_layers, object_blocks, object_bytes, block_stride, block_tokens,

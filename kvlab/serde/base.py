@@ -68,6 +68,9 @@ class Serde(ABC):
         """The string that makes this serde again with `get_serde`."""
         return self.name
 
+    def prepare(self) -> None:  # noqa: B027  # most have nothing to prepare
+        """Compile what it needs, before the first object is waited for."""
+
     @abstractmethod
     def encode(self, kv: torch.Tensor, axes: tuple[str, ...]) -> Encoded:
         """Encode `kv`. The result never shares memory that the caller may overwrite, unless the caller

@@ -7,6 +7,7 @@ entropy coder would save another 0.2-0.5 bits an element (Huffman, arithmetic) b
 speed, needs tables, and does not run well on a GPU; this is a dozen shifts and masks that run at memory speed.
 """
 
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvlab.errors import ConfigError, FormatError
+from kvlab.geometry import AXES
 from kvlab.serde import bitpack
 from kvlab.serde.base import Encoded, Serde, checked_out, torch_dtype
 from kvlab.serde.floats import FORMATS, FloatFormat
@@ -23,6 +25,8 @@ from kvlab.serde.window import WIDTH, Window, best_window, detect_element
 ESCAPE = WIDTH  # the eighth 3-bit code
 # Elements that are worked on at once: small enough for a core's L2 cache, large enough to hide numpy's call costs.
 BATCH = 1 << 18
+LEAST_PERIOD = 32  # columns of a window; with fewer the compiled loops are too short to gain
+COMPILED = ("payload.codes", "payload.rest", "payload.escapes", "tables.base")
 NAMES = ("payload.codes", "payload.rest", "payload.bits", "payload.escapes", "tables.base")
 
 
@@ -44,6 +48,10 @@ class LosslessSerde(Serde):
     @property
     def spec(self) -> str:
         return self.name if self.element == "auto" else f"{self.name}:element={self.element}"
+
+    def prepare(self) -> None:
+        kv = torch.zeros(1, 128, 1, 1, 64, dtype=torch.bfloat16)
+        self.decode(self.encode(kv, AXES))
 
     def encode(self, kv: torch.Tensor, axes: tuple[str, ...]) -> Encoded:
         host = kv.detach().cpu().contiguous()
@@ -94,6 +102,9 @@ class LosslessSerde(Serde):
 
 def _encode(words: NDArray[Any], fmt: FloatFormat, window: Window) -> dict[str, NDArray[np.uint8]]:
     """Parts of `words` (flat, in memory order)."""
+    fast = _compiled(fmt, window)
+    if fast is not None:
+        return dict(zip(COMPILED, fast.encode(words, window), strict=True))
     grid = words.reshape(window.outer * window.tables, window.rows * window.period)
     lanes, bits = divmod(fmt.rest_bits, 8)
     codes = np.empty(bitpack.packed_shape(*grid.shape, 3), np.uint8)
@@ -121,6 +132,11 @@ def _encode(words: NDArray[Any], fmt: FloatFormat, window: Window) -> dict[str, 
 
 def _decode(parts: dict[str, NDArray[np.uint8]], fmt: FloatFormat, window: Window, out: NDArray[Any]) -> None:
     """Write the words back into flat `out`; FormatError if the list of escapes is too short or too long."""
+    fast = _compiled(fmt, window)
+    if fast is not None:
+        if not fast.decode(*(parts[name] for name in COMPILED), window, out):
+            raise FormatError(f"lossless chunk holds {parts['payload.escapes'].size} escapes, its codes name others")
+        return
     grid = out.reshape(window.outer * window.tables, window.rows * window.period)
     lanes, bits = divmod(fmt.rest_bits, 8)
     codes, base, escapes = parts["payload.codes"], parts["tables.base"], parts["payload.escapes"]
@@ -151,6 +167,23 @@ def _decode(parts: dict[str, NDArray[np.uint8]], fmt: FloatFormat, window: Windo
         fmt.join(exponent.reshape(-1), left, out[flat])
     if taken != escapes.size:
         raise FormatError(f"lossless chunk holds {escapes.size} escapes, its codes name {taken}")
+
+
+def _compiled(fmt: FloatFormat, window: Window) -> Any:
+    """The module that codes such words faster, if there is one."""
+    if fmt is not FORMATS["bfloat16"] or window.period < LEAST_PERIOD:
+        return None
+    return _fast()
+
+
+@cache
+def _fast() -> Any:
+    try:
+        from kvlab.serde import rans_fast  # noqa: F401, I001  # makes numba's library fit to live beside an engine
+        from kvlab.serde import lossless_fast
+    except ImportError:  # numba is an extra; the same bytes are written and read without it
+        return None
+    return lossless_fast
 
 
 def _checked(

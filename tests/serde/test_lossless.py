@@ -1,11 +1,13 @@
 """lossless: what it finds in opaque pages, and what its size is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kvlab.errors import ConfigError, FormatError
 from kvlab.geometry import AXES
-from kvlab.serde import get_serde
+from kvlab.serde import get_serde, lossless
 from kvlab.serde.bitpack import pack, unpack
 from kvlab.testing.serde import PAGES, kv_like, raw
 
@@ -90,3 +92,37 @@ def test_bitpack_round_trip_and_size(width: int, length: int) -> None:
     packed = pack(codes, width)
     assert (unpack(packed, length, width) == codes).all()
     assert packed.nbytes <= 3 * (length * width / 8 + width + 1)
+
+
+def wild(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Numbers of all sizes, with infinities, NaN, zeros of both signs and subnormal numbers among them."""
+    source = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-(2**15), 2**15, shape, generator=source, dtype=torch.int16)
+    return torch.where(torch.rand(shape, generator=source) < 0.02, bits, kv_like(shape).view(torch.int16)).view(
+        torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 128, 1, 2, 16), (3, 133, 1, 1, 40), (1, 300, 3, 2, 64)])
+def test_compiled_loops_write_and_read_the_bytes_of_the_reference(shape: tuple[int, ...], monkeypatch) -> None:
+    kv = wild(shape, shape[1])
+    fast = get_serde("lossless").encode(kv, AXES)
+    read = get_serde("lossless").decode(fast)
+    assert lossless._fast() is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(lossless, "_fast", lambda: None)
+        slow = get_serde("lossless").encode(kv, AXES)
+        assert raw(get_serde("lossless").decode(fast)).equal(raw(kv))
+    assert raw(read).equal(raw(kv))
+    assert fast.params == slow.params
+    assert fast.params["period"] >= lossless.LEAST_PERIOD
+    assert all(fast.parts[name].equal(part) for name, part in slow.parts.items())
+
+
+@pytest.mark.parametrize("change", [-40, -1, 1])
+def test_escapes_that_are_too_few_or_too_many_are_told(change: int) -> None:
+    encoded = get_serde("lossless").encode(wild((2, 128, 1, 2, 16), 0), AXES)
+    escapes = encoded.parts["payload.escapes"]
+    other = escapes[:change] if change < 0 else torch.cat([escapes, escapes[:change]])
+    with pytest.raises(FormatError, match="escapes, its codes name others"):
+        get_serde("lossless").decode(replace(encoded, parts={**encoded.parts, "payload.escapes": other}))
