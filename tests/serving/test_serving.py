@@ -210,6 +210,8 @@ def test_a_second_run_that_is_not_faster_is_shown_as_such():
     claimed = [row | {"hit_tokens": 8, "loaded_tokens": 2 if row["backend"] == "better" else 8} for row in rows]
     assert [one.verdict for one in compare(claimed)] == ["not faster", "slower", "hits not loaded"]
     assert "| 80.0%, 75.0% of them not loaded |" in report(claimed)
+    in_process = [row | {"backend": "lmcache-cpu" if row["backend"] == "same" else row["backend"]} for row in rows]
+    assert "| lmcache-cpu (deprecated) |" in report(in_process)
 
 
 def test_first_runs_are_compared_with_none_on_the_same_prompts():
