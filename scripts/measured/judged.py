@@ -19,7 +19,10 @@ def judge() -> Page:
         return [row for row in rows if (row["connector"], row["trap"]) == (connector, trap)]
 
     def cell(connector: str, trap: str) -> str:
-        found = of(connector, trap) or of(connector, FIRST)  # one that does not start is asked once
+        started = any(row["verdict"] != "refused" for row in of(connector, FIRST))
+        found = of(connector, trap) or (
+            [] if started else of(connector, FIRST)
+        )  # one that does not start is asked once
         verdicts = list(dict.fromkeys(row["verdict"] for row in found))
         return " / ".join(each if each in ("held", "not run", "refused") else f"**{each}**" for each in verdicts)
 
