@@ -48,12 +48,12 @@ NAMES = (
 )
 NEEDS_REDIS = ("lmcache-redis", "kvlab-redis")
 DEPRECATED = ("lmcache-cpu", "lmcache-disk", "lmcache-redis")  # LMCache in the engine's process
-NEEDS_GPU = {  # what the others say of themselves
+NEEDS_GPU = {  # what they say of themselves, or do
     "vllm-offload": "vLLM's OffloadingConnector supports CUDA, ROCm and XPU only",
     "vllm-fs": "vLLM's OffloadingConnector supports CUDA, ROCm and XPU only",
-    "vllm-simple": "vLLM's SimpleCPUOffloadConnector copies by CUDA",
-    "lmcache-mp": "LMCache's connectors copy by CUDA",
-    **dict.fromkeys(DEPRECATED, "LMCache's connectors copy by CUDA"),
+    "vllm-simple": "vLLM's SimpleCPUOffloadConnector copies on CUDA streams",
+    "lmcache-mp": "LMCache's connector does not start on a CPU",
+    **dict.fromkeys(DEPRECATED, "LMCache starts on a CPU, and loads nothing"),
 }
 
 

@@ -34,6 +34,8 @@ def judge() -> Page:
     ours = [row for row in rows if row["connector"].startswith(OURS) and row["verdict"] != "not run"]
     held = sum(row["verdict"] == "held" for row in ours)
     equal = all(len({row["verdict"] for row in of(c, trap)}) < 2 for c in connectors for trap in traps)
+    once = [c for c in connectors if len({row["run"] for row in of(c, FIRST)}) < 2]
+    said = ("each verdict" if equal else "some differ") + (f"; one run of {', '.join(once)}" if once else "")
     return Page(
         "judge",
         "Is a hit of a vLLM connector a recompute?",
@@ -56,7 +58,7 @@ def judge() -> Page:
         ],
         [
             Goal("kvlab holds in every trap", f"{held} of {len(ours)}", held == len(ours)),
-            Goal("two runs give the same verdicts", "each verdict" if equal else "some differ", equal),
+            Goal("two runs give the same verdicts", said, equal and not once),
         ],
         "[Judge a connector](../guide/judge.md) says what is compared and how. ExampleConnector is vLLM's example for those who write a connector, and says of itself that it is for debugging; it has no `reset_cache`, and "
         "vLLM answers `True` for it. OffloadingConnector, SimpleCPUOffloadConnector and LMCache are made for GPUs: a table of theirs needs one.",
