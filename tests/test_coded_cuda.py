@@ -20,10 +20,13 @@ class Twin(Mover):
 
     def __init__(self, gpu, pages, codec):
         super().__init__(gpu, pages)
-        self.codec, self.flags, self.odd = codec, [], -1
+        self.codec, self.flags, self.odd = codec, torch.empty(0, 2), -1
 
     def _block(self, block_id):
         return torch.stack([layer[block_id] for layer in self.pages.pages])
+
+    def begin(self, num_blocks, stream):
+        self.flags = torch.zeros(0, 2, dtype=torch.int32)
 
     def gather(self, block_ids, out, stream, num_tokens):
         blocks = list(zip(block_ids, num_tokens, strict=True))
@@ -33,7 +36,7 @@ class Twin(Mover):
                 self.codec.encode(self._block(block_id), count, out[at])
 
         self.gpu.give(stream, encode)
-        self.flags.append(torch.tensor([[int(block_id == self.odd), 0] for block_id in block_ids]))
+        self.flags = torch.cat([self.flags, torch.tensor([[int(block_id == self.odd), 0] for block_id in block_ids])])
 
     def scatter(self, block_ids, buffer, stream, num_tokens):
         blocks = list(zip(block_ids, num_tokens, strict=True))

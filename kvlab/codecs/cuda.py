@@ -4,6 +4,7 @@ Streams, rings and their order are those of plain copies: a save encodes into a 
 decodes where a copy scatters. Only encoded bytes go over the link, and no other copy of them lies in GPU memory.
 """
 
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from kvlab.codecs.blocks import BlockCodec
 from kvlab.codecs.scaled import ScaledCodec
 from kvlab.errors import ConfigError
 from kvlab.paged.cuda import CudaTransfer, Timing
+from kvlab.paged.driver import copy_to_device
 from kvlab.paged.kernels import PageMover
 from kvlab.paged.layout import PageLayout
 from kvlab.paged.typed import TypedPages
@@ -29,32 +31,41 @@ UNHEARD = 64  # saves whose flags may be under way; a further one waits for the 
 
 class CodedMover(PageMover):
     """`PageMover` whose buffers hold slots: `gather` encodes, `scatter` decodes. `flags` are those of the gathers since
-    they were last taken: for each block whether a number in it is NaN or infinite, on the device."""
+    `begin`: for each block whether a number in it is NaN or infinite, int32 (blocks, 2) on the device."""
 
     def __init__(self, layout: PageLayout, codec: BlockCodec) -> None:
         super().__init__(layout)
         self._blocks = codec
         self._codec = ScaledCodec(codec.serde, Addresses(TypedPages(layout, codec.map, layout.num_layers)))
-        self.flags: list[torch.Tensor] = []
+        self._device = layout.pages[0].device
+        self._streams: dict[int, Any] = {}
+        self._ids: dict[int, torch.Tensor] = {}  # of each stream, which reads them before they become others
+        self.flags, self._told = torch.empty(0), 0
         self._prepare()
+
+    def begin(self, num_blocks: int, stream: int) -> None:
+        """Before the gathers of so many blocks."""
+        with self._on(stream):
+            self.flags, self._told = torch.zeros((num_blocks, 2), dtype=torch.int32, device=self._device), 0
 
     def gather(
         self, block_ids: Sequence[int], out: torch.Tensor, stream: int | None = None, num_tokens: Sequence[int] = ()
     ) -> None:
-        with _on(stream, out.device):
+        handle = self._handle(stream)
+        with self._on(handle):
             out[: len(block_ids)].zero_()  # nothing of what lay there before may stay between the parts
-            flags = torch.zeros((len(block_ids), 2), dtype=torch.int32, device=out.device)
-            ids, each = self._codec.table(block_ids), self._blocks.slot_bytes
+            ids, each = self._upload(block_ids, handle), self._blocks.slot_bytes
             for at, size, count in self._alike(block_ids, num_tokens):
-                self._codec.encode_blocks(ids[at:], size, count, out[at:], flags[at:], each=each, stream=stream)
-            self.flags.append(flags)
+                flags = self.flags[self._told + at :]
+                self._codec.encode_blocks(ids[at:], size, count, out[at:], flags, each=each, stream=handle)
+            self._told += len(block_ids)
 
     def scatter(
         self, block_ids: Sequence[int], buffer: torch.Tensor, stream: int | None = None, num_tokens: Sequence[int] = ()
     ) -> None:
-        whole, is_full = self._blocks.map.block_tokens, self._blocks.map.is_full
-        alike = self._alike(block_ids, num_tokens)
-        with _on(stream, buffer.device):
+        handle, whole = self._handle(stream), self._blocks.map.block_tokens
+        alike, is_full = self._alike(block_ids, num_tokens), self._blocks.map.is_full
+        with self._on(handle):
             # What is none of the tokens' becomes zero.
             partial = [
                 block_id
@@ -63,10 +74,37 @@ class CodedMover(PageMover):
                 for block_id in block_ids[at : at + size]
             ]
             if partial:
-                self.clear(partial, stream)
-            ids, each = self._codec.table(block_ids), self._blocks.slot_bytes
+                self.clear(partial, handle)
+            ids, each = self._upload(block_ids, handle), self._blocks.slot_bytes
             for at, size, count in alike:
-                self._codec.decode_blocks(ids[at:], size, count, buffer[at:], each=each, stream=stream)
+                self._codec.decode_blocks(ids[at:], size, count, buffer[at:], each=each, stream=handle)
+
+    def _upload(self, block_ids: Sequence[int], stream: int) -> torch.Tensor:
+        """Ids on the device, behind what `stream` has been given. Few bytes of pageable memory: the driver takes them
+        before it returns, and waits for nothing; pinned memory would have to stay until the copy has ended."""
+        if self._device.type != "cuda":  # Triton's interpreter
+            return torch.tensor(block_ids, dtype=torch.int32)
+        table = self._ids.get(stream)
+        if table is None or table.numel() < len(block_ids):
+            table = self._ids[stream] = torch.empty(2 * len(block_ids), dtype=torch.int32, device=self._device)
+        ids = array("i", block_ids)
+        copy_to_device(table.data_ptr(), ids.buffer_info()[0], ids.itemsize * len(ids), stream)
+        return table
+
+    def _handle(self, stream: int | None) -> int:
+        if stream is None and self._device.type == "cuda":
+            stream = int(_cuda.current_stream(self._device).cuda_stream)
+        return stream or 0
+
+    def _on(self, handle: int) -> Any:
+        """The stream with this handle as the current one."""
+        if self._device.type != "cuda":
+            return nullcontext()
+        if handle not in self._streams:
+            # A handle of 0 is the default stream; torch would make a new one of it.
+            named = _cuda.ExternalStream(handle, device=self._device) if handle else _cuda.default_stream(self._device)
+            self._streams[handle] = named
+        return _cuda.stream(self._streams[handle])
 
     def _alike(self, block_ids: Sequence[int], num_tokens: Sequence[int]) -> list[tuple[int, int, int]]:
         """Runs of blocks with as many tokens each: where the run begins, its blocks, and the tokens."""
@@ -85,11 +123,11 @@ class CodedMover(PageMover):
         raw = [layer[0].clone() for layer in pages]
         room = torch.empty((1, self._blocks.slot_bytes), dtype=torch.uint8, device=pages[0].device)
         for count in {1, max(whole - 1, 1), whole}:
+            self.begin(1, self._handle(None))
             self.gather([0], room, None, [count])
             self.scatter([0], room, None, [count])
         for layer, page in zip(pages, raw, strict=True):
             layer[0] = page
-        self.flags.clear()
 
 
 @dataclass
@@ -129,11 +167,11 @@ class CodedCudaTransfer(CudaTransfer):
         if num_tokens and len(num_tokens) != len(slots):
             raise ConfigError(f"{len(slots)} blocks need as many numbers of tokens, got {len(num_tokens)}")
         with self._lock:
+            self._mover.begin(len(slots), self._pack.cuda_stream)
             timing = super().save(block_ids, slots, num_tokens)
-            flags, self._mover.flags = self._mover.flags, []
             with torch.cuda.stream(self._pack):
                 told = _pinned(len(slots))
-                told.copy_(torch.cat(flags), non_blocking=True)
+                told.copy_(self._mover.flags, non_blocking=True)
                 ended = _cuda.Event()
                 ended.record(self._pack)
             self._told.append(_Told(ended, told, tuple(slots)))
@@ -158,11 +196,3 @@ class CodedCudaTransfer(CudaTransfer):
 def _pinned(num_blocks: int) -> torch.Tensor:
     """Host memory for the flags of so many blocks."""
     return torch.empty((num_blocks, 2), dtype=torch.int32, pin_memory=True)
-
-
-def _on(stream: int | None, device: torch.device) -> Any:
-    """The stream with this handle as the current one; None: as it is."""
-    if stream is None:
-        return nullcontext()
-    # A handle of 0 is the default stream; torch would make a new one of it.
-    return _cuda.stream(_cuda.ExternalStream(stream, device=device) if stream else _cuda.default_stream(device))

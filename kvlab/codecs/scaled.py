@@ -76,10 +76,6 @@ class ScaledCodec:
         for launch in self._launches("decode", num_tokens, len(objects[0]), each):
             launch(self._at.ids(objects), len(objects), buffer, None, None)
 
-    def table(self, block_ids: Sequence[int]) -> torch.Tensor:
-        """Block ids on the device, for the two below; they are not checked."""
-        return self._at.table(block_ids, torch.int32)
-
     def encode_blocks(
         self,
         ids: torch.Tensor,
@@ -91,8 +87,8 @@ class ScaledCodec:
         each: int,
         stream: int | None,
     ) -> None:
-        """`encode` for the first `count` of `ids`, each block an object of its own, one in `each` bytes: a multiple of
-        256. `stream`: the handle of the current one."""
+        """`encode` for the first `count` of `ids`, int32 on the device and not checked: each block is an object of its
+        own, one in `each` bytes, a multiple of 256. `stream`: the handle of the current one."""
         for launch in self._launches("encode", num_tokens, 1, each):
             launch(ids, count, buffer, flags, stream)
 
