@@ -52,7 +52,7 @@ NEEDS_GPU = {  # what they say of themselves, or do
     "vllm-offload": "vLLM's OffloadingConnector supports CUDA, ROCm and XPU only",
     "vllm-fs": "vLLM's OffloadingConnector supports CUDA, ROCm and XPU only",
     "vllm-simple": "vLLM's SimpleCPUOffloadConnector copies on CUDA streams",
-    "lmcache-mp": "LMCache's connector does not start on a CPU",
+    "lmcache-mp": "vLLM for CPUs does not start with LMCache's connector",
     **dict.fromkeys(DEPRECATED, "LMCache starts on a CPU, and loads nothing"),
 }
 

@@ -61,7 +61,7 @@ def judge() -> Page:
             Goal("two runs give the same verdicts", said, equal and not once),
         ],
         "[Judge a connector](../guide/judge.md) says what is compared and how. ExampleConnector is vLLM's example for those who write a connector, and says of itself that it is for debugging; it has no `reset_cache`, and "
-        "vLLM answers `True` for it. OffloadingConnector, SimpleCPUOffloadConnector and LMCache are made for GPUs: a table of theirs needs one.",
+        "vLLM answers `True` for it. OffloadingConnector, SimpleCPUOffloadConnector and LMCache are made for GPUs: a table of theirs needs one. With LMCache's multi-process connector vLLM for CPUs ends in its own kernel dispatcher, at an object of llvmlite, which LMCache imports.",
         ["judge.csv"],
     )  # fmt: skip
 
