@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     add("--together", action="store_true", help="start all servers first and let their runs take turns")
     add("--restart", action="store_true", help="start the server again between its runs: what is found after a restart")
     add("--seed", default="0", help=f"one number, or one for each dataset with commas {TOLD}")
-    add("--output-len", type=int, help="tokens to generate for each prompt; default the dataset's")
+    add("--output-len", type=int, help="tokens to generate for each prompt (default: the dataset's; without a GPU 32)")
     add("--ignore-eos", action="store_true", help="generate to the full length")
     add(
         "--max-prompt-tokens",

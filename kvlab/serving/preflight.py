@@ -77,15 +77,27 @@ def usual_traffic() -> tuple[int, float]:
     return (1024, 16.0) if gpu_name() else (16, 1.0)
 
 
+def usual_output_len() -> int | None:
+    """Tokens of each answer, unless told: the dataset's, of which a CPU would make a prompt's hundreds for minutes."""
+    return None if gpu_name() else 32
+
+
 def plan_line(
-    backends: Sequence[str], runs: int, datasets: Sequence[str], counts: Sequence[int], rates: Sequence[float]
+    backends: Sequence[str],
+    runs: int,
+    datasets: Sequence[str],
+    counts: Sequence[int],
+    rates: Sequence[float],
+    output_len: int | None = None,
 ) -> str:
     """What a benchmark is about to send."""
     sent = [
         f"{count:,} prompts of {kind} {'at its own times' if kind == 'trace' else f'at {rate:g}/s'}"
         for kind, count, rate in zip(datasets, counts, rates, strict=True)
     ]
-    return f"backends {', '.join(backends)}; for each {runs} run{'s' if runs > 1 else ''} of {' and '.join(sent)}"
+    answers = "" if output_len is None else f", answers of {output_len} tokens"
+    of = f"{runs} run{'s' if runs > 1 else ''} of {' and '.join(sent)}"
+    return f"backends {', '.join(backends)}; for each {of}{answers}"
 
 
 def is_for_gpus() -> bool:

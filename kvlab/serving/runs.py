@@ -68,7 +68,9 @@ def run(
         ``sharegpt`` with several seeds and one run each gives several first runs: no prompt of one is in another.
     num_prompts, request_rate
         of each run, and requests per second, Poisson arrivals (a trace brings its own times); default 1024 and 16 where
-        there is an NVIDIA GPU, else 32 and 1.
+        there is an NVIDIA GPU, else 16 and 1.
+    output_len
+        tokens to generate for each prompt; default the dataset's where there is an NVIDIA GPU, else 32.
     runs
         how often the same prompts are sent to the same server. The first fills the cache, later ones use it.
     together
@@ -108,6 +110,7 @@ def run(
     counts = _for_each(usual[0] if num_prompts is None else num_prompts, datasets, "num_prompts")
     rates = _for_each(usual[1] if request_rate is None else request_rate, datasets, "request_rate")
     seeds = _for_each(seed, datasets, "seed")
+    output_len = preflight.usual_output_len() if output_len is None else output_len
     if runs < 1 or min(rates) <= 0:
         raise ConfigError(f"runs and request_rate must be positive, got {runs} and {min(rates)}")
     if together and port is not None:
@@ -131,7 +134,7 @@ def run(
         pool = preflight.pool_flags(server_flags, backend_flags or {}, len(names) if together else 1)
         model = demo_model(model)
         if tell is not None:
-            tell(preflight.plan_line([one.name for one in chosen], runs, datasets, counts, rates))
+            tell(preflight.plan_line([one.name for one in chosen], runs, datasets, counts, rates, output_len))
         measuring = stack.enter_context(client.Client(place / "client.log"))
         steps = len(datasets) + len(names) * (1 + len(datasets) * runs)
         bar = stack.enter_context(Progress(steps, "serving", unit="step"))

@@ -62,6 +62,7 @@ def test_a_machine_without_a_gpu_gets_traffic_that_it_serves(monkeypatch):
     for gpu, usual in (("GPU", (1024, 16.0)), ("", (16, 1.0))):
         monkeypatch.setattr(preflight, "gpu_name", lambda gpu=gpu: gpu)
         assert preflight.usual_traffic() == usual
+        assert preflight.usual_output_len() == (None if gpu else 32)
     line = preflight.plan_line(["none", "kvlab-memory"], 2, ["sharegpt", "trace"], [64, 5], [1.0, 1.0])
     assert line == (
         "backends none, kvlab-memory; for each 2 runs of 64 prompts of sharegpt at 1/s and 5 prompts of trace at its "
@@ -84,7 +85,7 @@ def test_what_is_about_to_run_is_told_once_all_is_checked(monkeypatch, tmp_path)
         runs.run(["none", "memory://?size=1MiB"], folder=tmp_path / "kept", tell=told.append)
     assert len(told) == 1
     assert told[0].startswith("backends none, ")
-    assert told[0].endswith("; for each 2 runs of 16 prompts of sharegpt at 1/s")
+    assert told[0].endswith("; for each 2 runs of 16 prompts of sharegpt at 1/s, answers of 32 tokens")
 
 
 def test_a_redis_server_must_be_there(monkeypatch):

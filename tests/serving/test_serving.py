@@ -20,7 +20,7 @@ from tests.connectors.engine import PATIENT
 from tests.connectors.models import TOKEN_BYTES, short_demo
 from tests.support.serving import BLOCK, MARK, SERVER, marked, small_file
 
-NUM_PROMPTS = 24
+NUM_PROMPTS = 16
 BACKENDS = ["none", "kvlab-memory", "kvlab-disk", "kvlab-redis"]
 
 
@@ -35,7 +35,7 @@ def _threads_as_servers_choose_them():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Two runs each of four backends on the same 24 prompts: the rows, and the folder with the client's results."""
+    """Two runs each of four backends on the same prompts: the rows, and the folder with the client's results."""
     folder = tmp_path_factory.mktemp("serving")
     part = folder / "part.json"
     conversations = read_conversations(sharegpt_file())[:600]
