@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kvlab.machine.servers import DEBIAN, PROMETHEUS, folder_of
+from kvlab.machine.servers import COMPOSE, DEBIAN, PROMETHEUS, folder_of
 
 PACKAGES = {  # without what they depend on: vLLM's environment has what LMCache's server uses
     "lmcache": ["lmcache==0.5.6"],
@@ -32,6 +32,11 @@ UNPACKED = {
         *("fuse3", "libfuse3-3"),  # to mount a folder twice, by hand
     ],
     PROMETHEUS: ["prometheus"],  # promtool, which checks what deploy/ gives to Prometheus
+    COMPOSE: ["docker-compose"],  # which checks deploy/compose.yaml; no daemon is asked
+}
+# Of another release than this system's: Debian 12's docker-compose is the one before the specification of today.
+RELEASES = {
+    COMPOSE: "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main"
 }
 
 
@@ -56,16 +61,31 @@ def unpack(name: str, wanted: list[str]) -> None:
     with tempfile.TemporaryDirectory() as here:
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
-        command = ["apt-get", "download", "--quiet", *wanted]
-        print("+", " ".join(command), flush=True)
+        apt = ["apt-get", "--quiet", *(_from_release(RELEASES[name], Path(here)) if name in RELEASES else ())]
+        print("+ apt-get download", " ".join(wanted), flush=True)
         try:
-            subprocess.run(command, cwd=here, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for step in [["update"], ["download", *wanted]] if name in RELEASES else [["download", *wanted]]:
+                subprocess.run(
+                    [*apt, *step], cwd=here, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                )
             for file in Path(here).glob("*.deb"):
                 subprocess.run(["dpkg", "-x", str(file), str(making)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"no {' '.join(wanted)}: {error}; install them as your system does", file=sys.stderr)
         else:
             making.rename(folder)
+
+
+def _from_release(source: str, here: Path) -> list[str]:
+    """apt-get's options to look at this source alone, with lists of its own: nothing of the system changes."""
+    (here / "sources.list").write_text(source + "\n", encoding="utf-8")
+    for folder in ("lists/partial", "cache/archives/partial"):
+        (here / folder).mkdir(parents=True)
+    places = {
+        "Dir::Etc::sourcelist": here / "sources.list", "Dir::Etc::sourceparts": "-",
+        "Dir::State::Lists": here / "lists", "Dir::Cache": here / "cache",
+    }  # fmt: skip
+    return [part for name, place in places.items() for part in ("-o", f"{name}={place}")]
 
 
 def main() -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measured import codecs, connector, equal, parts, serving
+from measured import codecs, connector, equal, judged, parts, serving
 from measured.pages import Page, rendered
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "measured"
-PAGES = (*connector.PAGES, *codecs.PAGES, *serving.PAGES, *parts.PAGES, *equal.PAGES)
+PAGES = (*connector.PAGES, *codecs.PAGES, *serving.PAGES, *parts.PAGES, *equal.PAGES, *judged.PAGES)
 
 
 def pages() -> dict[str, str]:

@@ -73,6 +73,19 @@ def test_services_hold_what_compose_knows():
             assert source in COMPOSE["volumes"] or (DEPLOY / source).exists(), volume
 
 
+def test_compose_accepts_the_file_and_reads_what_stands_in_it():
+    tool = unpacked("docker-compose")
+    assert tool, "no docker-compose found; python scripts/get_servers.py"
+    command = [tool, "-f", str(DEPLOY / "compose.yaml"), "config", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    read = json.loads(done.stdout)
+    assert read["name"] == COMPOSE["name"]
+    assert set(read["services"]) == set(COMPOSE["services"])
+    for name, service in COMPOSE["services"].items():
+        assert len(read["services"][name].get("ports", [])) == len(service.get("ports", [])), name
+
+
 def test_images_have_a_version():
     images = [service["image"] for service in COMPOSE["services"].values() if "image" in service]
     images += re.findall(r"^ARG \w+=(\S+)", (DEPLOY / "Containerfile").read_text(), re.MULTILINE)

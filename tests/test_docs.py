@@ -51,7 +51,7 @@ def test_examples_of_docstrings_run(name):
 @pytest.mark.slow
 def test_the_example_classes_are_judged_by_the_suites(tmp_path):
     """The pages on adding one show a class and a subclass of the suite: together they are a test file that passes."""
-    for page in ("add-a-store", "add-a-serde", "add-a-policy"):
+    for page in ("add-a-store", "add-a-serde", "add-a-policy", "add-a-transform"):
         code = "\n\n".join(text for _, text in blocks(DOCS / "guide" / f"{page}.md", "python"))
         (tmp_path / f"test_{page.replace('-', '_')}.py").write_text(code)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", "-W", "error", str(tmp_path)]

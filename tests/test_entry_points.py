@@ -9,9 +9,11 @@ from kvlab import get_serde, open_store, simulate, sweep, vllm_config
 from kvlab import serde as serdes
 from kvlab.errors import ConfigError, FormatError
 from kvlab.serde import serde_to_read
+from kvlab.simulation.replay_tiers import Admission
 from kvlab.stores import check_url
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.memory import MemoryStore
+from kvlab.transforms import transform_id
 
 MODULES = {
     "others_good": """
@@ -29,6 +31,12 @@ MODULES = {
             def from_url(cls, url): raise KeyError("secret")
         class Serde(NaiveSerde): pass
         class Policy(LRUPolicy): pass
+        from kvlab.transforms import KVTransform
+        from kvlab.stores.admission import AdmissionRule
+        class Halved(KVTransform):
+            def __init__(self, by="2"): self.by = float(by)
+        class Long(AdmissionRule):
+            def admit(self, key, end_token): return end_token >= 1024
         class NoPolicy: pass
         class PickyPolicy(LRUPolicy):
             def __init__(self, size): pass
@@ -52,6 +60,8 @@ WRONG = {
     "picky": "others_good:Picky",
 }
 POLICIES = {"good": "others_good:Policy", "needs-size": "others_good:PickyPolicy", "no-policy": "others_good:NoPolicy"}
+TRANSFORMS = {"halved": "others_good:Halved", "no-transform": "others_good:NoPolicy"}
+RULES = {"long": "others_good:Long", "no-rule": "others_good:NoPolicy", "needs-arguments": "others_good:PickyPolicy"}
 GOOD = {"good": "others_good:Good", "inner": "others_good:Outer.Inner", "extra": "others_good:Good [fast]"}
 
 
@@ -64,7 +74,9 @@ def installed(tmp_path, monkeypatch):
     stores = "".join(f"{name} = {target}\n" for name, target in {**WRONG, **GOOD}.items())
     kinds = "".join(f"{name} = {target}\n" for name, target in {**WRONG, "good": "others_good:Serde"}.items())
     policies = "".join(f"{name} = {target}\n" for name, target in {**WRONG, **POLICIES}.items())
-    groups = {"stores": stores, "serde": kinds, "policies": policies}
+    transforms = "".join(f"{name} = {target}\n" for name, target in {**WRONG, **TRANSFORMS}.items())
+    rules = "".join(f"{name} = {target}\n" for name, target in {**WRONG, **RULES}.items())
+    groups = {"stores": stores, "serde": kinds, "policies": policies, "transforms": transforms, "admission": rules}
     (info / "entry_points.txt").write_text("".join(f"[kvlab.{name}]\n{text}" for name, text in groups.items()))
     for name, text in MODULES.items():
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
@@ -144,3 +156,48 @@ def test_a_policy_that_is_there_is_used_by_name_everywhere(tmp_path):
     assert [row["policy"] for row in rows] == ["good", "good", "lru"]  # the URL names its own, once
     assert rows[0]["block_hit_rate"] == rows[2]["block_hit_rate"]
     assert simulate("chat", "memory://?size=90 blocks&policy=good").row["policy"] == "good"
+
+
+@pytest.mark.parametrize("name", [*sorted(set(WRONG) - {"no-store", "picky"}), "no-transform"])
+def test_a_transform(name):
+    with pytest.raises(ConfigError, match=r"kvlab\.transforms") as caught:
+        vllm_config(transform=name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_transform_that_is_there_is_named_with_its_options_and_its_code(tmp_path):
+    assert vllm_config(transform="halved:by=4")["kv_connector_extra_config"]["transform"] == "halved:by=4"
+    name = transform_id("halved:by=4")
+    assert name.startswith("halved:by=4@")
+    assert name != transform_id("halved:by=2")
+    (tmp_path / "others_good.py").write_text((tmp_path / "others_good.py").read_text() + "# other code")
+    assert transform_id("halved:by=4") != name
+    for wrong, words in {"halved:by=x": "could not convert", "halved:of=2": "of", "halved:2": "must be like"}.items():
+        with pytest.raises(ConfigError, match=words):
+            vllm_config(transform=wrong)
+    with pytest.raises(ConfigError, match=r"unknown transform 'nope'; known: .*halved"):
+        vllm_config(transform="nope")
+    with pytest.raises(ConfigError, match="must be a name like"):
+        vllm_config(transform=5)
+    with pytest.raises(ConfigError, match="naive or lossless tiers; got 'int8"):
+        vllm_config(["memory://?size=1MiB&serde=int8"], transform="halved")
+
+
+@pytest.mark.parametrize("name", [*sorted(set(WRONG) - {"no-store", "picky"}), "no-rule", "needs-arguments"])
+def test_an_admission_rule(name):
+    for use in (lambda: vllm_config(store_rule=name), lambda: Admission(rule=name)):
+        with pytest.raises(ConfigError, match=r"kvlab\.admission") as caught:
+            use()
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_admission_rule_that_is_there_is_used_by_name():
+    assert vllm_config(store_rule="long")
+    with pytest.raises(ConfigError, match=r"unknown admission rule 'nope'; known: .*long"):
+        vllm_config(store_rule="nope")
+    all_of_it = simulate("chat", "1000 blocks", chunk_tokens=512, admission=1)
+    by_rule = simulate("chat", "1000 blocks", chunk_tokens=512, admission=Admission(rule="long"))
+    assert all_of_it.row["block_hit_rate"] > 0
+    assert by_rule.row["block_hit_rate"] == 0  # the first 512 tokens of a prompt are never kept

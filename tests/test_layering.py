@@ -13,7 +13,7 @@ FLOORS = [
     ["auth", "geometry", "hostmemory", "fingerprint", "installed"],
     ["sharedmemory"],
     ["chunking", "hashing", "container"],
-    ["stated"],
+    ["stated", "transforms"],
     ["serde", "stores", "paged"],
     ["codecs", "objects", "machine", "sizing"],
     ["object_cache", "page_objects"],

@@ -21,6 +21,7 @@ EXAMPLES = (
     "kvlab bench                                           no cache, then host memory, on the demo model",
     "kvlab bench --backends none,kvlab-disk --model MODEL --out rows.jsonl",
     "kvlab bench --backends '1GiB+file:///kv?size=8GiB' --num-prompts 64 --request-rate 2",
+    "kvlab bench --restart --backends none,kvlab-memory,kvlab-disk,kvlab-redis,kvlab-serve",
     "kvlab bench --report rows.jsonl",
 )
 
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
             request_rate=options.request_rate and _numbers(options.request_rate, float, "--request-rate"),
             runs=options.runs,
             together=options.together,
+            restart=options.restart,
             seed=_numbers(options.seed, int, "--seed"),
             output_len=options.output_len,
             max_prompt_tokens=options.max_prompt_tokens,
@@ -112,8 +114,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--runs", type=int, default=2, help=f"how often the same prompts are sent {TOLD}")
     add("--together", action="store_true", help="start all servers first and let their runs take turns")
+    add("--restart", action="store_true", help="start the server again between its runs: what is found after a restart")
     add("--seed", default="0", help=f"one number, or one for each dataset with commas {TOLD}")
-    add("--output-len", type=int, help="tokens to generate for each prompt; default the dataset's")
+    add("--output-len", type=int, help="tokens to generate for each prompt (default: the dataset's; without a GPU 32)")
     add("--ignore-eos", action="store_true", help="generate to the full length")
     add(
         "--max-prompt-tokens",

@@ -1,8 +1,11 @@
 """KV caught from a model: kept per layer, saved as one safetensors file, compared, encoded."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -98,24 +101,16 @@ class KV:
     @staticmethod
     def load(path: str | Path) -> "KV":
         """Read what `save` wrote; FormatError if it is something else."""
-        try:
-            with safe_open(str(path), framework="pt") as opened:
-                fields = opened.metadata() or {}
-                if fields.get("kvlab_kv") != FORMAT:
-                    raise FormatError(f"{path} is no KV of format {FORMAT}: it says {fields.get('kvlab_kv')!r}")
-                about = json.loads(fields["about"])
-                layers = range(about["num_layers"])
-                keys, values = (
-                    tuple(opened.get_tensor(f"layers.{index}.{half}") for index in layers) for half in ("key", "value")
-                )
+        with opened(path) as (file, fields):
+            if fields.get("kvlab_kv") != FORMAT:
+                raise FormatError(f"{path} is no KV of format {FORMAT}: it says {fields.get('kvlab_kv')!r}")
+            about = json.loads(fields["about"])
+            layers = range(about["num_layers"])
+            keys, values = (
+                tuple(file.get_tensor(f"layers.{index}.{half}") for index in layers) for half in ("key", "value")
+            )
             token_ids, windows = tuple(about["token_ids"]), tuple(about["windows"])
             return KV(keys, values, token_ids, about["num_positions"], fields.get("model", ""), windows)
-        except FormatError:
-            raise
-        except OSError:
-            raise
-        except Exception as error:  # safetensors raises its own class on broken files
-            raise FormatError(f"{path} is not a readable KV file: {error!r}"[:300]) from error
 
     def diff(self, other: "KV") -> dict[str, torch.Tensor]:
         """How far `other` lies from this: relative L2 error, ``{"key": (layers, kv_heads), "value": ...}``, float64.
@@ -131,6 +126,18 @@ class KV:
             "key": torch.stack([_error(a, b) for a, b in zip(self.keys, other.keys, strict=True)]),
             "value": torch.stack([_error(a, b) for a, b in zip(self.values, other.values, strict=True)]),
         }
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A safetensors file and its metadata. What goes wrong with its content, within the block too, is a FormatError."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file, file.metadata() or {}
+    except (FormatError, OSError):
+        raise
+    except Exception as error:  # safetensors raises its own class on broken files
+        raise FormatError(f"{path} is not a readable file of KV: {error!r}"[:300]) from error
 
 
 def _error(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

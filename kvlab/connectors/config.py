@@ -11,9 +11,11 @@ from kvlab.chunking import Chunker
 from kvlab.errors import ConfigError
 from kvlab.stated import CODED_KINDS, is_coded
 from kvlab.stores import check_url
+from kvlab.stores.admission import get_rule
 from kvlab.stores.eviction import get_policy
 from kvlab.stores.served import SCHEME as SERVED
 from kvlab.stores.url import StoreURL, shown_url
+from kvlab.transforms import get_transform, transform_id
 from kvlab.units import parse_bytes
 
 
@@ -49,6 +51,10 @@ class ConnectorConfig:
         do not make loads that recent measurements show to take longer than computing the tokens.
     store_threshold
         save an object only from the n-th prompt on that holds it.
+    store_rule
+        a rule that decides which objects are saved, by name: see docs/guide/add-a-policy.md.
+    transform
+        what is done to KV on its way into host memory and back, by name: see docs/guide/add-a-transform.md.
     max_pinned_share
         share of the memory tier that requests may pin; 0 refuses pins.
     max_salt_share
@@ -72,6 +78,8 @@ class ConnectorConfig:
     min_hit_tokens: int = 1
     admission: bool = True
     store_threshold: int = 1
+    store_rule: str = ""
+    transform: str = ""
     max_pinned_share: float = 0.5
     max_salt_share: float = 1.0
     report: bool = False
@@ -85,6 +93,7 @@ class ConnectorConfig:
     slot_serde: str = field(init=False, default="naive")  # of host memory, whether it is a tier or on the way to them
     auth: AuthKey | None = field(init=False, default=None)
     auth_file: str = field(init=False, default="")
+    transform_id: str = field(init=False, default="")
 
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> Self:
@@ -194,6 +203,13 @@ class ConnectorConfig:
         if not self.memory_bytes and is_coded(self.serde):
             put(self, "slot_serde", self.serde)
         put(self, "secondary_tiers", tuple(lower))
+        if self.store_rule:
+            get_rule(self.store_rule)
+        if self.transform:
+            get_transform(self.transform)
+            put(self, "transform_id", transform_id(self.transform))
+            if is_coded(self.serde):
+                raise ConfigError(f"a transform works on KV as it is, use naive or lossless tiers; got {self.serde!r}")
 
     def __repr__(self) -> str:
         shown = {name: _shown(value) if name.endswith("tiers") else repr(value) for name, value in vars(self).items()}
@@ -207,13 +223,20 @@ class ConnectorConfig:
     @property
     def is_lossy(self) -> bool:
         """Whether what the tiers give back is not bit for bit what was computed."""
-        return is_coded(self.serde)
+        return is_coded(self.serde) or bool(self.transform)
+
+    @property
+    def slots_are_exact(self) -> bool:
+        """Whether host memory holds what was computed."""
+        return self.slot_serde == "naive" and not self.transform
 
     @property
     def namespace_serde(self) -> str:
-        """How the namespace names the serde: blocks that are coded one by one are other objects than chunks are."""
+        """How the namespace names serde and transform: blocks that are coded one by one are other objects than chunks
+        are."""
         kind, colon, options = self.serde.partition(":")
-        return f"{kind}-blocks{colon}{options}" if is_coded(self.serde) else self.serde
+        name = f"{kind}-blocks{colon}{options}" if is_coded(self.serde) else self.serde
+        return f"{name} of {self.transform_id}" if self.transform else name
 
     @property
     def server_socket(self) -> str:

@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from kvlab.connectors.captured import KV
+from kvlab.connectors.captured import KV, opened
 from kvlab.errors import FormatError
 from kvlab.geometry import AXES
 from kvlab.serde import get_serde, serde_to_read
@@ -45,9 +44,8 @@ def write_proven(path: str | Path, kv: KV, proof: Proof) -> None:
     about = {"token_ids": list(kv.token_ids), "num_positions": kv.num_positions, "windows": list(kv.windows)}
     if proof.codec == "naive":
         kv.save(path)
-        with safe_open(str(path), framework="pt") as opened:
-            fields = dict(opened.metadata())
-            parts = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        with opened(path) as (file, fields):
+            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     else:
         encoded = get_serde(proof.codec).encode(kv.tensor(), AXES)
         parts = {f"parts.{name}": part.contiguous() for name, part in encoded.parts.items()}
@@ -64,31 +62,22 @@ def read_proven(path: str | Path) -> tuple[KV, Proof]:
     FormatError
         where the file is something else
     """
-    try:
-        with safe_open(str(path), framework="pt") as opened:
-            fields = opened.metadata() or {}
-            if fields.get("kvlab_proof") != FORMAT:
-                raise FormatError(f"{path} carries no proof of format {FORMAT}; KV.load reads files without one")
-            told = json.loads(fields["proof"])
-            told["logprobs"] = [{int(token): float(value) for token, value in at.items()} for at in told["logprobs"]]
-            proof = Proof(**told)
-            _check(proof)
-            if proof.codec == "naive":
-                return KV.load(path), proof
-            about = json.loads(fields["about"])
-            coded, axes = about["coded"], tuple(fields["axes"].split(","))
-            parts = {
-                name.removeprefix("parts."): opened.get_tensor(name)
-                for name in opened.keys()  # noqa: SIM118
-            }
+    with opened(path) as (file, fields):
+        if fields.get("kvlab_proof") != FORMAT:
+            raise FormatError(f"{path} carries no proof of format {FORMAT}; KV.load reads files without one")
+        told = json.loads(fields["proof"])
+        told["logprobs"] = [{int(token): float(value) for token, value in at.items()} for at in told["logprobs"]]
+        proof = Proof(**told)
+        _check(proof)
+        if proof.codec == "naive":
+            return KV.load(path), proof
+        about = json.loads(fields["about"])
+        coded, axes = about["coded"], tuple(fields["axes"].split(","))
+        parts = {name.removeprefix("parts."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         encoded = Encoded(coded["serde"], tuple(coded["shape"]), coded["dtype"], axes, parts, coded["params"])
         keys, values = serde_to_read(coded["serde"]).decode(encoded).unbind(dim=3)
         named = (tuple(about["token_ids"]), about["num_positions"], fields.get("model", ""), tuple(about["windows"]))
         return KV(tuple(keys), tuple(values), *named), proof
-    except (FormatError, OSError):
-        raise
-    except Exception as error:  # safetensors raises its own class on broken files
-        raise FormatError(f"{path} is not a readable file of KV: {error!r}"[:300]) from error
 
 
 def _check(proof: Proof) -> None:

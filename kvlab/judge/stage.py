@@ -7,7 +7,8 @@ compared. Both return what the book says, so that a trap asks the same both time
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kvlab.judge.damage import objects
 ENOUGH = 5  # differences, after which a trap asks no more
 IDLE_S = 0.001  # between steps that give nothing: an asynchronous load needs the processor too
 NOTHING = Answer((), (), ())
+Harm = Callable[[Path, list[Path]], None]  # done to one object of a folder; with all of them
 _NUMBERS = itertools.count()
 Arrivals = Callable[[int], Sequence[Ask] | None]  # number of requests under way -> those that arrive; None at the end
 
@@ -45,7 +47,8 @@ class Stage:
         self.differences: list[Difference] = []
         self.requests = self.loaded_tokens = self.exact = self.exact_of = 0
         self._loaded: dict[str, int] = {}
-        self._count_loads()
+        self._harm: Harm | None = None
+        self._watch_loads()
 
     # What traps use.
 
@@ -59,11 +62,12 @@ class Stage:
             self.settle()
         return [self.book.answers[ask.key] for ask in asks]
 
-    def first(self, ask: Ask) -> int:
-        """Ask; how many tokens the connector loaded."""
+    def first(self, ask: Ask, whose: str) -> None:
+        """Ask what has not been asked like this before: tokens that are loaded are those `whose` is told."""
         before = self.loaded_tokens
         self.ask(ask)
-        return self.loaded_tokens - before
+        if (loaded := self.loaded_tokens - before) > 0:
+            self.fail(f"{loaded} tokens {whose} are loaded", ask.shown)
 
     def fail(self, what: str, request: str, **more: Any) -> None:
         self.differences.append(Difference(request, what, **more))
@@ -80,16 +84,25 @@ class Stage:
     def preemptions(self) -> Any:
         return engine.preemptions(self.llm)
 
-    def reset(self) -> bool:
-        """The engine's own prefix cache is emptied."""
-        return bool(self.llm.reset_prefix_cache())
+    def reset(self, *, connector: bool = False) -> bool:
+        """The engine's own prefix cache is emptied, and the connector is told to forget as well."""
+        return bool(self.llm.reset_prefix_cache(reset_connector=connector))
 
-    def damage(self, kind: Callable[[Path, list[Path]], None]) -> int:
+    def damage(self, kind: Harm) -> int:
         """`kind` is done to each object of the storage; how many there were."""
         found = objects(self.storage)
         for path in found:
             kind(path, found)
         return len(found)
+
+    @contextmanager
+    def damaged_after_lookups(self, kind: Harm) -> Iterator[None]:
+        """`kind` is done in each step that plans loads: behind the scheduler's lookups, before the worker's loads."""
+        self._harm = kind
+        try:
+            yield
+        finally:
+            self._harm = None
 
     def exactly(self, ask: Ask) -> None:
         """Logprobs are those of the engine's own prefix cache, bit for bit, where it had as many tokens."""
@@ -191,20 +204,31 @@ class Stage:
         loaded = max((n for one, n in self._loaded.items() if _is_of(one, output.request_id)), default=0)
         return Answer(list(choice.token_ids), logprobs, margins, prompt, output.num_cached_tokens or 0, loaded)
 
-    def _count_loads(self) -> None:
-        """Note what the connector is told to load, by request."""
+    def _watch_loads(self) -> None:
+        """Note what the connector is told to load, by request; and do harm between that and the loads."""
         connector = engine.core(self.llm).connector
         if connector is None:
             return
-        original = connector.update_state_after_alloc
+        after_alloc, build_meta = connector.update_state_after_alloc, connector.build_connector_meta
+        are_planned = False
 
         def allocated(request: Any, blocks: Any, num_external_tokens: int) -> Any:
+            nonlocal are_planned
             if num_external_tokens:
+                are_planned = True
                 self.loaded_tokens += num_external_tokens
                 self._loaded[request.request_id] = num_external_tokens
-            return original(request, blocks, num_external_tokens)
+            return after_alloc(request, blocks, num_external_tokens)
 
-        connector.update_state_after_alloc = allocated
+        def built(scheduler_output: Any) -> Any:
+            nonlocal are_planned
+            meta = build_meta(scheduler_output)
+            if are_planned and self._harm is not None:
+                self.damage(self._harm)
+            are_planned = False
+            return meta
+
+        connector.update_state_after_alloc, connector.build_connector_meta = allocated, built
 
 
 def _is_of(request_id: str, asked: str) -> bool:
@@ -221,9 +245,8 @@ class Rehearsal(Stage):
         self._learn(asks)
         return [self.book.answers[ask.key] for ask in asks]
 
-    def first(self, ask: Ask) -> int:
+    def first(self, ask: Ask, whose: str) -> None:
         self._learn([ask])
-        return 0
 
     def fail(self, what: str, request: str, **more: Any) -> None:
         pass
@@ -231,7 +254,7 @@ class Rehearsal(Stage):
     def settle(self) -> None:
         pass
 
-    def damage(self, kind: Callable[[Path, list[Path]], None]) -> int:
+    def damage(self, kind: Harm) -> int:
         return 0
 
     def pages_come_back(self) -> None:

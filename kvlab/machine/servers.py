@@ -16,7 +16,7 @@ from typing import Self
 from kvlab.errors import ConfigError
 from kvlab.machine.processes import Child
 
-DEBIAN, PROMETHEUS = "debian", "prometheus"  # folders of packages that are unpacked
+DEBIAN, PROMETHEUS, COMPOSE = "debian", "prometheus", "compose"  # folders of packages that are unpacked
 FOLDER = "KVLAB_SERVERS"  # in the environment: another place
 TRIES = 5  # another process may take the port before the server does
 START_S = 120.0
@@ -54,8 +54,9 @@ def unpacked_environment() -> dict[str, str]:
 
 def unpacked(binary: str) -> str | None:
     """Path of a program on PATH, or among Debian's that scripts/get_servers.py has unpacked."""
-    folders = os.pathsep.join(str(folder_of(name) / "usr" / "bin") for name in (DEBIAN, PROMETHEUS))
-    return shutil.which(binary) or shutil.which(binary, path=folders)
+    folders = [folder_of(name) / "usr" / "bin" for name in (DEBIAN, PROMETHEUS)]
+    folders.append(folder_of(COMPOSE) / "usr" / "libexec" / "docker" / "cli-plugins")
+    return shutil.which(binary) or shutil.which(binary, path=os.pathsep.join(map(str, folders)))
 
 
 def make_importable(name: str, package: str) -> None:

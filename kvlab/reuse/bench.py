@@ -1,14 +1,21 @@
 """How good is a context's KV? What the model says behind it, beside what it says behind the KV computed as a whole."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvlab.connectors.captured import KV
 from kvlab.connectors.transformers import capture, to_cache
 from kvlab.errors import ConfigError
 from kvlab.reuse.methods import METHODS, Case, Method
+from kvlab.reuse.presses import PRESSES, Score, pressed, pruned
+from kvlab.simulation.cost import Prefill
+
+Rows = list[dict[str, Any]]
+MEASURED = ("computed", "kept", "kl", "same_token", "seconds")
 
 
 def compare_reuse(
@@ -18,7 +25,7 @@ def compare_reuse(
     *,
     methods: Mapping[str, Method] = METHODS,
     answer_tokens: int = 8,
-) -> list[dict[str, Any]]:
+) -> Rows:
     """One row a method: the context's KV is made of its pieces' by the method, the question is computed behind it.
 
     Parameters
@@ -44,27 +51,79 @@ def compare_reuse(
     if len(pieces) < 2 or not all(pieces) or not question:
         raise ConfigError("reuse is compared over two pieces or more and a question, none of them empty")
     alone = [capture(model, list(piece)) for piece in pieces]
-    context = [token for piece in pieces for token in piece]
-    case = Case(model, alone, capture(model, context))
-    answer = _answer(model, case.whole, question, answer_tokens)
-    asked = [*question, *answer[:-1]]
-    truth = _logprobs(model, case.whole, asked)
+    case = Case(model, alone, capture(model, [token for piece in pieces for token in piece]))
+    said = _Said(model, case.whole, question, answer_tokens)
     rows = []
     for name, method in methods.items():
         made = method(case)
-        found = _logprobs(model, made.kv, asked)
-        kl = (truth.exp() * (truth - found)).sum(-1)
-        same = truth[-len(answer) :].argmax(-1) == found[-len(answer) :].argmax(-1)
-        rows.append(
-            {
-                "method": name,
-                "computed": made.computed,
-                "kl": float(kl.mean()),
-                "same_token": float(same.double().mean()),
-                "answer": _answer(model, made.kv, question, answer_tokens),
-            }
-        )
+        rows.append({"method": name, "computed": made.computed, **said.behind(made.kv)})
     return rows
+
+
+def compare_presses(
+    model: Any,
+    context: Sequence[int],
+    question: Sequence[int],
+    *,
+    keep: float = 0.5,
+    presses: Mapping[str, Score | Any] = PRESSES,
+    answer_tokens: int = 8,
+) -> Rows:
+    """One row a press: of the context's tokens each head keeps the share `keep`, as a shorter prompt; the question is
+    computed behind it. A press of kvpress keeps the share that it is made with. Rows are those of `compare_reuse`, with
+    ``kept`` in the place of ``computed``."""
+    if not context or not question:
+        raise ConfigError("presses are compared over a context and a question, neither of them empty")
+    whole = capture(model, list(context))
+    said = _Said(model, whole, question, answer_tokens)
+    rows = []
+    for name, press in presses.items():
+        kv = pressed(model, whole, press) if hasattr(press, "compress") else pruned(model, whole, press, keep)
+        rows.append({"press": name, "kept": kv.num_positions / whole.num_positions, **said.behind(kv)})
+    return rows
+
+
+def over_texts(rows: Sequence[Mapping[str, Any]], by: str = "method") -> Rows:
+    """Rows of several texts as one row each method: means, and with ``_sd`` the standard deviation over texts."""
+    found: Rows = []
+    for name in dict.fromkeys(row[by] for row in rows):
+        same = [row for row in rows if row[by] == name]
+        made: dict[str, Any] = {by: name, "texts": len(same)}
+        for column in (column for column in MEASURED if column in same[0]):
+            values = [float(row[column]) for row in same]
+            made |= {column: fmean(values), f"{column}_sd": stdev(values) if len(values) > 1 else 0.0}
+        found.append(made)
+    return found
+
+
+def with_seconds(rows: Sequence[Mapping[str, Any]], num_tokens: int, prefill: Prefill, load_s: float = 0.0) -> Rows:
+    """`rows` of `compare_reuse`, with the ``seconds`` that a context of `num_tokens` takes by a cost model.
+
+    Those of the share that a method computes, as if its tokens were spread evenly over the context, and `load_s`, for
+    loading the pieces' KV, unless everything is computed. Choosing tokens and turning keys cost nothing here.
+    """
+    whole = float(prefill.seconds(np.array([num_tokens]))[0])
+    return [{**row, "seconds": row["computed"] * whole + (load_s if row["computed"] < 1 else 0.0)} for row in rows]
+
+
+class _Said:
+    """What the model says behind the whole context, which others are compared with."""
+
+    def __init__(self, model: Any, whole: KV, question: Sequence[int], answer_tokens: int) -> None:
+        self._model, self._question, self._count = model, list(question), answer_tokens
+        answer = answered(model, whole, question, answer_tokens)
+        self._asked = [*question, *answer[:-1]]
+        self._truth = _logprobs(model, whole, self._asked)
+
+    def behind(self, kv: KV) -> dict[str, Any]:
+        found, truth = _logprobs(self._model, kv, self._asked), self._truth
+        kl = (truth.exp() * (truth - found)).sum(-1)
+        same = truth[-self._count :].argmax(-1) == found[-self._count :].argmax(-1)
+        return {
+            "kl": float(kl.mean()),
+            "same_token": float(same.double().mean()),
+            "answer": answered(self._model, kv, self._question, self._count),
+        }
 
 
 @torch.inference_mode()
@@ -76,8 +135,8 @@ def _logprobs(model: Any, kv: KV, tokens: Sequence[int]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _answer(model: Any, kv: KV, question: Sequence[int], count: int) -> list[int]:
-    """Greedy tokens behind `kv` and `question`."""
+def answered(model: Any, kv: KV, question: Sequence[int], count: int) -> list[int]:
+    """`count` greedy tokens behind `kv` and `question`, by transformers."""
     cache, asked, tokens, at = to_cache(kv), list(question), [], kv.num_positions
     for _ in range(count):
         places = torch.arange(at, at + len(asked))[None]

@@ -92,6 +92,12 @@ def cacheblend(share: float) -> Method:
     return method
 
 
+def block_attention(case: Case) -> Made:
+    """`rerope`, and the last piece computed again with all of the others in sight: what a model trained for
+    block attention (arXiv 2409.15355) computes, by one that is not."""
+    return _again(case, rerope(case).kv, range(case.starts[-1], case.whole.num_positions))
+
+
 def at_random(share: float, seed: int = 0) -> Method:
     """`rerope`, and a `share` of tokens computed again that nothing chose."""
 
@@ -113,6 +119,7 @@ METHODS: dict[str, Method] = {
     "naive paste": naive,
     "re-RoPE": rerope,
     "random 15%": at_random(0.15),
+    "block attention, untrained": block_attention,
     "EPIC 8": epic(8),
     "EPIC 32": epic(32),
     "CacheBlend 15%": cacheblend(0.15),
@@ -152,26 +159,49 @@ def rope_of(model: Any) -> torch.Tensor:
 
 def turned(kv: KV, by: int | torch.Tensor, frequencies: torch.Tensor) -> KV:
     """`kv` with its keys `by` positions further on: all of them by a number, or each by its own, (tokens)."""
-    half = len(frequencies)
-    angles = torch.as_tensor(by, dtype=torch.float64).reshape(-1, 1, 1) * frequencies
-
-    def turn(keys: torch.Tensor) -> torch.Tensor:
-        a, b = keys[..., :half].double(), keys[..., half : 2 * half].double()
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, keys[..., 2 * half :].double()], dim=-1).to(keys.dtype)
-
-    return KV(tuple(map(turn, kv.keys)), kv.values, kv.token_ids, kv.num_positions, kv.model)
+    steps = torch.as_tensor(by).reshape(-1, 1)
+    keys = tuple(_turn(layer, steps, frequencies) for layer in kv.keys)
+    return KV(keys, kv.values, kv.token_ids, kv.num_positions, kv.model)
 
 
-def kept(kv: KV, places: Sequence[int], frequencies: torch.Tensor) -> KV:
-    """The tokens at `places`, ascending, as a shorter prompt: their keys are turned to the places they come to."""
-    chosen = torch.tensor(list(places), dtype=torch.int64)
-    inside = len(chosen) > 0 and int(chosen[0]) >= 0 and int(chosen[-1]) < kv.num_positions
-    if not inside or bool((chosen.diff() <= 0).any()):
+def kept(kv: KV, places: Sequence[int] | torch.Tensor, frequencies: torch.Tensor) -> KV:
+    """The tokens at `places`, ascending, as a shorter prompt: their keys are turned to the places they come to.
+
+    `places` of all layers and heads, or an integer tensor (layers, kv_heads, kept) where each head keeps tokens of its
+    own. Then ``token_ids`` are those that most heads keep, which name the prompt and compute nothing.
+    """
+    heads = kv.keys[0].shape[1]
+    chosen = torch.as_tensor(places if isinstance(places, torch.Tensor) else list(places), dtype=torch.int64)
+    if chosen.ndim == 1:
+        chosen = chosen.expand(kv.num_layers, heads, -1)
+    if chosen.shape[:-1] != (kv.num_layers, heads):
+        wanted = f"({kv.num_layers}, {heads}, kept)"
+        raise ConfigError(f"places to keep must be of all heads, or {wanted}; got {tuple(chosen.shape)}")
+    outside = not chosen.numel() or int(chosen.min()) < 0 or int(chosen.max()) >= kv.num_positions
+    if outside or bool((chosen.diff() <= 0).any()):
         raise ConfigError(f"places to keep must ascend within 0 to {kv.num_positions - 1}")
-    keys, values = (tuple(layer[chosen] for layer in half) for half in (kv.keys, kv.values))
-    part = KV(keys, values, tuple(kv.token_ids[at] for at in places), len(chosen), kv.model)
-    return turned(part, torch.arange(len(chosen)) - chosen, frequencies)
+
+    def part(layer: torch.Tensor, at: int) -> torch.Tensor:
+        return layer.gather(0, chosen[at].T[..., None].expand(-1, -1, layer.shape[2]))
+
+    count = chosen.shape[-1]
+    keys = tuple(
+        _turn(part(layer, at), torch.arange(count)[:, None] - chosen[at].T, frequencies)
+        for at, layer in enumerate(kv.keys)
+    )
+    values = tuple(part(layer, at) for at, layer in enumerate(kv.values))
+    liked = torch.bincount(chosen.flatten(), minlength=kv.num_positions)
+    names = liked.argsort(descending=True, stable=True)[:count].sort().values.tolist()
+    return KV(keys, values, tuple(kv.token_ids[at] for at in names), count, kv.model)
+
+
+def _turn(keys: torch.Tensor, by: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Keys (tokens, kv_heads, head_dim), each `by` positions further on, (tokens, kv_heads) or what broadcasts."""
+    half = len(frequencies)
+    angles = by.double()[..., None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    a, b = keys[..., :half].double(), keys[..., half : 2 * half].double()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, keys[..., 2 * half :].double()], dim=-1).to(keys.dtype)
 
 
 @torch.inference_mode()

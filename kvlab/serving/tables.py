@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from kvlab.errors import ConfigError
+from kvlab.serving.backends import DEPRECATED
 from kvlab.serving.latency import reduction
 
 Row = Mapping[str, Any]
@@ -118,7 +119,7 @@ def first_runs(rows: Iterable[Row]) -> str:
     for name, overs in found.items():
         columns = [[over for over in each if over is not None] for each in zip(*overs, strict=True)]
         cells = [f"{median(c):+.1%} ({min(c):+.1%} to {max(c):+.1%})" if c else "" for c in columns]
-        lines.append(f"| {name} | {len(overs)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {shown(name)} | {len(overs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -142,8 +143,8 @@ def _table(compared: Sequence[Comparison]) -> str:
     for one in compared:
         first, last = one.first, one.last
         hit = last["hit_tokens"] / max(last["total_input_tokens"], 1)
-        cells = [one.backend, f"{first['mean_ttft_ms']:.2f}", f"{last['mean_ttft_ms']:.2f}", f"{one.reduction:+.1%}"]
-        cells += [f"{one.low:+.1%} to {one.high:+.1%}", one.verdict]
+        cells = [shown(one.backend), f"{first['mean_ttft_ms']:.2f}", f"{last['mean_ttft_ms']:.2f}"]
+        cells += [f"{one.reduction:+.1%}", f"{one.low:+.1%} to {one.high:+.1%}", one.verdict]
         cells += [f"{row[f'p99_{metric}_ms']:.2f}" for metric in ("ttft",) for row in (first, last)]
         cells += [f"{row['mean_tpot_ms']:.2f}" for row in (first, last)]
         missing = not_loaded(last)
@@ -156,9 +157,14 @@ def _table(compared: Sequence[Comparison]) -> str:
     return "\n".join(lines)
 
 
+def shown(backend: str) -> str:
+    """A backend's name, with what its makers say of it."""
+    return f"{backend} (deprecated)" if backend in DEPRECATED else backend
+
+
 def serving_block(row: Row) -> str:
     """One run as ``vllm bench serve`` prints it, and what the cache did below."""
-    title = f" {row['backend']}, {row['dataset']}, run {row['run']}: Serving Benchmark Result "
+    title = f" {shown(row['backend'])}, {row['dataset']}, run {row['run']}: Serving Benchmark Result "
     parts = [f"{title:=^60}"]
     counts = {
         "Successful requests": "completed",

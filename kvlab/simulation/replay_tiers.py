@@ -6,19 +6,23 @@ from typing import Any
 
 from kvlab.errors import ConfigError
 from kvlab.simulation.replay import Objects, Replay, TierCount, find
+from kvlab.stores.admission import AdmissionRule, get_rule
 from kvlab.stores.eviction import EvictionPolicy
 
 
 @dataclass(frozen=True)
 class Admission:
     """What is worth storing: objects that at least `store_threshold` prompts have held, of prompts of `min_tokens` or
-    more. Every object ever seen is remembered.
+    more, and that `rule` admits, a class or a name. Every object ever seen is remembered.
     """
 
     store_threshold: int = 1
     min_tokens: int = 0
+    rule: str | type[AdmissionRule] | None = None
 
     def __post_init__(self) -> None:
+        if self.rule is not None:
+            get_rule(self.rule)
         if self.store_threshold < 1 or self.min_tokens < 0:
             raise ConfigError(
                 f"admission needs store_threshold >= 1 and min_tokens >= 0, "
@@ -57,6 +61,8 @@ def replay_tiers(
     sizes: list[int],
     num_tokens: Sequence[int],
     admission: Admission | None = None,
+    *,
+    block_tokens: int = 1,
 ) -> Replay:
     """Replay through `tiers` (policy, capacity), fastest first.
 
@@ -65,6 +71,7 @@ def replay_tiers(
     admission = admission or Admission()
     stack = [Tier(policy, capacity) for policy, capacity in tiers]
     uses: dict[int, int] = {}
+    rule = get_rule(admission.rule) if admission.rule is not None else None
     result = Replay([], [tier.count for tier in stack])
     step = objects.step
     for ids, keys, tokens in zip(objects.block_ids, objects.keys, num_tokens, strict=True):
@@ -102,6 +109,8 @@ def replay_tiers(
                 continue
             too_new = admission.store_threshold > 1 and uses[key] < admission.store_threshold
             if too_new or tokens < admission.min_tokens:
+                break
+            if rule is not None and not rule.admit(key, min((index + 1) * step, len(ids)) * block_tokens):
                 break
             size = sizes[min(step, len(ids) - index * step)]
             if not any([tier.put(key, size) for tier in stack]):

@@ -153,7 +153,8 @@ def simulate(
             done = replay(objects, get_policy(policies[0]), capacities[0], sizes)
         else:
             pairs = [(get_policy(one), capacity) for one, capacity in zip(policies, capacities, strict=True)]
-            done = replay_tiers(objects, pairs, sizes, traffic.num_tokens.tolist(), admission)
+            tokens = traffic.num_tokens.tolist()
+            done = replay_tiers(objects, pairs, sizes, tokens, admission, block_tokens=traffic.block_tokens)
         whole = [hit == asked for hit, asked in zip(done.hit_blocks, traffic.num_blocks.tolist(), strict=True)]
     hit_blocks = np.array(done.hit_blocks, np.int64)
     # The last block may be filled only in part; a hit on it counts the tokens it has.

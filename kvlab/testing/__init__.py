@@ -1,4 +1,4 @@
-"""Conformance suites for kvlab's stores, serdes, policies and connectors, and for those of other packages.
+"""Conformance suites for kvlab's stores, serdes, policies, transforms and connectors, and for those of other packages.
 
 Needs pytest and hypothesis, which the extra ``test`` brings.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvlab.testing.policies import PolicyTests as PolicyTests
     from kvlab.testing.serde import SerdeTests as SerdeTests
     from kvlab.testing.stores import StoreTests as StoreTests
+    from kvlab.testing.transforms import TransformTests as TransformTests
 
 _HOME = {
     "BudgetTests": "kvlab.testing.budgets",
@@ -21,6 +22,7 @@ _HOME = {
     "PolicyTests": "kvlab.testing.policies",
     "SerdeTests": "kvlab.testing.serde",
     "StoreTests": "kvlab.testing.stores",
+    "TransformTests": "kvlab.testing.transforms",
 }
 __all__ = [*_HOME]
 for module in ("pytest", "hypothesis"):

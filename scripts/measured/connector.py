@@ -241,8 +241,11 @@ def hooks() -> Page:
     rows = read("hook_times.csv")
     last = {}
     for row in rows:
-        last[row["hook"], row["gpu"] or "CPU", row["lower"]] = row
-    shown = [{**row, "column": f"{gpu}{', secondary tier' if lower else ''}"} for (_, gpu, lower), row in last.items()]
+        last[row["hook"], row["gpu"] or "CPU", row["lower"], row["commit"] == BASE] = row
+    shown = [
+        {**row, "column": f"{gpu}{', secondary tier' if lower else ''}{f', commit {BASE}' if is_base else ''}"}
+        for (_, gpu, lower, is_base), row in last.items()
+    ]
     head, cells = pivot(
         shown,
         "hook",

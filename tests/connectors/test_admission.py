@@ -141,8 +141,8 @@ def test_off_loads_always():
 
 def test_saves_from_the_nth_sight_on():
     once, twice = SaveAdmission(1), SaveAdmission(2)
-    assert once.is_due(b"a")
-    assert [twice.is_due(key) for key in (b"a", b"b", b"a", b"a")] == [False, False, True, True]
+    assert once.is_due(b"a", 64)
+    assert [twice.is_due(key, 64) for key in (b"a", b"b", b"a", b"a")] == [False, False, True, True]
 
 
 def on_a_clock(rule: LoadAdmission, monkeypatch, *, step_s: float, token_s: float) -> list[tuple[int, float]]:

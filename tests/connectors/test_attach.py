@@ -6,11 +6,11 @@ import torch
 import kvlab
 from kvlab.connectors.captured import KV
 from kvlab.connectors.transformers import load_model, to_cache
-from kvlab.connectors.vllm.by_hand import pages as pages_module
+from kvlab.connectors.vllm import pages as pages_module
 from kvlab.errors import ConfigError
 from kvlab.paged import Opaque
-from kvlab.reuse.bench import _answer
-from kvlab.reuse.methods import kept, pasted, rope_of, turned
+from kvlab.reuse import PRESSES, answered, kept, pasted, pruned, turned
+from kvlab.reuse.methods import rope_of
 from kvlab.simulation.trace_files import load_traffic, save_traffic
 from tests.connectors.engine import BLOCK, connector, engine, generate, prompt, shared, text_ids
 from tests.connectors.models import WINDOW, gemma, short_demo
@@ -166,7 +166,21 @@ def test_a_context_made_of_pieces_is_served(llm, model):
         asked["prompt_token_ids"] = [*made.token_ids, *question]
         tokens, cached = answer(llm, asked)
         assert cached == made.num_positions
-        assert tokens == _answer(model, made, question, 8)
+        assert tokens == answered(model, made, question, 8)
+
+
+@pytest.mark.parametrize("press", ["StreamingLLM", "KNorm", "SnapKV"])
+def test_a_pruned_prompt_is_served(llm, model, press):
+    """Each head keeps tokens of its own; the engine says behind them what transformers says behind the same KV."""
+    cache, question = kvlab.attach(llm), list(text_ids()[600:610])
+    kv = cache.read(prompt(320))
+    part = pruned(model, kv, PRESSES[press], 0.5)
+    asked = cache.write(list(part.token_ids), part)
+    asked["prompt_token_ids"] += question
+    tokens, cached = answer(llm, asked)
+    assert (part.num_positions, cached) == (160, 160)
+    assert tokens == answered(model, part, question, 8)
+    assert tokens != answered(model, kv, question, 8)
 
 
 def test_a_comparison_follows_one_answer_under_both(llm):

@@ -7,8 +7,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kvlab import capture
 from kvlab.connectors.captured import KV
 from kvlab.errors import ConfigError
-from kvlab.reuse import METHODS, compare_reuse, kept, pasted, recomputed, turned
-from kvlab.reuse.methods import Case, cacheblend, epic, rerope, rope_of
+from kvlab.reuse import METHODS, compare_reuse, kept, over_texts, pasted, recomputed, turned, with_seconds
+from kvlab.reuse.methods import Case, block_attention, cacheblend, epic, rerope, rope_of
+from kvlab.simulation.cost import Prefill
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,26 @@ def test_everything_computed_again_by_a_method_says_the_same(case, model):
 def test_the_first_layers_count_as_computed(case):
     made = cacheblend(0.5)(case)
     assert made.computed == pytest.approx(0.5 + 0.5 * 1 / 4, abs=0.01)
+
+
+def test_block_attention_computes_the_last_piece_over_the_others(case):
+    made = block_attention(case)
+    assert made.computed == pytest.approx(40 / 120)
+    assert torch.equal(made.kv.values[3][:80], rerope(case).kv.values[3][:80])
+    assert not torch.allclose(made.kv.values[3][80:], rerope(case).kv.values[3][80:], atol=1e-3)
+
+
+def test_rows_of_several_texts_are_means_with_their_spread():
+    rows = [{"method": name, "computed": 0.5, "kl": kl} for name, kl in (("a", 1.0), ("b", 7.0), ("a", 3.0))]
+    of_a, of_b = over_texts(rows)
+    assert of_a == {"method": "a", "texts": 2, "computed": 0.5, "computed_sd": 0, "kl": 2, "kl_sd": 2**0.5}
+    assert (of_b["texts"], of_b["kl"], of_b["kl_sd"]) == (1, 7, 0)
+
+
+def test_seconds_are_the_share_computed_and_a_load():
+    rows = [{"method": name, "computed": share} for name, share in (("a", 0.0), ("b", 0.25), ("full", 1.0))]
+    timed = with_seconds(rows, 1000, Prefill(1e-3), load_s=0.1)
+    assert [row["seconds"] for row in timed] == pytest.approx([0.1, 0.35, 1.0])
 
 
 @pytest.mark.parametrize("chosen", [[5, 5], [9, 3], [-1], [120]])

@@ -4,6 +4,7 @@ import pytest
 
 from kvlab.errors import ConfigError, MissingPackageError, StoreError
 from kvlab.serving import preflight, runs
+from kvlab.serving.backends import NEEDS_GPU
 from kvlab.serving.leaving import Leaving
 
 FREE = 8 << 30
@@ -24,7 +25,7 @@ def check(*names, cache_bytes=1 << 30, redis_url=None, together=False):
 
 
 def test_what_is_there_is_enough():
-    check("none", "vllm-prefix", "kvlab-memory", "kvlab-redis", "lmcache-disk", ["memory://?size=1GiB", "file:///kv"])
+    check("none", "vllm-prefix", "kvlab-memory", "kvlab-redis", "kvlab-serve", ["memory://?size=1GiB", "file:///kv"])
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,7 @@ def test_what_is_there_is_enough():
     ],
 )
 def test_a_package_that_is_missing_is_named(monkeypatch, package, name, words):
+    monkeypatch.setattr(preflight, "gpu_name", lambda: "GPU")
     monkeypatch.setattr(preflight, "find_spec", lambda asked: None if asked == package else object())
     with pytest.raises(ConfigError, match=words):
         check(name)
@@ -48,10 +50,19 @@ def test_an_engine_for_gpus_needs_one(monkeypatch):
     check("none")
 
 
+@pytest.mark.parametrize("name", NEEDS_GPU)
+def test_a_backend_that_needs_a_gpu_says_so_before_a_server_starts(monkeypatch, name):
+    with pytest.raises(ConfigError, match=f"backend '{name}' needs a GPU: .*; leave it out of the backends"):
+        check("none", name)
+    monkeypatch.setattr(preflight, "gpu_name", lambda: "GPU")
+    check("none", name)
+
+
 def test_a_machine_without_a_gpu_gets_traffic_that_it_serves(monkeypatch):
     for gpu, usual in (("GPU", (1024, 16.0)), ("", (16, 1.0))):
         monkeypatch.setattr(preflight, "gpu_name", lambda gpu=gpu: gpu)
         assert preflight.usual_traffic() == usual
+        assert preflight.usual_output_len() == (None if gpu else 32)
     line = preflight.plan_line(["none", "kvlab-memory"], 2, ["sharegpt", "trace"], [64, 5], [1.0, 1.0])
     assert line == (
         "backends none, kvlab-memory; for each 2 runs of 64 prompts of sharegpt at 1/s and 5 prompts of trace at its "
@@ -74,7 +85,7 @@ def test_what_is_about_to_run_is_told_once_all_is_checked(monkeypatch, tmp_path)
         runs.run(["none", "memory://?size=1MiB"], folder=tmp_path / "kept", tell=told.append)
     assert len(told) == 1
     assert told[0].startswith("backends none, ")
-    assert told[0].endswith("; for each 2 runs of 16 prompts of sharegpt at 1/s")
+    assert told[0].endswith("; for each 2 runs of 16 prompts of sharegpt at 1/s, answers of 32 tokens")
 
 
 def test_a_redis_server_must_be_there(monkeypatch):
@@ -91,9 +102,9 @@ def test_a_redis_server_must_be_there(monkeypatch):
 
 
 def test_memory_is_added_up_for_servers_that_run_together():
-    check("kvlab-memory", "vllm-offload", cache_bytes=6 << 30)
+    check("kvlab-memory", "kvlab-serve", cache_bytes=6 << 30)
     with pytest.raises(ConfigError, match="need 12 GiB of host memory and 8 GiB are free; give a smaller cache_size"):
-        check("kvlab-memory", "vllm-offload", cache_bytes=6 << 30, together=True)
+        check("kvlab-memory", "kvlab-serve", cache_bytes=6 << 30, together=True)
     with pytest.raises(ConfigError, match="need 9 GiB"):
         check(["memory://?size=9GiB", "file:///kv?size=90GiB"])
     check("kvlab-tiered", cache_bytes=20 << 30)

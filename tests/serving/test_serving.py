@@ -20,7 +20,7 @@ from tests.connectors.engine import PATIENT
 from tests.connectors.models import TOKEN_BYTES, short_demo
 from tests.support.serving import BLOCK, MARK, SERVER, marked, small_file
 
-NUM_PROMPTS = 24
+NUM_PROMPTS = 16
 BACKENDS = ["none", "kvlab-memory", "kvlab-disk", "kvlab-redis"]
 
 
@@ -35,7 +35,7 @@ def _threads_as_servers_choose_them():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Two runs each of four backends on the same 24 prompts: the rows, and the folder with the client's results."""
+    """Two runs each of four backends on the same prompts: the rows, and the folder with the client's results."""
     folder = tmp_path_factory.mktemp("serving")
     part = folder / "part.json"
     conversations = read_conversations(sharegpt_file())[:600]
@@ -210,6 +210,8 @@ def test_a_second_run_that_is_not_faster_is_shown_as_such():
     claimed = [row | {"hit_tokens": 8, "loaded_tokens": 2 if row["backend"] == "better" else 8} for row in rows]
     assert [one.verdict for one in compare(claimed)] == ["not faster", "slower", "hits not loaded"]
     assert "| 80.0%, 75.0% of them not loaded |" in report(claimed)
+    in_process = [row | {"backend": "lmcache-cpu" if row["backend"] == "same" else row["backend"]} for row in rows]
+    assert "| lmcache-cpu (deprecated) |" in report(in_process)
 
 
 def test_first_runs_are_compared_with_none_on_the_same_prompts():

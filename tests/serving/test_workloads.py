@@ -103,9 +103,10 @@ def test_no_prompt_of_one_first_run_is_in_another(demo_model_path, part, tmp_pat
 
 @pytest.mark.parametrize("name", NAMES)
 def test_backends_differ_in_their_cache_alone(name, tmp_path):
-    chosen = named_backend(name, cache_bytes=2 << 30, folder=tmp_path, redis_url="redis://127.0.0.1:6379")
+    redis, beside = "redis://127.0.0.1:6379", str(tmp_path) if name == "kvlab-serve" else "5555"
+    chosen = named_backend(name, cache_bytes=2 << 30, folder=tmp_path, redis_url=redis, beside=beside)
     on = "--enable-prefix-caching" in chosen.flags
-    assert on == (name == "vllm-prefix")
+    assert on == (name in ("vllm-prefix", "vllm-simple")), "the simple one does nothing without it"
     assert ("--no-enable-prefix-caching" in chosen.flags) != on
     assert len(chosen.flags) == (1 if name in ("none", "vllm-prefix") else 3)
     if len(chosen.flags) == 3:
@@ -113,6 +114,19 @@ def test_backends_differ_in_their_cache_alone(name, tmp_path):
     if name in NEEDS_REDIS:
         with pytest.raises(ConfigError, match="needs a Redis server"):
             named_backend(name, cache_bytes=1, folder=tmp_path)
+
+
+def test_backends_of_others_are_told_what_their_documents_say(tmp_path):
+    def told(name):
+        flags = named_backend(name, cache_bytes=4 << 30, folder=tmp_path, beside="6000").flags
+        config = json.loads(flags[2])
+        return config["kv_connector"], config["kv_connector_extra_config"]
+
+    fs = {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [{"type": "fs", "root_dir": str(tmp_path)}]}
+    assert told("vllm-fs") == ("OffloadingConnector", {"cpu_bytes_to_use": 1 << 30, **fs})
+    assert told("vllm-simple") == ("SimpleCPUOffloadConnector", {"cpu_bytes_to_use": 4 << 30})
+    mp = {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": 6000}
+    assert told("lmcache-mp") == ("LMCacheMPConnector", mp)
 
 
 def test_any_store_urls_are_a_backend():

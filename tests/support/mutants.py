@@ -67,6 +67,40 @@ class AdapterIgnored(SmallConnector):
         return repr(request.cache_salt)
 
 
+@caught_by("lora")
+class AdapterOneIsTheBase(SmallConnector):
+    """Adapter 1 has the base model's names."""
+
+    def root(self, request):
+        adapter = request.lora_request.lora_name if request.lora_request else "adapter-1"
+        return repr((request.cache_salt, adapter))
+
+
+@caught_by("lora")
+class SaltIgnoredByAdapters(SmallConnector):
+    def root(self, request):
+        return repr(request.lora_request.lora_name) if request.lora_request else super().root(request)
+
+
+@caught_by("resets")
+class ResetIgnored(SmallConnector):
+    def reset_cache(self):
+        return True
+
+
+@caught_by("resets")
+class SavesOutliveReset(SmallConnector):
+    """What is read in a step is stored in the next, whatever came between."""
+
+    under_way = ()
+
+    def wait_for_save(self):
+        if not self.has_connector_metadata():
+            return
+        PAGES.update(self.under_way)
+        self.under_way = [(key, self.read(block)) for key, block in self._get_connector_metadata().saves]
+
+
 @caught_by("forks")
 class WithoutParent(SmallConnector):
     """A page is named by its own tokens alone."""
@@ -212,6 +246,37 @@ class LostUntold(SmallConnector):
     def fetch(self, pages):
         super().fetch(pages)
         self.failed.clear()
+
+
+@caught_by("failing_loads")
+class FailedUntold(SmallConnector):
+    """What cannot be read is reported as loaded."""
+
+    def fetch(self, pages):
+        super().fetch(pages)
+        self.failed.clear()
+
+
+@caught_by("failing_loads")
+class FirstFailureUntold(SmallConnector):
+    """Of several pages that cannot be read, the last is reported."""
+
+    def fetch(self, pages):
+        super().fetch(pages)
+        self.failed = {block for _, block in pages[-1:] if block in self.failed}
+
+
+@caught_by("failing_loads", "hung")
+class FailedFoundAgain(SmallConnector):
+    """A page that cannot be read stays, and is found, and is not read again."""
+
+    def fetch(self, pages):
+        for key, block in pages:
+            data = self.get(key)
+            if data is None:
+                self.failed.add(block)
+            else:
+                self.write(block, data)
 
 
 @caught_by("aborts")

@@ -154,6 +154,12 @@ class SmallConnector(KVConnectorBase_V1, SupportsHMA):
         table.saved |= {key for key, _ in found}
         return [(key, block) for key, block in found if not self.has(key)]
 
+    def reset_cache(self):
+        PAGES.clear()
+        for path in self.folder.iterdir() if self.folder else ():
+            path.unlink()
+        return True
+
     def request_finished(self, request, block_ids):
         self.tables.pop(request.request_id, None)
         return False, None

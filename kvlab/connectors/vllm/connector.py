@@ -196,7 +196,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         page_map: PageMap | Opaque = Opaque("no serde asks for more")
         if self.config.is_lossy:
             page_map = proven_map(self._vllm_config, self._kv_cache_config, kv_caches, self._pages)
-        codec = codec_of(self.config.slot_serde, page_map, layout)
+        codec = codec_of(self.config.slot_serde, page_map, layout, self.config.transform)
         slot_bytes = layout.block_bytes if codec is None else codec.slot_bytes
         if slot_bytes * self.num_slots > self.config.arena_bytes:
             raise ConfigError(

@@ -44,21 +44,35 @@ def slot_bytes_of(vllm_config: Any, kv_cache_config: Any, serde: str) -> int:
 def proven_map(
     vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[str, torch.Tensor], page_bytes: Mapping[str, int]
 ) -> PageMap | Opaque:
-    """The map of every group's pages, each kind of layer asked once; or why there is none."""
+    """The map of every group's pages; or why there is none."""
+    maps = layer_maps(vllm_config, kv_cache_config, kv_caches, page_bytes).values()
+    refused = [each for each in maps if isinstance(each, Opaque)]
+    if refused:
+        return refused[0]
+    if len({(each.element, each.planes) for each in maps if isinstance(each, PageMap)}) > 1:
+        return Opaque("layers differ in what lies where in a page")
+    return list(maps)[-1] if maps else Opaque("no layer has pages")
+
+
+def layer_maps(
+    vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[str, torch.Tensor], page_bytes: Mapping[str, int]
+) -> dict[str, PageMap | Opaque]:
+    """The map of each layer's pages, or why there is none; layers that are made alike are asked once."""
     layers = vllm_config.compilation_config.static_forward_context
-    found: PageMap | Opaque = Opaque("no layer has pages")
+    found: dict[str, PageMap | Opaque] = {}
     seen: dict[tuple[Any, ...], PageMap | Opaque] = {}
     for group in kv_cache_config.kv_cache_groups:
         for name in group.layer_names:
             layer, cache = layers.get(name), kv_caches.get(name)
-            if layer is None or cache is None:
+            if layer is None or cache is None:  # it reads the KV of another layer
                 continue
             kind = (
-                type(getattr(layer, "impl", None)), str(getattr(layer, "kv_cache_dtype", "")), cache.dtype,
-                cache.shape[1:], cache.stride(), page_bytes[name],
+                type(getattr(layer, "impl", None)), getattr(layer, "num_kv_heads", 0), getattr(layer, "head_size", 0),
+                str(getattr(layer, "kv_cache_dtype", "")), cache.dtype, cache.shape[1:], cache.stride(),
+                page_bytes[name], group.kv_cache_spec.block_size,
             )  # fmt: skip
             if kind not in seen:
-                seen[kind] = found = _asked(
+                seen[kind] = _asked(
                     layer,
                     cache,
                     num_blocks=kv_cache_config.num_blocks,
@@ -66,11 +80,7 @@ def proven_map(
                     page_bytes=page_bytes[name],
                     given=vllm_config.model_config.dtype,
                 )
-    refused = [each for each in seen.values() if isinstance(each, Opaque)]
-    if refused:
-        return refused[0]
-    if len({(each.element, each.planes) for each in seen.values() if isinstance(each, PageMap)}) > 1:
-        return Opaque("layers differ in what lies where in a page")
+            found[name] = seen[kind]
     return found
 
 
@@ -82,8 +92,12 @@ def _asked(layer: Any, cache: torch.Tensor, **about: Any) -> PageMap | Opaque:
     return scratch if isinstance(scratch, Opaque) else understand(scratch)
 
 
-def codec_of(serde: str, page_map: PageMap | Opaque, layout: PageLayout) -> "BlockCodec | None":
+def codec_of(serde: str, page_map: PageMap | Opaque, layout: PageLayout, transform: str = "") -> "BlockCodec | None":
     """What codes blocks on their way between pages and slots; None where slots hold them as they are."""
+    if transform:
+        from kvlab.connectors.vllm.transformed import TransformedBlocks
+
+        return TransformedBlocks(transform, page_map, layout.num_layers, layout.pages[0].device.type)
     if serde == "naive":
         return None
     from kvlab.codecs.blocks import BlockCodec

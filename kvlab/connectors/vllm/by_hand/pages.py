@@ -12,9 +12,9 @@ import torch
 
 from kvlab.connectors.captured import KV
 from kvlab.connectors.vllm.kv_groups import NO_PAGE, KVGroups, Tables
+from kvlab.connectors.vllm.pages import layer_maps
 from kvlab.errors import ConfigError
-from kvlab.paged import Opaque, PageLayout, PageMap, TypedPages, understand
-from kvlab.paged.vllm_operators import of_layer
+from kvlab.paged import Opaque, PageLayout, PageMap, TypedPages
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,17 +58,24 @@ class EnginePages:
     ) -> None:
         self.block_tokens = groups.block_tokens
         self.dtype: torch.dtype = vllm_config.model_config.dtype
-        known: dict[Any, PageMap] = {}
-        layers: list[LayerPages] = []
-        context = vllm_config.compilation_config.static_forward_context
-        for at, group in enumerate(kv_cache_config.kv_cache_groups):
-            for name in group.layer_names:
-                if name not in kv_caches:  # it reads the KV of another layer
-                    continue
-                where = layout.addresses.index(kv_caches[name].data_ptr())
-                alone = PageLayout((name,), (layout.pages[where],), layout.name)
-                page_map = _proven(name, context[name], kv_caches[name], alone, groups.block_tokens, self.dtype, known)
-                layers.append(LayerPages(name, at, groups.windows[at], TypedPages(alone, page_map, 1)))
+        groups_of = {
+            name: at
+            for at, group in enumerate(kv_cache_config.kv_cache_groups)
+            for name in group.layer_names
+            if name in kv_caches  # or it reads the KV of another layer
+        }
+        places = {address: at for at, address in enumerate(layout.addresses)}
+        alone = {
+            name: PageLayout((name,), (layout.pages[places[kv_caches[name].data_ptr()]],), layout.name)
+            for name in groups_of
+        }
+        page_bytes = {name: each.page_bytes for name, each in alone.items()}
+        maps = layer_maps(vllm_config, kv_cache_config, kv_caches, page_bytes)
+        unknown = Opaque("the engine does not know it")
+        layers = [
+            LayerPages(name, at, groups.windows[at], TypedPages(alone[name], _plain(name, maps.get(name, unknown)), 1))
+            for name, at in groups_of.items()
+        ]
         self.layers = tuple(sorted(layers, key=lambda layer: _number(layer.name)))
 
     def __repr__(self) -> str:
@@ -134,32 +141,18 @@ class EnginePages:
                     raise ConfigError(f"{letter} of layer {at} holds NaN or infinity, which would reach every answer")
 
 
-def _proven(
-    name: str, layer: Any, cache: torch.Tensor, layout: PageLayout, block_tokens: int, given: torch.dtype,
-    known: dict[Any, PageMap],
-) -> PageMap:  # fmt: skip
-    """The map of one layer's pages; layers that are made alike are asked once."""
-    alike = (
-        type(getattr(layer, "impl", None)), getattr(layer, "num_kv_heads", 0), getattr(layer, "head_size", 0),
-        str(getattr(layer, "kv_cache_dtype", "")), tuple(cache.shape), cache.stride(), cache.dtype,
-    )  # fmt: skip
-    if alike not in known:
-        scratch = of_layer(
-            layer, cache, num_blocks=layout.num_blocks, block_tokens=block_tokens, page_bytes=layout.page_bytes,
-            given=given,
-        )  # fmt: skip
-        found = scratch if isinstance(scratch, Opaque) else understand(scratch)
-        if isinstance(found, Opaque):
-            raise ConfigError(f"the pages of layer {name} cannot be read as K and V: {found.reason}")
-        if found.is_latent:
-            raise ConfigError(f"the pages of layer {name} hold latents (MLA), one vector for K and V; not read yet")
-        if found.element not in FLOATS:
-            raise ConfigError(
-                f"the pages of layer {name} hold {found.element}, numbers by a scale that is kept elsewhere; "
-                "start the engine with kv_cache_dtype='auto'"
-            )
-        known[alike] = found
-    return known[alike]
+def _plain(name: str, found: PageMap | Opaque) -> PageMap:
+    """The map of a layer whose pages hold plain numbers of K and V."""
+    if isinstance(found, Opaque):
+        raise ConfigError(f"the pages of layer {name} cannot be read as K and V: {found.reason}")
+    if found.is_latent:
+        raise ConfigError(f"the pages of layer {name} hold latents (MLA), one vector for K and V; not read yet")
+    if found.element not in FLOATS:
+        raise ConfigError(
+            f"the pages of layer {name} hold {found.element}, numbers by a scale that is kept elsewhere; "
+            "start the engine with kv_cache_dtype='auto'"
+        )
+    return found
 
 
 def _number(name: str) -> tuple[int, str]:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from statistics import median
 
+from kvlab.stores.admission import get_rule
 from kvlab.stores.reuse import ReuseCounter
 
 MIN_PREFILL_TOKENS = 64  # a smaller step says little of what tokens cost in a large one
@@ -114,12 +115,16 @@ class LoadAdmission:
 
 
 class SaveAdmission:
-    """Admits an object from the n-th prompt on that contains it: most of the traffic is seen once."""
+    """Admits an object from the n-th prompt on that contains it, as most of the traffic is seen once, if the rule
+    named `store_rule` does too."""
 
-    def __init__(self, store_threshold: int) -> None:
+    def __init__(self, store_threshold: int, store_rule: str = "") -> None:
         self._store_threshold = store_threshold
         self._uses = ReuseCounter()
+        self._rule = get_rule(store_rule) if store_rule else None
 
-    def is_due(self, key: bytes) -> bool:
-        """Count a use of `key`; whether it is the n-th or a later one."""
-        return self._store_threshold <= 1 or self._uses.add(key) >= self._store_threshold
+    def is_due(self, key: bytes, end_token: int) -> bool:
+        """Count a use of `key`, an object that ends with the prompt's first `end_token` tokens; whether to save it."""
+        if self._store_threshold > 1 and self._uses.add(key) < self._store_threshold:
+            return False
+        return self._rule is None or self._rule.admit(key, end_token)

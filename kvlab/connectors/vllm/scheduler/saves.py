@@ -83,7 +83,7 @@ class SavePlanner:
         self._has_secondary = has_secondary
         self._ranks = ranks
         self._counters = counters
-        self._admission = SaveAdmission(config.store_threshold)
+        self._admission = SaveAdmission(config.store_threshold, config.store_rule)
         self._states: dict[str, RequestState] = {}  # requests that may still have something to save
         self._in_company = in_company
         self._may_find_old_pages = False  # in vLLM's prefix cache, of an earlier version
@@ -257,7 +257,7 @@ class SavePlanner:
         is_written = self._residency.is_written(key)
         if self._index.get(key) is not None or (is_written and not self._config.keeps_memory):
             return
-        if not self._admission.is_due(key):
+        if not self._admission.is_due(key, ref.end_token):
             return
         pages = self._groups.pages(ref.span, ref.end_token, state.block_ids, before, state_pages)
         if not self._index.make_room_of(state.salt, len(pages)):

@@ -134,7 +134,7 @@ class Scheduler:
                 return 0, False  # other weights came under its adapter while it waited, or would at its next load
         state.extend_hashes(self.chunker)
         exact = state.hints.exact and self.config.is_lossy
-        if not state.hints.load or (exact and self.config.slot_serde != "naive"):
+        if not state.hints.load or (exact and not self.config.slots_are_exact):
             return 0, False
         block = self.chunker.block_tokens
         usable = request.num_tokens - 1  # the last token must be computed

@@ -1,0 +1,219 @@
+"""A prompt of which each head keeps some tokens, as a shorter prompt: presses, as kvpress calls them.
+
+A press scores the tokens of each layer's heads; those with the highest scores are kept. Heads may keep different
+tokens: an engine needs the same number of them everywhere, and nothing else, once the keys are turned to the places
+that they come to. `PRESSES` are scores of a few lines; `pressed` takes an object of kvpress.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import avg_pool1d, pad
+
+from kvlab.connectors.captured import KV
+from kvlab.errors import ConfigError
+from kvlab.reuse.methods import kept, rope_of
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a press sees of a layer: `keys` and `values` (kv_heads, tokens, head_dim), keys after RoPE; the attention
+    `module` of transformers, what it was called with, and what it returned beside its output."""
+
+    number: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    module: Any
+    given: dict[str, Any]
+    attentions: torch.Tensor | None = None
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """Before RoPE: (heads, tokens, head_dim)."""
+        queries: torch.Tensor = self.module.q_proj(self.given["hidden_states"][0])
+        return queries.view(len(queries), -1, self.module.head_dim).transpose(0, 1)
+
+    def by_kv_head(self, of_heads: torch.Tensor) -> torch.Tensor:
+        """The mean over the query heads that share a KV head: (heads, ...) -> (kv_heads, ...)."""
+        return of_heads.view(len(self.keys), -1, *of_heads.shape[1:]).mean(1)
+
+    def shared(self, of_kv_heads: torch.Tensor) -> torch.Tensor:
+        """(kv_heads, ...) -> (heads, ...)."""
+        return of_kv_heads.repeat_interleave(self.module.config.num_attention_heads // len(self.keys), dim=0)
+
+
+Score = Callable[[Layer], torch.Tensor]  # (kv_heads, tokens): the highest are kept
+
+
+def pruned(model: Any, kv: KV, score: Score, keep: float) -> KV:
+    """The share `keep` of each head's tokens that `score` likes best, as a shorter prompt.
+
+    Parameters
+    ----------
+    model
+        the same model in transformers: it computes `kv.token_ids` again, as scores may need queries
+    kv
+        of a whole prompt, read from an engine, say; scores see its keys and values
+
+    Returns
+    -------
+    KV
+        for ``cache.write(list(kv.token_ids), kv)``, to be asked with a question behind it
+    """
+    if not 0 < keep <= 1:
+        raise ConfigError(f"the share of tokens to keep must be above 0 and at most 1, got {keep}")
+    count = max(int(keep * kv.num_positions), 1)
+    return _chosen(model, kv, lambda layer: score(layer).topk(count).indices.sort().values)
+
+
+def pressed(model: Any, kv: KV, press: Any) -> KV:
+    """The same with a press of kvpress, or of any object with its ``compress(module, hidden_states, keys, values,
+    attentions, kwargs)``.
+
+    Raises
+    ------
+    ConfigError
+        for presses that do more than choose tokens, or choose more of them in one head than in another
+    """
+    if prepare := getattr(press, "post_init_from_model", None):
+        prepare(model)
+
+    def choose(layer: Layer) -> torch.Tensor:
+        given = {"cache_position": torch.arange(kv.num_positions), **layer.given}
+        keys, values = (half[None] for half in (layer.keys, layer.values))
+        left = press.compress(layer.module, given["hidden_states"], keys, values, layer.attentions, given)
+        if getattr(layer.module, "masked_key_indices", None) is not None:
+            layer.module.masked_key_indices = None
+            raise ConfigError(f"{type(press).__name__} hides tokens and drops none; an engine knows no such mask")
+        heads = zip(layer.keys, layer.values, left[0][0], left[1][0], strict=True)
+        return torch.stack([_found(*halves, type(press).__name__) for halves in heads])
+
+    return _chosen(model, kv, choose)
+
+
+def streaming(sinks: int = 4) -> Score:
+    """StreamingLLM (arXiv 2309.17453): the first `sinks` tokens, and the latest."""
+
+    def score(layer: Layer) -> torch.Tensor:
+        places = torch.arange(layer.keys.shape[1], dtype=torch.float64)
+        places[:sinks] += len(places)
+        return places.expand(len(layer.keys), -1)
+
+    return score
+
+
+def knorm(layer: Layer) -> torch.Tensor:
+    """Keys with a small norm (arXiv 2406.11430)."""
+    sizes: torch.Tensor = layer.keys.float().norm(dim=-1)
+    return -sizes
+
+
+def snapkv(window: int = 32, pooled: int = 5) -> Score:
+    """SnapKV (arXiv 2404.14469): what the last `window` tokens attend to, smoothed, and these tokens."""
+
+    def score(layer: Layer) -> torch.Tensor:
+        count = layer.keys.shape[1]
+        if count <= window:
+            raise ConfigError(f"SnapKV needs a prompt of more tokens than its window's {window}, got {count}")
+        cos, sin = (half[0, -window:] for half in layer.given["position_embeddings"])
+        queries = layer.queries[:, -window:]
+        queries = queries * cos + _rotated(queries) * sin
+        attention: torch.Tensor = queries @ layer.shared(layer.keys).transpose(1, 2) * layer.module.scaling
+        later = torch.ones(window, count, dtype=torch.bool).triu(count - window + 1)
+        attention = attention.masked_fill(later, -math.inf).float().softmax(-1)[..., :-window]
+        seen = avg_pool1d(attention.mean(1), pooled, stride=1, padding=pooled // 2)
+        return pad(layer.by_kv_head(seen), (0, window), value=math.inf)
+
+    return score
+
+
+def expected_attention(future: int = 512, sinks: int = 4) -> Score:
+    """Expected attention (arXiv 2510.00636): what queries like the prompt's would attend to from the next `future`
+    places, times the norm of V; and the first `sinks` tokens."""
+
+    def score(layer: Layer) -> torch.Tensor:
+        queries, count, width = layer.queries[:, sinks:], layer.keys.shape[1], layer.keys.shape[2]
+        if count <= sinks:
+            raise ConfigError(f"expected attention needs a prompt of more tokens than its {sinks} sinks, got {count}")
+        mean = queries.mean(1, keepdim=True)
+        spread = (queries - mean).transpose(1, 2) @ (queries - mean) / queries.shape[1]
+        cos, sin = (half[0] for half in layer.module.rotary_emb(queries, torch.arange(count, count + future)[None]))
+        turn = (cos[:, None] * torch.eye(width) + sin[:, None] * _rotated(torch.eye(width)).T).mean(0)
+        mean, spread = mean @ turn.T, turn @ spread @ turn.T
+        keys = layer.shared(layer.keys[:, sinks:])
+        logits = (keys @ mean.transpose(1, 2))[..., 0] / math.sqrt(width)
+        logits = logits + ((keys @ spread) * keys).sum(-1) / (2 * width)
+        liked = layer.by_kv_head(logits.softmax(-1)) * layer.values[:, sinks:].norm(dim=-1)
+        return pad(liked, (sinks, 0), value=math.inf)
+
+    return score
+
+
+def by_chance(seed: int = 0) -> Score:
+    """Any tokens, each head its own: what a press has to beat."""
+
+    def score(layer: Layer) -> torch.Tensor:
+        return torch.rand(layer.keys.shape[:2], generator=torch.Generator().manual_seed(seed + layer.number))
+
+    return score
+
+
+PRESSES: dict[str, Score] = {
+    "by chance": by_chance(),
+    "StreamingLLM": streaming(),
+    "KNorm": knorm,
+    "SnapKV": snapkv(),
+    "expected attention": expected_attention(),
+}
+
+
+# ----
+
+
+@torch.inference_mode()
+def _chosen(model: Any, kv: KV, choose: Callable[[Layer], torch.Tensor]) -> KV:
+    """`kv` with the places that `choose` gives for each layer, (kv_heads, kept), the model computing its tokens."""
+    frequencies = rope_of(model)
+    found: list[torch.Tensor] = []
+
+    def seen(module: Any, _: Any, given: dict[str, Any], returned: Any) -> None:
+        keys, values = (half[len(found)].transpose(0, 1) for half in (kv.keys, kv.values))
+        found.append(choose(Layer(len(found), keys, values, module, given, returned[1])))
+
+    modules = [layer.self_attn for layer in model.model.layers]
+    for module in modules:
+        module.rotary_emb = model.model.rotary_emb  # where presses look for it
+    hooks = [module.register_forward_hook(seen, with_kwargs=True) for module in modules]
+    try:
+        model(torch.tensor([list(kv.token_ids)]), use_cache=True, logits_to_keep=1)
+    finally:
+        for hook, module in zip(hooks, modules, strict=True):
+            hook.remove()
+            del module.rotary_emb
+    if len(counts := {places.shape[-1] for places in found}) > 1:
+        raise ConfigError(
+            f"layers keep {min(counts)} to {max(counts)} tokens, and an engine needs as many in each: it has one table "
+            "of blocks for all of them"
+        )
+    return kept(kv, torch.stack(found), frequencies)
+
+
+def _found(keys: torch.Tensor, values: torch.Tensor, left_k: torch.Tensor, left_v: torch.Tensor, name: str) -> Any:
+    """The places of those that are left of one head's keys and values, ascending."""
+    places = {key.view(torch.uint8).numpy().tobytes(): at for at, key in enumerate(keys.contiguous())}
+    found = [places.get(key.view(torch.uint8).numpy().tobytes(), -1) for key in left_k.contiguous()]
+    chosen = -1 not in found and len(set(found)) == len(found) and len(places) == len(keys)
+    if not chosen or not torch.equal(values[found], left_v):
+        raise ConfigError(
+            f"{name} changes keys or values, and only the choice of tokens can be taken over; of a press that turns "
+            "keys (KeyRerotationPress) give the press within, as keys are turned here"
+        )
+    return torch.tensor(sorted(found))
+
+
+def _rotated(rows: torch.Tensor) -> torch.Tensor:
+    a, b = rows.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)

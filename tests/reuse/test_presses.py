@@ -1,0 +1,154 @@
+"""Prompts of which each head keeps some tokens, on a small random Llama."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvlab import capture
+from kvlab.errors import ConfigError
+from kvlab.reuse import PRESSES, compare_presses, kept, pressed, pruned
+from kvlab.reuse.methods import rope_of
+from kvlab.reuse.presses import knorm, snapkv, streaming
+
+TOKENS = [(7 * at * at + at) % 200 for at in range(80)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def kv(model):
+    return capture(model, TOKENS)
+
+
+class KnormOfOthers:
+    """A press with the interface of kvpress and its way to choose."""
+
+    def __init__(self, compression_ratio):
+        self.compression_ratio = compression_ratio
+        self.models = []
+
+    def post_init_from_model(self, model):
+        self.models.append(model)
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        assert hidden_states.shape[1] == keys.shape[2] == len(kwargs["cache_position"])
+        assert module.rotary_emb is not None
+        count = max(1, int(keys.shape[2] * (1 - self.compression_ratio)))
+        indices = (-keys.norm(dim=-1)).topk(count, dim=-1).indices[..., None].expand(-1, -1, -1, module.head_dim)
+        return keys.gather(2, indices).contiguous(), values.gather(2, indices).contiguous()
+
+
+def test_a_press_of_kvpress_keeps_what_it_chooses_in_each_head(model, kv):
+    press = KnormOfOthers(0.75)
+    theirs, ours = pressed(model, kv, press), pruned(model, kv, knorm, 0.25)
+    assert press.models == [model]
+    assert theirs.num_positions == 20
+    assert max(float(error.max()) for error in theirs.diff(ours).values()) == 0
+    assert not hasattr(model.model.layers[0].self_attn, "rotary_emb")
+
+
+def test_each_heads_tokens_have_the_keys_of_a_shorter_prompt(model, kv):
+    """In the first layer KV depends on token and place alone."""
+    places = torch.stack([torch.randperm(80)[:20].sort().values for _ in range(6)]).view(3, 2, 20)
+    part = kept(kv, places, rope_of(model))
+    for head in range(2):
+        alone = capture(model, [TOKENS[at] for at in places[0, head]])
+        assert torch.allclose(part.keys[0][:, head], alone.keys[0][:, head], atol=1e-4)
+        assert torch.equal(part.values[2][:, head], kv.values[2][places[2, head], head])
+    assert len(part.token_ids) == 20
+
+
+def test_streaming_keeps_the_first_and_the_latest_tokens_in_all_heads(model, kv):
+    part = pruned(model, kv, streaming(4), 0.25)
+    places = [*range(4), *range(64, 80)]
+    assert part.token_ids == tuple(TOKENS[at] for at in places)
+    same = kept(kv, places, rope_of(model))
+    assert max(float(error.max()) for error in part.diff(same).values()) == 0
+
+
+def test_snapkv_keeps_its_window_and_what_that_attends_to(model, kv):
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        attention = model(torch.tensor([TOKENS]), output_attentions=True).attentions[0][0]
+    model.set_attn_implementation("sdpa")
+    liked = attention[:, -32:, :48].mean(1).view(2, 2, 48).mean(1)
+    part = pruned(model, kv, snapkv(32, pooled=1), 0.5)
+    for head in range(2):
+        places = [*liked[head].topk(8).indices.sort().values.tolist(), *range(48, 80)]
+        assert torch.equal(part.values[0][:, head], kv.values[0][places, head])
+    with pytest.raises(ConfigError, match="more tokens than its window's 32, got 20"):
+        pruned(model, capture(model, TOKENS[:20]), snapkv(32), 0.5)
+
+
+def test_all_tokens_kept_say_what_the_whole_says(model):
+    for row in compare_presses(model, TOKENS, [3, 5, 7], keep=1.0, answer_tokens=3):
+        assert (row["kept"], row["same_token"]) == (1.0, 1.0), row
+        assert row["kl"] < 1e-6
+
+
+def test_a_row_for_each_press(model):
+    presses = {**PRESSES, "theirs": KnormOfOthers(0.5)}
+    rows = {row["press"]: row for row in compare_presses(model, TOKENS, [3, 5, 7], presses=presses, answer_tokens=3)}
+    assert list(rows) == list(presses)
+    assert {row["kept"] for row in rows.values()} == {0.5}
+    assert rows["theirs"]["kl"] == rows["KNorm"]["kl"] > 0
+    with pytest.raises(ConfigError, match="neither of them empty"):
+        compare_presses(model, TOKENS, [])
+
+
+class Turns(KnormOfOthers):
+    def compress(self, *args):
+        keys, values = super().compress(*args)
+        return keys * 2, values
+
+
+class Merges(KnormOfOthers):
+    def compress(self, *args):
+        keys, values = super().compress(*args)
+        return keys, values + 1
+
+
+class Pyramid(KnormOfOthers):
+    def compress(self, module, *args):
+        self.compression_ratio = 0.2 * (module.layer_idx + 1)
+        return super().compress(module, *args)
+
+
+class Hides(KnormOfOthers):
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        module.masked_key_indices = [0]
+        return keys, values
+
+
+@pytest.mark.parametrize(
+    ("press", "words"),
+    [
+        (Turns(0.5), "Turns changes keys or values, and only the choice of tokens"),
+        (Merges(0.5), "Merges changes keys or values"),
+        (Pyramid(0.5), "layers keep 31 to 64 tokens, and an engine needs as many in each"),
+        (Hides(0.5), "Hides hides tokens and drops none"),
+    ],
+)
+def test_presses_that_an_engine_cannot_serve_are_refused(model, kv, press, words):
+    with pytest.raises(ConfigError, match=words):
+        pressed(model, kv, press)
+    assert pressed(model, kv, KnormOfOthers(0.5)).num_positions == 40  # nothing of it is left in the model
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, float("nan")])
+def test_shares_that_are_none_are_refused(model, kv, keep):
+    with pytest.raises(ConfigError, match="above 0 and at most 1"):
+        pruned(model, kv, knorm, keep)
+
+
+def test_places_of_other_heads_are_refused(model, kv):
+    with pytest.raises(ConfigError, match=r"must be of all heads, or \(3, 2, kept\)"):
+        kept(kv, torch.zeros(3, 1, 4, dtype=torch.int64), rope_of(model))
