@@ -30,10 +30,11 @@ BLUE, TEAL, AMBER, RUST, VIOLET, GREEN, PINK, BROWN = (
 CYCLE = (BLUE, RUST, TEAL, AMBER, VIOLET, GREEN, PINK, BROWN)
 BACKENDS = {
     "none": NONE, "computed": NONE,
-    "vllm-prefix": TEAL, "vllm-offload": AMBER,
+    "vllm-prefix": TEAL, "vllm-offload": AMBER, "vllm-fs": "#b87d28", "vllm-simple": "#efc27e",
     "kvlab": BLUE, "kvlab-memory": BLUE, "kvlab-disk": "#6f9fd8", "kvlab-redis": "#16457f", "kvlab-tiered": VIOLET,
-    "loaded": BLUE,
+    "kvlab-serve": "#8fc1ee", "loaded": BLUE,
     "lmcache": RUST, "lmcache-cpu": RUST, "lmcache-disk": "#df8a76", "lmcache-redis": "#8e2f1b",
+    "lmcache-mp": "#d98e7f",
 }  # fmt: skip
 TIERS = {"memory": BLUE, "disk": BROWN, "file": BROWN, "redis": "#c0392b"}
 POLICIES = {

@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import kvlab
 from kvlab.connectors.vllm.weights import draft_name
+from kvlab.errors import ConfigError
 from tests.connectors.engine import MAX_TOKENS, connector, core, drain, engine, generate, prompt, worker
 from tests.connectors.models import short_demo
 
@@ -67,6 +69,8 @@ def test_as_many_drafts_are_accepted_after_a_hit(settings, tmp_path):
         assert (answer.hit, answer.row["tier"]) == (448, "disk")
         assert (answer.tokens, accepted) == (right[-1][0].tokens, right[-1][1])
         assert core(llm).num_spec_tokens == DRAFTED
+        with pytest.raises(ConfigError, match="pages hold a draft model's KV too"):
+            kvlab.attach(llm)
 
 
 def test_a_draft_model_is_named_by_its_files(tmp_path):

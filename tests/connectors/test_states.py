@@ -2,6 +2,8 @@
 
 import pytest
 
+import kvlab
+from kvlab.errors import ConfigError
 from kvlab.stores.wrappers import LatencyStore
 from tests.connectors.damage import GARBAGE, cut_short, flip_a_bit, objects
 from tests.connectors.engine import (
@@ -127,6 +129,8 @@ def test_prompts_computed_in_steps_that_end_anywhere(settings, expected, budget)
 
 def test_together_with_the_engines_own_prefix_cache(settings, expected):
     with engine(MEMORY, settings) as llm:
+        with pytest.raises(ConfigError, match="pages hold recurrent states too"):
+            kvlab.attach(llm)
         for p in (prompt(480), prompt(480), prompt(129), prompt(480, ending=0), prompt(480)):
             assert generate(llm, [p], detokenize=False)[0].tokens == expected(p)
         ask(llm, prompt(129))

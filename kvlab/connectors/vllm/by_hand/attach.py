@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_
 
 from kvlab.connectors.captured import KV
 from kvlab.connectors.proven_file import Proof, read_proven, write_proven
+from kvlab.connectors.vllm import compat
 from kvlab.connectors.vllm.by_hand.answers import Asking, Change, Logprobs
 from kvlab.connectors.vllm.by_hand.pages import EnginePages
 from kvlab.connectors.vllm.by_hand.written import ByHand
@@ -64,6 +65,11 @@ def attach(llm: Any) -> "AttachedCache":
     config = llm.llm_engine.vllm_config
     if config.parallel_config.world_size > 1:
         raise ConfigError(f"kvlab.attach needs an engine of one rank, got {config.parallel_config.world_size}")
+    if compat.drafts_have_kv(config) or copies.groups.recurrent:
+        kind = "recurrent states" if copies.groups.recurrent else "a draft model's KV"
+        raise ConfigError(
+            f"kvlab.attach reads and writes K and V of one model, and this engine's pages hold {kind} too"
+        )
     if decides.by_hand is None:
         pages = EnginePages(
             config, copies._kv_cache_config, copies.kv_caches, copies.worker.transfer.layout, copies.groups
