@@ -144,7 +144,7 @@ def test_it_is_reported_and_drawn(measured):
     )
     assert len(bars.data[1].y) == len(BACKENDS)
     assert len(ttft_cdf(rows, title="t").data) == len(rows)
-    assert len(itl_over_time(rows[:2], title="t").data[0].x) > 3
+    assert len(itl_over_time(rows[:2], title="t").data[0].x) > 1
 
 
 @pytest.mark.timeout(600)
