@@ -132,11 +132,12 @@ class CodedMover(PageMover):
 
 @dataclass
 class _Told:
-    """Flags of a save on their way to the host, and the slots they are of."""
+    """Flags of a save on their way to the host, and the slots they are of, in this order."""
 
     ended: Any  # an event
     flags: torch.Tensor
-    slots: tuple[int, ...]
+    order: tuple[int, ...]
+    slots: frozenset[int]
 
 
 class CodedCudaTransfer(CudaTransfer):
@@ -174,15 +175,22 @@ class CodedCudaTransfer(CudaTransfer):
                 told.copy_(self._mover.flags, non_blocking=True)
                 ended = _cuda.Event()
                 ended.record(self._pack)
-            self._told.append(_Told(ended, told, tuple(slots)))
+            self._told.append(_Told(ended, told, tuple(slots), frozenset(slots)))
             if len(self._told) > UNHEARD:
                 self._told[0].ended.synchronize()
                 self._hear()
         return timing
 
-    def take_unfit(self) -> set[int]:
+    @property
+    def num_unheard(self) -> int:  # type: ignore[override]
+        return len(self._told)
+
+    def take_unfit(self, wait_for: Sequence[int] | None = ()) -> set[int]:
         """Of saves whose flags have come."""
         with self._lock:
+            wanted = [told for told in self._told if wait_for is None or not told.slots.isdisjoint(wait_for)]
+            if wanted:  # flags come in the order of saves
+                wanted[-1].ended.synchronize()
             self._hear()
             unfit, self._unfit = self._unfit, set()
         return unfit
@@ -190,7 +198,7 @@ class CodedCudaTransfer(CudaTransfer):
     def _hear(self) -> None:
         while self._told and self._told[0].ended.query():
             told = self._told.popleft()
-            self._unfit.update(slot for slot, odd in zip(told.slots, told.flags[:, 0].tolist(), strict=True) if odd)
+            self._unfit.update(slot for slot, odd in zip(told.order, told.flags[:, 0].tolist(), strict=True) if odd)
 
 
 def _pinned(num_blocks: int) -> torch.Tensor:

@@ -48,7 +48,7 @@ class CodedCPUTransfer(CPUTransfer):
             for layer, pages in enumerate(self._pages):
                 pages[block_id] = self._block[layer]
 
-    def take_unfit(self) -> set[int]:
+    def take_unfit(self, wait_for: Sequence[int] | None = ()) -> set[int]:
         unfit, self._unfit = self._unfit, set()
         return unfit
 

@@ -37,7 +37,7 @@ class CPUTransfer:
     the model's own.
     """
 
-    coded_tokens = 0
+    coded_tokens = num_unheard = 0
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class CPUTransfer:
         """True: no copy is under way when a call returns."""
         return True
 
-    def take_unfit(self) -> set[int]:
+    def take_unfit(self, wait_for: Sequence[int] | None = ()) -> set[int]:
         """None: pages are kept whatever they hold."""
         return set()
 

@@ -76,7 +76,7 @@ class CudaTransfer:
     the other way round, and every write to a page for the save that reads it.
     """
 
-    coded_tokens = 0
+    coded_tokens = num_unheard = 0
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class CudaTransfer:
                 self._side.wait_event(after)
             return self.load(slots, block_ids, num_tokens)
 
-    def take_unfit(self) -> set[int]:
+    def take_unfit(self, wait_for: Sequence[int] | None = ()) -> set[int]:
         """None: pages are kept whatever they hold."""
         return set()
 

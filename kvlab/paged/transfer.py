@@ -59,8 +59,13 @@ class Transfer(Protocol):
     def is_settled(self, slots: Sequence[int]) -> bool:
         """Whether no copy uses these slots, so that another process may write to them."""
 
-    def take_unfit(self) -> set[int]:
-        """Slots whose blocks turned out to be none that the codec can keep; their saves have failed."""
+    @property
+    def num_unheard(self) -> int:
+        """The latest saves of which it is not known yet whether the codec can keep their blocks."""
+
+    def take_unfit(self, wait_for: Sequence[int] | None = ()) -> set[int]:
+        """Slots whose blocks turned out to be none that the codec can keep; their saves have failed. Waits for what is
+        not known of the slots `wait_for`; None: of all."""
 
     def mark_saved(self, number: int) -> None:
         """Once all saves so far are in their slots, the counter ``copied`` of shared memory is `number`."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvlab.codecs import PageCodec
+from kvlab.codecs.transfer import CodedCPUTransfer
 from kvlab.errors import ConfigError
 from kvlab.machine.redis_server import RedisServer
 from kvlab.paged import Opaque
@@ -127,6 +128,53 @@ def test_a_number_that_is_none_costs_its_object_alone(expected):
         generate(llm, [p])
         answer = generate(llm, [p])[0]
         assert (answer.hit, answer.tokens) == (288, expected(p))
+        assert not connector(llm).hook_errors
+
+
+class ToldLate(CodedCPUTransfer):
+    """Tells of a save what a GPU does once it has ended: here, when it is waited for."""
+
+    def save(self, block_ids, slots, num_tokens=()):
+        super().save(block_ids, slots, num_tokens)
+        self.late = [*getattr(self, "late", []), (frozenset(slots), self._unfit)]
+        self._unfit = set()
+
+    @property
+    def num_unheard(self):
+        return len(getattr(self, "late", []))
+
+    def take_unfit(self, wait_for=()):
+        found = set()
+        while self.num_unheard and (wait_for is None or any(not s.isdisjoint(wait_for) for s, _ in self.late)):
+            found |= self.late.pop(0)[1]
+        return found
+
+
+def test_what_is_told_late_is_neither_loaded_nor_written(tmp_path, expected):
+    tiers = ["memory://?size=64MiB&serde=int8", f"file://{tmp_path}?size=1GiB&serde=int8"]
+    p = prompt(300)
+    with engine(tiers) as llm:
+        transfer = worker(llm).transfer
+        transfer.__class__ = ToldLate
+        codec, encode, calls = transfer.codec, transfer.codec.encode, []
+
+        def broken(pages, num_tokens, slot):
+            calls.append(num_tokens)
+            if len(calls) == 3:  # a block of the second object
+                raise ConfigError("KV holds infinity")
+            encode(pages, num_tokens, slot)
+
+        codec.encode = broken
+        generate(llm, [p])
+        assert transfer.num_unheard
+        drain(llm)
+        assert not objects(tmp_path), "nothing is written of which nothing is known"
+        answer = generate(llm, [p])[0]
+        assert (answer.hit, answer.tokens) == (64, expected(p))
+        assert not connector(llm).hook_errors
+    with engine(tiers) as llm:
+        answer = generate(llm, [p])[0]
+        assert (answer.row["tier"], answer.tokens) == ("disk", expected(p))
         assert not connector(llm).hook_errors
 
 

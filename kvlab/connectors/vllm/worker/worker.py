@@ -8,11 +8,12 @@ from itertools import takewhile
 
 from kvlab.connectors.vllm import states
 from kvlab.connectors.vllm.messages import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
-from kvlab.connectors.vllm.scheduler.admission import MIN_PREFILL_TOKENS
 from kvlab.connectors.vllm.worker.model_weights import ModelWeights
 from kvlab.connectors.vllm.worker.pending import PendingLoad, load_row, page_tokens
 from kvlab.connectors.vllm.worker.reports import Reports
+from kvlab.connectors.vllm.worker.saved import Saved
 from kvlab.connectors.vllm.worker.tier_rows import TierRows
+from kvlab.connectors.vllm.worker.timed import TimedSteps
 from kvlab.paged.transfer import Clock, Transfer
 from kvlab.sharedmemory import SharedSlots
 from kvlab.tierworker.client import TierClient
@@ -20,7 +21,6 @@ from kvlab.tierworker.link import Message
 from kvlab.tierworker.messages import Fill, Write, runs_of
 
 logger = logging.getLogger("vllm.kvlab")
-TIMED_STEPS = 8  # one in so many of the steps without a prefill is timed
 POLLED_STEPS = 16  # in one of so many steps that wait for nothing, the tier worker is heard all the same
 LOAD_TIMEOUT_S = 30.0
 
@@ -50,6 +50,7 @@ class Worker:
         padding: states.Padding | None = None,
     ) -> None:
         self.transfer = transfer
+        self._saved = Saved(transfer)
         self._padding = padding
         self.tiers = tiers
         self._shared = shared
@@ -67,8 +68,7 @@ class Worker:
         self._pending: list[PendingLoad] = []
         self._load_timeout_s = load_timeout_s
         self._num_steps = 0
-        self._num_decodes = 0  # steps without a prefill
-        self._forward: tuple[int, Clock] | None = None  # prefill tokens of this step's forward pass
+        self._timed = TimedSteps(transfer)
         self._tier_rows = TierRows()
 
     # ---- each step
@@ -83,13 +83,11 @@ class Worker:
         self.transfer.before_writes(metadata.new_blocks)
         if metadata.unclean_blocks or metadata.state_pages:
             self._clear(metadata)
+        if self._saved:
+            self.take_saved()
         if self._pending or self.tiers is not None:
             self.poll(always=self._num_steps % POLLED_STEPS == 0)
-        prefill = metadata.prefill_tokens
-        decodes = metadata.num_tokens > 0 and not prefill
-        self._num_decodes += decodes
-        timed = prefill >= MIN_PREFILL_TOKENS or (decodes and self._num_decodes % TIMED_STEPS == 0)
-        self._forward = (prefill, self.transfer.clock()) if timed else None
+        self._timed.begin(metadata)
 
     def poll(self, *, always: bool = True) -> None:
         """Take what the tier worker has answered, and go on with loads between steps. Unless `always`, only if
@@ -135,10 +133,7 @@ class Worker:
 
     def save(self, metadata: StepMetadata) -> None:
         """All of a step's saves as one copy: few large copies are faster than many small ones."""
-        if self._forward is not None:
-            self._forward[1].stop()
-            self._reports.add_forward(*self._forward)
-            self._forward = None
+        self._timed.end(self._reports)
         if not metadata.saves:
             return
         ops, metadata.saves = [op for op in metadata.saves if self._may_save(op)], []
@@ -160,21 +155,26 @@ class Worker:
             return
         for op in ops:
             self._own(op)
-        unfit = self._drop_unfit() if self.transfer.coded_tokens else ()
-        for op in ops:
-            if op.write and op.generation in unfit:
-                self._end_write(op, success=False)
-            elif op.write:
+        self._saved.add(ops)
+        self.take_saved()
+
+    def take_saved(self, wait_for: Sequence[int] | None = ()) -> None:
+        """Have objects written whose slots are known to hold them, and drop those that a codec cannot keep. Waits for
+        saves to these slots; None: for all."""
+        unfit, whole, broken = self._saved.known(wait_for)
+        if unfit:
+            self._disown(sorted(unfit))
+        for op in broken:
+            self._unsaved(op)
+        for op in whole:
+            if op.write:
                 self._write(op)
 
-    def _drop_unfit(self) -> set[int]:
-        """The generations of objects that the codec turned out unable to keep, as a number is NaN or infinite."""
-        slots = self.transfer.take_unfit()
-        found = {owner for slot in slots if (owner := self._owner[slot]) is not None}
-        if slots:
-            self._disown(sorted(slots))
-            self._reports.current.broken |= found
-        return found
+    def _held(self, ops: Sequence[LoadOp]) -> list[LoadOp]:
+        """The first of `ops` whose slots hold their objects."""
+        if self._saved:
+            self.take_saved([slot for op in ops for slot in op.picked])
+        return list(takewhile(self._present, ops))
 
     def _may_save(self, op: SaveOp) -> bool:
         """False if the pages are known not to hold what the object's key says; then it is not saved."""
@@ -209,6 +209,7 @@ class Worker:
 
     def close(self) -> None:
         """Have what was saved written to the tiers; drop loads. Where the tier worker does not die, the arena stays."""
+        self.take_saved(None)
         if self.tiers is None or self.tiers.close():
             self.transfer.close()
         else:
@@ -222,7 +223,7 @@ class Worker:
         """Ask for objects, copy those that have come, and end the load if nothing is left to do."""
         self._ask_for_objects(pending)
         if ready := pending.take_ready():
-            held = list(takewhile(self._present, ready))
+            held = self._held(ready)
             if len(held) < len(ready):
                 pending.stop_before(ready[len(held)])
             self._copy(pending, held)
@@ -313,7 +314,7 @@ class Worker:
         wanted = [block for op in load.ops for block in op.block_ids]
         clock: Clock | None = None
         try:
-            held = list(takewhile(self._present, [] if self._weights.are_other_than(load.adapter) else load.ops))
+            held = self._held([] if self._weights.are_other_than(load.adapter) else load.ops)
             slots = [slot for op in held for slot in op.picked]
             if slots:
                 pages = [block for op in held for block in op.block_ids]
@@ -328,10 +329,6 @@ class Worker:
         return load.lost_blocks + wanted[sum(len(op.block_ids) for op in taken) :]
 
     # ---- slots
-
-    def _holds(self, op: LoadOp) -> bool:
-        """Whether the slots that the operation reads hold its object now."""
-        return all(self._owner[slot] == op.generation for slot in op.picked)
 
     def _own(self, op: LoadOp | SaveOp) -> None:
         for slot in op.slots:
@@ -348,7 +345,7 @@ class Worker:
 
     def _present(self, op: LoadOp) -> bool:
         """Whether the slots this load reads hold its object."""
-        if self._holds(op):
+        if all(self._owner[slot] == op.generation for slot in op.picked):
             return True
         self.counters["slot_mismatch"] += not op.fetch
         self._mark_broken(op)
