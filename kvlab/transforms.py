@@ -35,6 +35,9 @@ class KVTransform:
         return kv
 
 
+_digests: dict[type[KVTransform], str] = {}  # of the code that this process runs
+
+
 def get_transform(spec: str) -> KVTransform:
     """The transform that ``name`` or ``name:option=value,option=value`` names; values are text.
 
@@ -57,7 +60,10 @@ def transform_id(spec: str) -> str:
     file = getattr(sys.modules[cls.__module__], "__file__", None)
     if file is None:
         raise ConfigError(f"transform {spec!r} must be a class in a file, which names what it does")
-    return f"{spec}@{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    if _digests.setdefault(cls, digest) != digest:
+        raise ConfigError(f"the code of transform {spec!r} has changed since it was loaded: restart this process")
+    return f"{spec}@{digest}"
 
 
 def _class_of(spec: object) -> tuple[type[KVTransform], str, dict[str, str]]:

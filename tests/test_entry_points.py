@@ -171,8 +171,6 @@ def test_a_transform_that_is_there_is_named_with_its_options_and_its_code(tmp_pa
     name = transform_id("halved:by=4")
     assert name.startswith("halved:by=4@")
     assert name != transform_id("halved:by=2")
-    (tmp_path / "others_good.py").write_text((tmp_path / "others_good.py").read_text() + "# other code")
-    assert transform_id("halved:by=4") != name
     for wrong, words in {"halved:by=x": "could not convert", "halved:of=2": "of", "halved:2": "must be like"}.items():
         with pytest.raises(ConfigError, match=words):
             vllm_config(transform=wrong)
@@ -182,6 +180,9 @@ def test_a_transform_that_is_there_is_named_with_its_options_and_its_code(tmp_pa
         vllm_config(transform=5)
     with pytest.raises(ConfigError, match="naive or lossless tiers; got 'int8"):
         vllm_config(["memory://?size=1MiB&serde=int8"], transform="halved")
+    (tmp_path / "others_good.py").write_text((tmp_path / "others_good.py").read_text() + "# other code")
+    with pytest.raises(ConfigError, match="has changed since it was loaded: restart"):
+        transform_id("halved:by=4")
 
 
 @pytest.mark.parametrize("name", [*sorted(set(WRONG) - {"no-store", "picky"}), "no-rule", "needs-arguments"])

@@ -1,5 +1,6 @@
 """Blocks of host memory that hold what a `KVTransform` keeps of the engine's pages."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,8 @@ from kvlab.errors import ConfigError
 from kvlab.paged import Opaque, PageMap
 from kvlab.serde.groups import FLOATS
 from kvlab.transforms import get_transform
+
+logger = logging.getLogger("vllm.kvlab")
 
 
 class TransformedBlocks(BlockCodec):
@@ -29,7 +32,7 @@ class TransformedBlocks(BlockCodec):
             raise ConfigError(f"transform {spec!r} takes {', '.join(sorted(FLOATS))}, these pages hold {self.dtype}")
         if device != "cpu":
             raise ConfigError(f"transform {spec!r} runs on a CPU alone, and the engine's pages lie on {device}")
-        self._spec, self._transform = spec, get_transform(spec)
+        self._spec, self._transform, self._has_failed = spec, get_transform(spec), False
         self.map, self.num_layers, self.slot_bytes = page_map, num_layers, num_layers * page_map.page_bytes
 
     def encode(self, pages: torch.Tensor, num_tokens: int, slot: torch.Tensor) -> None:
@@ -45,8 +48,14 @@ class TransformedBlocks(BlockCodec):
 
     def _through(self, function: Callable[[torch.Tensor], torch.Tensor], kv: torch.Tensor) -> torch.Tensor:
         shape, dtype = tuple(kv.shape), kv.dtype
-        with torch.inference_mode():
-            made: object = function(kv)
+        try:
+            with torch.inference_mode():
+                made: object = function(kv)
+        except Exception as error:
+            if not self._has_failed:
+                logger.exception("kvlab: transform %r failed", self._spec)
+            self._has_failed = True
+            raise ConfigError(f"transform {self._spec!r} raised {type(error).__name__}") from error
         if not isinstance(made, torch.Tensor) or tuple(made.shape) != shape or made.dtype != dtype:
             raise ConfigError(f"transform {self._spec!r} must return {dtype}{list(shape)}")
         if not bool(made.isfinite().all()):
