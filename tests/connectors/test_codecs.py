@@ -170,7 +170,8 @@ def test_what_is_told_late_is_neither_loaded_nor_written(tmp_path, expected):
         drain(llm)
         assert not objects(tmp_path), "nothing is written of which nothing is known"
         answer = generate(llm, [p])[0]
-        assert (answer.hit, answer.tokens) == (64, expected(p))
+        assert answer.hit < 128, "the second object is no hit"
+        assert answer.tokens == expected(p)
         assert not connector(llm).hook_errors
     with engine(tiers) as llm:
         answer = generate(llm, [p])[0]
