@@ -14,6 +14,7 @@ from kvlab.stores.spec import TierSpec
 from kvlab.units import format_bytes
 
 Name = str | Sequence[str]
+COMPILATION_FLAGS = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O", "-cc")
 MEMORY_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 MOST_POOL = 4 << 30  # bytes of a server's own pool on a CPU, unless told
 TAKE_ALL = (  # of a tier's size in host memory
@@ -70,6 +71,13 @@ def pool_flags(given: Sequence[str], backend_flags: Mapping[str, Sequence[str]],
     free = available_memory()
     size = MOST_POOL if free is None else min(MOST_POOL, free // (4 * max(servers, 1)))
     return ("--kv-cache-memory-bytes", str(size >> 20 << 20))
+
+
+def eager_flags(given: Sequence[str], backend_flags: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """On a CPU, a server that compiles nothing, where no flag says how: compiling takes each server a minute, and a short
+    run gains less by it."""
+    flags = [*given, *(flag for each in backend_flags.values() for flag in each)]
+    return () if gpu_name() or any(flag.startswith(COMPILATION_FLAGS) for flag in flags) else ("--enforce-eager",)
 
 
 def usual_traffic() -> tuple[int, float]:

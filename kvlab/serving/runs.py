@@ -83,7 +83,8 @@ def run(
     cache_size
         bytes of each backend's tier; default 20GiB where there is an NVIDIA GPU, else 2GiB.
     settings
-        of kvlab's connector, see `ConnectorConfig`. `server_flags` and `env` go to every server alike,
+        of kvlab's connector, see `ConnectorConfig`. `server_flags` and `env` go to every server alike (on a CPU with
+        ``--enforce-eager`` and a size of the pool, unless a flag says otherwise),
         `backend_flags` by name to one: a larger pool for ``vllm-prefix``, whose cache lies in it.
     warmups
         random prompts of 300 tokens, each sent twice before the first run; they share nothing with the dataset.
@@ -131,7 +132,8 @@ def run(
         # Refuses a wrong name or URL before anything is downloaded or started.
         chosen = [backend_of(name, size, place / "tier", redis_url or NO_REDIS, settings, NO_SOCKET) for name in names]
         preflight.check(names, cache_bytes=size, redis_url=redis_url, together=together, out=out)
-        pool = preflight.pool_flags(server_flags, backend_flags or {}, len(names) if together else 1)
+        own = preflight.pool_flags(server_flags, backend_flags or {}, len(names) if together else 1)
+        own += preflight.eager_flags(server_flags, backend_flags or {})
         model = demo_model(model)
         if tell is not None:
             tell(preflight.plan_line([one.name for one in chosen], runs, datasets, counts, rates, output_len))
@@ -165,7 +167,7 @@ def run(
             model=model,
             traffic=tuple(traffic),
             runs=runs,
-            server_flags=(*server_flags, *pool),
+            server_flags=(*server_flags, *own),
             backend_flags=dict(backend_flags or {}),
             env=dict(env or {}),
             port=port,

@@ -122,6 +122,14 @@ def test_on_a_cpu_the_pool_has_a_size_unless_a_flag_gives_one(monkeypatch):
     assert preflight.pool_flags((), {}, 1) == ()
 
 
+def test_on_a_cpu_nothing_is_compiled_unless_a_flag_says_how(monkeypatch):
+    assert preflight.eager_flags(["--port", "1"], {"none": ["--seed", "2"]}) == ("--enforce-eager",)
+    for flag in ("--no-enforce-eager", "--enforce-eager", "--compilation-config={}", "-O2"):
+        assert preflight.eager_flags([flag], {}) == preflight.eager_flags([], {"none": [flag]}) == ()
+    monkeypatch.setattr(preflight, "gpu_name", lambda: "GPU")
+    assert preflight.eager_flags([], {}) == ()
+
+
 @pytest.mark.parametrize(("error", "stays"), [(None, False), (StoreError("died"), True), (KeyboardInterrupt(), False)])
 def test_logs_stay_when_a_server_fails(tmp_path, error, stays):
     folder = tmp_path / "work"
