@@ -74,8 +74,8 @@ def pool_flags(given: Sequence[str], backend_flags: Mapping[str, Sequence[str]],
 
 
 def eager_flags(given: Sequence[str], backend_flags: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """On a CPU, a server that compiles nothing, where no flag says how: compiling takes each server a minute, and a short
-    run gains less by it."""
+    """On a CPU, a server that compiles nothing, where no flag says how: compiling takes each a minute, and a short run
+    gains less by it."""
     flags = [*given, *(flag for each in backend_flags.values() for flag in each)]
     return () if gpu_name() or any(flag.startswith(COMPILATION_FLAGS) for flag in flags) else ("--enforce-eager",)
 
