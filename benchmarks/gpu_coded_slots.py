@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from gpu_codecs import BLOCK, QWEN, Engine, kv_like, map_of
+from gpu_codecs import BLOCK, QWEN, Engine, kv_like, map_of, seconds_of
 
 from kvlab.codecs.blocks import BlockCodec
 from kvlab.codecs.cuda import CodedCudaTransfer
@@ -91,18 +91,6 @@ def check(seed: int) -> int:
     return OPERATIONS
 
 
-def seconds_of(work: object, repeats: int) -> float:
-    work()  # type: ignore[operator]
-    taken = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()  # type: ignore[operator]
-        torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
-
-
 def rows(sizes: list[int], repeats: int) -> list[dict[str, object]]:
     name, heads, dim, layers = QWEN
     page_map = map_of(name, heads, dim, torch.bfloat16)
@@ -132,7 +120,7 @@ def rows(sizes: list[int], repeats: int) -> list[dict[str, object]]:
                     "ms": round(taken * 1e3, 3), "gb_s": round(count * block_bytes / taken / 1e9, 1),
                     "plain_ms": round(other * 1e3, 3), "of_plain": round(taken / other, 3),
                     "call_ms": round(calls * 1e3, 3), "plain_call_ms": round(seconds_of_calls(beside) * 1e3, 3),
-                    "machine": torch.cuda.get_device_name(), "repeats": repeats,
+                    "repeats": repeats,
                 }  # fmt: skip
                 found.append(row)
                 print(*(f"{key}={value}" for key, value in row.items()), flush=True)

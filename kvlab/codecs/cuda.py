@@ -136,12 +136,13 @@ class _Told:
 
     ended: Any  # an event
     flags: torch.Tensor
-    order: tuple[int, ...]
-    slots: frozenset[int]
+    slots: tuple[int, ...]
 
 
 class CodedCudaTransfer(CudaTransfer):
     """Slots in a pinned arena hold what `codec` makes of blocks: uint8 [slots, slot_bytes]."""
+
+    blocks_per_launch = 1  # or as many as there are
 
     def __init__(
         self,
@@ -158,9 +159,6 @@ class CodedCudaTransfer(CudaTransfer):
         self._unfit: set[int] = set()
         super().__init__(layout, num_slots, staging_bytes=staging_bytes, shared=shared, slot_shape=(codec.slot_bytes,))
 
-    def _per_launch(self) -> int:
-        return 1
-
     def _make_mover(self) -> CodedMover:
         return CodedMover(self.layout, self.codec)
 
@@ -175,7 +173,7 @@ class CodedCudaTransfer(CudaTransfer):
                 told.copy_(self._mover.flags, non_blocking=True)
                 ended = _cuda.Event()
                 ended.record(self._pack)
-            self._told.append(_Told(ended, told, tuple(slots), frozenset(slots)))
+            self._told.append(_Told(ended, told, tuple(slots)))
             if len(self._told) > UNHEARD:
                 self._told[0].ended.synchronize()
                 self._hear()
@@ -188,7 +186,8 @@ class CodedCudaTransfer(CudaTransfer):
     def take_unfit(self, wait_for: Sequence[int] | None = ()) -> set[int]:
         """Of saves whose flags have come."""
         with self._lock:
-            wanted = [told for told in self._told if wait_for is None or not told.slots.isdisjoint(wait_for)]
+            asked = None if wait_for is None else frozenset(wait_for)
+            wanted = [told for told in self._told if asked is None or not asked.isdisjoint(told.slots)]
             if wanted:  # flags come in the order of saves
                 wanted[-1].ended.synchronize()
             self._hear()
@@ -198,7 +197,7 @@ class CodedCudaTransfer(CudaTransfer):
     def _hear(self) -> None:
         while self._told and self._told[0].ended.query():
             told = self._told.popleft()
-            self._unfit.update(slot for slot, odd in zip(told.order, told.flags[:, 0].tolist(), strict=True) if odd)
+            self._unfit.update(slot for slot, odd in zip(told.slots, told.flags[:, 0].tolist(), strict=True) if odd)
 
 
 def _pinned(num_blocks: int) -> torch.Tensor:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from triton.runtime import driver as triton_driver
 
-_NO_HOOKS = (None, None, None)  # a launch's metadata, and what is called before and after it
+from kvlab.paged.kernels import run_compiled
 
 
 class Launch:
     """`program` over `per_object` (x, y, z) instances, x for each object. Its first arguments are `tables`, among which
-    the block ids are the second, then parts of the first object's bytes, each from an offset on, then `flags` where
-    `flagged`; `rest` ends them."""
+    the block ids are the second, then parts of the first object's bytes, each from an offset on, then the flags if it
+    has some; `rest` ends them."""
 
     def __init__(
         self,
@@ -22,12 +22,10 @@ class Launch:
         tables: Sequence[torch.Tensor],
         parts: Sequence[tuple[int, torch.dtype]],
         rest: Sequence[Any],
-        *,
-        flagged: bool,
     ) -> None:
         self._program, self._per_object = program, per_object
         self._pages, self._tables, self._parts = tables[0], tables[1:], parts
-        self._rest, self._flagged = rest, flagged
+        self._rest = rest
         self._kernel: Any = None
         self._addresses = tuple(table.data_ptr() for table in self._tables)
 
@@ -40,16 +38,15 @@ class Launch:
         kernel = self._kernel
         if kernel is None:
             views = [buffer.view(-1)[start:].view(dtype) for start, dtype in self._parts]
-            told = [flags] if self._flagged else []
+            told = [] if flags is None else [flags]
             self._kernel = self._program[(x * count, y, z)](
                 self._pages, ids, *self._tables, *views, *told, *self._rest, enable_fp_fusion=False
             )  # None in Triton's interpreter
             return
         if stream is None:
             stream = triton_driver.active.get_current_stream(buffer.device.index)
-        base = buffer.data_ptr()
-        kernel.run(
-            x * count, y, z, stream, kernel.function, kernel.packed_metadata, *_NO_HOOKS,
-            self._pages.data_ptr(), ids.data_ptr(), *self._addresses, *(base + start for start, _ in self._parts),
-            *((flags.data_ptr(),) if self._flagged and flags is not None else ()), *self._rest,
+        base, told_at = buffer.data_ptr(), () if flags is None else (flags.data_ptr(),)
+        run_compiled(
+            kernel, (x * count, y, z), stream, self._pages.data_ptr(), ids.data_ptr(), *self._addresses,
+            *(base + start for start, _ in self._parts), *told_at, *self._rest,
         )  # fmt: skip

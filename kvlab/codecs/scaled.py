@@ -67,14 +67,16 @@ class ScaledCodec:
         `plan` after the other. ``flags[object, 0]`` becomes 1 where a number is NaN or infinite: then it is no
         object."""
         each = self.plan(num_tokens).num_bytes
+        ids = self._at.ids(objects)
         for launch in self._launches("encode", num_tokens, len(objects[0]), each):
-            launch(self._at.ids(objects), len(objects), buffer, flags, None)
+            launch(ids, len(objects), buffer, flags, None)
 
     def decode(self, buffer: torch.Tensor, objects: Sequence[Sequence[int]], num_tokens: int) -> None:
         """What `encode` made, into pages; every byte that is none of the tokens' stays."""
         each = self.plan(num_tokens).num_bytes
+        ids = self._at.ids(objects)
         for launch in self._launches("decode", num_tokens, len(objects[0]), each):
-            launch(self._at.ids(objects), len(objects), buffer, None, None)
+            launch(ids, len(objects), buffer, None, None)
 
     def encode_blocks(
         self,
@@ -122,7 +124,7 @@ class ScaledCodec:
             grid = (triton.cdiv(num_tokens, tokens), item.kv_heads * run.num_groups, 1)
             sizes = (num_tokens, 0, item.kv_heads, run.first, run.num_groups, run.group, width)
         rest = (*about, *sizes, *tail, tokens, channels)
-        return self._launch(program, grid, run, num_tokens, rest, flagged=True)
+        return self._launch(program, grid, run, num_tokens, rest)
 
     def _decoding(self, run: Run, num_tokens: int, object_blocks: int, each: int) -> Launch:
         item, layers, tables = self._map, self._at.num_layers, self._at.planes[run.plane]
@@ -139,17 +141,10 @@ class ScaledCodec:
             *self._constants, tables.stride, tables.align, tokens, channels, run.by_channel,
             float(torch.finfo(item.element).max),
         )  # fmt: skip
-        return self._launch(kernels._decode, grid, run, num_tokens, rest, flagged=False)
+        return self._launch(kernels._decode, grid, run, num_tokens, rest)
 
     def _launch(
-        self,
-        program: Any,
-        grid: tuple[int, int, int],
-        run: Run,
-        num_tokens: int,
-        rest: tuple[Any, ...],
-        *,
-        flagged: bool,
+        self, program: Any, grid: tuple[int, int, int], run: Run, num_tokens: int, rest: Sequence[Any]
     ) -> Launch:
         """`grid` is of one layer."""
         tables, parts = self._at.planes[run.plane], self.plan(num_tokens).parts
@@ -161,7 +156,6 @@ class ScaledCodec:
             (self._at.pointers, tables.tokens, tables.heads, tables.channels),
             ((payload.start, torch.int8), (scales.start, torch.int16), (low.start, torch.int16)),  # bits, as ints
             rest,
-            flagged=flagged,
         )
 
     def _runs(self, num_tokens: int) -> Iterator[Run]:

@@ -77,6 +77,7 @@ class CudaTransfer:
     """
 
     coded_tokens = num_unheard = 0
+    blocks_per_launch = BLOCKS_PER_LAUNCH
 
     def __init__(
         self,
@@ -96,8 +97,8 @@ class CudaTransfer:
             raise ConfigError(
                 f"GPU staging of {staging_bytes} bytes must hold {2 * RING_DEPTH} blocks of {block} bytes"
             )
-        if piece_blocks > self._per_launch():
-            piece_blocks -= piece_blocks % self._per_launch()  # no launch for a few blocks
+        if piece_blocks > self.blocks_per_launch:
+            piece_blocks -= piece_blocks % self.blocks_per_launch  # no launch for a few blocks
         self._last_blocks = max(min(LAST_BYTES // block, piece_blocks), 1)
         self._shared = shared
         memory = shared.slots.reshape(-1) if shared is not None else reserve(num_slots * block)
@@ -245,10 +246,6 @@ class CudaTransfer:
         self._release()
 
     # ----
-
-    def _per_launch(self) -> int:
-        """Blocks that one launch moves; 1: as many as there are."""
-        return BLOCKS_PER_LAUNCH
 
     def _make_mover(self) -> Any:
         """What moves blocks between pages and a ring buffer."""

@@ -128,21 +128,23 @@ class PageMover:
             if kernel is None:
                 self._first_launch(ids, buffer[skip:], kind)
                 continue
-            # Straight to the compiled kernel, as Triton itself calls it in the end: binding and looking up arguments
-            # again costs several times the launch, and what `kernel[grid]` prepares for profilers' hooks as much again.
-            kernel.run(
-                len(ids),
-                *self._grid,
+            run_compiled(
+                kernel,
+                (len(ids), *self._grid),
                 stream,
-                kernel.function,
-                kernel.packed_metadata,
-                *_NO_HOOKS,
                 self._address,
                 _padded(ids),
                 buffer.data_ptr() + skip * self.layout.block_bytes,
                 *self._sizes,
                 *self._constants[kind],
             )
+
+
+def run_compiled(kernel: Any, grid: tuple[int, int, int], stream: int | None, *arguments: Any) -> None:
+    """Enqueue a compiled kernel with all of its arguments, tensors as addresses, straight as Triton itself calls it in
+    the end: binding and looking up arguments again costs several times the launch, and what `kernel[grid]` prepares for
+    profilers' hooks as much again."""
+    kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, *_NO_HOOKS, *arguments)
 
 
 def _padded(block_ids: Sequence[int]) -> tuple[int, ...]:
