@@ -42,6 +42,18 @@ def class_at(group: str, name: str, target: str) -> Any:
     return cls
 
 
+def options_of(kind: str, spec: str, example: str) -> dict[str, str]:
+    """The options of ``name:option=value,option=value``, as text; ConfigError where one is none, with an `example`."""
+    name, _, text = spec.partition(":")
+    options: dict[str, str] = {}
+    for item in filter(None, text.split(",")):
+        option, equals, value = item.partition("=")
+        if not equals or not option.isidentifier():
+            raise ConfigError(f"{kind} options must be like {name}:{example}; got {item!r} in {spec!r}")
+        options[option] = value
+    return options
+
+
 def needed(module: str, what: str = "") -> Any:
     """`module`, imported on use; MissingPackageError, which names the extra that brings it, where it is not there."""
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvlab.errors import ConfigError
-from kvlab.installed import class_at, found, label, told
+from kvlab.installed import class_at, found, label, options_of, told
 
 if TYPE_CHECKING:
     import torch
@@ -69,13 +69,7 @@ def transform_id(spec: str) -> str:
 def _class_of(spec: object) -> tuple[type[KVTransform], str, dict[str, str]]:
     if not isinstance(spec, str):
         raise ConfigError(f"transform must be a name like 'noise:level=0.01', got {type(spec).__name__}")
-    name, _, text = spec.partition(":")
-    options: dict[str, str] = {}
-    for item in filter(None, text.split(",")):
-        option, equals, value = item.partition("=")
-        if not equals or not option.isidentifier():
-            raise ConfigError(f"transform options must be like {name}:level=0.01; got {item!r} in {spec!r}")
-        options[option] = value
+    name, options = spec.partition(":")[0], options_of("transform", spec, "level=0.01")
     target = TRANSFORMS.get(name) or found(GROUP).get(name)
     if target is None:
         known = ", ".join(sorted({*TRANSFORMS, *found(GROUP)})) or f"none; packages offer them as {GROUP}"

@@ -7,7 +7,7 @@
 from functools import cache
 
 from kvlab.errors import ConfigError, FormatError, KVLabError, missing_package
-from kvlab.installed import class_at, found, label, told
+from kvlab.installed import class_at, found, label, options_of, told
 
 try:
     from kvlab.serde.base import Encoded, Serde
@@ -70,12 +70,7 @@ def get_serde(spec: str) -> Serde:
     target = SERDES.get(name) or _found().get(name)
     if target is None:
         raise ConfigError(f"unknown serde {name!r}; known: {', '.join(sorted({*SERDES, *_found()}))}")
-    arguments: dict[str, str] = {}
-    for item in filter(None, options.split(",")):
-        option, equals, value = item.partition("=")
-        if not equals or not option.isidentifier():
-            raise ConfigError(f"serde options must be like {name}:group=64,k=channel; got {item!r} in {spec!r}")
-        arguments[option] = value
+    arguments = options_of("serde", spec, "group=64,k=channel")
     cls = class_at(GROUP, name, target)
     try:
         serde = cls(**arguments)

@@ -58,8 +58,7 @@ def _encode(
     slabs, _, run = codes.shape
     length, used = rows * period, 0
     code, places = np.zeros(8 * run, np.uint8), np.empty(8 * run + 1, np.int64)  # the last run is padded with zeros
-    c0, c1, c2, c3 = code[:run], code[run : 2 * run], code[2 * run : 3 * run], code[3 * run : 4 * run]
-    c4, c5, c6, c7 = code[4 * run : 5 * run], code[5 * run : 6 * run], code[6 * run : 7 * run], code[7 * run :]
+    c0, c1, c2, c3, c4, c5, c6, c7 = _runs(code)
     for slab in range(slabs):
         bases, flat = base[slab % tables], words[slab * length : (slab + 1) * length]
         left = rest[slab * length : (slab + 1) * length]
@@ -91,8 +90,7 @@ def _decode(
     slabs, _, run = codes.shape
     length, taken = rows * period, 0
     code, places = np.empty(8 * run, np.uint8), np.empty(8 * run + 1, np.int64)
-    c0, c1, c2, c3 = code[:run], code[run : 2 * run], code[2 * run : 3 * run], code[3 * run : 4 * run]
-    c4, c5, c6, c7 = code[4 * run : 5 * run], code[5 * run : 6 * run], code[6 * run : 7 * run], code[7 * run :]
+    c0, c1, c2, c3, c4, c5, c6, c7 = _runs(code)
     seven = np.uint8(7)
     for slab in range(slabs):
         a, b, d = codes[slab, 0], codes[slab, 1], codes[slab, 2]
@@ -125,6 +123,17 @@ def _decode(
             out[place] = out[place] & np.uint16(0x807F) | np.uint16(escapes[taken + at]) << np.uint16(7)
         taken += found
     return taken
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _runs(code: Array) -> Any:
+    """A slab's codes as the eight runs in which they are packed."""
+    run = code.size // 8
+    first, last = code[: 4 * run], code[4 * run :]
+    return (
+        first[:run], first[run : 2 * run], first[2 * run : 3 * run], first[3 * run :],
+        last[:run], last[run : 2 * run], last[2 * run : 3 * run], last[3 * run :],
+    )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -65,8 +65,7 @@ def check(
 def pool_flags(given: Sequence[str], backend_flags: Mapping[str, Sequence[str]], servers: int) -> tuple[str, ...]:
     """On a CPU, the size of a server's own pool where no flag gives one: vLLM would ask for nearly all memory of the
     machine and end where other programs use some."""
-    flags = [*given, *(flag for each in backend_flags.values() for flag in each)]
-    if gpu_name() or any(flag.startswith(MEMORY_FLAGS) for flag in flags):
+    if gpu_name() or _gives(MEMORY_FLAGS, given, backend_flags):
         return ()
     free = available_memory()
     size = MOST_POOL if free is None else min(MOST_POOL, free // (4 * max(servers, 1)))
@@ -76,8 +75,12 @@ def pool_flags(given: Sequence[str], backend_flags: Mapping[str, Sequence[str]],
 def eager_flags(given: Sequence[str], backend_flags: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """On a CPU, a server that compiles nothing, where no flag says how: compiling takes each a minute, and a short run
     gains less by it."""
-    flags = [*given, *(flag for each in backend_flags.values() for flag in each)]
-    return () if gpu_name() or any(flag.startswith(COMPILATION_FLAGS) for flag in flags) else ("--enforce-eager",)
+    return () if gpu_name() or _gives(COMPILATION_FLAGS, given, backend_flags) else ("--enforce-eager",)
+
+
+def _gives(names: tuple[str, ...], given: Sequence[str], backend_flags: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a flag of all servers or of one is among `names`."""
+    return any(flag.startswith(names) for each in (given, *backend_flags.values()) for flag in each)
 
 
 def usual_traffic() -> tuple[int, float]:
