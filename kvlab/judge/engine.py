@@ -5,7 +5,7 @@ The only module of the judge that imports vLLM.
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -106,17 +106,23 @@ def pages_of(llm: Any) -> Callable[[int], Sequence[torch.Tensor]]:
 
 
 @contextmanager
-def overwritten(llm: Any, *, when_freed: bool = True) -> Iterator[list[int]]:
-    """Pages are filled with garbage when the engine allocates them, and `when_freed`, before anything else happens;
-    gives the list of the freed ones. A freed page that the prefix cache still finds keeps its KV until it is allocated:
-    a request may read it."""
-    pool, pages = core(llm).kv_cache_manager.block_pool, pages_of(llm)
+def overwritten(
+    llm: Any,
+    *,
+    when_freed: bool = True,
+    pages: Callable[[int], Iterable[torch.Tensor]] | None = None,
+    garbage: float = GARBAGE,
+) -> Iterator[list[int]]:
+    """Pages (those of the engine's KV caches, or `pages` of a block's id) are filled with garbage when the engine
+    allocates them, and `when_freed`, before anything else happens; gives the list of the freed ones. A freed page that
+    the prefix cache still finds keeps its KV until it is allocated: a request may read it."""
+    pool, of_block = core(llm).kv_cache_manager.block_pool, pages or pages_of(llm)
     seen: list[int] = []
     originals = pool.free_blocks, pool.get_new_blocks
 
     def fill(block: Any) -> None:
-        for page in pages(block.block_id):
-            page.fill_(GARBAGE)
+        for page in of_block(block.block_id):
+            page.fill_(garbage)
 
     def free_blocks(ordered_blocks: Any) -> None:
         blocks = list(ordered_blocks)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +13,7 @@ import torch
 import kvlab
 from kvlab.datasets.demo_model import demo_model
 from kvlab.judge.engine import core, running
+from kvlab.stores.wrappers import LatencyStore
 from tests.connectors.models import TOKEN_BYTES, short_demo
 from tests.support.starts import check_may_start
 from tests.support.tiers import workers_in_threads
@@ -142,3 +143,17 @@ def drain(llm: Any) -> None:
     report = worker(llm).take_report()
     if report is not None:
         connector(llm).scheduler.absorb(report)
+
+
+def check_loads_under_eviction(llm: Any, ask: Callable[..., list[Answer]], expected: Callable[..., list[int]]) -> None:
+    """Over a slow tier, in an engine whose host memory holds a few prompts: objects leave while others are fetched."""
+    prompts = [prompt(300), prompt(300, ending=0), prompt(200, ending=1), prompt(480), prompt(480, ending=0)]
+    objects_of(llm).store = LatencyStore(objects_of(llm).store, latency_s=0.01)
+    for _ in range(3):
+        assert [answer.tokens for answer in ask(llm, *prompts)] == [expected(p) for p in prompts]
+        drain(llm)
+    scheduler = connector(llm).scheduler
+    assert scheduler.index.num_evictions
+    assert scheduler.counters["hit_requests"]
+    assert not scheduler.index.num_leased_slots
+    assert not connector(llm).hook_errors

@@ -7,14 +7,14 @@ no kernel for Mamba-1 (``selective_scan_fwd``), and none for gated delta rules b
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.connectors.damage import GARBAGE
-from tests.connectors.engine import BLOCK, core, worker
+from tests.connectors import damage
+from tests.connectors.engine import BLOCK, worker
 
 COMMON = {
     "vocab_size": 49152, "initializer_range": 0.2, "tie_word_embeddings": False, "max_position_embeddings": 1024,
@@ -134,34 +134,7 @@ def without_states_within_a_step() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def overwritten(llm) -> Iterator[list[int]]:
-    """As `kvlab.judge.engine.overwritten`, byte by byte: a page that is allocated holds garbage, and so does one that
-    is freed and that the engine's prefix cache does not find. Gives the freed ones."""
-    pool, pages, freed = core(llm).kv_cache_manager.block_pool, worker(llm).transfer.layout.pages, []
-    free_blocks, get_new_blocks = pool.free_blocks, pool.get_new_blocks
-
-    def fill(block) -> None:
-        for layer in pages:
-            layer[block.block_id] = GARBAGE
-
-    def free(ordered_blocks) -> None:
-        blocks = list(ordered_blocks)
-        free_blocks(blocks)
-        for block in blocks:
-            if block.ref_cnt == 0 and not block.is_null:
-                freed.append(block.block_id)
-                if block.block_hash is None:
-                    fill(block)
-
-    def get_new(num_blocks, *args, **kwargs):
-        blocks = get_new_blocks(num_blocks, *args, **kwargs)
-        for block in blocks:
-            fill(block)
-        return blocks
-
-    pool.free_blocks, pool.get_new_blocks = free, get_new
-    try:
-        yield freed
-    finally:
-        pool.free_blocks, pool.get_new_blocks = free_blocks, get_new_blocks
+def overwritten(llm) -> AbstractContextManager[list[int]]:
+    """`damage.overwritten` of whole pages, byte by byte: states of any type, and the padding behind them."""
+    layers = worker(llm).transfer.layout.pages
+    return damage.overwritten(llm, pages=lambda block_id: [layer[block_id] for layer in layers], garbage=damage.GARBAGE)

@@ -3,18 +3,18 @@
 import pytest
 
 from kvlab.hashing import block_hashes
-from kvlab.stores.wrappers import LatencyStore
+from kvlab.judge.engine import preemptions
 from tests.connectors.damage import cut_short, flip_a_bit, objects, overwritten
 from tests.connectors.engine import (
     BLOCK,
     MAX_TOKENS,
+    check_loads_under_eviction,
     connector,
     core,
     drain,
     empty_memory,
     engine,
     generate,
-    objects_of,
     prompt,
     worker,
 )
@@ -135,10 +135,7 @@ def test_together_with_the_engines_own_prefix_cache(settings, expected):
 def test_preempted_requests(settings, expected):
     prompts = [prompt(200, ending=1), prompt(200, ending=2), prompt(300), prompt(300, ending=0)]
     few = {"kv_cache_memory_bytes": 48 * PAGE_BYTES, "max_model_len": 384}  # not for all of them at their ends
-    with engine(MEMORY, settings | few) as llm:
-        scheduler, preempted = core(llm), []
-        original = scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *a, **k: (preempted.append(1), original(request, *a, **k))[1]
+    with engine(MEMORY, settings | few) as llm, preemptions(llm) as preempted:
         for _ in range(3):
             answers = generate(llm, prompts, detokenize=False, max_tokens=80)
             assert [answer.tokens[:MAX_TOKENS] for answer in answers] == [expected(p) for p in prompts]
@@ -190,18 +187,9 @@ def test_an_error_in_a_copy_costs_only_the_hit(settings, expected, monkeypatch, 
 
 def test_evictions_while_loads_are_under_way(settings, expected, tmp_path):
     """Host memory for a few prompts over a slow disk: objects leave while others are fetched."""
-    prompts = [prompt(300), prompt(300, ending=0), prompt(200, ending=1), prompt(480), prompt(480, ending=0)]
     tiers = [f"memory://?size={56 * PAGE_BYTES}", f"file://{tmp_path}?size=1GiB"]
     with engine(tiers, settings, in_thread=True) as llm:
-        objects_of(llm).store = LatencyStore(objects_of(llm).store, latency_s=0.01)
-        for _ in range(3):
-            assert [answer.tokens for answer in ask(llm, *prompts)] == [expected(p) for p in prompts]
-            drain(llm)
-        scheduler = connector(llm).scheduler
-        assert scheduler.index.num_evictions
-        assert scheduler.counters["hit_requests"]
-        assert not scheduler.index.num_leased_slots
-        assert not connector(llm).hook_errors
+        check_loads_under_eviction(llm, ask, expected)
 
 
 def test_whole_pages_only(settings, expected):

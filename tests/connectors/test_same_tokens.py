@@ -2,12 +2,12 @@
 
 import pytest
 
+from kvlab.judge.engine import preemptions
 from tests.connectors.conftest import EDGES
 from tests.connectors.engine import (
     BLOCK,
     MAX_TOKENS,
     connector,
-    core,
     empty_memory,
     engine,
     generate,
@@ -166,10 +166,8 @@ def test_together_with_prefix_caching(expected):
 def test_preemption(expected):
     prompts = [prompt(200, ending=e) for e in range(8)]
     # 40 blocks for eight requests that need eight each at their end
-    with engine(MEMORY, {"kv_cache_memory_bytes": 40 * BLOCK * TOKEN_BYTES, "max_model_len": 512}) as llm:
-        scheduler, preempted = core(llm), []
-        original = scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *a, **k: (preempted.append(1), original(request, *a, **k))[1]
+    few = {"kv_cache_memory_bytes": 40 * BLOCK * TOKEN_BYTES, "max_model_len": 512}
+    with engine(MEMORY, few) as llm, preemptions(llm) as preempted:
         for _ in range(2):
             answers = generate(llm, prompts, max_tokens=40)
             for p, answer in zip(prompts, answers, strict=True):

@@ -4,18 +4,18 @@ import pytest
 
 import kvlab
 from kvlab.errors import ConfigError
-from kvlab.stores.wrappers import LatencyStore
+from kvlab.judge.engine import preemptions
 from tests.connectors.damage import GARBAGE, cut_short, flip_a_bit, objects
 from tests.connectors.engine import (
     BLOCK,
     MAX_TOKENS,
+    check_loads_under_eviction,
     connector,
     core,
     drain,
     empty_memory,
     engine,
     generate,
-    objects_of,
     prompt,
     worker,
 )
@@ -163,10 +163,7 @@ def test_states_behind_generated_tokens(settings, expected):
 def test_preempted_requests(settings, expected):
     prompts = [prompt(200, ending=1), prompt(200, ending=2), prompt(300), prompt(300, ending=0)]
     few = {"kv_cache_memory_bytes": 48 * PAGE_BYTES, "max_model_len": 384}  # not for all of them at their ends
-    with engine(MEMORY, settings | few) as llm:
-        scheduler, preempted = core(llm), []
-        original = scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *a, **k: (preempted.append(1), original(request, *a, **k))[1]
+    with engine(MEMORY, settings | few) as llm, preemptions(llm) as preempted:
         for _ in range(3):
             answers = ask(llm, *prompts, max_tokens=80)
             assert [answer.tokens[:MAX_TOKENS] for answer in answers] == [expected(p) for p in prompts]
@@ -196,18 +193,9 @@ def test_a_new_engine_reads_the_disk_and_damage_is_computed_again(settings, expe
 
 
 def test_evictions_while_loads_are_under_way(settings, expected, tmp_path):
-    prompts = [prompt(300), prompt(300, ending=0), prompt(200, ending=1), prompt(480), prompt(480, ending=0)]
     tiers = [f"memory://?size={40 * PAGE_BYTES}", f"file://{tmp_path}?size=1GiB"]
     with engine(tiers, settings, in_thread=True) as llm:
-        objects_of(llm).store = LatencyStore(objects_of(llm).store, latency_s=0.01)
-        for _ in range(3):
-            assert [answer.tokens for answer in ask(llm, *prompts)] == [expected(p) for p in prompts]
-            drain(llm)
-        scheduler = connector(llm).scheduler
-        assert scheduler.index.num_evictions
-        assert scheduler.counters["hit_requests"]
-        assert not scheduler.index.num_leased_slots
-        assert not connector(llm).hook_errors
+        check_loads_under_eviction(llm, ask, expected)
 
 
 def test_an_error_in_a_copy_costs_only_the_hit(settings, expected, monkeypatch):

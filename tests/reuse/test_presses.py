@@ -2,25 +2,20 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvlab import capture
 from kvlab.errors import ConfigError
 from kvlab.reuse import PRESSES, compare_presses, kept, pressed, pruned
 from kvlab.reuse.methods import rope_of
 from kvlab.reuse.presses import knorm, snapkv, streaming
+from tests.support.llama import small_llama
 
 TOKENS = [(7 * at * at + at) % 200 for at in range(80)]
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return small_llama(3)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from kvlab import capture
 from kvlab.connectors.captured import KV
@@ -10,16 +10,12 @@ from kvlab.errors import ConfigError
 from kvlab.reuse import METHODS, compare_reuse, kept, over_texts, pasted, recomputed, turned, with_seconds
 from kvlab.reuse.methods import Case, block_attention, cacheblend, epic, rerope, rope_of
 from kvlab.simulation.cost import Prefill
+from tests.support.llama import small_llama
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return small_llama(4)
 
 
 PIECES = [[(7 * at + 31 * piece) % 200 for at in range(40)] for piece in range(3)]
