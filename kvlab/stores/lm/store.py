@@ -68,7 +68,7 @@ class LMStore(OneServerStore):
 
     @classmethod
     def arguments(cls, url: StoreURL) -> dict[str, Any]:
-        url.refuse_login("LMCache's server knows no users: whoever reaches it reads and writes; sign objects by auth=")
+        url.refuse_login("LMCache's server knows no users: all who reach it read and write; sign objects by auth=")
         if "size" in url.options:
             raise ConfigError(
                 f"size is no option of {url.shown!r}: the server evicts nothing and its memory grows until it is "

@@ -78,7 +78,7 @@ class MooncakeStore(OneServerStore):
 
     @classmethod
     def arguments(cls, url: StoreURL) -> dict[str, Any]:
-        url.refuse_login("Mooncake knows no users: whoever reaches its ports reads and writes; sign objects by auth=")
+        url.refuse_login("Mooncake knows no users: all who reach its ports read and write; sign objects by auth=")
         if "size" in url.options:
             raise ConfigError(f"size is no option of {url.shown!r}: the budget is the memory of Mooncake's nodes")
         protocol, device = url.take("protocol", "tcp"), url.take("device", "")
