@@ -53,8 +53,8 @@ def ttft_cdf(rows: Iterable[Row], *, title: str) -> "go.Figure":
     figure = go.Figure()
     for row in rows:
         color = theme.color(row["backend"])
-        times = sorted(row["ttfts_ms"])
-        shares = [(n + 1) / len(times) for n in range(len(times))]
+        times = sorted(ttft for ttft in row["ttfts_ms"] if ttft is not None)  # a failed request has none
+        shares = [(n + 1) / len(row["ttfts_ms"]) for n in range(len(times))]
         line = {"color": color, "dash": "dot" if row["run"] == 1 else "solid", "shape": "hv"}
         figure.add_scatter(x=times, y=shares, mode="lines", line=line, name=f"{row['backend']}, run {row['run']}")
     figure.update_xaxes(title="TTFT (ms)", type="log")

@@ -107,10 +107,13 @@ class Client:
         details: dict[str, Any] = json.loads(result.read_text())
         if not details.get("completed"):
             error = next((text for text in details.get("errors", ()) if text), "no reason given")
-            raise StoreError(
-                f"no request was answered: {error.strip().splitlines()[-1][:300]}; the server's log: {server.log}"
-            )
+            raise StoreError(f"no request was answered: {last_line(error)}; the server's log: {server.log}")
         return details
+
+
+def last_line(error: str) -> str:
+    """Of a failed request's text, which may be a traceback, the line that says what was wrong."""
+    return (error.strip().splitlines() or ["no reason given"])[-1][:300]
 
 
 def client_version() -> str:

@@ -27,6 +27,13 @@ def samples_ms(details: Mapping[str, Any]) -> dict[str, Array]:
     return {name: np.asarray(s, float) * 1e3 for name, s in zip(METRICS, (ttfts, tpots, gaps_ms, e2els), strict=True)}
 
 
+def ttfts_ms(details: Mapping[str, Any]) -> list[float | None]:
+    """TTFT of each request in the order sent; None where it failed."""
+    return [
+        None if error else round(ttft * 1e3, 3) for ttft, error in zip(details["ttfts"], details["errors"], strict=True)
+    ]
+
+
 def summary(details: Mapping[str, Any]) -> dict[str, float]:
     """``mean_ttft_ms``, ``median_tpot_ms``, ``std_itl_ms``, ``p99_e2el_ms`` and so on, by vLLM's names."""
     result: dict[str, float] = {}
@@ -62,17 +69,25 @@ def itl_over_time(details: Mapping[str, Any], step_s: float = 1.0) -> list[tuple
 
 
 def reduction(
-    before_ms: Sequence[float], after_ms: Sequence[float], *, resamples: int = 2000
+    before_ms: Sequence[float | None], after_ms: Sequence[float | None], *, resamples: int = 2000
 ) -> tuple[float, float, float]:
     """1 - mean(after) / mean(before), with the ends of its 95% bootstrap interval.
 
-    Where both hold the same prompts in the same order, prompts are drawn in pairs: most of the spread is theirs and
-    not the cache's. Else each side is drawn for itself. Seeded, so that a table says the same each time it is made.
+    Where both hold the same prompts in the same order, prompts are drawn in pairs, of those answered both times: most
+    of the spread is theirs and not the cache's. Else each side is drawn for itself. None is a request that failed.
+    Seeded, so that a table says the same each time it is made.
     """
     before, after = np.asarray(before_ms, float), np.asarray(after_ms, float)
+    paired = before.size == after.size
+    answered = ~np.isnan(before), ~np.isnan(after)
+    if paired:
+        answered = (answered[0] & answered[1],) * 2
+    before, after = before[answered[0]], after[answered[1]]
+    if not before.size or not after.size:
+        return (float("nan"),) * 3
     rng = np.random.default_rng(0)
     draws_before = rng.integers(0, before.size, (resamples, before.size))
-    draws_after = draws_before if before.size == after.size else rng.integers(0, after.size, (resamples, after.size))
+    draws_after = draws_before if paired else rng.integers(0, after.size, (resamples, after.size))
     drawn = 1 - after[draws_after].mean(axis=1) / before[draws_before].mean(axis=1)
     low, high = np.percentile(drawn, [2.5, 97.5])
     return float(1 - after.mean() / before.mean()), float(low), float(high)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,6 @@ def _one_run(plan: Plan, traffic: Traffic, server: Server, chosen: Backend, turn
     counted = counters.difference(before, after)
     hits = counters.hits_by_prompt(loads, details["input_lens"], client.REQUEST_PREFIX)
     first = min(details["start_times"])
-    ok = [not error for error in details["errors"]]
     kept = ["duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput"]
     kept += ["output_throughput", "total_token_throughput", "max_concurrent_requests"]
     row = {
@@ -104,7 +104,8 @@ def _one_run(plan: Plan, traffic: Traffic, server: Server, chosen: Backend, turn
         "server_args": [_shown(arg, plan) for arg in server.command[3:]],
         "server_env": {key: _shown(value, plan) for key, value in {**chosen.env, **plan.env}.items()},
         "client_args": [_shown(arg, plan) for arg in args],
-        "ttfts_ms": [round(t * 1e3, 3) for t, good in zip(details["ttfts"], ok, strict=True) if good],
+        "errors": Counter(client.last_line(error) for error in details["errors"] if error),
+        "ttfts_ms": latency.ttfts_ms(details),
         "starts_s": [round(t - first, 4) for t in details["start_times"]],
         "input_lens": details["input_lens"],
         "output_lens": details["output_lens"],

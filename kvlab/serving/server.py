@@ -125,6 +125,9 @@ class Server:
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of servers and clients: this kvlab importable, no network look-ups, one hash seed, plain logs.
 
+    The benchmark client keeps idle connections for 60 s. vLLM closes them after 5, and a request that is sent at that
+    moment fails: the server keeps them longer than the client.
+
     On a CPU vLLM keeps one core free of computing, and one more where there is any connector; where that leaves none,
     all compute. Two servers would be given different cores for the same work: each keeps one free, unless told.
     """
@@ -135,6 +138,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",
         **inherited,
         **fixed,
         "VLLM_LOGGING_LEVEL": "INFO",

@@ -94,10 +94,22 @@ def report(rows: Iterable[Row]) -> str:
         title = f"{model}, {dataset}, {num_prompts} prompts, {pace}; {group[0].get('gpu') or group[0].get('cpu', '')}"
         if compared := compare(group):
             parts.append(f"{title}\n\n" + _table(compared))
+        if failed := _failed(group):
+            parts.append(failed)
     alone = [row for group in groups.values() if all(row["run"] == 1 for row in group) for row in group]
     if table := first_runs(alone):
         parts.append("First runs\n\n" + table)
     return "\n\n".join(parts)
+
+
+def _failed(rows: Iterable[Row]) -> str:
+    """One line for each run in which requests failed, with their reasons; means are over the others."""
+    return "\n".join(
+        f"{shown(row['backend'])}, run {row['run']}: {sum(row['errors'].values())} of {row['num_prompts']} requests"
+        f" failed: {'; '.join(row['errors'])}"
+        for row in rows
+        if row.get("errors")
+    )
 
 
 def first_runs(rows: Iterable[Row]) -> str:

@@ -13,7 +13,7 @@ from kvlab.machine.redis_server import RedisServer
 from kvlab.plotting.serving import itl_over_time, reduction_bars, ttft_cdf
 from kvlab.serving import report, run, serving_block
 from kvlab.serving.latency import summary
-from kvlab.serving.server import Server
+from kvlab.serving.server import Server, environment
 from kvlab.serving.tables import compare, read_rows
 from kvlab.serving.workloads import make_workload
 from tests.connectors.engine import PATIENT
@@ -212,6 +212,24 @@ def test_a_second_run_that_is_not_faster_is_shown_as_such():
     assert "| 80.0%, 75.0% of them not loaded |" in report(claimed)
     in_process = [row | {"backend": "lmcache-cpu" if row["backend"] == "same" else row["backend"]} for row in rows]
     assert "| lmcache-cpu (deprecated) |" in report(in_process)
+
+
+def test_a_request_that_failed_is_told_and_leaves_the_others_in_pairs():
+    times = np.linspace(10.0, 1000.0, 100)
+    first, last = list(times), list(times * 0.5)
+    first[3] = last[90] = None
+    fields = {"dataset": "d", "model": "m", "num_prompts": 100, "request_rate": 1, "total_input_tokens": 10}
+    fields |= {"hit_tokens": 0, "mean_ttft_ms": 1.0, "p99_ttft_ms": 1.0, "mean_tpot_ms": 1.0, "backend": "mine"}
+    rows = [fields | {"run": run, "ttfts_ms": ttfts} for run, ttfts in ((1, first), (2, last))]
+    (one,) = compare(rows)
+    assert [one.reduction, one.low, one.high] == pytest.approx([0.5] * 3), "each prompt with itself"
+    rows[1]["errors"] = {"Server disconnected": 1}
+    assert report(rows).endswith("mine, run 2: 1 of 100 requests failed: Server disconnected")
+
+
+def test_the_server_keeps_an_idle_connection_longer_than_the_client():
+    assert int(environment({})["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > 60
+    assert environment({"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "7"})["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "7"
 
 
 def test_first_runs_are_compared_with_none_on_the_same_prompts():
