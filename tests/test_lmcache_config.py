@@ -77,7 +77,19 @@ def test_its_defaults_are_a_tier_of_5_gib():
         ({"local_cpu": False, "local_disk": "/kv", "max_local_disk_size": 2}, ["file:///kv?size=2GiB"], ""),
         ({"local_disk": "/a,/b", "max_local_disk_size": 2}, [FIRST, "file:///a?size=2GiB"], "one folder"),
         ({"local_disk": "/a"}, [FIRST], "holds nothing without max_local_disk_size"),
-        ({"remote_url": "lm://host:1"}, [FIRST], "no backend lm://"),
+        ({"remote_url": "lm://host:1"}, [FIRST, "lm://host:1"], ""),
+        ({"remote_url": "hf3fs://host:1"}, [FIRST], "no backend hf3fs://"),
+        ({"remote_url": "mooncakestore://h:50051/"}, [FIRST, "mooncake://h:50051"], "?protocol="),
+        (
+            {"remote_url": "s3://kv-cache.s3.eu-west-1.amazonaws.com", "extra_config": {"s3_num_io_threads": 8}},
+            [FIRST, "s3://kv-cache?region=eu-west-1"],
+            "LMCache's own: s3_num_io_threads",
+        ),
+        (
+            {"remote_url": "s3://kv-cache.host:9000", "extra_config": '{"s3_region": "r1", "disable_tls": true}'},
+            [FIRST, "s3://kv-cache?region=r1&endpoint=http://host:9000"],
+            "credentials",
+        ),
         ({"remote_url": "valkey://h:1"}, [FIRST, "redis://h:1"], ""),
         ({"remote_url": "fs://h:0/shared"}, [FIRST, "file:///shared?size=100GiB&shared=true"], "100GiB"),
         ({"remote_url": "redis://:secret@h:1"}, [FIRST, "redis://h:1"], "KVLAB_REDIS_PASSWORD"),
@@ -106,6 +118,7 @@ def test_what_has_no_counterpart_is_told(given, tiers, told):
         ({"chunk_size": "many"}, "chunk_size of LMCache must be a number"),
         ({"chunk_size": 25.5}, "chunk_size of LMCache must be a whole number"),
         ({"local_cpu": False}, "no tier is left"),
+        ({"extra_config": "[1"}, "extra_config is no YAML"),
     ],
 )
 def test_a_wrong_value_is_one_line(given, words):

@@ -43,7 +43,7 @@ def command(line: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
         "size Qwen2.5-7B --json",
         "simulate chat --tiers 10GiB --model Qwen2.5-7B --limit 50 --policy lru,belady",
         "store ls file://{cwd}/kv",
-        "config memory://?size=1GiB file:///kv?size=1GiB",
+        "config memory://?size=1GiB file:///kv?size=1GiB&serde=lossless",
         "config from-lmcache {cwd}/lmcache.yaml",
         "completion bash",
         "bench --help",

@@ -3,14 +3,14 @@
 Names and defaults are those of ``lmcache/v1/config.py``; sizes are there in units of 2**30 bytes.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from fnmatch import fnmatch
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, nearest
 from kvlab.stores.url import shown_url
 
 POLICIES = ("lru", "lfu", "fifo", "mru")
@@ -25,9 +25,12 @@ MAPPED = {  # key of LMCache -> what it becomes
     "max_local_cpu_size": "`size` of `memory://`, 5 GiB unless told; `staging` where `local_cpu` is false",
     "local_disk": "a tier `file:///path`; of several folders the first",
     "max_local_disk_size": "`size` of `file://`",
-    "remote_url": "a tier: `redis://`, `rediss://`, `redis-sentinel://`, `unix://`; `valkey://` is `redis://`; "
-    "`fs://host/path` is `file:///path`, with a size to be given",
+    "remote_url": "a tier: `redis://`, `rediss://`, `redis-sentinel://`, `unix://`, `lm://`; "
+    "`valkey://` is `redis://`; "
+    "`s3://bucket.s3.region.amazonaws.com` is `s3://bucket?region=region`, another host its `endpoint`; "
+    "`mooncakestore://` is `mooncake://`; `fs://host/path` is `file:///path`, with a size to be given",
     "remote_serde": "`serde=` of the secondary tiers: `naive`",
+    "extra_config": "`s3_region`, `disable_tls` where `remote_url` is a bucket; its other entries are LMCache's own",
     "cache_policy": "`policy=` of `memory://` and `file://`: LRU, LFU, FIFO, MRU",
     "save_decode_cache": "`save_generated`",
     "save_unfull_chunk": "`save_partial_block`",
@@ -39,19 +42,19 @@ UNMAPPED = {  # pattern of keys -> why nothing takes their place
     "pre_caching_hash_algorithm": "keys are the same in every process, whatever PYTHONHASHSEED is",
     "enable_blending": "only prefixes are reused",
     "blend_*": "only prefixes are reused",
-    "enable_p2p": "engines share KV through a tier: Redis, or a folder on a shared file system",
-    "p2p_*": "engines share KV through a tier: Redis, or a folder on a shared file system",
+    "enable_p2p": "engines share KV through a tier: `kvlab serve` on a host, else Redis or a shared file system",
+    "p2p_*": "engines share KV through a tier: `kvlab serve` on a host, else Redis or a shared file system",
     "enable_pd": "prefill and decode in one engine; between engines use vLLM's own NixlConnector",
     "pd_*": "prefill and decode in one engine; between engines use vLLM's own NixlConnector",
-    "nixl_*": "there is no NIXL backend; tiers are host memory, folders and Redis",
-    "transfer_channel": "there is no NIXL backend; tiers are host memory, folders and Redis",
-    "gds_*": "there is no GPUDirect Storage; disk tiers read with O_DIRECT into pinned memory",
-    "use_gds": "there is no GPUDirect Storage; disk tiers read with O_DIRECT into pinned memory",
+    "nixl_*": "NIXL carries nothing between engines here; as storage it is a tier, nixl:///path?size=100GiB",
+    "transfer_channel": "NIXL carries nothing between engines here; as storage it is a tier, nixl:///path?size=100GiB",
+    "gds_*": "no file goes straight into a GPU's memory; disk tiers read past the page cache into pinned memory",
+    "use_gds": "no file goes straight into a GPU's memory; disk tiers read past the page cache into pinned memory",
     "maru_*": "there is no CXL backend",
     "enable_controller": "there is no controller; `kvlab store` looks into tiers",
     "controller_*": "there is no controller; `kvlab store` looks into tiers",
     "lmcache_*": "there is no controller; `kvlab store` looks into tiers",
-    "mp_*": "the connector runs within vLLM; there is no server of its own",
+    "mp_*": "the connector runs within vLLM; engines of a host share a cache by `kvlab serve`",
     "internal_api_server_*": "counters are in vLLM's /metrics, tiers are looked into by `kvlab store`",
     "use_layerwise": "objects hold all layers and are loaded whole",
     "enable_async_loading": "loads from secondary tiers always run in the background",
@@ -83,13 +86,13 @@ UNMAPPED = {  # pattern of keys -> why nothing takes their place
     "*hidden_state*": "hidden states are not cached",
     "audit_actual_remote_url": "there is no audit connector",
     "py_enable_gc": "Python's collector is left as it is",
-    "extra_config": "its entries are LMCache's own; disk tiers use O_DIRECT unless the URL says ?direct=false",
     "track_usage": "nothing is sent anywhere",
     "log_level": "the level is VLLM_LOGGING_LEVEL",
     "use_experimental": "there is one version",
 }  # fmt: skip
 KEYS_OF_ENVIRONMENT = "LMCACHE_"
 UNKNOWN = "no key of LMCache that is known here"
+OF_BUCKETS = ("s3_region", "disable_tls")  # of extra_config
 CONFIG_FILE = "LMCACHE_CONFIG_FILE"  # LMCache reads this file, then the other variables over it
 
 
@@ -166,8 +169,7 @@ def reason(key: str) -> str:
         if fnmatch(key, pattern):
             return why.replace("`", "")
     known = [*MAPPED, *ALIASES, *(pattern for pattern in UNMAPPED if "*" not in pattern)]
-    near = get_close_matches(key, known, 1, 0.8)
-    return UNKNOWN + (f"; do you mean {near[0]}?" if near else "")
+    return UNKNOWN + nearest(key, known, 0.8)
 
 
 def page_tables() -> str:
@@ -212,10 +214,11 @@ def _disk(keys: Mapping[str, Any], done: Translated, policy: str) -> None:
 
 
 def _remote(keys: Mapping[str, Any], done: Translated) -> None:
+    extra = _extra(keys, done)
     serde = str(keys.get("remote_serde", "naive")).strip().lower()
     if serde != "naive":
         done.left_out.append(
-            f"remote_serde: {serde} must tell K from V, which vLLM's pages do not show; naive takes its place"
+            f"remote_serde: there is no {serde} in an engine; naive takes its place, ?serde=int4 is small too"
         )
     if "remote_url" not in keys:
         return
@@ -229,9 +232,19 @@ def _remote(keys: Mapping[str, Any], done: Translated) -> None:
             f"remote_url: fs:// has no budget and file:// needs one: 100GiB stands in file://{path}, change it"
         )
         return
-    if scheme not in ("redis", "rediss", "redis-sentinel", "unix"):
+    if scheme == "s3":
+        _bucket(rest.partition("/")[0], extra, done)
+        return
+    if scheme == "mooncakestore":
+        done.tiers.append(f"mooncake://{rest.partition('/')[0]}")
+        done.left_out.append(
+            "remote_url: what extra_config says of Mooncake's client is left out; ?protocol=, ?device= and ?metadata= "
+            "of mooncake:// take its place"
+        )
+        return
+    if scheme not in ("redis", "rediss", "redis-sentinel", "unix", "lm"):
         kind = shown_url(url).partition("://")[0]
-        done.left_out.append(f"remote_url: there is no backend {kind}://; use a Redis server, redis://host:6379")
+        done.left_out.append(f"remote_url: there is no backend {kind}://; docs/guide/stores.md lists those there are")
         return
     login, at, rest = rest.rpartition("@")
     if at:
@@ -242,6 +255,34 @@ def _remote(keys: Mapping[str, Any], done: Translated) -> None:
             named = f" and name the user, {scheme}://USER@{rest}" if user else ""
             done.left_out.append(f"remote_url: a password stands in no URL; {way}{named}")
     done.tiers.append(f"{scheme}://{rest.rstrip('/')}")
+
+
+def _extra(keys: Mapping[str, Any], done: Translated) -> Mapping[str, Any]:
+    """`extra_config`, which a variable of the environment holds as text. What is not of a bucket is named."""
+    extra = keys.get("extra_config", {})
+    if isinstance(extra, str):
+        extra = from_yaml(extra, "extra_config")
+    if not isinstance(extra, Mapping):
+        raise ConfigError(f"extra_config of LMCache must hold settings, got {type(extra).__name__}")
+    used = OF_BUCKETS if str(keys.get("remote_url", "")).startswith("s3://") else ()
+    if left := [str(name) for name in extra if name not in used]:
+        done.left_out.append(f"extra_config: its entries are LMCache's own: {', '.join(left)}")
+    return extra
+
+
+def _bucket(host: str, extra: Mapping[str, Any], done: Translated) -> None:
+    """LMCache names a bucket by its host, the region in `extra_config`."""
+    bucket, _, endpoint = host.partition(".")
+    found = re.fullmatch(r"s3[.-](?:dualstack\.)?([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?", endpoint)
+    region = str(extra.get("s3_region") or (found[1] if found else ""))
+    options = {"region": region} if region else {}
+    if not endpoint:
+        done.left_out.append(f"remote_url: s3://{bucket} is taken as a bucket's name, of AWS")
+    elif not found or endpoint.endswith(".cn"):
+        secure = not _truth("disable_tls", extra.get("disable_tls", False))
+        options["endpoint"] = f"http{'s' if secure else ''}://{endpoint}"
+    done.tiers.append(f"s3://{bucket}?{urlencode(options, safe=':/')}".rstrip("?"))
+    done.left_out.append("remote_url: credentials of a bucket come from where AWS tools find them, not from here")
 
 
 def _size(key: str, value: Any) -> str:

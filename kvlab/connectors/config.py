@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 
 from kvlab.auth import AuthKey, auth_key
 from kvlab.chunking import Chunker
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, among
 from kvlab.stated import CODED_KINDS, is_coded
 from kvlab.stores import check_url
 from kvlab.stores.admission import get_rule
@@ -103,7 +103,7 @@ class ConnectorConfig:
         known = [f.name for f in fields(cls) if f.init]
         unknown = sorted(set(extra) - set(known))
         if unknown:
-            raise ConfigError(f"unknown connector setting {unknown[0]!r}; known: {', '.join(known)}")
+            raise ConfigError(f"unknown connector setting {unknown[0]!r}; {among(unknown[0], known)}")
         return cls(**extra)
 
     def __post_init__(self) -> None:
@@ -252,7 +252,7 @@ class ConnectorConfig:
 
 def _checked_serde(spec: str) -> str:
     """The whole name of the serde that `spec` chooses; ConfigError where no tier can have it."""
-    if spec == "naive":
+    if spec in ("naive", "lossless"):
         return spec  # without PyTorch, which a machine that only writes a configuration need not have
     from kvlab.serde import get_serde
 

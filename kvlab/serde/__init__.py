@@ -6,7 +6,7 @@
 
 from functools import cache
 
-from kvlab.errors import ConfigError, FormatError, KVLabError, missing_package
+from kvlab.errors import ConfigError, FormatError, KVLabError, among, missing_package
 from kvlab.installed import class_at, found, label, options_of, told
 
 try:
@@ -69,7 +69,7 @@ def get_serde(spec: str) -> Serde:
     name, _, options = spec.partition(":")
     target = SERDES.get(name) or _found().get(name)
     if target is None:
-        raise ConfigError(f"unknown serde {name!r}; known: {', '.join(sorted({*SERDES, *_found()}))}")
+        raise ConfigError(f"unknown serde {name!r}; {among(name, sorted({*SERDES, *_found()}))}")
     arguments = options_of("serde", spec, "group=64,k=channel")
     cls = class_at(GROUP, name, target)
     try:

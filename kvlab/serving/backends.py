@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlab.connectors.config import ConnectorConfig, vllm_config
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def named_backend(
     """The backend called `name`. `cache_bytes` is the size of its tier, `beside` the address of a cache that runs
     beside the engine, `settings` go to kvlab's connector alone."""
     if name not in NAMES:
-        raise ConfigError(f"backend must be one of {', '.join(NAMES)}, or store URLs; got {name!r}")
+        raise ConfigError(
+            f"backend must be one of {', '.join(NAMES)}, or store URLs; got {name!r}{nearest(name, NAMES)}"
+        )
     if name in NEEDS_REDIS and redis_url is None:
         raise ConfigError(f"backend {name!r} needs a Redis server; give its URL")
     off = ("--no-enable-prefix-caching",)

@@ -10,7 +10,7 @@ can tell what is wrong with a URL.
 from collections.abc import Sequence
 from typing import Any
 
-from kvlab.errors import ConfigError, KVLabError
+from kvlab.errors import ConfigError, KVLabError, among
 from kvlab.installed import class_at, found, label
 from kvlab.stores.base import Store, StoreCounters
 from kvlab.stores.url import StoreURL
@@ -31,8 +31,11 @@ STORES = {  # scheme -> "module:Class"; imported on use
     "memcached": "kvlab.stores.memcached:MemcachedStore",
     "mooncake": "kvlab.stores.mooncake:MooncakeStore",
     "nixl": "kvlab.stores.nixl:NixlStore",
-    "gds": "kvlab.stores.gds:GdsStore",
     "kvlab": "kvlab.stores.served:ServedStore",
+}
+REFUSED = {  # scheme -> why, and what there is instead
+    "gds": "no store goes from files straight into a GPU's memory: file:///path reads a folder past the page cache, "
+    "nixl:///path?plugin=GDS has cuFile through NIXL",
 }
 
 
@@ -105,9 +108,11 @@ def _class_of(url: StoreURL) -> tuple[Any, str]:
     """The class for this scheme, and how errors name it."""
     others = found(GROUP)
     target = STORES.get(url.scheme) or others.get(url.scheme)
+    if target is None and url.scheme in REFUSED:
+        raise ConfigError(f"{url.shown!r} cannot be opened: {REFUSED[url.scheme]}")
     if target is None:
-        known = ", ".join(sorted({*STORES, *others}))
-        raise ConfigError(f"unknown store scheme {url.scheme!r} in {url.shown!r}; known: {known}")
+        known = sorted({*STORES, *others})
+        raise ConfigError(f"unknown store scheme {url.scheme!r} in {url.shown!r}; {among(url.scheme, known)}")
     return class_at(GROUP, url.scheme, target), label(GROUP, url.scheme, target)
 
 

@@ -6,7 +6,7 @@ import stat
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, nearest
 from kvlab.units import parse_bytes
 
 MOST_SECRET_BYTES = 4096
@@ -196,7 +196,8 @@ class StoreURL:
                 raise ConfigError(
                     f"an option of {self.shown!r} is unknown; known: {known}; write & in a password as %26"
                 )
-            raise ConfigError(f"unknown option {unknown[0]!r} in {self.shown!r}; known: {known}")
+            near = nearest(unknown[0], sorted(self._taken))
+            raise ConfigError(f"unknown option {unknown[0]!r} in {self.shown!r}; known: {known}{near}")
 
 
 def shown_url(raw: str) -> str:

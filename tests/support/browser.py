@@ -1,18 +1,18 @@
 """A headless Chrome or Chromium, driven over the DevTools protocol. Needs no driver and no download."""
 
-import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
-import signal
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import websocket  # websocket-client, which Jupyter's server brings
+
+from kvlab.machine.processes import Child
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chromium-headless-shell")
 MISSING = "no Chrome or Chromium found: install one (Debian: apt-get install chromium) or name it by BROWSER_PATH"
@@ -39,9 +39,9 @@ class Browser:
             "--remote-debugging-port=0",
         ]
         command += ["--force-dark-mode"] if dark else []
-        self._process = subprocess.Popen(
-            [*command, "about:blank"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-        )
+        self._log = Path(self._home.name, "log")  # no pipe: a full one that is read no more would stop it
+        with self._log.open("wb") as out:
+            self._process = Child([*command, "about:blank"], out)
         self._ids = itertools.count(1)
         self._socket = websocket.create_connection(self._page_address(), timeout=300, suppress_origin=True)
 
@@ -49,13 +49,13 @@ class Browser:
         """The address of its first page: the browser says on stderr where it listens."""
         import urllib.request
 
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            if b"DevTools listening on" in line:
-                host = line.decode().split("ws://")[1].split("/")[0]
-                break
-        else:
-            raise RuntimeError("the browser ended before it listened")
+        while not (found := re.search(rb"DevTools listening on ws://([^/]+)/", self._log.read_bytes())):
+            if self._process.poll() is not None:
+                raise RuntimeError(
+                    f"the browser ended before it listened: {self._log.read_text(errors='replace')[-500:]}"
+                )
+            time.sleep(0.05)
+        host = found[1].decode()
         while True:  # it listens before its first page is there
             with urllib.request.urlopen(f"http://{host}/json") as answer:
                 pages = [page for page in json.load(answer) if page["type"] == "page"]
@@ -95,10 +95,5 @@ class Browser:
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
-        self._process.terminate()
-        self._process.wait()
-        with contextlib.suppress(ProcessLookupError):  # its helpers write to the profile for a moment longer
-            os.killpg(self._process.pid, signal.SIGKILL)
-        assert self._process.stderr is not None
-        self._process.stderr.close()
+        self._process.end()
         self._home.cleanup()

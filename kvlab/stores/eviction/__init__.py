@@ -5,7 +5,7 @@ None of them is told the capacity: a victim is only asked for when the tier is f
 A package adds a policy through the entry point group ``kvlab.policies``: name -> class, made without arguments.
 """
 
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, among
 from kvlab.installed import class_at, found, label, told
 from kvlab.stores.eviction.arc import ARCPolicy
 from kvlab.stores.eviction.base import EvictionPolicy
@@ -60,8 +60,9 @@ def policy_class(policy: object, *, also: tuple[str, ...] = ()) -> type[Eviction
             return POLICIES[policy]
         others = found(GROUP)
         if policy not in others:
-            known = ", ".join(sorted({*POLICIES, *others, *also}))
-            raise ConfigError(f"unknown eviction policy {policy!r}; known: {known}")
+            raise ConfigError(
+                f"unknown eviction policy {policy!r}; {among(policy, sorted({*POLICIES, *others, *also}))}"
+            )
         cls: object = class_at(GROUP, policy, others[policy])
         shown = label(GROUP, policy, others[policy])
     else:
