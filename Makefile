@@ -26,6 +26,7 @@ model: env-demo
 
 # make demo MODEL=path-or-hub-id runs it on a model you have.
 demo: model
+	@echo "running notebooks/00_quickstart.ipynb: about a minute on two cores"
 	@mkdir -p $(EXECUTED)
 	@$(NOTEBOOK_ENV) KVLAB_MODEL="$(MODEL)" $(VENV)/jupyter execute notebooks/00_quickstart.ipynb --output=$(CURDIR)/$(EXECUTED)/00_quickstart.ipynb
 	@$(VENV)/python scripts/show_table.py $(EXECUTED)/00_quickstart.ipynb

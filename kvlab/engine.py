@@ -194,7 +194,8 @@ class CacheEngine(ObjectCache):
 
 def retrieved_line(num_tokens: int, of_tokens: int, num_bytes: int, seconds: float) -> str:
     """The log line of a hit; GB are 10**9 bytes and seconds run to the end of the copy."""
+    gb_per_s = num_bytes / max(seconds, 1e-9) / 1e9
     return (
         f"Retrieved {num_tokens} of {of_tokens} tokens, {num_bytes / 1e6:.1f} MB, "
-        f"{seconds * 1e3:.1f} ms, {num_bytes / max(seconds, 1e-9) / 1e9:.1f} GB/s"
+        f"{seconds * 1e3:.1f} ms, {gb_per_s:.{1 if gb_per_s >= 1 else 3}f} GB/s"
     )

@@ -56,12 +56,17 @@ def has_nvidia_gpu() -> bool:
     return listed.returncode == 0 and "GPU" in listed.stdout
 
 
-def run(*command: str, env: dict[str, str] | None = None, check: bool = True) -> bool:
+def run(*command: str, env: dict[str, str] | None = None) -> None:
     print("+", " ".join(command), flush=True)
-    code = subprocess.run(command, env=env, cwd=ROOT).returncode
-    if code and check:
+    if code := subprocess.run(command, env=env, cwd=ROOT).returncode:
         sys.exit(f"set-up stopped: {command[0]} ended with {code}; mend what it says and run the same command again")
-    return code == 0
+
+
+def tried(*command: str, env: dict[str, str]) -> str:
+    """What went wrong, empty where nothing did. It is not printed: there is another way to try."""
+    print("+", " ".join(command), flush=True)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    return (done.stderr.strip() or f"ended with {done.returncode}") if done.returncode else ""
 
 
 def uv_environment() -> dict[str, str]:
@@ -114,17 +119,17 @@ def install(profile: str) -> None:
     if has_nvidia_gpu():
         run(*pip_install, "--torch-backend", "auto", "-e", f".[vllm,{extras}]", env=env)
         return
-    found = run(*pip_install, "--no-deps", f"{CPU_TORCH}+cpu", env=env, check=False)
-    if not found:  # not among pip's own sources: PyTorch's index of CPU wheels, which uv knows by name
+    failed = tried(*pip_install, "--no-deps", f"{CPU_TORCH}+cpu", env=env)
+    if failed:  # not among pip's own sources: PyTorch's index of CPU wheels, which uv knows by name
         print("no CPU build of torch in pip's sources; asking PyTorch's index of CPU wheels", flush=True)
-        found = run(*pip_install, "--no-deps", "--torch-backend", "cpu", CPU_TORCH, env=env, check=False)
+        failed = tried(*pip_install, "--no-deps", "--torch-backend", "cpu", CPU_TORCH, env=env)
     lines = [f"{name} ; sys_platform == 'never'\n" for name in CPU_EXCLUDES]
-    if not found:  # the index cannot be reached: the package index's build for CUDA runs on a CPU too
+    if failed:  # the index cannot be reached: the package index's build for CUDA runs on a CPU too
         print("that index gave none; taking the package index's own torch and 3 GB of CUDA libraries", flush=True)
-        if not run(*pip_install, CPU_TORCH, env=env, check=False):
+        if failed := tried(*pip_install, CPU_TORCH, env=env):
             python = ".".join(map(str, sys.version_info[:2]))
             sys.exit(
-                f"set-up stopped: no source that can be reached has {CPU_TORCH} for Python {python}. Give a "
+                f"{failed}\nset-up stopped: no source that can be reached has {CPU_TORCH} for Python {python}. Give a "
                 "folder or page of wheels (PIP_FIND_LINKS=/path make demo), an index (PIP_INDEX_URL=https://...), or a "
                 f"Python that has it (make PYTHON=python3.11 demo); {WITHOUT_ENGINE}"
             )

@@ -17,7 +17,14 @@ from tests.support.examples import ROOT, SHOWN, blocks, commands, commands_with_
 RUN = ("size", "store", "simulate", "config")  # these subcommands need neither an engine nor a download
 PIP = {"pip", "uv"}
 NAMES_FILES = {"conda": "-f", "docker": "-f"}  # programs that are not run, and the flag of a file of the checkout
-OTHERS = {"apt-get", "python", "memcached", "mooncake_master", "mooncake_client"}  # other systems' servers, see stores
+OTHERS = {
+    "apt-get",
+    "python",
+    "memcached",
+    "mooncake_master",
+    "mooncake_client",
+    "redis-server",
+}  # other systems' servers, see stores
 SHELL = {"head", "install", "umask", "chmod"}  # writes files below /etc/kvlab: run below a temporary folder
 
 
