@@ -9,10 +9,12 @@ too.
 import functools
 import logging
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from kvlab.fingerprint import FileState
 
+MODULE = "kvlab.connectors.vllm"
 logger = logging.getLogger("vllm.kvlab")
 # The files of each model before the first load of it by one engine, by the engine's instance_id and the model's path.
 FILES_BEFORE_LOAD: dict[tuple[str, str], tuple[FileState, ...]] = {}
@@ -31,7 +33,11 @@ WEIGHT_LOADS = WeightLoads()  # one for a process, as vLLM's worker is
 
 def watch_loads() -> None:
     """Entry point of the group ``vllm.general_plugins``: record the files of each model that an engine with a KV
-    connector loads. Does nothing where this version of vLLM has other loaders."""
+    connector loads, and check the connector's settings before an engine starts. Does nothing where this version of
+    vLLM has other loaders."""
+    arguments = getattr(sys.modules.get("vllm.engine.arg_utils"), "EngineArgs", None)  # in the user's process alone
+    if arguments is not None and not hasattr(arguments.create_engine_config, "checks_settings"):
+        arguments.create_engine_config = _checking(arguments.create_engine_config)
     try:
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
         from vllm.model_executor.model_loader.tensorizer_loader import TensorizerLoader
@@ -41,6 +47,33 @@ def watch_loads() -> None:
         original = loader.__dict__.get("load_model")
         if original is not None and not hasattr(original, "records_files"):
             loader.load_model = _recording(original)
+
+
+def _checking(original: Any) -> Any:
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_settings(self.kv_transfer_config)
+        return original(self, *args, **kwargs)
+
+    create_engine_config.checks_settings = True  # type: ignore[attr-defined]
+    return create_engine_config
+
+
+def _check_settings(transfer: Any) -> None:
+    """Raise ConfigError for wrong settings where the engine has kvlab's connector, alone or among several: from within
+    the engine's own process the line would stand in the middle of a log."""
+    if isinstance(transfer, Mapping):  # one of MultiConnector's
+        module, extra = transfer.get("kv_connector_module_path"), transfer.get("kv_connector_extra_config")
+    else:
+        module = getattr(transfer, "kv_connector_module_path", None)
+        extra = getattr(transfer, "kv_connector_extra_config", None)
+    if module == MODULE:
+        from kvlab.connectors.config import ConnectorConfig
+
+        ConnectorConfig.from_extra(extra or {})
+    elif isinstance(extra, Mapping) and isinstance(extra.get("connectors"), list):
+        for each in extra["connectors"]:
+            _check_settings(each)
 
 
 def _recording(original: Any) -> Any:

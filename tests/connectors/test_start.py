@@ -1,7 +1,6 @@
 """An engine that cannot start says why in kvlab's own line."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kvlab.connectors import vllm_plugin
 from kvlab.connectors.vllm import KVLabConnector, compat
 from kvlab.errors import ConfigError
 
@@ -27,7 +27,7 @@ if __name__ == "__main__":
 """
 
 
-def test_the_last_error_above_vllms_own_is_kvlabs(tmp_path):
+def test_a_wrong_setting_is_the_last_line_before_an_engine_starts(tmp_path):
     root = Path(__file__).resolve().parents[2]
     script = tmp_path / "engine.py"  # a file: vLLM starts its processes from it
     script.write_text(ENGINE)
@@ -36,10 +36,20 @@ def test_the_last_error_above_vllms_own_is_kvlabs(tmp_path):
         [sys.executable, str(script)], capture_output=True, text=True, env=env, cwd=root, timeout=280, check=False
     )
     assert out.returncode != 0
-    told = re.findall(r"^(?:\w+\.)*\w+(?:Error|Exception): .*$", out.stdout + out.stderr, re.MULTILINE)
-    *before, last = told
-    assert "Engine core initialization failed" in last
-    assert "unknown connector setting 'chunk_size'; known: tiers, chunk_tokens" in before[-1]
+    told = out.stderr.strip().splitlines()[-1]
+    assert told.startswith(
+        "kvlab.errors.ConfigError: unknown connector setting 'chunk_size'; known: tiers, chunk_tokens"
+    )
+    assert "Engine core initialization failed" not in out.stdout + out.stderr
+
+
+def test_settings_among_those_of_several_connectors_are_checked():
+    ours = {"kv_connector_module_path": "kvlab.connectors.vllm", "kv_connector_extra_config": {"tiers": []}}
+    several = SimpleNamespace(kv_connector_module_path=None, kv_connector_extra_config={"connectors": [{}, ours]})
+    with pytest.raises(ConfigError, match="tiers must be a list"):
+        vllm_plugin._check_settings(several)
+    for others in (None, SimpleNamespace(kv_connector_module_path="another", kv_connector_extra_config={"tiers": 1})):
+        vllm_plugin._check_settings(others)
 
 
 def test_a_wrong_setting_is_told_in_the_process_that_the_user_started():
