@@ -43,7 +43,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read rows from {str(path)!r}: {error}") from error
+        raise ConfigError(f"cannot read rows from {str(path)!r}: {getattr(error, 'strerror', '') or error}") from error
 
 
 def not_loaded(row: Row) -> float:
