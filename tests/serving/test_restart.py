@@ -5,7 +5,7 @@ import pytest
 from kvlab.serving import report, run
 from tests.connectors.engine import PATIENT
 from tests.connectors.models import short_demo
-from tests.support.serving import SERVER, small_file
+from tests.support.serving import ONE_PROCESS, SERVER, small_file
 
 
 @pytest.mark.timeout(1200)
@@ -23,6 +23,7 @@ def test_what_outlives_the_server_is_hit_after_a_restart(tmp_path, monkeypatch):
         cache_size="256MiB",
         server_flags=SERVER,
         settings=PATIENT,
+        env=ONE_PROCESS,
         warmups=0,
         restart=True,
         folder=tmp_path / "kept",

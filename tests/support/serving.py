@@ -10,6 +10,8 @@ BLOCK = 32
 SERVER = ["--max-model-len", "1088", "--block-size", str(BLOCK), "--kv-cache-memory-bytes", str(256 << 20)]
 # Every CPU computes float32 fast; bfloat16 is slow where it is emulated.
 SERVER += ["--max-num-seqs", "8", "--enforce-eager", "--dtype", "float32"]
+# vLLM's worker in the engine's process, which imports vLLM once less.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 MARK = "KVLAB_TEST_MARK"
 
 
