@@ -18,6 +18,7 @@ import torch
 from kvlab.connectors.captured import KV
 from kvlab.connectors.transformers import from_cache, to_cache
 from kvlab.errors import ConfigError
+from kvlab.reuse.rope import rope_of, turn
 
 JUDGED_LAYER = 1  # the first whose KV depends on other tokens
 
@@ -143,24 +144,10 @@ def pasted(pieces: Sequence[KV]) -> KV:
     return KV(keys, values, tokens, len(tokens), pieces[0].model)
 
 
-def rope_of(model: Any) -> torch.Tensor:
-    """Radians that each pair of channels turns a token, float64. ConfigError where a position turns keys otherwise."""
-    rope = getattr(getattr(model, "model", None), "rotary_emb", None)
-    kind = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if (
-        rope is None
-        or kind not in ("default", "linear", "llama3")
-        or model.config.model_type not in ("llama", "mistral")
-    ):
-        raise ConfigError(f"the rope of a {model.config.model_type} model ({kind}) is not known here; take a Llama")
-    frequencies: torch.Tensor = rope.inv_freq.double().cpu()
-    return frequencies
-
-
 def turned(kv: KV, by: int | torch.Tensor, frequencies: torch.Tensor) -> KV:
     """`kv` with its keys `by` positions further on: all of them by a number, or each by its own, (tokens)."""
     steps = torch.as_tensor(by).reshape(-1, 1)
-    keys = tuple(_turn(layer, steps, frequencies) for layer in kv.keys)
+    keys = tuple(turn(layer, steps, frequencies) for layer in kv.keys)
     return KV(keys, kv.values, kv.token_ids, kv.num_positions, kv.model)
 
 
@@ -186,22 +173,13 @@ def kept(kv: KV, places: Sequence[int] | torch.Tensor, frequencies: torch.Tensor
 
     count = chosen.shape[-1]
     keys = tuple(
-        _turn(part(layer, at), torch.arange(count)[:, None] - chosen[at].T, frequencies)
+        turn(part(layer, at), torch.arange(count)[:, None] - chosen[at].T, frequencies)
         for at, layer in enumerate(kv.keys)
     )
     values = tuple(part(layer, at) for at, layer in enumerate(kv.values))
     liked = torch.bincount(chosen.flatten(), minlength=kv.num_positions)
     names = liked.argsort(descending=True, stable=True)[:count].sort().values.tolist()
     return KV(keys, values, tuple(kv.token_ids[at] for at in names), count, kv.model)
-
-
-def _turn(keys: torch.Tensor, by: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Keys (tokens, kv_heads, head_dim), each `by` positions further on, (tokens, kv_heads) or what broadcasts."""
-    half = len(frequencies)
-    angles = by.double()[..., None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    a, b = keys[..., :half].double(), keys[..., half : 2 * half].double()
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, keys[..., 2 * half :].double()], dim=-1).to(keys.dtype)
 
 
 @torch.inference_mode()

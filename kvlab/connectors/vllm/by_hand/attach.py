@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,9 @@ def attach(llm: Any) -> "AttachedCache":
     config = llm.llm_engine.vllm_config
     if config.parallel_config.world_size > 1:
         raise ConfigError(f"kvlab.attach needs an engine of one rank, got {config.parallel_config.world_size}")
-    if compat.drafts_have_kv(config) or copies.groups.recurrent:
-        kind = "recurrent states" if copies.groups.recurrent else "a draft model's KV"
+    if compat.drafts_have_kv(config):
         raise ConfigError(
-            f"kvlab.attach reads and writes K and V of one model, and this engine's pages hold {kind} too"
+            "kvlab.attach reads and writes K and V of one model, and this engine's pages hold a draft model's KV too"
         )
     if decides.by_hand is None:
         pages = EnginePages(
@@ -105,21 +105,23 @@ class AttachedCache:
         """The KV that the engine has for `prompt`, to its last token; it computes what no tier holds.
 
         Keys are as the engine keeps them, after rotary embedding. Of layers with a sliding window, the tokens that the
-        last one sees. The tensors are copies: change them as you like.
+        last one sees. Of recurrent layers, the states behind all tokens and behind all but the last, from which an
+        engine goes on. The tensors are copies: change them as you like.
         """
-        asked = self._named(prompt)
+        asked, pages = self._named(prompt), self._by_hand.pages
         kv = self._caught(asked)
-        if not self._by_hand.pages.have_windows or len(kv.token_ids) < 2:
+        if not (pages.have_windows or pages.states) or len(kv.token_ids) < 2:
             return kv
-        # The engine gives a window's oldest block back when the prompt's last token is done. It is there one earlier.
+        # The engine gives a window's oldest block back when the prompt's last token is done, and has changed a state
+        # then. Both are there one token earlier.
         earlier = self._caught({**asked, "prompt_token_ids": asked["prompt_token_ids"][:-1]})
 
         def joined(old: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-            whole = zip(old, now, kv.windows, strict=True)
+            whole = zip(old, now, kv.windows or [None] * len(now), strict=True)
             return tuple(b if window is None else torch.cat([a, b[-1:]])[-window:] for a, b, window in whole)
 
-        halves = joined(earlier.keys, kv.keys), joined(earlier.values, kv.values)
-        return KV(*halves, kv.token_ids, kv.num_positions, kv.model, kv.windows)
+        keys, values = joined(earlier.keys, kv.keys), joined(earlier.values, kv.values)
+        return replace(kv, keys=keys, values=values, states={**earlier.states, **kv.states})
 
     def write(self, prompt: Prompt, kv: KV, *, any_model: bool = False) -> dict[str, Any]:
         """Have the engine use `kv` for `prompt`; returns the prompt that does, for ``llm.generate``.
@@ -142,7 +144,12 @@ class AttachedCache:
                 "any_model=True writes it all the same"
             )
         keys, values = (tuple(half.detach().cpu().clone() for half in halves) for halves in (kv.keys, kv.values))
-        salt = self._by_hand.add(KV(keys, values, token_ids, len(token_ids), kv.model, kv.windows))
+        states = {
+            end: tuple(tuple(part.detach().cpu().clone() for part in parts) for parts in layers)
+            for end, layers in kv.states.items()
+        }
+        held = replace(kv, keys=keys, values=values, token_ids=token_ids, states=states)
+        salt = self._by_hand.add(held)
         return {"prompt_token_ids": list(token_ids), "cache_salt": salt}
 
     def compare(self, before: Prompt, after: Prompt, *, max_tokens: int = 16, top: int = 20) -> Change:
@@ -283,7 +290,7 @@ class AttachedCache:
             kv = self._by_hand.take()
         if kv is None:
             raise ConfigError("the engine ended this prompt without computing it; see its log")
-        return KV(kv.keys, kv.values, kv.token_ids, kv.num_positions, self.model, kv.windows)
+        return replace(kv, model=self.model)
 
     def _identity(self) -> dict[str, str]:
         """What the KV depends on besides tokens, but for the machine and the engine's sizes."""
