@@ -63,6 +63,21 @@ def capture(model: PreTrainedModel | str | Path, text: str | list[int], max_toke
     return from_cache(cache, token_ids, model=str(loaded.config._name_or_path))
 
 
+@torch.inference_mode()
+def keys_at(model: PreTrainedModel, token_ids: Sequence[int], first: int) -> list[torch.Tensor]:
+    """Each layer's keys of a few tokens whose first one stands at place `first`, (tokens, kv_heads, head_dim)."""
+    cache = DynamicCache()
+    ids, places = (torch.tensor([list(row)], device=model.device) for row in (token_ids, range(first, first + len(token_ids))))
+    model(ids, past_key_values=cache, position_ids=places, use_cache=True)
+    _refuse_other_layers(cache.layers)
+    return [layer.keys[0].transpose(0, 1) for layer in cache.layers if layer.keys is not None]
+
+
+def windows_of(model: PreTrainedModel) -> list[int | None]:
+    """For each layer whose attention sees a window: of how many tokens; None elsewhere."""
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
+
+
 def tokenize(model: str | Path, text: str) -> list[int]:
     """`text` as token ids of the tokenizer that lies beside `model`."""
     ids: list[int] = AutoTokenizer.from_pretrained(str(model))(text)["input_ids"]

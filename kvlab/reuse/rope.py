@@ -9,8 +9,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import DynamicCache
 
+from kvlab.connectors.transformers import keys_at
 from kvlab.errors import ConfigError
 
 FIXED = ("default", "linear", "llama3", "yarn", "proportional")  # kinds of rope whose angles are always the same
@@ -82,7 +82,7 @@ def _ask(model: Any) -> torch.Tensor:
     if len({len(buffer) for buffer in buffers}) > 1:
         raise ConfigError(f"the rope of a {name} model is not known here: its layers turn different numbers of channels")
     frequencies = torch.stack(buffers)
-    near, far = _keys(model, 0), _keys(model, FURTHER)
+    near, far = ([keys.double().cpu() for keys in keys_at(model, TOKENS, first)] for first in (0, FURTHER))
     if len(near) != len(frequencies):
         raise ConfigError(f"the rope of a {name} model is not known here: {count} layers keep {len(near)} times keys")
     allowed = CLOSE.get(model.dtype, CLOSE_ENOUGH)
@@ -97,15 +97,6 @@ def _ask(model: Any) -> torch.Tensor:
                 "the angles that its rotary embedding says), so they cannot be turned to another place"
             )
     return frequencies
-
-
-@torch.inference_mode()
-def _keys(model: Any, first: int) -> list[torch.Tensor]:
-    """The keys of `TOKENS` that begin at place `first`: (tokens, kv_heads, head_dim) of each layer, float64."""
-    cache = DynamicCache()
-    places = torch.arange(first, first + len(TOKENS), device=model.device)[None]
-    model(torch.tensor([TOKENS], device=model.device), past_key_values=cache, position_ids=places, use_cache=True)
-    return [layer.keys[0].transpose(0, 1).double().cpu() for layer in cache.layers if layer.keys is not None]
 
 
 def _error(true: torch.Tensor, other: torch.Tensor) -> float:
