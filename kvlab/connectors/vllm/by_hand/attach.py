@@ -10,8 +10,7 @@ import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 from kvlab.connectors.captured import KV
-from kvlab.connectors.proven_file import Proof, read_proven, write_proven
-from kvlab.connectors.vllm import compat
+from kvlab.connectors.proven_file import Proof, read_proven, tokens_id, write_proven
 from kvlab.connectors.vllm.by_hand.answers import Asking, Change, Logprobs
 from kvlab.connectors.vllm.by_hand.pages import EnginePages
 from kvlab.connectors.vllm.by_hand.written import ByHand
@@ -66,10 +65,6 @@ def attach(llm: Any) -> "AttachedCache":
     config = llm.llm_engine.vllm_config
     if config.parallel_config.world_size > 1:
         raise ConfigError(f"kvlab.attach needs an engine of one rank, got {config.parallel_config.world_size}")
-    if compat.drafts_have_kv(config):
-        raise ConfigError(
-            "kvlab.attach reads and writes K and V of one model, and this engine's pages hold a draft model's KV too"
-        )
     if decides.by_hand is None:
         pages = EnginePages(
             config, copies._kv_cache_config, copies.kv_caches, copies.worker.transfer.layout, copies.groups
@@ -169,7 +164,8 @@ class AttachedCache:
             logprobs = self._asking.follow(prompt, tokens, top=top)
         finally:
             self._by_hand.drop(prompt["cache_salt"])
-        write_proven(path, kv, Proof(self._identity(), self._rope(), codec, tokens, logprobs))
+        prompt_id = tokens_id(kv.token_ids)
+        write_proven(path, kv, Proof(self._identity(), self._rope(), codec, prompt_id, tokens, logprobs))
 
     def load(self, path: str | Path, *, check: bool = True, tolerance: float | None = None) -> KV:
         """The KV of a file, proven: this engine has the same model, and says the same behind it.
@@ -198,6 +194,8 @@ class AttachedCache:
                 f"{path} is KV of another model: {', '.join(differing)} differ; check=False loads it all the same",
                 reason="wrong_model",
             )
+        if proof.prompt != tokens_id(kv.token_ids):
+            raise FormatError(f"{path} names other tokens than it was saved with", reason="unproven")
         vocabulary = int(self._config.model_config.get_vocab_size())
         if not max(*kv.token_ids, *proof.tokens) < vocabulary:
             raise FormatError(f"{path} names tokens beyond the model's {vocabulary}", reason="unproven")

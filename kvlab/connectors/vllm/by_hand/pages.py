@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kvlab.connectors.captured import KV
+from kvlab.connectors.vllm import compat
 from kvlab.connectors.vllm.by_hand.state_pages import StateLayers, layer_number
 from kvlab.connectors.vllm.kv_groups import NO_PAGE, KVGroups, Tables
 from kvlab.connectors.vllm.pages import layer_maps
@@ -18,6 +19,7 @@ from kvlab.errors import ConfigError
 from kvlab.paged import Opaque, PageLayout, PageMap, TypedPages
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DRAFT = "draft_model."  # how the engine calls layers of a draft model
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class LayerPages:
 
 class EnginePages:
     """The pages of all layers, in the model's order: `layers` attend, `states` are recurrent.
+
+    A draft model's KV is none of it: what is written clears the draft's pages, so its drafts are refused until it has
+    read on, and what the engine says is the model's own.
 
     Parameters
     ----------
@@ -71,14 +76,19 @@ class EnginePages:
             for name in groups_of
         }
         page_bytes = {name: each.page_bytes for name, each in alone.items()}
-        attend = {name: kv_caches[name] for name in groups_of}
+        drafts = [name for name in groups_of if name.startswith(DRAFT)]
+        if compat.drafts_have_kv(vllm_config) and not drafts:
+            raise ConfigError("the layers of this engine's draft model cannot be told from the model's own")
+        attend = {name: kv_caches[name] for name in groups_of if name not in drafts}
         maps = layer_maps(vllm_config, kv_cache_config, attend, page_bytes)
         unknown = Opaque("the engine does not know it")
         layers = [
             LayerPages(name, at, groups.windows[at], TypedPages(alone[name], _plain(name, maps.get(name, unknown)), 1))
             for name, at in groups_of.items()
+            if name in attend
         ]
         self.layers = tuple(sorted(layers, key=lambda layer: layer_number(layer.name)))
+        self._drafts = [(groups_of[name], alone[name].pages[0]) for name in drafts]
         self.states = StateLayers(vllm_config, kv_cache_config, groups)
 
     def __repr__(self) -> str:
@@ -129,6 +139,8 @@ class EnginePages:
                 piece = torch.cat([piece.new_zeros(1, missing - first, *piece.shape[2:]), piece], dim=1)
             if table:
                 layer.pages.write(piece, table)
+        for group, pages in self._drafts:
+            pages[list(block_ids[group][first_token // self.block_tokens : -(-end_token // self.block_tokens)])] = 0
         if self.states:
             self.states.write(kv.states[end_token], block_ids, end_token)
 
