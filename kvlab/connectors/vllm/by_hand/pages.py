@@ -137,6 +137,8 @@ class EnginePages:
             piece = typed[:, max(first - missing, 0) : end_token - missing]
             if first < missing:  # a block that begins before the window: what no token sees any more
                 piece = torch.cat([piece.new_zeros(1, missing - first, *piece.shape[2:]), piece], dim=1)
+            if table and self.states:  # the engine clears no page that is filled before its step: states of others lie in it
+                layer.pages.layout.pages[0][list(table)] = 0
             if table:
                 layer.pages.write(piece, table)
         for group, pages in self._drafts:
