@@ -53,7 +53,10 @@ class KV:
             raise ConfigError(f"KV needs keys and values of every layer, got {len(self.keys)} and {len(self.values)}")
         if self.windows and len(self.windows) != len(self.keys):
             raise ConfigError(f"windows must name all {len(self.keys)} layers or none, got {len(self.windows)}")
-        if any(not 0 < end <= self.num_positions for end in self.states) or len(set(map(len, self.states.values()))) > 1:
+        if (
+            any(not 0 < end <= self.num_positions for end in self.states)
+            or len(set(map(len, self.states.values()))) > 1
+        ):
             raise ConfigError(
                 f"states must be of the same layers, each behind 1 to {self.num_positions} tokens; "
                 f"got {', '.join(f'{len(held)} layers behind {end}' for end, held in self.states.items())}"
@@ -89,7 +92,7 @@ class KV:
         """All of it as one tensor (layers, tokens, kv_heads, kv, head_dim), which is what a serde takes."""
         if self.states:
             raise ConfigError(
-                "KV with recurrent states is no tensor of tokens, and a store of tokens would lose them; `save` keeps them"
+                "KV with recurrent states is no tensor of tokens, and a store of these would lose them; use `save`"
             )
         if len({tensor.shape for tensor in (*self.keys, *self.values)}) > 1:
             raise ConfigError("layers hold different shapes; encode keys[i] and values[i] one by one")
@@ -151,8 +154,8 @@ class KV:
             return KV(keys, values, token_ids, about["num_positions"], fields.get("model", ""), windows, states)
 
     def diff(self, other: "KV") -> dict[str, torch.Tensor]:
-        """How far `other` lies from this: relative L2 error, float64, ``{"key": (layers, kv_heads), "value": ...}``, and
-        ``"state"`` where there are recurrent layers: (numbers of tokens, ascending; layers).
+        """How far `other` lies from this: relative L2 error, float64, ``{"key": (layers, kv_heads), "value": ...}``,
+        and ``"state"`` where there are recurrent layers: (numbers of tokens, ascending; layers).
 
         0 means equal; a head or state that is all zero here and not in `other` gives infinity.
         """

@@ -67,7 +67,9 @@ def capture(model: PreTrainedModel | str | Path, text: str | list[int], max_toke
 def keys_at(model: PreTrainedModel, token_ids: Sequence[int], first: int) -> list[torch.Tensor]:
     """Each layer's keys of a few tokens whose first one stands at place `first`, (tokens, kv_heads, head_dim)."""
     cache = DynamicCache()
-    ids, places = (torch.tensor([list(row)], device=model.device) for row in (token_ids, range(first, first + len(token_ids))))
+    ids, places = (
+        torch.tensor([list(row)], device=model.device) for row in (token_ids, range(first, first + len(token_ids)))
+    )
     model(ids, past_key_values=cache, position_ids=places, use_cache=True)
     _refuse_other_layers(cache.layers)
     return [layer.keys[0].transpose(0, 1) for layer in cache.layers if layer.keys is not None]

@@ -164,7 +164,9 @@ def turned(kv: KV, by: int | torch.Tensor, frequencies: torch.Tensor) -> KV:
     _of_tokens(kv)
     steps = torch.as_tensor(by).reshape(-1, 1)
     if len(steps) not in (1, kv.num_positions):
-        raise ConfigError(f"keys of {kv.num_positions} tokens must be turned by one number or by as many, got {len(steps)}")
+        raise ConfigError(
+            f"keys of {kv.num_positions} tokens must be turned by one number or by as many, got {len(steps)}"
+        )
     rows = zip(kv.keys, _by_layer(frequencies, kv), strict=True)
     return replace(kv, keys=tuple(turn(layer, steps[-len(layer) :], own) for layer, own in rows))
 
@@ -238,8 +240,8 @@ def recomputed(model: Any, kv: KV, chosen: Sequence[int]) -> KV:
 
 
 def _masks(model: Any, sees: torch.Tensor, far: torch.Tensor, dtype: torch.dtype) -> Any:
-    """What each token attends to, (1, 1, tokens, keys), as `model` takes it: by the kind of its layers where they differ
-    in how far they see. `far`: how many places each key lies before the token."""
+    """What each token attends to, (1, 1, tokens, keys), as `model` takes it: by the kind of its layers where they
+    differ in how far they see. `far`: how many places each key lies before the token."""
     windows = windows_of(model)
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * len(windows)
     found = {}

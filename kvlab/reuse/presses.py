@@ -219,9 +219,11 @@ def _chosen(model: Any, kv: KV, choose: Callable[[Layer], torch.Tensor]) -> KV:
         found.append(choose(Layer(len(found), keys, values, module, given, returned[1], turns)))
 
     layers, rotary, kinds = getattr(model.base_model, "layers", []), rotary_of(model), layer_types(model)
-    modules = [getattr(layer, "self_attn", None) for layer in layers]
+    modules: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
     if len(modules) != kv.num_layers or None in modules:
-        raise ConfigError(f"presses take models whose {kv.num_layers} layers have a self_attn, not {type(model).__name__}")
+        raise ConfigError(
+            f"presses take models whose {kv.num_layers} layers have a self_attn, not {type(model).__name__}"
+        )
     for at, module in enumerate(modules):  # where presses look for it
         module.rotary_emb = partial(rotary, layer_type=kinds[at]) if kinds else rotary
     hooks = [module.register_forward_hook(seen, with_kwargs=True) for module in modules]

@@ -71,8 +71,8 @@ def _ask(model: Any) -> torch.Tensor:
         raise ConfigError(f"the rope of a {name} model is not known here: it has no rotary embedding of all layers")
     if other := kinds - {*FIXED}:
         raise ConfigError(
-            f"the rope of this {name} model is {', '.join(sorted(other))}: its angles may depend on the prompt's length, "
-            f"so keys cannot be turned to another place; known: {', '.join(FIXED)}"
+            f"the rope of this {name} model is {', '.join(sorted(other))}: its angles may depend on the prompt's length,"
+            f" so keys cannot be turned to another place; known: {', '.join(FIXED)}"
         )
     count = model.config.num_hidden_layers
     names = [f"{kind}_inv_freq" for kind in layer_types(model)] or ["inv_freq"] * count
@@ -80,7 +80,9 @@ def _ask(model: Any) -> torch.Tensor:
         raise ConfigError(f"the rope of a {name} model is not known here: it does not say its angles")
     buffers = [getattr(rope, each).double().cpu() for each in names]
     if len({len(buffer) for buffer in buffers}) > 1:
-        raise ConfigError(f"the rope of a {name} model is not known here: its layers turn different numbers of channels")
+        raise ConfigError(
+            f"the rope of a {name} model is not known here: its layers turn different numbers of channels"
+        )
     frequencies = torch.stack(buffers)
     near, far = ([keys.double().cpu() for keys in keys_at(model, TOKENS, first)] for first in (0, FURTHER))
     if len(near) != len(frequencies):
@@ -93,8 +95,8 @@ def _ask(model: Any) -> torch.Tensor:
             frequencies[at] = 0
         elif not _error(new, turn(old, torch.tensor(FURTHER).reshape(1, 1), frequencies[at])) <= allowed:
             raise ConfigError(
-                f"layer {at} of this {name} model does not turn keys as known here (pairs of channels i and i + half by "
-                "the angles that its rotary embedding says), so they cannot be turned to another place"
+                f"layer {at} of this {name} model does not turn keys as known here (pairs of channels i and i + half "
+                "by the angles that its rotary embedding says), so they cannot be turned to another place"
             )
     return frequencies
 

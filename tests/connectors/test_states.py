@@ -4,7 +4,6 @@ import pytest
 
 import kvlab
 from kvlab.connectors.captured import KV
-from kvlab.errors import ConfigError
 from kvlab.judge.engine import preemptions
 from tests.connectors.damage import GARBAGE, cut_short, flip_a_bit, objects
 from tests.connectors.engine import (

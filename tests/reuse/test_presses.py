@@ -8,8 +8,8 @@ from kvlab import capture
 from kvlab.connectors.transformers import from_cache
 from kvlab.errors import ConfigError
 from kvlab.reuse import PRESSES, compare_presses, kept, pressed, pruned
-from kvlab.reuse.methods import rope_of
 from kvlab.reuse.presses import knorm, snapkv, streaming
+from kvlab.reuse.rope import rope_of
 from tests.support.llama import small_llama
 
 TOKENS = [(7 * at * at + at) % 200 for at in range(80)]

@@ -132,6 +132,7 @@ class AttachedCache:
         """
         asked = self._named(prompt)
         token_ids = tuple(asked["prompt_token_ids"])
+        kv = self._by_hand.pages.shown(kv)
         self._by_hand.pages.check(kv, len(token_ids))
         if not any_model and kv.model and not _same_model(kv.model, self.model):
             raise ConfigError(

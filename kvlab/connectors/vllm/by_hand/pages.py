@@ -5,7 +5,7 @@ layer whose pages are not proven to hold plain K and V is refused with the reaso
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -137,7 +137,9 @@ class EnginePages:
             piece = typed[:, max(first - missing, 0) : end_token - missing]
             if first < missing:  # a block that begins before the window: what no token sees any more
                 piece = torch.cat([piece.new_zeros(1, missing - first, *piece.shape[2:]), piece], dim=1)
-            if table and self.states:  # the engine clears no page that is filled before its step: states of others lie in it
+            if (
+                table and self.states
+            ):  # the engine clears no page that is filled before its step: states of others lie in it
                 layer.pages.layout.pages[0][list(table)] = 0
             if table:
                 layer.pages.write(piece, table)
@@ -145,6 +147,17 @@ class EnginePages:
             pages[list(block_ids[group][first_token // self.block_tokens : -(-end_token // self.block_tokens)])] = 0
         if self.states:
             self.states.write(kv.states[end_token], block_ids, end_token)
+
+    def shown(self, kv: KV) -> KV:
+        """`kv` without what windows no longer show, where it holds all tokens of every layer (`kvlab.capture`)."""
+        windows = tuple(layer.window for layer in self.layers)
+        if kv.windows or not any(windows) or kv.num_layers != len(windows):
+            return kv
+        keys, values = (
+            tuple(layer[-(window or 0) :] for layer, window in zip(halves, windows, strict=True))
+            for halves in (kv.keys, kv.values)
+        )
+        return replace(kv, keys=keys, values=values, windows=windows)
 
     def check(self, kv: KV, num_tokens: int) -> None:
         """ConfigError unless `kv` is KV of `num_tokens` tokens in these layers, and every number of it finite."""
@@ -178,4 +191,3 @@ def _plain(name: str, found: PageMap | Opaque) -> PageMap:
             "start the engine with kv_cache_dtype='auto'"
         )
     return found
-
