@@ -118,8 +118,11 @@ def from_cache(cache: Any, token_ids: list[int], num_positions: int | None = Non
 def to_cache(kv: KV, device: torch.device | str = "cpu") -> DynamicCache:
     """A new `DynamicCache` with `kv` in it. Feed the next token at position `kv.num_positions`.
 
-    Of a pruned `kv`, the cache does not know how many tokens were read: give the model `position_ids`.
+    Of a pruned `kv`, the cache does not know how many tokens were read: give the model `position_ids`. Raises
+    ConfigError for KV with recurrent states, which an engine lays out in its own way.
     """
+    if kv.states:
+        raise ConfigError("KV with recurrent states goes into no cache of transformers: its states would be lost")
     cache = DynamicCache([tuple(_half(half, device) for half in pair) for pair in zip(kv.keys, kv.values, strict=True)])
     for index, window in enumerate(kv.windows):
         if window is not None:

@@ -71,8 +71,8 @@ def _ask(model: Any) -> torch.Tensor:
         raise ConfigError(f"the rope of a {name} model is not known here: it has no rotary embedding of all layers")
     if other := kinds - {*FIXED}:
         raise ConfigError(
-            f"the rope of this {name} model is {', '.join(sorted(other))}: its angles may depend on the prompt's length,"
-            f" so keys cannot be turned to another place; known: {', '.join(FIXED)}"
+            f"the rope of this {name} model is {', '.join(sorted(other))}: its angles may depend on the prompt's "
+            f"length, so keys cannot be turned to another place; known: {', '.join(FIXED)}"
         )
     count = model.config.num_hidden_layers
     names = [f"{kind}_inv_freq" for kind in layer_types(model)] or ["inv_freq"] * count

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import kvlab
 from kvlab.connectors.captured import KV
+from kvlab.connectors.transformers import to_cache
 from kvlab.errors import ConfigError, FormatError
 from kvlab.reuse import kept, pasted, turned
 from tests.connectors.engine import connector, engine, generate, prompt
@@ -147,6 +148,8 @@ def test_what_does_not_fit_is_refused(cache):
     refused("behind 63 tokens holds NaN or infinity")
     with pytest.raises(ConfigError, match="states must be of the same layers, each behind 1 to 64 tokens"):
         replace(kv, states={65: kv.states[64]})
+    with pytest.raises(ConfigError, match="goes into no cache of transformers"):
+        to_cache(kv)
     for function in (lambda: pasted([kv, kv]), lambda: turned(kv, 3, torch.ones(1, 16)), lambda: kept(kv, [1], None)):
         with pytest.raises(ConfigError, match="recurrent states are of all tokens before them in their order"):
             function()
