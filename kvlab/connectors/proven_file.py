@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from safetensors.torch import save_file
 from kvlab.connectors.captured import KV, opened
 from kvlab.errors import FormatError
 from kvlab.geometry import AXES
+from kvlab.hashing import token_bytes
 from kvlab.serde import get_serde, serde_to_read
 from kvlab.serde.base import Encoded
 
-FORMAT = "1"
+FORMAT = "2"  # 2: the digest of the prompt
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,21 @@ class Proof:
     """What a file says of its KV.
 
     `model`: what the KV depends on, by name: weights, config, dtype... `rope`: how positions turn keys; a part of the
-    config, given apart for readers that turn keys again. `codec`: the serde of the numbers. `tokens` follow the prompt,
-    and `logprobs` are those of the likeliest tokens at each of their places.
+    config, given apart for readers that turn keys again. `codec`: the serde of the numbers. `prompt`: `tokens_id` of
+    the prompt. `tokens` follow it, and `logprobs` are those of the likeliest tokens at each of their places.
     """
 
     model: Mapping[str, str]
     rope: Mapping[str, Any]
     codec: str
+    prompt: str
     tokens: Sequence[int]
     logprobs: Sequence[Mapping[int, float]]
+
+
+def tokens_id(token_ids: Sequence[int]) -> str:
+    """A digest of token ids, in their order."""
+    return sha256(token_bytes(token_ids)).hexdigest()
 
 
 def write_proven(path: str | Path, kv: KV, proof: Proof) -> None:

@@ -63,6 +63,23 @@ def capture(model: PreTrainedModel | str | Path, text: str | list[int], max_toke
     return from_cache(cache, token_ids, model=str(loaded.config._name_or_path))
 
 
+@torch.inference_mode()
+def keys_at(model: PreTrainedModel, token_ids: Sequence[int], first: int) -> list[torch.Tensor]:
+    """Each layer's keys of a few tokens whose first one stands at place `first`, (tokens, kv_heads, head_dim)."""
+    cache = DynamicCache()
+    ids, places = (
+        torch.tensor([list(row)], device=model.device) for row in (token_ids, range(first, first + len(token_ids)))
+    )
+    model(ids, past_key_values=cache, position_ids=places, use_cache=True)
+    _refuse_other_layers(cache.layers)
+    return [layer.keys[0].transpose(0, 1) for layer in cache.layers if layer.keys is not None]
+
+
+def windows_of(model: PreTrainedModel) -> list[int | None]:
+    """For each layer whose attention sees a window: of how many tokens; None elsewhere."""
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
+
+
 def tokenize(model: str | Path, text: str) -> list[int]:
     """`text` as token ids of the tokenizer that lies beside `model`."""
     ids: list[int] = AutoTokenizer.from_pretrained(str(model))(text)["input_ids"]
@@ -101,8 +118,11 @@ def from_cache(cache: Any, token_ids: list[int], num_positions: int | None = Non
 def to_cache(kv: KV, device: torch.device | str = "cpu") -> DynamicCache:
     """A new `DynamicCache` with `kv` in it. Feed the next token at position `kv.num_positions`.
 
-    Of a pruned `kv`, the cache does not know how many tokens were read: give the model `position_ids`.
+    Of a pruned `kv`, the cache does not know how many tokens were read: give the model `position_ids`. Raises
+    ConfigError for KV with recurrent states, which an engine lays out in its own way.
     """
+    if kv.states:
+        raise ConfigError("KV with recurrent states goes into no cache of transformers: its states would be lost")
     cache = DynamicCache([tuple(_half(half, device) for half in pair) for pair in zip(kv.keys, kv.values, strict=True)])
     for index, window in enumerate(kv.windows):
         if window is not None:

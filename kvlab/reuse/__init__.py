@@ -4,6 +4,7 @@ and prompts of which only some tokens are kept."""
 from kvlab.reuse.bench import answered, compare_presses, compare_reuse, over_texts, with_seconds
 from kvlab.reuse.methods import METHODS, Method, kept, pasted, recomputed, turned
 from kvlab.reuse.presses import PRESSES, pressed, pruned
+from kvlab.reuse.rope import rope_of
 
 __all__ = [
     "METHODS",
@@ -18,6 +19,7 @@ __all__ = [
     "pressed",
     "pruned",
     "recomputed",
+    "rope_of",
     "turned",
     "with_seconds",
 ]

@@ -10,14 +10,15 @@ has to beat.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from kvlab.connectors.captured import KV
-from kvlab.connectors.transformers import from_cache, to_cache
+from kvlab.connectors.transformers import from_cache, to_cache, windows_of
 from kvlab.errors import ConfigError
+from kvlab.reuse.rope import rope_of, turn
 
 JUDGED_LAYER = 1  # the first whose KV depends on other tokens
 
@@ -132,44 +133,54 @@ METHODS: dict[str, Method] = {
 
 
 def pasted(pieces: Sequence[KV]) -> KV:
-    """KV of pieces, one behind the other."""
+    """KV of pieces, one behind the other. Of layers with a window, what the last token sees of them."""
     if not pieces:
         raise ConfigError("a context needs at least one piece, got none")
+    for piece in pieces:
+        _of_tokens(piece)
+    if len({piece.windows for piece in pieces}) > 1:
+        raise ConfigError("pieces must all be of the same windows; read all of them from one engine")
+    windows = pieces[0].windows
     keys, values = (
-        tuple(torch.cat(layer) for layer in zip(*(getattr(piece, half) for piece in pieces), strict=True))
+        tuple(
+            torch.cat(layer)[-(window or 0) :]
+            for layer, window in zip(
+                zip(*(getattr(piece, half) for piece in pieces), strict=True),
+                windows or [None] * pieces[0].num_layers,
+                strict=True,
+            )
+        )
         for half in ("keys", "values")
     )
     tokens = tuple(token for piece in pieces for token in piece.token_ids)
-    return KV(keys, values, tokens, len(tokens), pieces[0].model)
-
-
-def rope_of(model: Any) -> torch.Tensor:
-    """Radians that each pair of channels turns a token, float64. ConfigError where a position turns keys otherwise."""
-    rope = getattr(getattr(model, "model", None), "rotary_emb", None)
-    kind = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if (
-        rope is None
-        or kind not in ("default", "linear", "llama3")
-        or model.config.model_type not in ("llama", "mistral")
-    ):
-        raise ConfigError(f"the rope of a {model.config.model_type} model ({kind}) is not known here; take a Llama")
-    frequencies: torch.Tensor = rope.inv_freq.double().cpu()
-    return frequencies
+    return KV(keys, values, tokens, len(tokens), pieces[0].model, windows)
 
 
 def turned(kv: KV, by: int | torch.Tensor, frequencies: torch.Tensor) -> KV:
-    """`kv` with its keys `by` positions further on: all of them by a number, or each by its own, (tokens)."""
+    """`kv` with its keys `by` positions further on: all of them by a number, or each by its own, (tokens).
+
+    `frequencies`: of `rope_of`, (layers, pairs), or (pairs) for all layers.
+    """
+    _of_tokens(kv)
     steps = torch.as_tensor(by).reshape(-1, 1)
-    keys = tuple(_turn(layer, steps, frequencies) for layer in kv.keys)
-    return KV(keys, kv.values, kv.token_ids, kv.num_positions, kv.model)
+    if len(steps) not in (1, kv.num_positions):
+        raise ConfigError(
+            f"keys of {kv.num_positions} tokens must be turned by one number or by as many, got {len(steps)}"
+        )
+    rows = zip(kv.keys, _by_layer(frequencies, kv), strict=True)
+    return replace(kv, keys=tuple(turn(layer, steps[-len(layer) :], own) for layer, own in rows))
 
 
 def kept(kv: KV, places: Sequence[int] | torch.Tensor, frequencies: torch.Tensor) -> KV:
     """The tokens at `places`, ascending, as a shorter prompt: their keys are turned to the places they come to.
 
     `places` of all layers and heads, or an integer tensor (layers, kv_heads, kept) where each head keeps tokens of its
-    own. Then ``token_ids`` are those that most heads keep, which name the prompt and compute nothing.
+    own. Then ``token_ids`` are those that most heads keep, which name the prompt and compute nothing. `frequencies` as
+    in `turned`.
     """
+    _of_tokens(kv)
+    if any(len(layer) != kv.num_positions for layer in kv.keys):
+        raise ConfigError("tokens are kept of KV that holds all of them in each layer; `kvlab.capture` gives it")
     heads = kv.keys[0].shape[1]
     chosen = torch.as_tensor(places if isinstance(places, torch.Tensor) else list(places), dtype=torch.int64)
     if chosen.ndim == 1:
@@ -186,8 +197,8 @@ def kept(kv: KV, places: Sequence[int] | torch.Tensor, frequencies: torch.Tensor
 
     count = chosen.shape[-1]
     keys = tuple(
-        _turn(part(layer, at), torch.arange(count)[:, None] - chosen[at].T, frequencies)
-        for at, layer in enumerate(kv.keys)
+        turn(part(layer, at), torch.arange(count)[:, None] - chosen[at].T, own)
+        for at, (layer, own) in enumerate(zip(kv.keys, _by_layer(frequencies, kv), strict=True))
     )
     values = tuple(part(layer, at) for at, layer in enumerate(kv.values))
     liked = torch.bincount(chosen.flatten(), minlength=kv.num_positions)
@@ -195,21 +206,15 @@ def kept(kv: KV, places: Sequence[int] | torch.Tensor, frequencies: torch.Tensor
     return KV(keys, values, tuple(kv.token_ids[at] for at in names), count, kv.model)
 
 
-def _turn(keys: torch.Tensor, by: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Keys (tokens, kv_heads, head_dim), each `by` positions further on, (tokens, kv_heads) or what broadcasts."""
-    half = len(frequencies)
-    angles = by.double()[..., None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    a, b = keys[..., :half].double(), keys[..., half : 2 * half].double()
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, keys[..., 2 * half :].double()], dim=-1).to(keys.dtype)
-
-
 @torch.inference_mode()
 def recomputed(model: Any, kv: KV, chosen: Sequence[int]) -> KV:
     """`kv` with the tokens `chosen`, ascending, computed again in all layers: each sees what is there of the tokens
-    before it, and of those chosen what was computed just now."""
+    before it, and of those chosen what was computed just now. Layers with a window see no further than that."""
+    _of_tokens(kv)
     if not chosen:
         return kv
+    if any(len(layer) != kv.num_positions for layer in kv.keys):
+        raise ConfigError("tokens are computed again over KV that holds all of them in each layer")
     count, places = kv.num_positions, torch.tensor(chosen)
     if places[0] < 0 or places[-1] >= count or bool((places.diff() <= 0).any()):
         raise ConfigError(f"tokens to compute again must ascend within 0 to {count - 1}")
@@ -217,11 +222,11 @@ def recomputed(model: Any, kv: KV, chosen: Sequence[int]) -> KV:
     stale[places] = True
     old = (torch.arange(count) < places[:, None]) & ~stale
     new = places[None] <= places[:, None]
-    sees = torch.cat([old, new], dim=1)
-    mask = torch.zeros(sees.shape, dtype=kv.keys[0].dtype).masked_fill(~sees, torch.finfo(kv.keys[0].dtype).min)
+    sees, far = torch.cat([old, new], dim=1), places[:, None] - torch.cat([torch.arange(count), places])
     ids = torch.tensor([[kv.token_ids[at] for at in chosen]])
     cache = to_cache(kv)
-    model(ids, past_key_values=cache, position_ids=places[None], attention_mask=mask[None, None], use_cache=True)
+    masks = _masks(model, sees, far, kv.keys[0].dtype)
+    model(ids, past_key_values=cache, position_ids=places[None], attention_mask=masks, use_cache=True)
     after = from_cache(cache, list(kv.token_ids) + [0] * len(chosen))
 
     def placed(old: torch.Tensor, grown: torch.Tensor) -> torch.Tensor:
@@ -232,6 +237,36 @@ def recomputed(model: Any, kv: KV, chosen: Sequence[int]) -> KV:
     keys = tuple(placed(a, b) for a, b in zip(kv.keys, after.keys, strict=True))
     values = tuple(placed(a, b) for a, b in zip(kv.values, after.values, strict=True))
     return KV(keys, values, kv.token_ids, count, kv.model)
+
+
+def _masks(model: Any, sees: torch.Tensor, far: torch.Tensor, dtype: torch.dtype) -> Any:
+    """What each token attends to, (1, 1, tokens, keys), as `model` takes it: by the kind of its layers where they
+    differ in how far they see. `far`: how many places each key lies before the token."""
+    windows = windows_of(model)
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * len(windows)
+    found = {}
+    for kind, window in zip(kinds, windows, strict=True):
+        seen = sees if window is None else sees & (far < window)
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        found[kind] = mask[None, None]
+    if not set(found) <= {"full_attention", "sliding_attention"}:
+        raise ConfigError(f"tokens are not computed again in layers of {', '.join(sorted(found))}")
+    return found if len(found) > 1 else next(iter(found.values()))
+
+
+def _by_layer(frequencies: torch.Tensor, kv: KV) -> torch.Tensor:
+    """(layers, pairs)"""
+    if frequencies.ndim == 2 and len(frequencies) != kv.num_layers:
+        raise ConfigError(f"a rope of {len(frequencies)} layers does not fit KV of {kv.num_layers}")
+    return frequencies.expand(kv.num_layers, -1)
+
+
+def _of_tokens(kv: KV) -> None:
+    """ConfigError where `kv` holds more than tokens."""
+    if kv.states:
+        raise ConfigError(
+            "recurrent states are of all tokens before them in their order: they cannot be moved, pasted or pruned"
+        )
 
 
 def deviation(kv: KV, whole: KV, layer: int = JUDGED_LAYER) -> torch.Tensor:

@@ -8,20 +8,24 @@ that they come to. `PRESSES` are scores of a few lines; `pressed` takes an objec
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import avg_pool1d, pad
 
 from kvlab.connectors.captured import KV
+from kvlab.connectors.transformers import to_cache
 from kvlab.errors import ConfigError
-from kvlab.reuse.methods import kept, rope_of
+from kvlab.reuse.methods import kept
+from kvlab.reuse.rope import layer_types, rope_of, rotary_of
 
 
 @dataclass(frozen=True)
 class Layer:
     """What a press sees of a layer: `keys` and `values` (kv_heads, tokens, head_dim), keys after RoPE; the attention
-    `module` of transformers, what it was called with, and what it returned beside its output."""
+    `module` of transformers, what it was called with, and what it returned beside its output. `turns`: whether
+    positions turn its keys."""
 
     number: int
     keys: torch.Tensor
@@ -29,12 +33,23 @@ class Layer:
     module: Any
     given: dict[str, Any]
     attentions: torch.Tensor | None = None
+    turns: bool = True
 
     @property
     def queries(self) -> torch.Tensor:
-        """Before RoPE: (heads, tokens, head_dim)."""
-        queries: torch.Tensor = self.module.q_proj(self.given["hidden_states"][0])
-        return queries.view(len(queries), -1, self.module.head_dim).transpose(0, 1)
+        """Before RoPE: (heads, tokens, head_dim). ConfigError where the module does not say how they are made."""
+        module, hidden = self.module, self.given["hidden_states"][0]
+        width = module.config.num_attention_heads * module.head_dim
+        if (project := getattr(module, "q_proj", None) or getattr(module, "qkv_proj", None)) is None:
+            raise ConfigError(f"{type(module).__name__} has no q_proj or qkv_proj, which this press needs")
+        queries: torch.Tensor = project(hidden)[:, :width]
+        norm = getattr(module, "q_norm", None)
+        if norm is not None and norm.weight.numel() == width:  # of all heads together
+            queries = norm(queries)
+        queries = queries.view(len(queries), -1, module.head_dim)
+        if norm is not None and norm.weight.numel() == module.head_dim:
+            queries = norm(queries)
+        return queries.transpose(0, 1)
 
     def by_kv_head(self, of_heads: torch.Tensor) -> torch.Tensor:
         """The mean over the query heads that share a KV head: (heads, ...) -> (kv_heads, ...)."""
@@ -70,28 +85,46 @@ def pruned(model: Any, kv: KV, score: Score, keep: float) -> KV:
 
 
 def pressed(model: Any, kv: KV, press: Any) -> KV:
-    """The same with a press of kvpress, or of any object with its ``compress(module, hidden_states, keys, values,
-    attentions, kwargs)``.
+    """The same with a press of kvpress, or of any object with its ``forward_hook(module, input, kwargs, output)``, or
+    with its ``compress(module, hidden_states, keys, values, attentions, kwargs)`` alone.
 
     Raises
     ------
     ConfigError
-        for presses that do more than choose tokens, or choose more of them in one head than in another
+        for presses that do more than choose tokens, choose more of them in one head than in another, or need passes of
+        their own; and where the press raises, with what it said
     """
+    name, calls = type(press).__name__, [cls.__name__ for cls in type(press).__mro__ if "__call__" in vars(cls)]
+    if calls and calls[0] != "BasePress":
+        raise ConfigError(f"{name} runs the model in passes of its own ({calls[0]}.__call__), which is not done here")
     if prepare := getattr(press, "post_init_from_model", None):
-        prepare(model)
+        _run(press, prepare, model)
+    cache = to_cache(kv)
 
     def choose(layer: Layer) -> torch.Tensor:
-        given = {"cache_position": torch.arange(kv.num_positions), **layer.given}
-        keys, values = (half[None] for half in (layer.keys, layer.values))
-        left = press.compress(layer.module, given["hidden_states"], keys, values, layer.attentions, given)
+        given = {"cache_position": torch.arange(kv.num_positions), **layer.given, "past_key_values": cache}
+        if hook := getattr(press, "forward_hook", None):
+            _run(press, hook, layer.module, [], given, (None, layer.attentions))
+            left = cache.layers[layer.number].keys, cache.layers[layer.number].values
+        else:
+            keys, values = (half[None] for half in (layer.keys, layer.values))
+            about = given["hidden_states"], keys, values, layer.attentions, given
+            left = _run(press, press.compress, layer.module, *about)
         if getattr(layer.module, "masked_key_indices", None) is not None:
             layer.module.masked_key_indices = None
-            raise ConfigError(f"{type(press).__name__} hides tokens and drops none; an engine knows no such mask")
+            raise ConfigError(f"{name} hides tokens and drops none; an engine knows no such mask")
         heads = zip(layer.keys, layer.values, left[0][0], left[1][0], strict=True)
-        return torch.stack([_found(*halves, type(press).__name__) for halves in heads])
+        return torch.stack([_found(*halves, name) for halves in heads])
 
     return _chosen(model, kv, choose)
+
+
+def _run(press: Any, function: Callable[..., Any], *given: Any) -> Any:
+    try:
+        return function(*given)
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{type(press).__name__} raised {type(error).__name__}: {said}") from error
 
 
 def streaming(sinks: int = 4) -> Score:
@@ -118,9 +151,9 @@ def snapkv(window: int = 32, pooled: int = 5) -> Score:
         count = layer.keys.shape[1]
         if count <= window:
             raise ConfigError(f"SnapKV needs a prompt of more tokens than its window's {window}, got {count}")
-        cos, sin = (half[0, -window:] for half in layer.given["position_embeddings"])
         queries = layer.queries[:, -window:]
-        queries = queries * cos + _rotated(queries) * sin
+        if layer.turns:
+            queries = _turned(queries, *(half[0, -window:] for half in layer.given["position_embeddings"]))
         attention: torch.Tensor = queries @ layer.shared(layer.keys).transpose(1, 2) * layer.module.scaling
         later = torch.ones(window, count, dtype=torch.bool).triu(count - window + 1)
         attention = attention.masked_fill(later, -math.inf).float().softmax(-1)[..., :-window]
@@ -140,9 +173,10 @@ def expected_attention(future: int = 512, sinks: int = 4) -> Score:
             raise ConfigError(f"expected attention needs a prompt of more tokens than its {sinks} sinks, got {count}")
         mean = queries.mean(1, keepdim=True)
         spread = (queries - mean).transpose(1, 2) @ (queries - mean) / queries.shape[1]
-        cos, sin = (half[0] for half in layer.module.rotary_emb(queries, torch.arange(count, count + future)[None]))
-        turn = (cos[:, None] * torch.eye(width) + sin[:, None] * _rotated(torch.eye(width)).T).mean(0)
-        mean, spread = mean @ turn.T, turn @ spread @ turn.T
+        if layer.turns:
+            cos, sin = (half[0] for half in layer.module.rotary_emb(queries, torch.arange(count, count + future)[None]))
+            turn = _turned(torch.eye(width)[:, None], cos, sin).mean(1).T  # of each channel, over the places
+            mean, spread = mean @ turn.T, turn @ spread @ turn.T
         keys = layer.shared(layer.keys[:, sinks:])
         logits = (keys @ mean.transpose(1, 2))[..., 0] / math.sqrt(width)
         logits = logits + ((keys @ spread) * keys).sum(-1) / (2 * width)
@@ -181,11 +215,17 @@ def _chosen(model: Any, kv: KV, choose: Callable[[Layer], torch.Tensor]) -> KV:
 
     def seen(module: Any, _: Any, given: dict[str, Any], returned: Any) -> None:
         keys, values = (half[len(found)].transpose(0, 1) for half in (kv.keys, kv.values))
-        found.append(choose(Layer(len(found), keys, values, module, given, returned[1])))
+        turns = bool(frequencies[len(found)].any())
+        found.append(choose(Layer(len(found), keys, values, module, given, returned[1], turns)))
 
-    modules = [layer.self_attn for layer in model.model.layers]
-    for module in modules:
-        module.rotary_emb = model.model.rotary_emb  # where presses look for it
+    layers, rotary, kinds = getattr(model.base_model, "layers", []), rotary_of(model), layer_types(model)
+    modules: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
+    if len(modules) != kv.num_layers or None in modules:
+        raise ConfigError(
+            f"presses take models whose {kv.num_layers} layers have a self_attn, not {type(model).__name__}"
+        )
+    for at, module in enumerate(modules):  # where presses look for it
+        module.rotary_emb = partial(rotary, layer_type=kinds[at]) if kinds else rotary
     hooks = [module.register_forward_hook(seen, with_kwargs=True) for module in modules]
     try:
         model(torch.tensor([list(kv.token_ids)]), use_cache=True, logits_to_keep=1)
@@ -214,6 +254,9 @@ def _found(keys: torch.Tensor, values: torch.Tensor, left_k: torch.Tensor, left_
     return torch.tensor(sorted(found))
 
 
-def _rotated(rows: torch.Tensor) -> torch.Tensor:
-    a, b = rows.chunk(2, dim=-1)
-    return torch.cat([-b, a], dim=-1)
+def _turned(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rows (..., head_dim) turned as a layer turns them; channels beyond those of `cos` stay."""
+    part, rest = rows[..., : cos.shape[-1]], rows[..., cos.shape[-1] :]
+    a, b = part.chunk(2, dim=-1)
+    turned = part * cos + torch.cat([-b, a], dim=-1) * sin
+    return torch.cat([turned, rest.expand(*turned.shape[:-1], -1)], dim=-1)

@@ -10,7 +10,8 @@ from kvlab.connectors.vllm import pages as pages_module
 from kvlab.errors import ConfigError
 from kvlab.paged import Opaque
 from kvlab.reuse import PRESSES, answered, kept, pasted, pruned, turned
-from kvlab.reuse.methods import rope_of
+from kvlab.reuse.methods import Case, cacheblend
+from kvlab.reuse.rope import rope_of
 from kvlab.simulation.trace_files import load_traffic, save_traffic
 from tests.connectors.engine import BLOCK, connector, engine, generate, prompt, shared, text_ids
 from tests.connectors.models import WINDOW, gemma, short_demo
@@ -161,12 +162,14 @@ def test_a_context_made_of_pieces_is_served(llm, model):
     pieces = [cache.read(prompt(70)), cache.read(list(text_ids()[300:390]))]
     context = pasted([pieces[0], turned(pieces[1], 70, rope_of(model))])
     shorter = kept(context, [*range(8), *range(40, 160)], rope_of(model))
-    for made in (context, shorter):
+    blended = cacheblend(0.3)(Case(model, pieces, cache.read(list(context.token_ids)))).kv
+    for made in (context, shorter, blended):
         asked = cache.write(list(made.token_ids), made)
         asked["prompt_token_ids"] = [*made.token_ids, *question]
         tokens, cached = answer(llm, asked)
         assert cached == made.num_positions
         assert tokens == answered(model, made, question, 8)
+    assert worst(context, blended) > 0.01
 
 
 @pytest.mark.parametrize("press", ["StreamingLLM", "KNorm", "SnapKV"])
@@ -281,6 +284,8 @@ def test_layers_with_windows_are_read_and_written(tmp_path):
             assert tokens == plain, length
             assert cached == length - 1
         whole = kvlab.capture(load_model(made["model"]), asked[:81])
+        tokens, cached = answer_ids(llm, cache.write(asked[:81], whole))  # which holds all tokens in each layer
+        assert (tokens, cached) == (generate(llm, [asked[:81]], detokenize=False)[0].tokens, 80)
     for at, key in enumerate(kv.keys):
         assert torch.allclose(key, whole.keys[at][-len(key) :], atol=1e-3), at
 

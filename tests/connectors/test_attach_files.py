@@ -63,6 +63,19 @@ def test_numbers_that_were_changed_are_refused_unless_told_otherwise(cache, save
     assert float(cache.load(path, check=False).values[2].abs().max()) == 0
 
 
+def test_a_file_that_names_other_tokens_is_refused(cache, saved):
+    """They compute nothing, but for the last one: the logprobs would stay."""
+    path, kv = saved
+    with safe_open(path, "pt") as opened:
+        fields, parts = dict(opened.metadata()), {each: opened.get_tensor(each) for each in opened.keys()}  # noqa: SIM118
+    about = json.loads(fields["about"])
+    about["token_ids"][3] += 1
+    save_file(parts, path, {**fields, "about": json.dumps(about)})
+    with pytest.raises(FormatError, match="names other tokens than it was saved with"):
+        cache.load(path)
+    assert cache.load(path, check=False).token_ids[3] == kv.token_ids[3] + 1
+
+
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
@@ -90,7 +103,7 @@ def test_a_codec_codes_the_file_and_is_part_of_the_proof(cache, saved, tmp_path)
 def test_what_is_no_such_file_is_refused_in_one_line(cache, saved, tmp_path):
     _, kv = saved
     kv.save(tmp_path / "plain.safetensors")
-    with pytest.raises(FormatError, match=r"carries no proof of format 1; KV.load reads files without one"):
+    with pytest.raises(FormatError, match=r"carries no proof of format 2; KV.load reads files without one"):
         cache.load(tmp_path / "plain.safetensors")
     (tmp_path / "noise").write_bytes(b"noise" * 100)
     with pytest.raises(FormatError, match="is not a readable file of KV"):

@@ -6,9 +6,9 @@ import pytest
 
 import kvlab
 from kvlab.connectors.vllm.weights import draft_name
-from kvlab.errors import ConfigError
 from tests.connectors.engine import MAX_TOKENS, connector, core, drain, engine, generate, prompt, worker
-from tests.connectors.models import short_demo
+from tests.connectors.models import KEPT, short_demo
+from tests.connectors.test_attach import answer, zeroed
 
 DRAFTED = 3  # by step
 NAMES = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
@@ -29,10 +29,10 @@ def drafts(llm) -> dict[str, int]:
 def ask(llm, p):
     """The answer, and the share of drafts that was accepted for it."""
     before = drafts(llm)
-    answer = generate(llm, [p], max_tokens=4 * MAX_TOKENS)[0]
+    found = generate(llm, [p], max_tokens=4 * MAX_TOKENS)[0]
     counts = {name: count - before[name] for name, count in drafts(llm).items()}
     assert counts["num_draft_tokens"]
-    return answer, counts["num_accepted_tokens"] / counts["num_draft_tokens"]
+    return found, counts["num_accepted_tokens"] / counts["num_draft_tokens"]
 
 
 def test_as_many_drafts_are_accepted_after_a_hit(settings, tmp_path):
@@ -44,9 +44,9 @@ def test_as_many_drafts_are_accepted_after_a_hit(settings, tmp_path):
     with engine(["memory://?size=64MiB", *tiers], settings) as llm:
         for p, (expected, share) in zip(prompts, right, strict=True):
             for _ in range(2):
-                answer, accepted = ask(llm, p)
-                assert (answer.tokens, accepted) == (expected.tokens, share)
-            assert answer.hit == (len(p) - 1) // 32 * 32
+                found, accepted = ask(llm, p)
+                assert (found.tokens, accepted) == (expected.tokens, share)
+            assert found.hit == (len(p) - 1) // 32 * 32
         drain(llm)
         original = worker(llm).transfer.load
         layout = worker(llm).transfer.layout
@@ -60,17 +60,24 @@ def test_as_many_drafts_are_accepted_after_a_hit(settings, tmp_path):
                     layer[list(pages)] = 0
 
         worker(llm).transfer.load = load
-        answer, accepted = ask(llm, prompts[-1])
-        assert (answer.hit, answer.tokens) == (448, right[-1][0].tokens)  # the answer never depends on drafts
+        found, accepted = ask(llm, prompts[-1])
+        assert (found.hit, found.tokens) == (448, right[-1][0].tokens)  # the answer never depends on drafts
         assert accepted < right[-1][1]
         assert not connector(llm).hook_errors
     with engine(tiers, settings) as llm:
-        answer, accepted = ask(llm, prompts[-1])
-        assert (answer.hit, answer.row["tier"]) == (448, "disk")
-        assert (answer.tokens, accepted) == (right[-1][0].tokens, right[-1][1])
+        found, accepted = ask(llm, prompts[-1])
+        assert (found.hit, found.row["tier"]) == (448, "disk")
+        assert (found.tokens, accepted) == (right[-1][0].tokens, right[-1][1])
         assert core(llm).num_spec_tokens == DRAFTED
-        with pytest.raises(ConfigError, match="pages hold a draft model's KV too"):
-            kvlab.attach(llm)
+        cache = kvlab.attach(llm)
+        kv = cache.read(prompts[-1])
+        assert (kv.num_layers, kv.num_positions) == (len(KEPT), 480)
+        asked, p = cache.write(prompts[-1], kv), prompts[-1]
+        assert answer(llm, asked, 4 * MAX_TOKENS) == (right[-1][0].tokens, 479)  # the draft has no KV, and loses
+        other, cached = answer(llm, cache.write(p, zeroed(kv, 2)), 4 * MAX_TOKENS)
+        assert (other == right[-1][0].tokens, cached) == (False, 479)
+        assert ask(llm, p)[0].tokens == right[-1][0].tokens
+        assert not connector(llm).hook_errors
 
 
 def test_a_draft_model_is_named_by_its_files(tmp_path):

@@ -29,11 +29,29 @@ def model(tmp_path_factory) -> str:
     return str(folder)
 
 
+def package(folder, monkeypatch) -> None:
+    """A package with a transform that is exact in floats, as worker processes find it."""
+    about = folder / "lab_halved-1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: lab-halved\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[kvlab.transforms]\nhalved = lab_halved:Halved\n")
+    (folder / "lab_halved.py").write_text(
+        "from kvlab.transforms import KVTransform\n\n\nclass Halved(KVTransform):\n"
+        "    def on_save(self, kv):\n        return kv / 4\n\n    def on_load(self, kv):\n        return kv * 4\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+
+
 @pytest.mark.parametrize(
-    ("way", "rank_bytes"),
-    [("tensor_parallel_size", {3 * LAYER_BYTES // 2}), ("pipeline_parallel_size", {2 * LAYER_BYTES, LAYER_BYTES})],
+    ("way", "rank_bytes", "transform"),
+    [
+        ("tensor_parallel_size", {3 * LAYER_BYTES // 2}, "halved"),  # each rank has its own heads
+        ("pipeline_parallel_size", {2 * LAYER_BYTES, LAYER_BYTES}, ""),
+    ],
 )
-def test_two_ranks_answer_from_every_tier(model, tmp_path, monkeypatch, way, rank_bytes):
+def test_two_ranks_answer_from_every_tier(model, tmp_path, monkeypatch, way, rank_bytes, transform):
+    package(tmp_path / "packages", monkeypatch)
     cpus = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cpus[0]}|{cpus[-1]}")
     settings = {
@@ -47,7 +65,7 @@ def test_two_ranks_answer_from_every_tier(model, tmp_path, monkeypatch, way, ran
         settings |= {"enforce_eager": False, "compilation_config": {"mode": 1, "backend": "eager"}}
     p = prompt(NUM_TOKENS)
     tiers = ["memory://?size=64MiB", f"file://{tmp_path}/tier?size=1GiB"]
-    with engine(tiers, settings) as llm:
+    with engine(tiers, settings, transform=transform) as llm:
         scheduler = connector(llm).scheduler
         assert len(scheduler.tiers.opening.namespaces) == 2
 

@@ -3,7 +3,7 @@
 import pytest
 
 import kvlab
-from kvlab.errors import ConfigError
+from kvlab.connectors.captured import KV
 from kvlab.judge.engine import preemptions
 from tests.connectors.damage import GARBAGE, cut_short, flip_a_bit, objects
 from tests.connectors.engine import (
@@ -20,6 +20,7 @@ from tests.connectors.engine import (
     worker,
 )
 from tests.connectors.recurrent import MODELS, overwritten, recurrent, without_states_within_a_step
+from tests.connectors.test_attach import answer_ids
 
 MEMORY = ["memory://?size=64MiB"]
 LENGTHS = [31, 32, 33, 64, 65, 128, 129, 300, 480]
@@ -70,6 +71,13 @@ def test_a_hit_restores_every_state(tmp_path, name):
             first, second = ask(llm, p)[0], ask(llm, p)[0]
             assert first.tokens == second.tokens == tokens
             assert (first.hit, second.hit) == (0, last_end(len(p), block))
+        cache = kvlab.attach(llm)
+        for p, tokens in zip(prompts, right, strict=True):  # by hand, to the token
+            kv = cache.read(p)
+            assert answer_ids(llm, cache.write(p, kv)) == (tokens, len(p) - 1)
+        kv.save(tmp_path / "kv")
+        assert all(not error.any() for error in kv.diff(KV.load(tmp_path / "kv")).values())
+        cache.clear()
         assert not connector(llm).hook_errors
         original = worker(llm).transfer.load
 
@@ -129,8 +137,6 @@ def test_prompts_computed_in_steps_that_end_anywhere(settings, expected, budget)
 
 def test_together_with_the_engines_own_prefix_cache(settings, expected):
     with engine(MEMORY, settings) as llm:
-        with pytest.raises(ConfigError, match="pages hold recurrent states too"):
-            kvlab.attach(llm)
         for p in (prompt(480), prompt(480), prompt(129), prompt(480, ending=0), prompt(480)):
             assert generate(llm, [p], detokenize=False)[0].tokens == expected(p)
         ask(llm, prompt(129))

@@ -1,5 +1,7 @@
 """A transform of KV and an admission rule of another package, in a real engine."""
 
+import threading
+
 import pytest
 import torch
 
@@ -7,7 +9,9 @@ from kvlab.connectors.transformers import load_model
 from kvlab.connectors.vllm import pages as pages_module
 from kvlab.errors import ConfigError
 from kvlab.paged import Opaque
+from kvlab.stores import open_store
 from kvlab.stores.admission import RULES, AdmissionRule
+from kvlab.tierworker.host import CacheServer
 from kvlab.transforms import TRANSFORMS, KVTransform
 from tests.connectors.engine import connector, drain, engine, generate, prompt
 from tests.connectors.models import short_demo
@@ -60,6 +64,17 @@ def package(monkeypatch):
     seen.clear()
 
 
+@pytest.fixture
+def server(tmp_path):
+    """What `kvlab serve` runs."""
+    server = CacheServer(open_store("memory://?size=512MiB&pinned=false"), tmp_path / "kvlab.sock")
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield server
+    server.stop()
+    thread.join(60)
+
+
 def twice(llm, tokens, **more):
     return generate(llm, [tokens])[0], generate(llm, [tokens], **more)[0]
 
@@ -93,6 +108,19 @@ def test_what_one_transform_stored_is_nothing_to_others(tmp_path):
             hits.setdefault(name, []).append(generate(llm, [prompt(300)])[0].hit)
             drain(llm)
     assert hits == {"Halved:by=4": [0, 299], "Halved:by=2": [0], "": [0]}
+
+
+def test_engines_of_one_server_share_what_one_transform_kept(server):
+    """Another transform, and none, find nothing of it, in one cache of a host."""
+    hits = []
+    for name in ("Halved:by=4", "Halved:by=4", "Halved:by=2", ""):
+        with engine([f"kvlab://{server.path}"], transform=name) as llm:
+            answer = generate(llm, [prompt(300)])[0]
+            hits.append(answer.hit)
+            assert answer.tokens == generate(llm, [prompt(300)])[0].tokens
+            drain(llm)
+            assert not connector(llm).hook_errors
+    assert hits == [0, 299, 0, 0]
 
 
 def test_one_that_breaks_costs_the_object():

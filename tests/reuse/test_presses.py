@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import transformers
 
 from kvlab import capture
+from kvlab.connectors.transformers import from_cache
 from kvlab.errors import ConfigError
 from kvlab.reuse import PRESSES, compare_presses, kept, pressed, pruned
-from kvlab.reuse.methods import rope_of
 from kvlab.reuse.presses import knorm, snapkv, streaming
+from kvlab.reuse.rope import rope_of
 from tests.support.llama import small_llama
 
 TOKENS = [(7 * at * at + at) % 200 for at in range(80)]
@@ -99,6 +101,55 @@ def test_a_row_for_each_press(model):
         compare_presses(model, TOKENS, [])
 
 
+class Hooked(KnormOfOthers):
+    """As the base of kvpress's presses: what it keeps stands in the cache."""
+
+    def forward_hook(self, module, _, kwargs, output):
+        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        kwargs = {"cache_position": torch.arange(layer.keys.shape[2]), **kwargs}
+        keys, values = layer.keys, layer.values
+        layer.keys, layer.values = self.compress(module, kwargs["hidden_states"], keys, values, output[1], kwargs)
+        return output
+
+
+class Two(Hooked):
+    """One press behind another."""
+
+    def forward_hook(self, *given):
+        for press in (Hooked(0.5), Latest(0.5)):
+            press.forward_hook(*given)
+
+
+class Latest(Hooked):
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        return keys[:, :, keys.shape[2] // 2 :], values[:, :, keys.shape[2] // 2 :]
+
+
+class InPasses(KnormOfOthers):
+    def __call__(self, model):
+        raise AssertionError("not called")
+
+
+@pytest.mark.parametrize("press", [Hooked(0.5), Latest(0.5), Two(0.0)])
+def test_transformers_keeps_the_same_tokens_with_the_same_press(model, kv, press):
+    for layer in model.model.layers:
+        layer.self_attn.rotary_emb = model.model.rotary_emb
+    hooks = [
+        layer.self_attn.register_forward_hook(press.forward_hook, with_kwargs=True) for layer in model.model.layers
+    ]
+    cache = transformers.DynamicCache()
+    with torch.inference_mode():
+        model(torch.tensor([TOKENS]), past_key_values=cache)
+    for hook, layer in zip(hooks, model.model.layers, strict=True):
+        hook.remove()
+        del layer.self_attn.rotary_emb
+    theirs, ours = from_cache(cache, TOKENS), pressed(model, kv, press)
+    assert len(theirs.values[0]) == ours.num_positions < 80
+    for a, b in zip(theirs.values, ours.values, strict=True):
+        for head in range(2):
+            assert sorted(a[:, head].tolist()) == sorted(b[:, head].tolist())
+
+
 class Turns(KnormOfOthers):
     def compress(self, *args):
         keys, values = super().compress(*args)
@@ -130,6 +181,8 @@ class Hides(KnormOfOthers):
         (Merges(0.5), "Merges changes keys or values"),
         (Pyramid(0.5), "layers keep 31 to 64 tokens, and an engine needs as many in each"),
         (Hides(0.5), "Hides hides tokens and drops none"),
+        (InPasses(0.5), "InPasses runs the model in passes of its own"),
+        (KnormOfOthers("half"), "KnormOfOthers raised TypeError: unsupported operand"),
     ],
 )
 def test_presses_that_an_engine_cannot_serve_are_refused(model, kv, press, words):

@@ -131,7 +131,7 @@ def test_what_cannot_be_compared_is_refused(model):
     with pytest.raises(ConfigError, match="at least one piece"):
         pasted([])
     other = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50))
-    with pytest.raises(ConfigError, match="the rope of a gpt2 model"):
+    with pytest.raises(ConfigError, match="the rope of a gpt2 model is not known here"):
         rope_of(other)
 
 

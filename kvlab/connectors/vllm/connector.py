@@ -266,9 +266,11 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     @_never_raise(lambda: compat.TransferResults())
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """vLLM versions that have it call it in place of `get_finished`; it reports failed loads by request."""
-        if self.worker is None or not self.worker.has_finished:
+        filled = self.by_hand.take_filled() if self.by_hand is not None else set()
+        if self.worker is None or not (self.worker.has_finished or filled):
             return compat.TransferResults()
         finished, failed = self.worker.take_finished()
+        finished |= filled
         return compat.TransferResults(
             finished_recving=finished, failed_recving=failed if self.groups.fail_whole else set()
         )
@@ -319,7 +321,8 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         assert self.scheduler is not None
         if self.by_hand is not None and self.by_hand.owns(request):
             self._match = (num_computed_tokens, False)
-            return self.by_hand.match(request, num_computed_tokens), False
+            served = self.by_hand.match(request, num_computed_tokens)
+            return served, bool(served) and self.by_hand.fills_early
         tokens, is_async = self.scheduler.match(request, num_computed_tokens)
         self._match = (num_computed_tokens, is_async)
         return tokens, is_async

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,7 @@ import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 from kvlab.connectors.captured import KV
-from kvlab.connectors.proven_file import Proof, read_proven, write_proven
-from kvlab.connectors.vllm import compat
+from kvlab.connectors.proven_file import Proof, read_proven, tokens_id, write_proven
 from kvlab.connectors.vllm.by_hand.answers import Asking, Change, Logprobs
 from kvlab.connectors.vllm.by_hand.pages import EnginePages
 from kvlab.connectors.vllm.by_hand.written import ByHand
@@ -65,11 +65,6 @@ def attach(llm: Any) -> "AttachedCache":
     config = llm.llm_engine.vllm_config
     if config.parallel_config.world_size > 1:
         raise ConfigError(f"kvlab.attach needs an engine of one rank, got {config.parallel_config.world_size}")
-    if compat.drafts_have_kv(config) or copies.groups.recurrent:
-        kind = "recurrent states" if copies.groups.recurrent else "a draft model's KV"
-        raise ConfigError(
-            f"kvlab.attach reads and writes K and V of one model, and this engine's pages hold {kind} too"
-        )
     if decides.by_hand is None:
         pages = EnginePages(
             config, copies._kv_cache_config, copies.kv_caches, copies.worker.transfer.layout, copies.groups
@@ -105,21 +100,23 @@ class AttachedCache:
         """The KV that the engine has for `prompt`, to its last token; it computes what no tier holds.
 
         Keys are as the engine keeps them, after rotary embedding. Of layers with a sliding window, the tokens that the
-        last one sees. The tensors are copies: change them as you like.
+        last one sees. Of recurrent layers, the states behind all tokens and behind all but the last, from which an
+        engine goes on. The tensors are copies: change them as you like.
         """
-        asked = self._named(prompt)
+        asked, pages = self._named(prompt), self._by_hand.pages
         kv = self._caught(asked)
-        if not self._by_hand.pages.have_windows or len(kv.token_ids) < 2:
+        if not (pages.have_windows or pages.states) or len(kv.token_ids) < 2:
             return kv
-        # The engine gives a window's oldest block back when the prompt's last token is done. It is there one earlier.
+        # The engine gives a window's oldest block back when the prompt's last token is done, and has changed a state
+        # then. Both are there one token earlier.
         earlier = self._caught({**asked, "prompt_token_ids": asked["prompt_token_ids"][:-1]})
 
         def joined(old: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-            whole = zip(old, now, kv.windows, strict=True)
+            whole = zip(old, now, kv.windows or [None] * len(now), strict=True)
             return tuple(b if window is None else torch.cat([a, b[-1:]])[-window:] for a, b, window in whole)
 
-        halves = joined(earlier.keys, kv.keys), joined(earlier.values, kv.values)
-        return KV(*halves, kv.token_ids, kv.num_positions, kv.model, kv.windows)
+        keys, values = joined(earlier.keys, kv.keys), joined(earlier.values, kv.values)
+        return replace(kv, keys=keys, values=values, states={**earlier.states, **kv.states})
 
     def write(self, prompt: Prompt, kv: KV, *, any_model: bool = False) -> dict[str, Any]:
         """Have the engine use `kv` for `prompt`; returns the prompt that does, for ``llm.generate``.
@@ -135,6 +132,7 @@ class AttachedCache:
         """
         asked = self._named(prompt)
         token_ids = tuple(asked["prompt_token_ids"])
+        kv = self._by_hand.pages.shown(kv)
         self._by_hand.pages.check(kv, len(token_ids))
         if not any_model and kv.model and not _same_model(kv.model, self.model):
             raise ConfigError(
@@ -142,7 +140,12 @@ class AttachedCache:
                 "any_model=True writes it all the same"
             )
         keys, values = (tuple(half.detach().cpu().clone() for half in halves) for halves in (kv.keys, kv.values))
-        salt = self._by_hand.add(KV(keys, values, token_ids, len(token_ids), kv.model, kv.windows))
+        states = {
+            end: tuple(tuple(part.detach().cpu().clone() for part in parts) for parts in layers)
+            for end, layers in kv.states.items()
+        }
+        held = replace(kv, keys=keys, values=values, token_ids=token_ids, states=states)
+        salt = self._by_hand.add(held)
         return {"prompt_token_ids": list(token_ids), "cache_salt": salt}
 
     def compare(self, before: Prompt, after: Prompt, *, max_tokens: int = 16, top: int = 20) -> Change:
@@ -162,7 +165,8 @@ class AttachedCache:
             logprobs = self._asking.follow(prompt, tokens, top=top)
         finally:
             self._by_hand.drop(prompt["cache_salt"])
-        write_proven(path, kv, Proof(self._identity(), self._rope(), codec, tokens, logprobs))
+        prompt_id = tokens_id(kv.token_ids)
+        write_proven(path, kv, Proof(self._identity(), self._rope(), codec, prompt_id, tokens, logprobs))
 
     def load(self, path: str | Path, *, check: bool = True, tolerance: float | None = None) -> KV:
         """The KV of a file, proven: this engine has the same model, and says the same behind it.
@@ -191,6 +195,8 @@ class AttachedCache:
                 f"{path} is KV of another model: {', '.join(differing)} differ; check=False loads it all the same",
                 reason="wrong_model",
             )
+        if proof.prompt != tokens_id(kv.token_ids):
+            raise FormatError(f"{path} names other tokens than it was saved with", reason="unproven")
         vocabulary = int(self._config.model_config.get_vocab_size())
         if not max(*kv.token_ids, *proof.tokens) < vocabulary:
             raise FormatError(f"{path} names tokens beyond the model's {vocabulary}", reason="unproven")
@@ -283,7 +289,7 @@ class AttachedCache:
             kv = self._by_hand.take()
         if kv is None:
             raise ConfigError("the engine ended this prompt without computing it; see its log")
-        return KV(kv.keys, kv.values, kv.token_ids, kv.num_positions, self.model, kv.windows)
+        return replace(kv, model=self.model)
 
     def _identity(self) -> dict[str, str]:
         """What the KV depends on besides tokens, but for the machine and the engine's sizes."""

@@ -3,6 +3,9 @@
 Each writing has a ``cache_salt`` of its own, which vLLM makes part of every block's hash: neither the engine's own
 prefix cache nor any tier of kvlab finds that KV, or what is computed behind it, for a request without this salt. It
 lies in this process's memory and is copied straight into the pages of a request; the tiers never see it.
+
+KV of tokens is copied within the step that begins the request. Recurrent states are copied a step earlier: an engine
+may move a state to the page where a step ends before it gives its connector a chance to write it.
 """
 
 import secrets
@@ -28,6 +31,7 @@ class Ended(NamedTuple):
 
 
 class _Fill(NamedTuple):
+    request_id: str
     kv: KV
     block_ids: Tables
     first_token: int
@@ -41,8 +45,9 @@ class ByHand:
         self.pages = pages
         self._written: dict[str, KV] = {}  # by salt
         self._fills: list[_Fill] = []  # of the step that is being planned
+        self._filled: set[str] = set()  # requests whose pages were filled before their first step
         self._wanted: tuple[int, ...] | None = None
-        self._caught: KV | None = None
+        self._caught: KV | Exception | None = None
         self.ended: deque[Ended] = deque(maxlen=MOST_REMEMBERED)
 
     def add(self, kv: KV) -> str:
@@ -70,21 +75,28 @@ class ByHand:
         """Whether this request is no business of the tiers: it is not looked up there and not stored."""
         return str(getattr(request, "cache_salt", None) or "").startswith(SALT)
 
+    @property
+    def fills_early(self) -> bool:
+        """Whether pages are filled before the request's first step, and not within it."""
+        return bool(self.pages.states)
+
     def match(self, request: Any, num_computed_tokens: int) -> int:
-        """How many tokens beyond those computed are served."""
+        """How many tokens beyond those computed are served. A state is right for one number of tokens alone."""
         kv = self._written.get(request.cache_salt)
         if kv is None or wants_recompute(request):
             return 0
         if tuple(request.prompt_token_ids[: kv.num_positions]) != kv.token_ids:
             return 0
         last = int(request.num_prompt_tokens) - 1  # which is computed, also after a preemption
-        return max(min(kv.num_positions, last) - num_computed_tokens, 0)
+        ends = [end for end in kv.states or [min(kv.num_positions, last)] if end <= last]
+        return max(max(ends, default=0) - num_computed_tokens, 0)
 
     def allocated(self, request: Any, block_ids: Tables, num_computed: int, num_tokens: int) -> None:
         """Pages for the tokens of the latest match; they are filled once the engine has cleared what it clears."""
         if num_tokens:
             kv = self._written[request.cache_salt]
-            self._fills.append(_Fill(kv, block_ids, num_computed, num_computed + num_tokens))
+            end = num_computed + num_tokens
+            self._fills.append(_Fill(request.request_id, kv, block_ids, num_computed, end))
 
     def finished(self, request: Any, block_ids: Tables) -> None:
         """A request is done and its pages are still its own."""
@@ -92,7 +104,11 @@ class ByHand:
             tokens = tuple(request.prompt_token_ids or ())
             self.ended.append(Ended(float(request.arrival_time), tokens, int(request.num_output_tokens)))
         if self._wanted is not None and tuple(request.prompt_token_ids or ()) == self._wanted:
-            self._caught, self._wanted = self.pages.read(block_ids, self._wanted, ""), None
+            try:
+                self._caught = self.pages.read(block_ids, self._wanted, "")
+            except Exception as error:  # of whoever reads, and not of the engine
+                self._caught = error
+            self._wanted = None
 
     # ---- of the worker side
 
@@ -101,6 +117,13 @@ class ByHand:
         fills, self._fills = self._fills, []
         for each in fills:
             self.pages.write(each.kv, each.block_ids, each.first_token, each.end_token)
+            if self.fills_early:
+                self._filled.add(each.request_id)
+
+    def take_filled(self) -> set[str]:
+        """Requests whose pages were filled since the last call, where that is done before their first step."""
+        filled, self._filled = self._filled, set()
+        return filled
 
     # ---- reading
 
@@ -109,6 +132,8 @@ class ByHand:
         self._wanted, self._caught = tuple(token_ids), None
 
     def take(self) -> KV | None:
-        """What was caught."""
+        """What was caught; raises what reading it raised."""
         caught, self._wanted, self._caught = self._caught, None, None
+        if isinstance(caught, Exception):
+            raise caught
         return caught

@@ -1,0 +1,108 @@
+"""How a model turns keys by their position, proven by the model itself, and keys turned to another one.
+
+Rotary embedding turns pairs of channels, (i, i + half), by an angle for each position that a token lies further on. A
+model says its angles in a buffer; how its layers use them is code. So the code is asked: a few tokens are computed at
+their places and again further on, and the keys of every layer must be those that `turn` gives.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from kvlab.connectors.transformers import keys_at
+from kvlab.errors import ConfigError
+
+FIXED = ("default", "linear", "llama3", "yarn", "proportional")  # kinds of rope whose angles are always the same
+FURTHER = 1024  # places that the proof moves its tokens: far enough for slow channels, near enough for float32
+CLOSE = {torch.float32: 2e-3, torch.float64: 2e-3}  # relative error of a pair of channels; rounding grows by layer
+CLOSE_ENOUGH = 0.2  # in 16 bits
+TOKENS = (3, 1, 4, 1, 5)
+
+_proven: "WeakKeyDictionary[Any, torch.Tensor]" = WeakKeyDictionary()
+
+
+def rope_of(model: Any) -> torch.Tensor:
+    """Radians that each pair of channels turns a token, float64 (layers, pairs); 0 in layers that know no position.
+
+    Parameters
+    ----------
+    model
+        a causal model of transformers; it computes a few tokens
+
+    Raises
+    ------
+    ConfigError
+        where a position turns keys otherwise: other pairs of channels, angles that depend on the prompt's length
+        (`dynamic`, `longrope`), no rotary embedding
+    """
+    if model not in _proven:
+        _proven[model] = _ask(model)
+    return _proven[model]
+
+
+def turn(keys: torch.Tensor, by: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """One layer's keys (tokens, kv_heads, head_dim), each `by` positions further on, (tokens, kv_heads) or what
+    broadcasts. `frequencies` (pairs); further channels stay."""
+    half = len(frequencies)
+    angles = by.double()[..., None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    a, b = keys[..., :half].double(), keys[..., half : 2 * half].double()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, keys[..., 2 * half :].double()], dim=-1).to(keys.dtype)
+
+
+def rotary_of(model: Any) -> Any:
+    """The module that makes a model's angles; None where there is none."""
+    return getattr(model.base_model, "rotary_emb", None)
+
+
+def layer_types(model: Any) -> list[str]:
+    """The kind of each layer, where a model's rope differs by it; [] elsewhere."""
+    has_one = hasattr(rotary_of(model), "inv_freq")
+    return [] if has_one else list(getattr(model.config, "layer_types", None) or [])
+
+
+def _ask(model: Any) -> torch.Tensor:
+    rope, name = rotary_of(model), model.config.model_type
+    given = getattr(model.config, "rope_parameters", None) or {}
+    by_type = {kind: own for kind, own in given.items() if isinstance(own, dict)}
+    kinds = {own.get("rope_type", "default") for own in by_type.values() or [given]}
+    if rope is None:
+        raise ConfigError(f"the rope of a {name} model is not known here: it has no rotary embedding of all layers")
+    if other := kinds - {*FIXED}:
+        raise ConfigError(
+            f"the rope of this {name} model is {', '.join(sorted(other))}: its angles may depend on the prompt's "
+            f"length, so keys cannot be turned to another place; known: {', '.join(FIXED)}"
+        )
+    count = model.config.num_hidden_layers
+    names = [f"{kind}_inv_freq" for kind in layer_types(model)] or ["inv_freq"] * count
+    if any(not isinstance(getattr(rope, each, None), torch.Tensor) for each in names):
+        raise ConfigError(f"the rope of a {name} model is not known here: it does not say its angles")
+    buffers = [getattr(rope, each).double().cpu() for each in names]
+    if len({len(buffer) for buffer in buffers}) > 1:
+        raise ConfigError(
+            f"the rope of a {name} model is not known here: its layers turn different numbers of channels"
+        )
+    frequencies = torch.stack(buffers)
+    near, far = ([keys.double().cpu() for keys in keys_at(model, TOKENS, first)] for first in (0, FURTHER))
+    if len(near) != len(frequencies):
+        raise ConfigError(f"the rope of a {name} model is not known here: {count} layers keep {len(near)} times keys")
+    allowed = CLOSE.get(model.dtype, CLOSE_ENOUGH)
+    for at, (old, new) in enumerate(zip(near, far, strict=True)):
+        if old.shape[-1] < 2 * frequencies.shape[1]:
+            raise ConfigError(f"the rope of a {name} model turns more channels than layer {at} keeps")
+        if _error(new, old) <= allowed:
+            frequencies[at] = 0
+        elif not _error(new, turn(old, torch.tensor(FURTHER).reshape(1, 1), frequencies[at])) <= allowed:
+            raise ConfigError(
+                f"layer {at} of this {name} model does not turn keys as known here (pairs of channels i and i + half "
+                "by the angles that its rotary embedding says), so they cannot be turned to another place"
+            )
+    return frequencies
+
+
+def _error(true: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest relative error of a channel over tokens and heads; that of a small one beside the layer's others."""
+    size = true.square().sum((0, 1)).sqrt()
+    off = (true - other).square().sum((0, 1)).sqrt()
+    return float((off / size.maximum(size.mean() / 10)).max())
