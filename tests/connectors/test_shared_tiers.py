@@ -30,9 +30,8 @@ def another_process(*urls: str) -> list[tuple[int, list[int]]]:
     """For each tier hit and tokens of `prompt(300)`, in an engine of another process."""
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", OTHER.format(urls=list(urls))]
-    out = subprocess.run(
-        command, check=True, timeout=250, env=dict(os.environ), cwd=root, capture_output=True, text=True
-    )
+    out = subprocess.run(command, timeout=250, env=dict(os.environ), cwd=root, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-6000:]
     answers = [line.split()[1:] for line in out.stdout.splitlines() if line.startswith("answer ")]
     return [(int(hit), [int(token) for token in tokens]) for hit, *tokens in answers]
 

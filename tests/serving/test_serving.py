@@ -315,7 +315,7 @@ def test_a_server_that_dies_at_start_says_why(demo_model_path, tmp_path, monkeyp
     small = [*SERVER, "--kv-cache-memory-bytes", str(1 << 20)]  # not even one prompt fits
     with (
         pytest.raises(KVLabError, match="memory too small") as died,
-        Server(demo_model_path, small, log=tmp_path / "log"),
+        Server(demo_model_path, small, env=ONE_PROCESS, log=tmp_path / "log"),
     ):
         pass
     one_line(died.value)
