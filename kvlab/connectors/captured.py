@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -51,6 +52,11 @@ class KV:
     def __post_init__(self) -> None:
         if len(self.keys) != len(self.values) or not (self.keys or self.states):
             raise ConfigError(f"KV needs keys and values of every layer, got {len(self.keys)} and {len(self.values)}")
+        if not _is_count(self.num_positions) or not all(map(_is_count, self.token_ids)):
+            raise ConfigError(
+                f"num_positions and token_ids must be whole numbers from 0 on, got {self.num_positions!r} and "
+                f"{next((token for token in self.token_ids if not _is_count(token)), 'fit ids')!r}"
+            )
         if self.windows and len(self.windows) != len(self.keys):
             raise ConfigError(f"windows must name all {len(self.keys)} layers or none, got {len(self.windows)}")
         if (
@@ -195,6 +201,10 @@ def opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
         raise
     except Exception as error:  # safetensors raises its own class on broken files
         raise FormatError(f"{path} is not a readable file of KV: {error!r}"[:300]) from error
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 0
 
 
 def _flat(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -95,3 +95,7 @@ def _check(proof: Proof) -> None:
         raise ValueError(f"a proof of {len(proof.tokens)} tokens and {len(proof.logprobs)} places")
     if not all(map(math.isfinite, values)) or not all(type(token) is int and token >= 0 for token in proof.tokens):
         raise ValueError("a proof holds numbers that are none")
+    if not all(isinstance(named, Mapping) for named in (proof.model, proof.rope)):
+        raise ValueError("a proof names neither model nor rope")
+    if not isinstance(proof.codec, str) or not isinstance(proof.prompt, str):
+        raise ValueError("a proof names no codec or no prompt")

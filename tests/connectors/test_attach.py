@@ -1,5 +1,7 @@
 """KV read out of a real engine, changed, and written back: against transformers, and beside other requests."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -208,7 +210,34 @@ def test_kv_goes_through_a_store_to_the_token(llm):
     assert worst(kv, found) == 0
 
 
+def without_last(kv, other):
+    """`kv` with the last token of `other`, which the engine computed itself."""
+    keys, values = (
+        tuple(torch.cat([a[:-1], b[-1:]]) for a, b in zip(*halves, strict=True))
+        for halves in ((kv.keys, other.keys), (kv.values, other.values))
+    )
+    return replace(kv, keys=keys, values=values)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (5, "text, token ids or what `write` returned, got int"),
+        (b"abc", "got bytes"),
+        ([1.5], r"whole numbers, got 1\.5"),
+        ({"prompt_token_ids": [1], "cache_salt": 5}, "cache_salt must be text, got int"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(llm, prompt, words):
+    with pytest.raises(ConfigError, match=words):
+        kvlab.attach(llm).read(prompt)
+    with pytest.raises(ConfigError, match=r"write takes a KV, .* got Tensor"):
+        kvlab.attach(llm).write([1, 2], torch.zeros(1))
+
+
 def test_the_engines_own_prefix_cache_keeps_them_apart_too():
+    from vllm import SamplingParams
+
     with engine([TIERS], {"enable_prefix_caching": True}) as llm:
         cache = kvlab.attach(llm)
         plain = generate(llm, [prompt(200)])[0].tokens
@@ -220,6 +249,15 @@ def test_the_engines_own_prefix_cache_keeps_them_apart_too():
         assert first[1] == 199
         assert generate(llm, [prompt(200)])[0].tokens == plain
         assert answer(llm, cache.write(prompt(200), kv))[0] == plain
+        for at in range(3):  # computed under the name of a writing: its later requests find none of it
+            again = cache.write(prompt(200), zeroed(kv, 2))
+            if at == 0:
+                llm.generate([again], SamplingParams(max_tokens=1, prompt_logprobs=1), use_tqdm=False)
+            else:
+                ids = [prompt(150), [*prompt(100), *text_ids()[300:380]]][at - 1]
+                answer(llm, {**again, "prompt_token_ids": list(ids)})
+            assert answer(llm, again) == first
+            assert worst(zeroed(kv, 2), without_last(cache.read(again), zeroed(kv, 2))) == 0
         cache.clear()
         assert answer(llm, edited)[0] == plain
 
@@ -283,6 +321,10 @@ def test_layers_with_windows_are_read_and_written(tmp_path):
             tokens, cached = answer_ids(llm, cache.write(asked[:length], kv))
             assert tokens == plain, length
             assert cached == length - 1
+            other = zeroed(kv, 1)
+            other = replace(other, keys=tuple(key * 1.5 for key in other.keys))
+            found = cache.read(cache.write(asked[:length], other))  # windows too
+            assert worst(other, without_last(found, other)) == 0
         whole = kvlab.capture(load_model(made["model"]), asked[:81])
         tokens, cached = answer_ids(llm, cache.write(asked[:81], whole))  # which holds all tokens in each layer
         assert (tokens, cached) == (generate(llm, [asked[:81]], detokenize=False)[0].tokens, 80)

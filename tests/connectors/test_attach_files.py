@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 import kvlab
 from kvlab.connectors.captured import KV
 from kvlab.connectors.proven_file import read_proven
+from kvlab.connectors.vllm.by_hand.written import ByHand
 from kvlab.errors import FormatError
 from tests.connectors.engine import generate, prompt, shared
 from tests.connectors.test_attach import TIERS, answer, worst, zeroed
@@ -77,6 +78,27 @@ def test_a_file_that_names_other_tokens_is_refused(cache, saved):
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_positions", 130.0), ("token_ids", []), ("token_ids", [-1] * 130), ("token_ids", None), ("windows", 3)],
+)
+def test_a_file_whose_words_are_of_other_kinds_is_refused(cache, saved, field, value):
+    path, _ = saved
+    with safe_open(path, "pt") as opened:
+        fields, parts = dict(opened.metadata()), {each: opened.get_tensor(each) for each in opened.keys()}  # noqa: SIM118
+    about = {**json.loads(fields["about"]), field: value}
+    save_file(parts, path, {**fields, "about": json.dumps(about)})
+    with pytest.raises(FormatError):
+        cache.load(path)
+
+
+def test_an_answer_that_did_not_use_the_kv_proves_nothing(cache, saved, monkeypatch):
+    path, _ = saved
+    monkeypatch.setattr(ByHand, "match", lambda *_: 0)  # as a hook that raises does
+    with pytest.raises(FormatError, match="the engine used 0 of 129 tokens"):
+        cache.load(path)
+
+
+@pytest.mark.parametrize(
     ("name", "change", "words"),
     [
         ("model", lambda old: {**old, "weights": "others"}, "weights differ"),
@@ -116,6 +138,7 @@ def test_what_is_no_such_file_is_refused_in_one_line(cache, saved, tmp_path):
         ("logprobs", lambda old: old[:-1], "not a readable file of KV"),
         ("logprobs", lambda old: [{**at, "7": float("nan")} for at in old], "numbers that are none"),
         ("tokens", lambda old: [], "a proof of 0 tokens"),
+        ("model", lambda old: None, "names neither model nor rope"),
         ("tokens", lambda old: [10**9, *old[1:]], "names tokens beyond the model's 49152"),
         ("layers.0.key", lambda old: old[:, :, :32].contiguous(), "not a readable file|does not fit this engine"),
         ("layers.0.key", lambda old: old * float("inf"), "V|K of layer 0 holds NaN or infinity"),

@@ -1,8 +1,9 @@
 """`kvlab.attach`: read the KV of a prompt out of a running vLLM, change it, put it back, generate."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,18 @@ def attach(llm: Any) -> "AttachedCache":
             config, copies._kv_cache_config, copies.kv_caches, copies.worker.transfer.layout, copies.groups
         )
         decides.by_hand = copies.by_hand = ByHand(pages)
+        core.preprocess_add_request = _salting(core.preprocess_add_request)
     return AttachedCache(llm, decides)
+
+
+def _salting(original: Any) -> Any:
+    """`original`, the engine's way from a request's message to its blocks' hashes, with a salt for each request."""
+
+    def preprocess_add_request(request: Any) -> Any:
+        ByHand.salt_alone(request)
+        return original(request)
+
+    return preprocess_add_request
 
 
 class AttachedCache:
@@ -108,8 +120,12 @@ class AttachedCache:
         if not (pages.have_windows or pages.states) or len(kv.token_ids) < 2:
             return kv
         # The engine gives a window's oldest block back when the prompt's last token is done, and has changed a state
-        # then. Both are there one token earlier.
-        earlier = self._caught({**asked, "prompt_token_ids": asked["prompt_token_ids"][:-1]})
+        # then. Both are there one token earlier; of what was written, they are what was written.
+        written = self._by_hand.kv_of(asked.get("cache_salt", ""))
+        if written is not None and written.token_ids == kv.token_ids:
+            earlier = _without_last(written)
+        else:
+            earlier = self._caught({**asked, "prompt_token_ids": asked["prompt_token_ids"][:-1]})
 
         def joined(old: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
             whole = zip(old, now, kv.windows or [None] * len(now), strict=True)
@@ -130,6 +146,8 @@ class AttachedCache:
             for KV of another shape, dtype or number of tokens, with NaN or infinity, or, unless `any_model`, of another
             model
         """
+        if not isinstance(kv, KV):
+            raise ConfigError(f"write takes a KV, as `read` and `capture` give it, got {type(kv).__name__}")
         asked = self._named(prompt)
         token_ids = tuple(asked["prompt_token_ids"])
         kv = self._by_hand.pages.shown(kv)
@@ -197,17 +215,32 @@ class AttachedCache:
             )
         if proof.prompt != tokens_id(kv.token_ids):
             raise FormatError(f"{path} names other tokens than it was saved with", reason="unproven")
-        vocabulary = int(self._config.model_config.get_vocab_size())
-        if not max(*kv.token_ids, *proof.tokens) < vocabulary:
+        named, model_config = [*kv.token_ids, *proof.tokens], self._config.model_config
+        if not max(named) < (vocabulary := int(model_config.get_vocab_size())):
             raise FormatError(f"{path} names tokens beyond the model's {vocabulary}", reason="unproven")
+        if not kv.token_ids or len(named) > model_config.max_model_len:
+            raise FormatError(
+                f"{path} has {len(named)} tokens with those of its proof, this engine takes 1 to "
+                f"{model_config.max_model_len}",
+                reason="unproven",
+            )
         try:
             prompt = self.write(list(kv.token_ids), kv, any_model=True)
         except ConfigError as error:
             raise FormatError(f"{path} does not fit this engine: {error}", reason="wrong_shape") from error
         try:
+            used = self._asking.answers([prompt], max_tokens=1, top=1)[0].cached_tokens
             found = self._asking.follow(prompt, proof.tokens, top=max(map(len, proof.logprobs)))
+        except ConfigError as error:
+            raise FormatError(f"{path} cannot be proven here: {error}", reason="unproven") from error
         finally:
             self._by_hand.drop(prompt["cache_salt"])
+        if used != len(kv.token_ids) - 1:
+            raise FormatError(
+                f"{path}: the engine used {used} of {len(kv.token_ids) - 1} tokens, and its answer proves nothing; see "
+                "its log",
+                reason="unproven",
+            )
         allowed = ROUNDING[self._by_hand.pages.dtype] if tolerance is None else tolerance
         off = _distance(proof.logprobs, found)
         if not off <= allowed:
@@ -276,10 +309,16 @@ class AttachedCache:
                 raise ConfigError(f"a prompt must be prompt_token_ids and cache_salt, got {', '.join(prompt)}")
         else:
             ids = prompt
-        ids = [int(token) for token in ids]
+        if not isinstance(ids, Iterable) or isinstance(ids, str | bytes):
+            raise ConfigError(f"a prompt must be text, token ids or what `write` returned, got {type(ids).__name__}")
+        ids = list(ids)
+        if wrong := [token for token in ids if isinstance(token, bool) or not isinstance(token, Integral)]:
+            raise ConfigError(f"token ids must be whole numbers, got {wrong[0]!r}")
         if not ids:
             raise ConfigError("a prompt must hold at least one token, got none")
-        return {"prompt_token_ids": ids, **given}
+        if not isinstance(given.get("cache_salt", ""), str):
+            raise ConfigError(f"cache_salt must be text, got {type(given['cache_salt']).__name__}")
+        return {"prompt_token_ids": [int(token) for token in ids], **given}
 
     def _caught(self, asked: dict[str, Any]) -> KV:
         self._by_hand.want(asked["prompt_token_ids"])
@@ -300,6 +339,14 @@ class AttachedCache:
     def _rope(self) -> dict[str, Any]:
         config = self._config.model_config.hf_text_config.to_dict()
         return {name: value for name, value in sorted(config.items()) if "rope" in name or "rotary" in name}
+
+
+def _without_last(kv: KV) -> KV:
+    """`kv` of all tokens but the last."""
+    keys, values = (tuple(layer[:-1] for layer in halves) for halves in (kv.keys, kv.values))
+    count = kv.num_positions - 1
+    states = {end: kv.states[end] for end in kv.states if end == count}
+    return replace(kv, keys=keys, values=values, token_ids=kv.token_ids[:-1], num_positions=count, states=states)
 
 
 def _same_model(one: str, other: str) -> bool:

@@ -1,8 +1,10 @@
 """KV that was written by hand, served to the requests that name it and to no other.
 
-Each writing has a ``cache_salt`` of its own, which vLLM makes part of every block's hash: neither the engine's own
-prefix cache nor any tier of kvlab finds that KV, or what is computed behind it, for a request without this salt. It
-lies in this process's memory and is copied straight into the pages of a request; the tiers never see it.
+Each writing has a ``cache_salt`` of its own, and each request that names it another one made of it. vLLM makes the
+salt part of every block's hash: its prefix cache finds neither that KV nor what is computed behind it for any other
+request, not even for one of the same writing, which may have computed what was written (prompt logprobs, a shorter
+prompt). What was written lies in this process's memory and is copied straight into the pages of a request; the tiers
+never see it.
 
 KV of tokens is copied within the step that begins the request. Recurrent states are copied a step earlier: an engine
 may move a state to the page where a step ends before it gives its connector a chance to write it.
@@ -19,6 +21,7 @@ from kvlab.connectors.vllm.kv_groups import Tables
 from kvlab.connectors.vllm.scheduler.requests import wants_recompute
 
 SALT = "kvlab-by-hand-"
+OF_REQUEST = "/"  # between a writing's salt and what tells its requests apart
 MOST_REMEMBERED = 10_000  # prompts
 
 
@@ -57,7 +60,14 @@ class ByHand:
         return salt
 
     def kv_of(self, salt: str) -> KV | None:
-        return self._written.get(salt)
+        """What was written under the salt of a writing or of a request that names it."""
+        return self._written.get(salt.partition(OF_REQUEST)[0])
+
+    @staticmethod
+    def salt_alone(request: Any) -> None:
+        """Give a request that names a writing a salt that no other has; before the engine hashes its tokens."""
+        if ByHand.owns(request):
+            request.cache_salt += OF_REQUEST + secrets.token_hex(8)
 
     def drop(self, salt: str) -> None:
         self._written.pop(salt, None)
@@ -82,7 +92,7 @@ class ByHand:
 
     def match(self, request: Any, num_computed_tokens: int) -> int:
         """How many tokens beyond those computed are served. A state is right for one number of tokens alone."""
-        kv = self._written.get(request.cache_salt)
+        kv = self.kv_of(request.cache_salt)
         if kv is None or wants_recompute(request):
             return 0
         if tuple(request.prompt_token_ids[: kv.num_positions]) != kv.token_ids:
@@ -94,7 +104,8 @@ class ByHand:
     def allocated(self, request: Any, block_ids: Tables, num_computed: int, num_tokens: int) -> None:
         """Pages for the tokens of the latest match; they are filled once the engine has cleared what it clears."""
         if num_tokens:
-            kv = self._written[request.cache_salt]
+            kv = self.kv_of(request.cache_salt)
+            assert kv is not None  # it matched
             end = num_computed + num_tokens
             self._fills.append(_Fill(request.request_id, kv, block_ids, num_computed, end))
 
