@@ -204,7 +204,7 @@ def opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
 
 
 def _is_count(number: object) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 0
+    return not isinstance(number, bool) and isinstance(number, Integral) and int(number) >= 0
 
 
 def _flat(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -7,7 +7,7 @@ that they come to. `PRESSES` are scores of a few lines; `pressed` takes an objec
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -80,8 +80,18 @@ def pruned(model: Any, kv: KV, score: Score, keep: float) -> KV:
     """
     if not 0 < keep <= 1:
         raise ConfigError(f"the share of tokens to keep must be above 0 and at most 1, got {keep}")
-    count = max(int(keep * kv.num_positions), 1)
-    return _chosen(model, kv, lambda layer: score(layer).topk(count).indices.sort().values)
+    count = max(int(keep * kv.num_positions + 1e-9), 1)  # 0.29 * 100 is a little less than 29
+
+    def choose(layer: Layer) -> torch.Tensor:
+        scores = score(layer)
+        if scores.shape != layer.keys.shape[:2] or bool(scores.isnan().any()):
+            raise ConfigError(
+                f"scores of layer {layer.number} must be {list(layer.keys.shape[:2])} numbers, (kv_heads, tokens); "
+                f"got shape {list(scores.shape)}{', with NaN' if bool(scores.isnan().any()) else ''}"
+            )
+        return scores.topk(count).indices.sort().values
+
+    return _chosen(model, kv, choose)
 
 
 def pressed(model: Any, kv: KV, press: Any) -> KV:
@@ -97,9 +107,11 @@ def pressed(model: Any, kv: KV, press: Any) -> KV:
     name, calls = type(press).__name__, [cls.__name__ for cls in type(press).__mro__ if "__call__" in vars(cls)]
     if calls and calls[0] != "BasePress":
         raise ConfigError(f"{name} runs the model in passes of its own ({calls[0]}.__call__), which is not done here")
+    if not (hasattr(press, "forward_hook") or hasattr(press, "compress")):
+        raise ConfigError(f"a press has forward_hook or compress, as those of kvpress have, got {name}")
     if prepare := getattr(press, "post_init_from_model", None):
         _run(press, prepare, model)
-    cache = to_cache(kv)
+    cache = to_cache(_copied(kv))  # a press may write to what it is given
 
     def choose(layer: Layer) -> torch.Tensor:
         given = {"cache_position": torch.arange(kv.num_positions), **layer.given, "past_key_values": cache}
@@ -107,9 +119,11 @@ def pressed(model: Any, kv: KV, press: Any) -> KV:
             _run(press, hook, layer.module, [], given, (None, layer.attentions))
             left = cache.layers[layer.number].keys, cache.layers[layer.number].values
         else:
-            keys, values = (half[None] for half in (layer.keys, layer.values))
+            keys, values = (half[None].clone() for half in (layer.keys, layer.values))
             about = given["hidden_states"], keys, values, layer.attentions, given
             left = _run(press, press.compress, layer.module, *about)
+            if not isinstance(left, tuple) or len(left) != 2:
+                raise ConfigError(f"compress of {name} must return keys and values, got {type(left).__name__}")
         if getattr(layer.module, "masked_key_indices", None) is not None:
             layer.module.masked_key_indices = None
             raise ConfigError(f"{name} hides tokens and drops none; an engine knows no such mask")
@@ -151,12 +165,12 @@ def snapkv(window: int = 32, pooled: int = 5) -> Score:
         count = layer.keys.shape[1]
         if count <= window:
             raise ConfigError(f"SnapKV needs a prompt of more tokens than its window's {window}, got {count}")
-        queries = layer.queries[:, -window:]
+        queries = layer.queries[:, -window:].float()
         if layer.turns:
             queries = _turned(queries, *(half[0, -window:] for half in layer.given["position_embeddings"]))
-        attention: torch.Tensor = queries @ layer.shared(layer.keys).transpose(1, 2) * layer.module.scaling
+        attention: torch.Tensor = queries @ layer.shared(layer.keys.float()).transpose(1, 2) * layer.module.scaling
         later = torch.ones(window, count, dtype=torch.bool).triu(count - window + 1)
-        attention = attention.masked_fill(later, -math.inf).float().softmax(-1)[..., :-window]
+        attention = attention.masked_fill(later, -math.inf).softmax(-1)[..., :-window]
         seen = avg_pool1d(attention.mean(1), pooled, stride=1, padding=pooled // 2)
         return pad(layer.by_kv_head(seen), (0, window), value=math.inf)
 
@@ -168,7 +182,7 @@ def expected_attention(future: int = 512, sinks: int = 4) -> Score:
     places, times the norm of V; and the first `sinks` tokens."""
 
     def score(layer: Layer) -> torch.Tensor:
-        queries, count, width = layer.queries[:, sinks:], layer.keys.shape[1], layer.keys.shape[2]
+        queries, count, width = layer.queries[:, sinks:].float(), layer.keys.shape[1], layer.keys.shape[2]
         if count <= sinks:
             raise ConfigError(f"expected attention needs a prompt of more tokens than its {sinks} sinks, got {count}")
         mean = queries.mean(1, keepdim=True)
@@ -177,10 +191,10 @@ def expected_attention(future: int = 512, sinks: int = 4) -> Score:
             cos, sin = (half[0] for half in layer.module.rotary_emb(queries, torch.arange(count, count + future)[None]))
             turn = _turned(torch.eye(width)[:, None], cos, sin).mean(1).T  # of each channel, over the places
             mean, spread = mean @ turn.T, turn @ spread @ turn.T
-        keys = layer.shared(layer.keys[:, sinks:])
+        keys = layer.shared(layer.keys[:, sinks:].float())
         logits = (keys @ mean.transpose(1, 2))[..., 0] / math.sqrt(width)
         logits = logits + ((keys @ spread) * keys).sum(-1) / (2 * width)
-        liked = layer.by_kv_head(logits.softmax(-1)) * layer.values[:, sinks:].norm(dim=-1)
+        liked = layer.by_kv_head(logits.softmax(-1)) * layer.values[:, sinks:].float().norm(dim=-1)
         return pad(liked, (sinks, 0), value=math.inf)
 
     return score
@@ -214,7 +228,7 @@ def _chosen(model: Any, kv: KV, choose: Callable[[Layer], torch.Tensor]) -> KV:
     found: list[torch.Tensor] = []
 
     def seen(module: Any, _: Any, given: dict[str, Any], returned: Any) -> None:
-        keys, values = (half[len(found)].transpose(0, 1) for half in (kv.keys, kv.values))
+        keys, values = (half[len(found)].transpose(0, 1).clone() for half in (kv.keys, kv.values))
         turns = bool(frequencies[len(found)].any())
         found.append(choose(Layer(len(found), keys, values, module, given, returned[1], turns)))
 
@@ -239,6 +253,11 @@ def _chosen(model: Any, kv: KV, choose: Callable[[Layer], torch.Tensor]) -> KV:
             "of blocks for all of them"
         )
     return kept(kv, torch.stack(found), frequencies)
+
+
+def _copied(kv: KV) -> KV:
+    keys, values = (tuple(layer.clone() for layer in halves) for halves in (kv.keys, kv.values))
+    return replace(kv, keys=keys, values=values)
 
 
 def _found(keys: torch.Tensor, values: torch.Tensor, left_k: torch.Tensor, left_v: torch.Tensor, name: str) -> Any:

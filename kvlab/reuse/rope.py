@@ -19,7 +19,8 @@ CLOSE = {torch.float32: 2e-3, torch.float64: 2e-3}  # relative error of a pair o
 CLOSE_ENOUGH = 0.2  # in 16 bits
 TOKENS = (3, 1, 4, 1, 5)
 
-_proven: "WeakKeyDictionary[Any, torch.Tensor]" = WeakKeyDictionary()
+# By model: what it said of its angles when it was asked, and what it was found to do.
+_proven: "WeakKeyDictionary[Any, tuple[list[torch.Tensor], torch.Tensor]]" = WeakKeyDictionary()
 
 
 def rope_of(model: Any) -> torch.Tensor:
@@ -36,9 +37,12 @@ def rope_of(model: Any) -> torch.Tensor:
         where a position turns keys otherwise: other pairs of channels, angles that depend on the prompt's length
         (`dynamic`, `longrope`), no rotary embedding
     """
-    if model not in _proven:
-        _proven[model] = _ask(model)
-    return _proven[model]
+    angles = [buffer.detach().clone() for buffer in (rotary_of(model) or torch.nn.Module()).buffers()]
+    said, found = _proven.get(model, ([], None))
+    if found is None or len(said) != len(angles) or not all(map(torch.equal, said, angles)):
+        found = _ask(model)
+        _proven[model] = angles, found
+    return found
 
 
 def turn(keys: torch.Tensor, by: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
@@ -84,6 +88,11 @@ def _ask(model: Any) -> torch.Tensor:
             f"the rope of a {name} model is not known here: its layers turn different numbers of channels"
         )
     frequencies = torch.stack(buffers)
+    if any(_is_rounded(frequencies, dtype) for dtype in (torch.bfloat16, torch.float16)):
+        raise ConfigError(
+            f"the angles of this {name} model are rounded to 16 bits, as by model.bfloat16(); load it with "
+            "from_pretrained(..., dtype=torch.bfloat16), which leaves them as they are"
+        )
     near, far = ([keys.double().cpu() for keys in keys_at(model, TOKENS, first)] for first in (0, FURTHER))
     if len(near) != len(frequencies):
         raise ConfigError(f"the rope of a {name} model is not known here: {count} layers keep {len(near)} times keys")
@@ -99,6 +108,11 @@ def _ask(model: Any) -> torch.Tensor:
                 "by the angles that its rotary embedding says), so they cannot be turned to another place"
             )
     return frequencies
+
+
+def _is_rounded(frequencies: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether every angle is a number of `dtype`, which powers of a base are by rounding alone."""
+    return frequencies.shape[1] > 2 and torch.equal(frequencies.to(dtype).double(), frequencies)
 
 
 def _error(true: torch.Tensor, other: torch.Tensor) -> float:

@@ -200,3 +200,38 @@ def test_shares_that_are_none_are_refused(model, kv, keep):
 def test_places_of_other_heads_are_refused(model, kv):
     with pytest.raises(ConfigError, match=r"must be of all heads, or \(3, 2, kept\)"):
         kept(kv, torch.zeros(3, 1, 4, dtype=torch.int64), rope_of(model))
+
+
+@pytest.mark.parametrize("press", [name for name in PRESSES if name != "SnapKV"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_presses_take_models_and_kv_of_16_bits(model, kv, press, dtype):
+    angles = model.model.rotary_emb.inv_freq.clone()
+    half = small_llama(3).bfloat16()
+    half.model.rotary_emb.inv_freq = angles  # as from_pretrained with a dtype leaves them
+    half.model.rotary_emb.original_inv_freq = angles
+    same = kv.replaced(kv.tensor().to(dtype))
+    assert pruned(half, same, PRESSES[press], 0.5).num_positions == 40
+    assert pruned(half, same, snapkv(16), 0.29).num_positions == 23
+
+
+class InPlace:
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        return keys.mul_(0), values
+
+
+def wrong_scores(layer):
+    layer.keys.zero_()
+    return torch.full(layer.keys.shape[:2], float("nan"))
+
+
+def test_a_press_that_writes_to_what_it_is_given_changes_nothing_of_its_callers(model, kv):
+    before = kv.tensor().clone()
+    with pytest.raises(ConfigError, match="changes keys or values"):
+        pressed(model, kv, InPlace())
+    with pytest.raises(ConfigError, match="with NaN"):
+        pruned(model, kv, wrong_scores, 0.5)
+    with pytest.raises(ConfigError, match=r"must be \[2, 80\] numbers"):
+        pruned(model, kv, lambda layer: torch.ones(2, 60), 0.5)
+    with pytest.raises(ConfigError, match="forward_hook or compress"):
+        pressed(model, kv, None)
+    assert torch.equal(kv.tensor(), before)

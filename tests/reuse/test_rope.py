@@ -117,3 +117,16 @@ def test_presses_score_the_queries_that_the_model_makes(name):
     for head in range(2):
         places = [*liked[head].topk(13).indices.sort().values.tolist(), *range(28, 60)]
         assert torch.equal(part.values[layer][:, head], kv.values[layer][places, head])
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.bfloat16().float()])
+def test_angles_that_a_cast_has_rounded_are_refused(cast):
+    with pytest.raises(ConfigError, match="rounded to 16 bits"):
+        rope_of(cast(made("Llama", {})))
+
+
+def test_angles_that_change_are_asked_for_again():
+    model = made("Llama", {})
+    before = rope_of(model)
+    model.model.rotary_emb.inv_freq *= 0.5
+    assert torch.equal(rope_of(model), before / 2)
