@@ -140,6 +140,11 @@ def pasted(pieces: Sequence[KV]) -> KV:
         _of_tokens(piece)
     if len({piece.windows for piece in pieces}) > 1:
         raise ConfigError("pieces must all be of the same windows; read all of them from one engine")
+    shapes = [[tuple(layer.shape[1:]) for layer in (*piece.keys, *piece.values)] for piece in pieces]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ConfigError(
+            "pieces must all have the same layers, KV heads and head_dim; read all of them from one model"
+        )
     windows = pieces[0].windows
     keys, values = (
         tuple(
@@ -182,7 +187,10 @@ def kept(kv: KV, places: Sequence[int] | torch.Tensor, frequencies: torch.Tensor
     if any(len(layer) != kv.num_positions for layer in kv.keys):
         raise ConfigError("tokens are kept of KV that holds all of them in each layer; `kvlab.capture` gives it")
     heads = kv.keys[0].shape[1]
-    chosen = torch.as_tensor(places if isinstance(places, torch.Tensor) else list(places), dtype=torch.int64)
+    chosen = torch.as_tensor(places if isinstance(places, torch.Tensor) else list(places))
+    if chosen.is_floating_point() and chosen.numel():
+        raise ConfigError(f"places to keep must be whole numbers, got {chosen.dtype}")
+    chosen = chosen.to(torch.int64)
     if chosen.ndim == 1:
         chosen = chosen.expand(kv.num_layers, heads, -1)
     if chosen.shape[:-1] != (kv.num_layers, heads):

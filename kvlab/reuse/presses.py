@@ -224,6 +224,11 @@ PRESSES: dict[str, Score] = {
 @torch.inference_mode()
 def _chosen(model: Any, kv: KV, choose: Callable[[Layer], torch.Tensor]) -> KV:
     """`kv` with the places that `choose` gives for each layer, (kv_heads, kept), the model computing its tokens."""
+    if len(kv.token_ids) != kv.num_positions:
+        raise ConfigError(
+            f"a press computes the tokens of its KV, which names {len(kv.token_ids)} of {kv.num_positions}; "
+            "`read` and `capture` name all"
+        )
     frequencies = rope_of(model)
     found: list[torch.Tensor] = []
 

@@ -1,12 +1,14 @@
 """Ropes of many kinds of model: what turns keys is what the model itself does, or it is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 
 from kvlab import capture
 from kvlab.errors import ConfigError
-from kvlab.reuse import pasted, pruned, recomputed, turned
+from kvlab.reuse import kept, pasted, pruned, recomputed, turned
 from kvlab.reuse.presses import snapkv
 from kvlab.reuse.rope import rope_of
 
@@ -130,3 +132,16 @@ def test_angles_that_change_are_asked_for_again():
     before = rope_of(model)
     model.model.rotary_emb.inv_freq *= 0.5
     assert torch.equal(rope_of(model), before / 2)
+
+
+def test_what_does_not_fit_together_is_refused():
+    model, other = made("Llama", {}), made("Llama", {"num_key_value_heads": 4})
+    kv = capture(model, TOKENS)
+    with pytest.raises(ConfigError, match="same layers, KV heads"):
+        pasted([kv, capture(other, TOKENS)])
+    with pytest.raises(ConfigError, match="whole numbers"):
+        kept(kv, [0.5], rope_of(model))
+    with pytest.raises(ConfigError, match="names 1 of 60"):
+        pruned(model, replace(kv, token_ids=(1,)), snapkv(), 0.5)
+    with pytest.raises(ConfigError, match=r"call model.eval\(\)"):
+        rope_of(made("Llama", {}).train())
