@@ -37,7 +37,7 @@ def rope_of(model: Any) -> torch.Tensor:
         where a position turns keys otherwise: other pairs of channels, angles that depend on the prompt's length
         (`dynamic`, `longrope`), no rotary embedding
     """
-    if model.training:
+    if rotary_of(model) is not None and model.training:
         raise ConfigError("the model is in training, where dropout changes keys; call model.eval() first")
     angles = [buffer.detach().clone() for buffer in (rotary_of(model) or torch.nn.Module()).buffers()]
     said, found = _proven.get(model, ([], None))
