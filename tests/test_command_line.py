@@ -19,6 +19,7 @@ from kvlab.cli.profile import main as profile_main
 from kvlab.errors import ConfigError
 from kvlab.serving.warm import Warmed
 from kvlab.stores import open_store
+from tests.serving.test_interrupts import heed_interrupts
 
 KVLAB = [sys.executable, "-m", "kvlab"]
 
@@ -239,7 +240,8 @@ def test_rows_of_a_simulation_hold_urls_that_configure_vllm(capsys: pytest.Captu
 def test_an_interrupt_is_one_line_and_leaves_no_process(tmp_path: Path) -> None:
     command = [*KVLAB, "simulate", "agent", "--limit", "4000", "--tiers", "1000 blocks,2000 blocks,3000 blocks"]
     command += ["--policy", "lru,fifo,arc,s3fifo,lfu", "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, process_group=0, preexec_fn=heed_interrupts, **pipes)
     while len(workers_of(process.pid)) < 2:  # it starts none any more
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
