@@ -23,6 +23,7 @@ from kvlab.serde import get_serde, serde_to_read
 from kvlab.serde.base import Encoded
 
 FORMAT = "2"  # 2: the digest of the prompt
+FEWEST_TOKENS = 2  # the first is said without a look at the KV of the prompt's last token, which an engine computes
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def read_proven(path: str | Path) -> tuple[KV, Proof]:
 def _check(proof: Proof) -> None:
     """ValueError where a proof could prove nothing."""
     values = [value for at in proof.logprobs for value in at.values()]
-    if not proof.tokens or len(proof.tokens) != len(proof.logprobs) or not all(proof.logprobs):
+    if len(proof.tokens) < FEWEST_TOKENS or len(proof.tokens) != len(proof.logprobs) or not all(proof.logprobs):
         raise ValueError(f"a proof of {len(proof.tokens)} tokens and {len(proof.logprobs)} places")
     if not all(map(math.isfinite, values)) or not all(type(token) is int and token >= 0 for token in proof.tokens):
         raise ValueError("a proof holds numbers that are none")

@@ -73,7 +73,8 @@ def _check_settings(transfer: Any) -> None:
         ConnectorConfig.from_extra(extra or {})
     elif isinstance(extra, Mapping) and isinstance(extra.get("connectors"), list):
         for each in extra["connectors"]:
-            _check_settings(each)
+            if isinstance(each, Mapping):  # vLLM says what is wrong with others
+                _check_settings(each)
 
 
 def _recording(original: Any) -> Any:

@@ -79,7 +79,14 @@ def test_a_file_that_names_other_tokens_is_refused(cache, saved):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_positions", 130.0), ("token_ids", []), ("token_ids", [-1] * 130), ("token_ids", None), ("windows", 3)],
+    [
+        ("windows", [3] * 6),
+        ("num_positions", 130.0),
+        ("token_ids", []),
+        ("token_ids", [-1] * 130),
+        ("token_ids", None),
+        ("windows", 3),
+    ],
 )
 def test_a_file_whose_words_are_of_other_kinds_is_refused(cache, saved, field, value):
     path, _ = saved
@@ -138,6 +145,7 @@ def test_what_is_no_such_file_is_refused_in_one_line(cache, saved, tmp_path):
         ("logprobs", lambda old: old[:-1], "not a readable file of KV"),
         ("logprobs", lambda old: [{**at, "7": float("nan")} for at in old], "numbers that are none"),
         ("tokens", lambda old: [], "a proof of 0 tokens"),
+        ("tokens", lambda old: old[:1], "a proof of 1 tokens"),
         ("model", lambda old: None, "names neither model nor rope"),
         ("tokens", lambda old: [10**9, *old[1:]], "names tokens beyond the model's 49152"),
         ("layers.0.key", lambda old: old[:, :, :32].contiguous(), "not a readable file|does not fit this engine"),

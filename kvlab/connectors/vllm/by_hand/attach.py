@@ -11,7 +11,7 @@ import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 from kvlab.connectors.captured import KV
-from kvlab.connectors.proven_file import Proof, read_proven, tokens_id, write_proven
+from kvlab.connectors.proven_file import FEWEST_TOKENS, Proof, read_proven, tokens_id, write_proven
 from kvlab.connectors.vllm.by_hand.answers import Asking, Change, Logprobs
 from kvlab.connectors.vllm.by_hand.pages import EnginePages
 from kvlab.connectors.vllm.by_hand.written import ByHand
@@ -173,6 +173,8 @@ class AttachedCache:
     def save(self, path: str | Path, kv: KV, *, codec: str = "naive", num_tokens: int = 4, top: int = 20) -> None:
         """Write a file that proves itself: `kv`, coded by the serde `codec`, the model's identity and rope, and what
         this engine answers behind it, `num_tokens` tokens with the logprobs of the `top` likeliest."""
+        if num_tokens < FEWEST_TOKENS:
+            raise ConfigError(f"a proof needs at least {FEWEST_TOKENS} tokens, got num_tokens={num_tokens}")
         held = kv
         if codec != "naive":  # the proof is of what the file holds
             serde = get_serde(codec)

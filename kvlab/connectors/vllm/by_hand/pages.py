@@ -176,6 +176,9 @@ class EnginePages:
                     )
                 if not bool(half.isfinite().all()):
                     raise ConfigError(f"{letter} of layer {at} holds NaN or infinity, which would reach every answer")
+        windows = tuple(layer.window for layer in self.layers)
+        if kv.windows and kv.windows != (windows if any(windows) else ()):
+            raise ConfigError(f"KV of windows {kv.windows} does not fit this engine's layers, {windows}")
         self.states.check(kv, num_tokens)
 
 
