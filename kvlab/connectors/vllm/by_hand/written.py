@@ -117,7 +117,7 @@ class ByHand:
         if self._wanted is not None and tuple(request.prompt_token_ids or ()) == self._wanted:
             try:
                 self._caught = self.pages.read(block_ids, self._wanted, "")
-            except Exception as error:  # of whoever reads, and not of the engine
+            except Exception as error:  # goes to the caller of `read`, not into the engine
                 self._caught = error
             self._wanted = None
 
