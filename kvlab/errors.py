@@ -68,14 +68,15 @@ def needs(what: str, package: str, extra: str) -> str:
     return f"{what} needs {package}: pip install '/path/to/kvlab[{shown}".strip()
 
 
-def among(given: object, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The end of a line that refuses an unknown name: the known ones, and the one that it resembles.
+def among(given: object, known: Iterable[str], *, none: str = "") -> str:
+    """The end of a line that refuses an unknown name: the known ones, and the one that it resembles. `none` is said
+    where none are known.
 
     >>> among("redus", ["file", "redis"])
     'known: file, redis; do you mean redis?'
     """
     names = list(known)
-    return f"known: {', '.join(names)}{nearest(given, names, cutoff)}"
+    return f"known: {', '.join(names) or none}{nearest(given, names)}"
 
 
 def nearest(given: object, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvlab.errors import ConfigError, nearest
+from kvlab.errors import ConfigError, among
 from kvlab.installed import class_at, found, label, options_of, told
 
 if TYPE_CHECKING:
@@ -72,9 +72,8 @@ def _class_of(spec: object) -> tuple[type[KVTransform], str, dict[str, str]]:
     name, options = spec.partition(":")[0], options_of("transform", spec, "level=0.01")
     target = TRANSFORMS.get(name) or found(GROUP).get(name)
     if target is None:
-        names = sorted({*TRANSFORMS, *found(GROUP)})
-        known = ", ".join(names) or f"none; packages offer them as {GROUP}"
-        raise ConfigError(f"unknown transform {name!r}; known: {known}{nearest(name, names)}")
+        known = among(name, sorted({*TRANSFORMS, *found(GROUP)}), none=f"none; packages offer them as {GROUP}")
+        raise ConfigError(f"unknown transform {name!r}; {known}")
     cls = class_at(GROUP, name, target)
     if not issubclass(cls, KVTransform):
         raise ConfigError(f"{label(GROUP, name, target)} must be a class made from KVTransform, got {cls.__name__}")

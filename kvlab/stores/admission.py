@@ -3,7 +3,7 @@
 A package adds one through the entry point group ``kvlab.admission``: name -> class, made without arguments.
 """
 
-from kvlab.errors import ConfigError, nearest
+from kvlab.errors import ConfigError, among
 from kvlab.installed import class_at, found, label, told
 
 GROUP = "kvlab.admission"  # of entry points
@@ -42,9 +42,8 @@ def get_rule(rule: str | type[AdmissionRule]) -> AdmissionRule:
     if isinstance(given, str):
         target = RULES.get(given) or found(GROUP).get(given)
         if target is None:
-            names = sorted({*RULES, *found(GROUP)})
-            known = ", ".join(names) or f"none; packages offer them as {GROUP}"
-            raise ConfigError(f"unknown admission rule {given!r}; known: {known}{nearest(given, names)}")
+            known = among(given, sorted({*RULES, *found(GROUP)}), none=f"none; packages offer them as {GROUP}")
+            raise ConfigError(f"unknown admission rule {given!r}; {known}")
         cls, shown = class_at(GROUP, given, target), label(GROUP, given, target)
     else:
         cls, shown = given, "an admission rule"
