@@ -93,7 +93,7 @@ def ttft_codecs() -> Page:
                 ["the hit lies in", "backend", *(f"{n:,} tokens" for n in lengths)],
                 [[*run, *(cell(run, n) for n in lengths)] for run in runs],
                 rows,
-                "Qwen2.5-7B's shapes with random weights; the engines of one place side by side, asked in turns. Other work ran on the machine's other card. Host memory with CUDA graphs for all but the attention, the others eager. *lossless* is decoded by the tier worker's threads, *int8*, *fp8* and *int4* where the pages are.",
+                "Qwen2.5-7B's shapes with random weights; the engines of one place side by side, asked in turns. Host memory with CUDA graphs for all but the attention, the others eager. *lossless* is decoded by the tier worker's threads, *int8*, *fp8* and *int4* where the pages are.",
             )
         ],
         goals,

@@ -77,17 +77,22 @@ def ttft_tiers() -> Page:
         found = [r for r in rows if (r["medium"], r["backend"], r["readers"], int(r["tokens"])) == (*run, tokens)]
         return "; ".join(f"{num(r['ttft_ms_median'], 1)} ({num(r['ttft_ms_min'], 1)})" for r in found)
 
-    def median(backend: str, readers: str = "") -> float:
-        found = [
-            r for r in rows if r["backend"] == backend and int(r["tokens"]) == lengths[-1] and r["medium"] != "disk"
-        ]
-        return min(float(r["ttft_ms_median"]) for r in found if not readers or r["readers"] == readers)
+    def medians(backend: str, tokens: int = lengths[-1]) -> list[float]:
+        """Of each run but those on the disk, latest last."""
+        found = [r for r in rows if r["backend"] == backend and int(r["tokens"]) == tokens and r["medium"] != "disk"]
+        return [float(r["ttft_ms_median"]) for r in found]
 
-    ours, serve = median("kvlab-disk"), median("kvlab-serve") / median("kvlab")
+    ours, serve = medians("kvlab-disk"), medians("kvlab-serve")[-1] / medians("kvlab")[-1]
+    redis = [medians("kvlab-redis", n)[-1] / medians("lmcache-redis", n)[-1] for n in lengths]
+    folder = [medians("kvlab-disk", n)[-1] / medians("lmcache-disk", n)[-1] for n in lengths]
+
+    def told(ratios: list[float]) -> str:
+        return ", ".join(f"{num(ratio)} ({n:,})" for ratio, n in zip(ratios, lengths, strict=True))
+
     return Page(
         "ttft_tiers",
         "What does a hit cost that lies in a secondary tier alone?",
-        f"{lengths[-1]:,} tokens from a folder in memory: {ours:.0f} ms; from Redis {median('kvlab-redis'):.0f} ms, where LMCache takes {median('lmcache-redis'):.0f}.",
+        f"{lengths[-1]:,} tokens from a folder in memory: {ours[-1]:.0f} ms; from Redis {medians('kvlab-redis')[-1]:.0f} ms, where LMCache takes {medians('lmcache-redis')[-1]:.0f}.",
         [
             Table(
                 "TTFT in ms, one request at a time: median (least); a second value is another run",
@@ -98,9 +103,10 @@ def ttft_tiers() -> Page:
             )
         ],
         [
-            Goal("a folder in memory, the longest prompt: at most 115 ms", f"{ours:.0f} ms in one run, {median('kvlab-disk', '16'):.0f} in another", median("kvlab-disk", "16") <= 115),
+            Goal("a folder in memory, the longest prompt: at most 115 ms", ", ".join(f"{each:.0f} ms" for each in ours), max(ours) <= 115),
+            Goal("a folder in memory: below LMCache at every length, in the latest run", told(folder), max(folder) < 1),
             Goal("the memory of `kvlab serve`: within 5% of the engine's own", num(serve), serve <= 1.05),
-            Goal("Redis: below LMCache at every length", num(median("kvlab-redis") / median("lmcache-redis")), median("kvlab-redis") < median("lmcache-redis")),
+            Goal("Redis: below LMCache at every length, in the latest run", told(redis), max(redis) < 1),
         ],
         files=["gpu_ttft_tiers.csv"],
     )  # fmt: skip
@@ -120,6 +126,7 @@ def first_runs() -> Page:
     best = max(plain, key=lambda row: int(row["rounds"]))
     full = [row for row in secondary if row["turn"] == "first" and graphs(row) == "full"]
     worst = max(full, key=lambda row: float(row["ttft_ms_over_off"]))
+    of_tier = {row["lower"]: row for row in full}
 
     def cells(row: Row) -> list[str]:
         where = {"file": "disk", "redis": "Redis", "": "memory alone"}[row["lower"]]
@@ -156,10 +163,14 @@ def first_runs() -> Page:
                 f"TTFT {interval(best, 'ttft_ms')}, mean gap {interval(best, 'gap_ms')}",
                 float(best["ttft_ms_over_off"]) <= 1.01 and float(best["gap_ms_over_off"]) <= 1.01,
             ),
-            Goal(
-                "a secondary tier: at most 1% of TTFT, full CUDA graphs",
-                f"{min(float(row['ttft_ms_over_off']) for row in full):.2f} to {float(worst['ttft_ms_over_off']):.2f}",
-                float(worst["ttft_ms_over_off"]) <= 1.01,
+            *(
+                Goal(
+                    f"{name} below it: at most 1% of TTFT and of the gap, 5% of its p99",
+                    f"TTFT {interval(row, 'ttft_ms')}, mean gap {interval(row, 'gap_ms')}, p99 {interval(row, 'gap_p99_ms')}",
+                    max(float(row["ttft_ms_over_off"]), float(row["gap_ms_over_off"])) <= 1.01
+                    and float(row["gap_p99_ms_over_off"]) <= 1.05,
+                )
+                for name, row in (("a disk", of_tier["file"]), ("Redis", of_tier["redis"]))
             ),
             Goal(
                 f"host memory as {coded['serde']}: at most 1% of TTFT and of the gap between tokens",
@@ -168,7 +179,7 @@ def first_runs() -> Page:
             ),
         ],
         "Ratios are to rounds of the same engine with the hooks out, 95% intervals in brackets; a request every eighth step. The last kind of prompt was stored before, but only the secondary tier still has it, and most of these "
-        "loads are not worth making. On the machines with 32 cores other engines ran on the other card; the row as int8 is of launches through Triton's own way, which took the engine's thread longer.",
+        "loads are not worth making. On the machines with 32 cores other engines ran on the other card.",
         ["gpu_steps.csv"],
     )
 
