@@ -124,7 +124,8 @@ def pin(memory: NDArray[np.uint8]) -> Callable[[], None] | None:
         return None
 
     def unpin() -> None:
-        runtime.cudaHostUnregister(address)
+        if status := int(runtime.cudaHostUnregister(address)):
+            log.warning("memory stays pinned: cudaHostUnregister of %d bytes answered %d", memory.nbytes, status)
 
     return unpin
 

@@ -120,11 +120,13 @@ def play(job: Job, llm: Any, book: Book, name: str) -> dict[str, Any]:
 
 
 def line_of(error: BaseException) -> str:
-    """The innermost cause, in one line."""
+    """The innermost cause, in one line; of one that has no text, where it was raised."""
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
+    said = str(error).strip()
+    if not said and (frames := traceback.extract_tb(error.__traceback__)):
+        said = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"
+    return f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"[:300]
 
 
 def main() -> None:

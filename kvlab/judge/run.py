@@ -259,5 +259,10 @@ class _Judging:
 
 
 def _last_line(log: str) -> str:
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return lines[-1][-300:] if lines else "nothing was printed"
+    """What was printed last; behind an exception that has no text, where it was raised."""
+    lines = [line for raw in log.splitlines() if (line := re.sub(r"^(\[rank\d+\]:\s*)+", "", raw).strip())]
+    if not lines:
+        return "nothing was printed"
+    last = lines[-1][-300:]
+    place = next((line for line in reversed(lines) if line.startswith('File "')), "")
+    return f"{last} ({place[-300:]})" if place and re.fullmatch(r"[\w.]+:?", last) else last

@@ -8,7 +8,9 @@ from kvlab.__main__ import main
 from kvlab.errors import ConfigError
 from kvlab.judge import Report, Subject, Verdict
 from kvlab.judge.answers import Answer, Ask, Book, difference
+from kvlab.judge.child import line_of
 from kvlab.judge.damage import cut_short, flip_bits, make_empty, objects, remove, swap_content
+from kvlab.judge.run import _last_line
 from kvlab.judge.traps import GROUPS, TRAPS
 
 ASK = Ask((1, 2, 3), salt="s")
@@ -162,3 +164,18 @@ def test_the_command_writes_what_was_found(monkeypatch, tmp_path, capsys):
     assert main(["judge", "m:C", "--traps", "edges", "--seed", "7", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["counts"]["failed"] == 1
     assert main(["judge", "m:C", "--traps", "edges", "--seed", "7", "--html", str(tmp_path)]) == 2
+
+
+def test_an_error_without_a_text_says_where_it_was_raised():
+    with pytest.raises(AssertionError) as raised:
+        raise_without_a_text()
+    line = line_of(raised.value)
+    assert line.startswith(f"AssertionError: {__file__}:")
+    assert line.endswith("raise AssertionError")
+    log = '[rank0]: Traceback\n[rank0]:   File "/a/engine.py", line 7, in start\n[rank0]: [rank0]: AssertionError\n'
+    assert _last_line(log) == 'AssertionError (File "/a/engine.py", line 7, in start)'
+    assert _last_line("Error: too small\n\n") == "Error: too small"
+
+
+def raise_without_a_text():
+    raise AssertionError
