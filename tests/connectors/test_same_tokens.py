@@ -36,6 +36,11 @@ def test_repeated_prompt_at_block_edges(fresh, expected, length):
     assert second.hit == length - 1  # all but the token that must be computed
 
 
+def test_a_request_of_one_token_is_told_its_hit(fresh):
+    first, second = (generate(fresh, [prompt(200)], max_tokens=1)[0] for _ in range(2))
+    assert (first.hit, second.hit, second.row["tier"]) == (0, 199, "memory")
+
+
 def test_shared_prefix_with_another_ending(fresh, expected):
     generate(fresh, [prompt(300, ending=0)])
     other = generate(fresh, [prompt(300, ending=1)])[0]

@@ -48,11 +48,15 @@ class Broken(KVTransform):
     def on_save(self, kv):
         if self.how == "raises":
             raise RuntimeError("planted")
+        if self.how == "exits":
+            raise SystemExit("planted")
         return {"nan": kv * float("nan"), "shape": kv[:, :-1], "dtype": kv.half(), "nothing": None}[self.how]
 
 
 class Long(AdmissionRule):
     def admit(self, key, end_token):
+        if end_token == 128:
+            raise SystemExit("planted")
         return end_token <= 64
 
 
@@ -124,7 +128,7 @@ def test_engines_of_one_server_share_what_one_transform_kept(server):
 
 
 def test_one_that_breaks_costs_the_object():
-    for how in ("nan", "raises", "shape"):
+    for how in ("nan", "raises", "exits", "shape"):
         with engine([MEMORY], transform=f"Broken:how={how}") as llm:
             first, second = twice(llm, prompt(70))
             assert (first.hit, second.hit) == (0, 0), how
@@ -138,9 +142,12 @@ def test_pages_that_are_not_proven_are_refused(monkeypatch):
         pass
 
 
-def test_only_what_a_rule_admits_is_saved():
+def test_only_what_a_rule_admits_is_saved_and_its_errors_are_told_once(caplog):
     with engine([MEMORY], store_rule="Long") as llm:
         first, second = twice(llm, prompt(300))
         assert (first.hit, second.hit) == (0, 64)
         assert len(connector(llm).scheduler.index._entries) == 1
         assert torch.tensor(second.tokens).equal(torch.tensor(first.tokens))
+        generate(llm, [prompt(300, ending=1)])
+        assert connector(llm).scheduler.counters["errors"] == 3
+        assert sum("could not plan" in record.getMessage() for record in caplog.records) == 1

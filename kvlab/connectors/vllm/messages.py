@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
@@ -52,6 +53,11 @@ class RequestLoad:
     def pages(self) -> list[int]:
         """All pages that the hit promised."""
         return self.lost_blocks + [block for op in self.ops for block in op.block_ids]
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What is told of a load from memory that filled them all; a worker's report adds how long it took."""
+        return {"hit_tokens": sum(op.num_tokens for op in self.ops), "tier": "memory"}
 
 
 @dataclass

@@ -51,7 +51,7 @@ class TransformedBlocks(BlockCodec):
         try:
             with torch.inference_mode():
                 made: object = function(kv)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if not self._has_failed:
                 logger.exception("kvlab: transform %r failed", self._spec)
             self._has_failed = True

@@ -235,6 +235,9 @@ class Scheduler:
         loads = self.loads.take()
         within = [load for load in loads if not load.is_async]
         lost = self._load_now(within) if within else set()
+        for load in within:
+            if load.request_id in self._states and lost.isdisjoint(load.pages):
+                self._states[load.request_id].row |= load.row  # one of a single token ends before the report comes
         self._rollback.apply(output, lost)
         block = self.chunker.block_tokens
         new_blocks = allocated_blocks(output, block)
@@ -255,9 +258,10 @@ class Scheduler:
         try:
             enabled = self.enabled and self._may_save
             self.saves.collect(output, metadata.saves, metadata.unclean_blocks, enabled=enabled)
-        except Exception:  # a save is only a later miss; the loads above must reach the workers
+        except (Exception, SystemExit):  # a save is only a later miss; the loads above must reach the workers
             self.counters["errors"] += 1
-            logger.exception("kvlab: could not plan this step's saves")
+            if self.counters["errors"] == 1:
+                logger.exception("kvlab: could not plan this step's saves")
         return metadata
 
     def absorb(self, report: WorkerReport) -> None:
