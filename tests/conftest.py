@@ -29,9 +29,10 @@ gc.disable()  # until all is imported: vLLM and torch are half a million objects
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ["", "slow", "server", "notebook", "engine"]
-# Tests that start nothing come first, cheap ones before slow ones. Of the others, these files of a minute and more, the
-# longest first: a worker takes a whole file, and short ones at the end leave neither of the two with nothing to do.
+# Tests that start nothing come first, cheap ones before slow ones. Of these and of the others, files of a minute and
+# more, the longest first: a worker takes a whole file, and short ones at the end leave none with nothing to do.
 LONG = [
+    "tests/test_codec_kernels.py",
     "tests/serving/test_serving.py",
     "tests/judge/test_kvlab_is_judged.py",
     "tests/judge/test_mutants.py",
@@ -74,11 +75,10 @@ def kind_of(item: pytest.Item) -> str:
     return next((kind for kind in reversed(KINDS) if kind and item.get_closest_marker(kind)), "")
 
 
-def place(item: pytest.Item) -> tuple[int, int]:
+def place(item: pytest.Item) -> tuple[int, int, int]:
     """Where the test comes: see `LONG`."""
-    kind, path = kind_of(item), item.nodeid.partition("::")[0]
-    is_light = kind in ("", "slow")
-    return (0 if is_light else LONG.index(path) + 1 if path in LONG else len(LONG) + 1), KINDS.index(kind)
+    kind, path = KINDS.index(kind_of(item)), item.nodeid.partition("::")[0]
+    return min(kind, 2), LONG.index(path) if kind and path in LONG else len(LONG), kind
 
 
 @pytest.hookimpl(wrapper=True)
