@@ -29,8 +29,9 @@ gc.disable()  # until all is imported: vLLM and torch are half a million objects
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ["", "slow", "server", "notebook", "engine"]
-# Tests that start nothing come first, cheap ones before slow ones. Of these and of the others, files of a minute and
-# more, the longest first: a worker takes a whole file, and short ones at the end leave none with nothing to do.
+# Tests that start nothing come first, cheap ones before slow ones. But files of a minute and more begin at once, of
+# these and of the others, the longest first: a worker takes a whole file, and short ones at the end leave none with
+# nothing to do.
 LONG = [
     "tests/test_codec_kernels.py",
     "tests/serving/test_serving.py",
@@ -78,7 +79,9 @@ def kind_of(item: pytest.Item) -> str:
 def place(item: pytest.Item) -> tuple[int, int, int]:
     """Where the test comes: see `LONG`."""
     kind, path = KINDS.index(kind_of(item)), item.nodeid.partition("::")[0]
-    return min(kind, 2), LONG.index(path) if kind and path in LONG else len(LONG), kind
+    is_long = kind > 0 and path in LONG
+    part = 2 if kind > 1 else 0 if is_long else kind
+    return part, LONG.index(path) if is_long else len(LONG), kind
 
 
 @pytest.hookimpl(wrapper=True)
