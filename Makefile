@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV := .venv/bin
 EXECUTED := notebooks/executed
-# Two processes, each of which takes file after file, in the order given by tests/conftest.py. nbmake takes seconds to
-# import, and runs notebooks alone.
-WITH_NBMAKE = $(NOTEBOOK_ENV) $(VENV)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
-PYTEST = $(WITH_NBMAKE) -p no:nbmake
+# Processes that take file after file, in the order given by tests/conftest.py: two that start engines, which compute,
+# and three that start none, which also wait for servers and disks. nbmake takes seconds to import, and runs notebooks
+# alone.
+PYTEST = $(NOTEBOOK_ENV) $(VENV)/python -m pytest --dist loadfile --no-loadscope-reorder --durations=15
+LIGHT = $(PYTEST) -n 3 -p no:nbmake
 HEAVY := engine or server or notebook
 NOTEBOOK_ENV := TQDM_DISABLE=1 PLOTLY_RENDERER=plotly_mimetype HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 JUPYTER_PLATFORM_DIRS=1
 # Without bytecode, which images of containers often switch off, a process takes 20 s to import vLLM, else 7.
@@ -35,15 +36,15 @@ test: env-test
 	@$(VENV)/python -m kvlab.datasets.demo_model > /dev/null
 	@$(VENV)/python scripts/get_servers.py
 	@$(VENV)/python scripts/get_browser.py
-	@$(PYTEST) -m "not ($(HEAVY))" tests || failed=1; \
-	$(WITH_NBMAKE) -m "$(HEAVY)" --nbmake --nbmake-timeout=1200 tests notebooks --ignore=$(EXECUTED) || failed=1; \
+	@$(LIGHT) -m "not ($(HEAVY))" tests || failed=1; \
+	$(PYTEST) -n 2 -m "$(HEAVY)" --nbmake --nbmake-timeout=1200 tests notebooks --ignore=$(EXECUTED) || failed=1; \
 	exit $${failed:-0}
 
 # All tests that start neither an engine nor a server, but for those marked slow.
 quick: env-test
 	@$(VENV)/python -m kvlab.datasets.demo_model > /dev/null
 	@$(VENV)/python scripts/get_servers.py
-	@$(PYTEST) -m "not ($(HEAVY) or slow)" tests
+	@$(LIGHT) -m "not ($(HEAVY) or slow)" tests
 
 # As root, as in a container, JupyterLab wants to be told. make lab LAB_ARGS="--ip 0.0.0.0 --port 8889 --no-browser"
 lab: model

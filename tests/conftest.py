@@ -28,8 +28,30 @@ sys.addaudithook(starts.watch)
 gc.disable()  # until all is imported: vLLM and torch are half a million objects, which stay
 
 ROOT = Path(__file__).resolve().parent.parent
-# Cheap tests first. Servers before engines, because they take longest in one piece.
 KINDS = ["", "slow", "server", "notebook", "engine"]
+# Tests that start nothing come first, cheap ones before slow ones. But files of a minute and more begin at once, of
+# these and of the others, the longest first: a worker takes a whole file, and short ones at the end leave none with
+# nothing to do.
+LONG = [
+    "tests/test_codec_kernels.py",
+    "tests/serving/test_serving.py",
+    "tests/judge/test_kvlab_is_judged.py",
+    "tests/judge/test_mutants.py",
+    "tests/judge/test_mutants_scarce.py",
+    "tests/serving/test_bench.py",
+    "tests/connectors/test_stress.py",
+    "notebooks/05_run_a_benchmark.ipynb",
+    "tests/connectors/test_ranks.py",
+    "notebooks/08_edit_the_cache.ipynb",
+    "tests/connectors/test_groups.py",
+    "tests/connectors/test_states.py",
+    "tests/test_lab.py",
+    "tests/serving/test_restart.py",
+    "tests/connectors/test_codecs.py",
+    "tests/connectors/test_weights.py",
+    "tests/connectors/test_disk_tier.py",
+    "notebooks/09_reuse_without_prefix.ipynb",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         else:
             for kind in starts.started_by(item):
                 item.add_marker(kind)
-    items.sort(key=lambda item: KINDS.index(kind_of(item)))
+    items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:
@@ -52,6 +74,14 @@ def pytest_collection_finish() -> None:
 def kind_of(item: pytest.Item) -> str:
     """The last of `KINDS` that the test is marked with."""
     return next((kind for kind in reversed(KINDS) if kind and item.get_closest_marker(kind)), "")
+
+
+def place(item: pytest.Item) -> tuple[int, int, int]:
+    """Where the test comes: see `LONG`."""
+    kind, path = KINDS.index(kind_of(item)), item.nodeid.partition("::")[0]
+    is_long = kind > 0 and path in LONG
+    part = 2 if kind > 1 else 0 if is_long else kind
+    return part, LONG.index(path) if is_long else len(LONG), kind
 
 
 @pytest.hookimpl(wrapper=True)

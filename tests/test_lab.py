@@ -38,7 +38,9 @@ READ = """
     const broken = cells[i].node.querySelectorAll("[data-mime-type='application/vnd.jupyter.error'], .jp-mod-error");
     errors.push(...[...broken].map((node) => node.textContent.slice(0, 200)));
   }
-  return {figures, errors, cells: cells.length};
+  const shown = {figures, errors, cells: cells.length};
+  panel.dispose();
+  return shown;
 })()
 """
 
@@ -74,21 +76,27 @@ def free_port_of_module():
         return probe.getsockname()[1]
 
 
+@pytest.fixture(scope="module")
+def page(lab):
+    """Lab in a browser, in which one notebook after another is opened, read and closed."""
+    with Browser() as page:
+        page.open(f"{lab}/lab?reset")
+        while not page.value("!!window.jupyterapp"):
+            time.sleep(0.2)
+        yield page
+
+
 def figures_of(cell):
     return [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_lab_shows_every_figure_and_no_error(path, lab):
+def test_lab_shows_every_figure_and_no_error(path, page):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     figures = [figures_of(cell) for cell in cells]
     looks = [output["metadata"]["image/png"] for some in figures for output in some]
-    with Browser() as page:
-        page.open(f"{lab}/lab?reset")
-        while not page.value("!!window.jupyterapp"):
-            time.sleep(0.2)
-        counts = json.dumps([len(some) for some in figures])
-        shown = page.value(READ.replace("PATH", json.dumps(path.name)).replace("FIGURES", counts))
+    counts = json.dumps([len(some) for some in figures])
+    shown = page.value(READ.replace("PATH", json.dumps(path.name)).replace("FIGURES", counts))
     assert shown["errors"] == []
     assert shown["cells"] == len(cells)
     assert len(shown["figures"]) == len(looks) > 0

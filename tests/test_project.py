@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conftest import LONG
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -80,3 +82,8 @@ def test_lab_runs_as_root_and_takes_arguments():
     )
     assert "--allow-root" in done.stdout
     assert "--ip 0.0.0.0 --port 8889" in done.stdout
+
+
+def test_files_that_the_suite_begins_with_are_there():
+    """A file that was renamed would be taken last, and the other worker would wait for it."""
+    assert [name for name in LONG if not (ROOT / name).exists()] == []

@@ -36,6 +36,16 @@ def freeze_imports() -> None:
     gc.freeze = gc.unfreeze = lambda: None
 
 
+@cache
+def bind_kernels_once() -> None:
+    """vLLM for CPUs looks through all modules, a quarter of a start, to bind its kernels; with each engine anew, though
+    what the first one bound stays, for modules that are imported later too."""
+    from vllm.platforms import current_platform
+
+    if register := getattr(current_platform, "register_triton_kernel_overrides", None):
+        current_platform.register_triton_kernel_overrides = cache(register)
+
+
 @contextmanager
 def running(model: str, arguments: Mapping[str, Any], transfer: Mapping[str, Any] | None) -> Iterator[Any]:
     """vLLM's ``LLM`` with the connector that `transfer` names (None: without one), shut down at the end."""
@@ -47,6 +57,7 @@ def running(model: str, arguments: Mapping[str, Any], transfer: Mapping[str, Any
     except ImportError as error:
         raise missing_package(error, "an engine") from error
     freeze_imports()
+    bind_kernels_once()
     gc.collect()  # the last engine: its user has let go of it only now, and vLLM must see no memory come free at start
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

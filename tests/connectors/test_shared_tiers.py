@@ -16,8 +16,9 @@ OTHER = """
 from tests.connectors.engine import engine, generate, prompt
 for url in {urls}:
     with engine([url]) as llm:
-        answer = generate(llm, [prompt(300)])[0]
-        print("answer", answer.hit, *answer.tokens)
+        for length in (300, 480):
+            answer = generate(llm, [prompt(length)])[0]
+            print("answer", answer.hit, *answer.tokens)
 """
 
 
@@ -27,10 +28,11 @@ def url_of(server: RedisServer) -> str:
 
 
 def another_process(*urls: str) -> list[tuple[int, list[int]]]:
-    """For each tier hit and tokens of `prompt(300)`, in an engine of another process."""
+    """For each tier hit and tokens of `prompt(300)` and `prompt(480)`, in an engine of another process."""
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", OTHER.format(urls=list(urls))]
-    out = subprocess.run(command, timeout=250, env=dict(os.environ), cwd=root, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
+    out = subprocess.run(command, timeout=250, env=env, cwd=root, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-6000:]
     answers = [line.split()[1:] for line in out.stdout.splitlines() if line.startswith("answer ")]
     return [(int(hit), [int(token) for token in tokens]) for hit, *tokens in answers]
@@ -43,15 +45,17 @@ def redis():
 
 
 def test_two_processes_share_one_redis_and_one_folder(redis, tmp_path, expected):
-    urls = [url_of(redis), f"file://{tmp_path}?size=1GiB"]
-    assert another_process(*urls) == [(0, expected(prompt(300)))] * 2
+    """Each finds what the other stored."""
+    urls, p, longer = [url_of(redis), f"file://{tmp_path}?size=1GiB"], prompt(300), prompt(480)
     for url in urls:
         with engine([url]) as llm:
-            answer = generate(llm, [prompt(300)])[0]
-            assert (answer.hit, answer.tokens) == (299, expected(prompt(300)))
-            generate(llm, [prompt(480)])
-            drain(llm)
-    assert another_process(*urls) == [(299, expected(prompt(300)))] * 2
+            answer = generate(llm, [p])[0]
+            assert (answer.hit, answer.tokens) == (0, expected(p))
+    assert another_process(*urls) == [(299, expected(p)), (288, expected(longer))] * 2
+    for url in urls:
+        with engine([url]) as llm:
+            answer = generate(llm, [longer])[0]
+            assert (answer.hit, answer.tokens) == (479, expected(longer))
 
 
 def test_a_redis_that_dies_and_returns_costs_misses_only(redis, expected):

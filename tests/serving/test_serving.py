@@ -21,7 +21,7 @@ from tests.connectors.models import TOKEN_BYTES, short_demo
 from tests.support.serving import BLOCK, MARK, ONE_PROCESS, SERVER, marked, small_file
 
 NUM_PROMPTS = 16
-BACKENDS = ["none", "kvlab-disk", "kvlab-redis"]  # kvlab-memory is in the runs that take turns
+BACKENDS = ["kvlab-disk", "kvlab-redis"]  # none and kvlab-memory are in the runs that take turns
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,7 +35,7 @@ def _threads_as_servers_choose_them():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Two runs each of three backends on the same prompts: the rows, and the folder with the client's results."""
+    """Two runs each of two backends on the same prompts: the rows, and the folder with the client's results."""
     folder = tmp_path_factory.mktemp("serving")
     part = folder / "part.json"
     conversations = read_conversations(sharegpt_file())[:600]
@@ -96,13 +96,9 @@ def test_statistics_are_those_of_vllm(measured):
 
 
 @pytest.mark.timeout(1200)
-def test_second_runs_hit_every_prompt_to_its_last_token_and_none_hits_nothing(measured):
+def test_second_runs_hit_every_prompt_to_its_last_token(measured):
     for row in measured[0]:
-        if row["backend"] == "none":
-            assert row["hit_tokens"] == row["hit_prompts"] == 0
-            assert row["loaded_tokens"] is None
-            assert row["tiers"] == {}
-        elif row["run"] == 1:  # the warm-up and the server's start cached none of the prompts
+        if row["run"] == 1:  # the warm-up and the server's start cached none of the prompts
             assert row["hit_tokens"] <= row["reusable_share"] * row["total_input_tokens"]
         else:
             long = [
@@ -120,11 +116,58 @@ def test_second_runs_hit_every_prompt_to_its_last_token_and_none_hits_nothing(me
             assert row["stored_bytes"] > row["hit_tokens"] * TOKEN_BYTES
 
 
+@pytest.fixture(scope="module")
+def in_turns(tmp_path_factory):
+    """Two runs each of two backends that take turns, on two datasets: the rows, and the folder of the runs."""
+    folder = tmp_path_factory.mktemp("together")
+    rows = run(
+        ["none", "kvlab-memory"],
+        model=short_demo(),
+        dataset_path=str(small_file(folder)),
+        dataset=["sharegpt", "rounds"],
+        num_prompts=[6, 4],
+        request_rate=[4, 2],
+        together=True,
+        output_len=4,
+        max_prompt_tokens=700,
+        cache_size="256MiB",
+        server_flags=[*SERVER, "--max-num-seqs", "2"],
+        backend_flags={"kvlab-memory": ["--max-num-seqs", "4"]},
+        warmups=0,
+        folder=folder,
+    )
+    return rows, folder
+
+
+@pytest.mark.timeout(600)
+def test_servers_that_run_together_take_turns_on_every_dataset(in_turns):
+    rows, folder = in_turns
+    turns = [(name, turn) for turn in (1, 2) for name in ("none", "kvlab-memory")]
+    assert [(row["dataset"], row["num_prompts"], row["backend"], row["run"]) for row in rows] == [
+        (dataset, count, *turn) for dataset, count in (("sharegpt", 6), ("rounds", 4)) for turn in turns
+    ]
+    assert all(row["completed"] == row["num_prompts"] and row["together"] == 2 for row in rows)
+    assert all(row["same_texts"] == 1 for row in rows)
+    for row in (row for row in rows if row["backend"] == "none"):
+        assert row["hit_tokens"] == row["hit_prompts"] == 0
+        assert row["loaded_tokens"] is None
+        assert row["tiers"] == {}
+    assert all(row["hit_tokens"] > 0 for row in rows if row["backend"] == "kvlab-memory" and row["run"] == 2)
+    for row in rows:
+        last = len(row["server_args"]) - row["server_args"][::-1].index("--max-num-seqs")
+        assert row["server_args"][last] == ("2" if row["backend"] == "none" else "4")
+    assert report(rows).count("| none |") == 2
+    logs = [path.read_text() for path in folder.glob("server-*.log")]
+    assert len(logs) == 2
+    assert len({re.search(r"core ids=\[[\d, ]*\]", log)[0] for log in logs}) == 1, "the same cores for both"
+
+
 @pytest.mark.timeout(1200)
-def test_it_is_reported_and_drawn(measured):
-    rows, _ = measured
+def test_it_is_reported_and_drawn(measured, in_turns):
+    rows, beside = measured[0], in_turns[0]
+    rows = rows + [row for row in beside if row["dataset"] == "sharegpt"]
     table = report(rows)
-    assert all(f"| {name} |" in table for name in BACKENDS)
+    assert all(f"| {name} |" in table for name in {row["backend"] for row in rows})
     compared = {one.backend: one for one in compare(rows)}
     assert all(one.verdict in ("not faster", "slower", "faster") for one in compared.values())  # this machine is busy
     block = serving_block(rows[3])
@@ -136,44 +179,9 @@ def test_it_is_reported_and_drawn(measured):
         [c.last["mean_ttft_ms"] for c in compared.values()],
         title="t",
     )
-    assert len(bars.data[1].y) == len(BACKENDS)
+    assert len(bars.data[1].y) == len(compared) == 4
     assert len(ttft_cdf(rows, title="t").data) == len(rows)
     assert len(itl_over_time(rows[:2], title="t").data[0].x) > 1
-
-
-@pytest.mark.timeout(600)
-def test_servers_that_run_together_take_turns_on_every_dataset(tmp_path):
-    rows = run(
-        ["none", "kvlab-memory"],
-        model=short_demo(),
-        dataset_path=str(small_file(tmp_path)),
-        dataset=["sharegpt", "rounds"],
-        num_prompts=[6, 4],
-        request_rate=[4, 2],
-        together=True,
-        output_len=4,
-        max_prompt_tokens=700,
-        cache_size="256MiB",
-        server_flags=[*SERVER, "--max-num-seqs", "2"],
-        backend_flags={"kvlab-memory": ["--max-num-seqs", "4"]},
-        warmups=0,
-        folder=tmp_path / "work",
-    )
-    turns = [(name, turn) for turn in (1, 2) for name in ("none", "kvlab-memory")]
-    assert [(row["dataset"], row["num_prompts"], row["backend"], row["run"]) for row in rows] == [
-        (dataset, count, *turn) for dataset, count in (("sharegpt", 6), ("rounds", 4)) for turn in turns
-    ]
-    assert all(row["completed"] == row["num_prompts"] and row["together"] == 2 for row in rows)
-    assert all(row["same_texts"] == 1 for row in rows)
-    assert all(row["hit_tokens"] == 0 for row in rows if row["backend"] == "none")
-    assert all(row["hit_tokens"] > 0 for row in rows if row["backend"] == "kvlab-memory" and row["run"] == 2)
-    for row in rows:
-        last = len(row["server_args"]) - row["server_args"][::-1].index("--max-num-seqs")
-        assert row["server_args"][last] == ("2" if row["backend"] == "none" else "4")
-    assert report(rows).count("| none |") == 2
-    logs = [path.read_text() for path in (tmp_path / "work").glob("server-*.log")]
-    assert len(logs) == 2
-    assert len({re.search(r"core ids=\[[\d, ]*\]", log)[0] for log in logs}) == 1, "the same cores for both"
 
 
 def test_a_second_run_that_is_not_faster_is_shown_as_such():
@@ -310,12 +318,12 @@ def test_a_missing_dataset_a_wrong_backend_and_a_port_in_use(demo_model_path, tm
     one_line(used.value)
 
 
-def test_a_server_that_dies_at_start_says_why(demo_model_path, tmp_path, monkeypatch):
+def test_a_server_that_dies_at_start_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv(MARK, str(tmp_path))
     small = [*SERVER, "--kv-cache-memory-bytes", str(1 << 20)]  # not even one prompt fits
     with (
         pytest.raises(KVLabError, match="memory too small") as died,
-        Server(demo_model_path, small, env=ONE_PROCESS, log=tmp_path / "log"),
+        Server(short_demo(), small, env=ONE_PROCESS, log=tmp_path / "log"),
     ):
         pass
     one_line(died.value)

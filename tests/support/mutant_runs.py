@@ -9,7 +9,7 @@ from tests.support.mutants import CAUGHT_BY
 
 CORRECT = "SmallConnector"
 LAST = ("crashed", "hung")  # these end their process, which others share
-PATIENCE_S = 10  # what never comes need not be waited for
+PATIENCE_S = 5  # what never comes need not be waited for
 
 
 def caught_in(*groups):
