@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from kvlab.machine.processes import Child
@@ -35,8 +36,8 @@ READ = """
     figures.push(...pictures().map((picture) => ({
       alt: picture.alt, dots: picture.naturalWidth, width: picture.getBoundingClientRect().width,
     })));
-    const broken = cells[i].node.querySelectorAll("[data-mime-type='application/vnd.jupyter.error'], .jp-mod-error");
-    errors.push(...[...broken].map((node) => node.textContent.slice(0, 200)));
+    const told = cells[i].node.querySelectorAll("[data-mime-type='application/vnd.jupyter.stderr']"); // errors too
+    errors.push(...[...told].map((node) => node.textContent.slice(0, 200)));
   }
   const shown = {figures, errors, cells: cells.length};
   panel.dispose();
@@ -50,6 +51,9 @@ def lab(tmp_path_factory, free_port_of_module):
     """JupyterLab's address: no token, no kernel is started by a reader."""
     home = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "notebooks", home / "notebooks")  # Lab writes beside what it opens
+    error = nbformat.v4.new_output("error", ename="ValueError", evalue="planted", traceback=["ValueError: planted"])
+    cells = [nbformat.v4.new_code_cell("raise ValueError('planted')", outputs=[error])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), home / "notebooks" / "planted.ipynb")
     env = {**os.environ, **closed_to("demo"), "HOME": str(home)}
     env |= {"JUPYTER_PLATFORM_DIRS": "1", "JUPYTER_CONFIG_DIR": str(home / "config")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={free_port_of_module}"]
@@ -103,6 +107,11 @@ def test_lab_shows_every_figure_and_no_error(path, page):
     for figure, look in zip(shown["figures"], looks, strict=True):
         assert figure["dots"] >= look["width"], look["alt"]  # it is drawn, and sharp
         assert 300 < figure["width"] <= look["width"], look["alt"]
+
+
+def test_an_error_that_a_cell_shows_is_found(page):
+    shown = page.value(READ.replace("PATH", '"planted.ipynb"').replace("FIGURES", "[0]"))
+    assert shown["errors"] == ["ValueError: planted"]
 
 
 def test_where_no_browser_is_one_line_says_how_to_get_one(monkeypatch):
