@@ -6,7 +6,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,7 +83,8 @@ def judge_each(
         judging = _Judging(
             Path(folder), model, seed, deadline_s, patience_s or deadline_s / 3, told or (lambda verdict: None)
         )
-        judging.rehearse(sorted({name for _, names in chosen for name in names}, key=list(TRAPS).index))
+        names = sorted({name for _, names in chosen for name in names}, key=list(TRAPS).index)
+        judging.rehearse(names, _shared([subject.settings for subject, _ in chosen]))
         return judging.judge(chosen)
 
 
@@ -92,6 +93,15 @@ def _known(traps: Sequence[str] | None) -> list[str]:
         if name not in TRAPS:
             raise ConfigError(f"unknown trap {name!r}; there are {', '.join(TRAPS)}")
     return [name for name in TRAPS if traps is None or name in traps]
+
+
+def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all engines have in common decides how they compute, so an engine without a connector has it too: not its
+    prefix cache, which may be there for the connector's sake."""
+    first, *others = settings
+    common = {name: value for name, value in first.items() if all(name in o and o[name] == value for o in others)}
+    common.pop("enable_prefix_caching", None)
+    return common
 
 
 def _check_is_there(subject: Subject) -> None:
@@ -117,14 +127,16 @@ class _Judging:
         self.rehearsal: list[Job] = []
         self.found: dict[tuple[str, str], Verdict] = {}
 
-    def rehearse(self, names: Sequence[str]) -> None:
-        """The book of right answers, by engines without a connector, is what the first process begins with."""
+    def rehearse(self, names: Sequence[str], settings: Mapping[str, Any]) -> None:
+        """The book of right answers, by engines with these settings and no connector, is what the first process begins
+        with."""
         if any(GROUPS[TRAPS[name].group].needs_adapters for name in names) and self.is_own_model:
             self.adapters = [tiny_adapter(self.folder / f"adapter-{seed}", seed) for seed in (1, 2)]
         by_settings: dict[str, list[str]] = {}
         for name in self._playable(names):
             by_settings.setdefault(json.dumps(GROUPS[TRAPS[name].group].reference), []).append(name)
-        self.rehearsal = [self._job(REHEARSE, TRAPS[of[0]].group, of) for of in by_settings.values()]
+        jobs = [self._job(REHEARSE, TRAPS[of[0]].group, of) for of in by_settings.values()]
+        self.rehearsal = [replace(job, settings=dict(settings)) for job in jobs]
 
     def _behind_rehearsal(self, lines: Sequence[dict[str, Any]], log: str) -> Sequence[dict[str, Any]]:
         """Of a process's lines those about jobs, once the engine was seen to run without a connector."""

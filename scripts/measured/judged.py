@@ -42,7 +42,7 @@ def judge() -> Page:
         f"kvlab: {held} of {len(ours)} verdicts are *held*. The others are judged by the same command; what does not start on a CPU says so.",
         [
             Table(
-                "Verdicts of `kvlab judge` on a CPU",
+                "Verdicts of `kvlab judge`, on a CPU where no GPU is named",
                 ["trap", *connectors],
                 [[trap, *(cell(connector, trap) for connector in connectors)] for trap in traps],
                 rows,
@@ -61,7 +61,7 @@ def judge() -> Page:
             Goal("two runs give the same verdicts", said, equal and not once),
         ],
         "[Judge a connector](../guide/judge.md) says what is compared and how. ExampleConnector is vLLM's example for those who write a connector, and says of itself that it is for debugging; it has no `reset_cache`, and "
-        "vLLM answers `True` for it. OffloadingConnector, SimpleCPUOffloadConnector and LMCache are made for GPUs: a table of theirs needs one. With LMCache's multi-process connector vLLM for CPUs ends in its own kernel dispatcher, at an object of llvmlite, which LMCache imports.",
+        "vLLM answers `True` for it. OffloadingConnector, SimpleCPUOffloadConnector and LMCache are made for GPUs: a table of theirs needs one. On a GPU the traps with LoRA are left out, as vLLM has no kernels for it in float32 there. With LMCache's multi-process connector vLLM for CPUs ends in its own kernel dispatcher, at an object of llvmlite, which LMCache imports.",
         ["judge.csv"],
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from kvlab.judge import Report, Subject, Verdict
 from kvlab.judge.answers import Answer, Ask, Book, difference
 from kvlab.judge.child import line_of
 from kvlab.judge.damage import cut_short, flip_bits, make_empty, objects, remove, swap_content
-from kvlab.judge.run import _last_line
+from kvlab.judge.run import _last_line, _shared
 from kvlab.judge.traps import GROUPS, TRAPS
 
 ASK = Ask((1, 2, 3), salt="s")
@@ -179,3 +179,10 @@ def test_an_error_without_a_text_says_where_it_was_raised():
 
 def raise_without_a_text():
     raise AssertionError
+
+
+def test_the_engine_without_a_connector_computes_as_those_that_are_judged():
+    graphs = {"enforce_eager": False}
+    assert _shared([{**graphs, "enable_prefix_caching": True}]) == graphs
+    assert _shared([{**graphs, "seed": 1}, {**graphs, "seed": 2}, graphs]) == graphs
+    assert _shared([graphs, {}]) == {}
