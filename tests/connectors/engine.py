@@ -37,7 +37,7 @@ SETTINGS = {
 
 
 # On a busy machine a load may really be slower than a recompute, and a tier's answer late: misses, rightly.
-PATIENT = {"admission": False, "lookup_timeout_ms": 60_000}
+PATIENT = {"admission": False, "lookup_timeout_ms": 60_000, "load_timeout_ms": 120_000}
 
 
 @dataclass
