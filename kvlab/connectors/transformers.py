@@ -75,7 +75,7 @@ def check_model(model: Any) -> None:
         )
 
 
-def check_tokens(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
+def check_tokens(model: PreTrainedModel, token_ids: Sequence[Any]) -> None:
     """ConfigError unless `model` has each of these tokens."""
     known = int(model.get_input_embeddings().weight.shape[0])
     for token in token_ids:

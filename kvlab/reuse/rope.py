@@ -135,8 +135,8 @@ def _ask(model: Any) -> torch.Tensor:
 def _is_rounded(frequencies: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether every angle is a number of `dtype`, which powers of a base are by rounding alone. Powers of two, and
     angles that are none, are numbers of every dtype and tell nothing."""
-    telling = frequencies[(frequencies != 0) & (torch.frexp(frequencies).mantissa != 0.5)].unique()
-    return len(telling) > 1 and torch.equal(telling.to(dtype).double(), telling)
+    telling = frequencies[(frequencies != 0) & (torch.frexp(frequencies).mantissa != 0.5)]
+    return len(telling) > len(frequencies) and torch.equal(telling.to(dtype).double(), telling)
 
 
 def _error(true: torch.Tensor, other: torch.Tensor) -> float:
