@@ -165,15 +165,18 @@ class KVEvents:
             for block, parent in _chain(event) if isinstance(event, _Stored) else ():
                 if parent is not None and self._parents.get(block) is None:
                     new.setdefault(block, parent)
-        parents = set(new.values())
-        for block, parent in new.items():
-            if block in parents or block in self._children:  # else no block stands behind it
-                at, seen = parent, {block}
-                while at is not None:
-                    if at in seen:
-                        raise ValueError("a circle of blocks")
-                    seen.add(at)
-                    at = new.get(at, self._parents.get(at))
+        known = (
+            self._parents if any(block in self._children for block in new) else {}
+        )  # else none stands behind new ones
+        ends: set[Any] = {None}  # from where every walk ends
+        for block in new:
+            at, seen = block, set()
+            while at not in ends:
+                if at in seen:
+                    raise ValueError("a circle of blocks")
+                seen.add(at)
+                at = new.get(at, known.get(at))
+            ends |= seen
 
     def _apply(self, event: _Event) -> None:
         if isinstance(event, _Cleared):

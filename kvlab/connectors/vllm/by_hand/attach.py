@@ -21,8 +21,8 @@ from kvlab.errors import ConfigError, FormatError
 from kvlab.fingerprint import files_fingerprint, weight_files
 from kvlab.geometry import AXES
 from kvlab.serde import get_serde
-from kvlab.simulation.traffic import Request, Traffic, traffic_of_prompts
-from kvlab.simulation.why import MissPage, why
+from kvlab.simulation.traffic import Traffic
+from kvlab.simulation.why import MissPage
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 ROUNDING = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.1}  # nats, between two ways to the same logprob
@@ -257,40 +257,29 @@ class AttachedCache:
     def history(self) -> list[list[int]]:
         """Prompts of the requests that ended since the cache was first attached, the latest of them last; those of
         hand-written KV are left out."""
-        return [list(ended.token_ids) for ended in self._by_hand.ended]
+        return [list(ended.token_ids) for ended in self._by_hand.history.ended]
 
     def traffic(self) -> Traffic:
         """The same as traffic for `kvlab.simulate`, with times of arrival; `save_traffic` writes a file. Blocks are
-        numbers there, so a trace tells what is shared and no token.
+        numbers there, so a trace tells what is shared and no token. What an engine keeps apart shares nothing: salts,
+        adapters, media, and prompts before and behind a reset. Prompts that hints kept from being loaded or saved are
+        marked, and need ``connector=True``.
 
         Raises
         ------
         ConfigError
             where no prompt had a full block
         """
-        ended = sorted(self._by_hand.ended)
-        block = self._connector.chunker.block_tokens
-        made = traffic_of_prompts([each.token_ids for each in ended], block_tokens=block, name="recorded")
-        requests = [
-            Request(each.arrival_s - ended[0].arrival_s, request.num_tokens, each.output_tokens, request.block_ids)
-            for each, request in zip(ended, made.requests, strict=True)
-        ]
-        return Traffic("recorded", block, requests)
+        return self._by_hand.history.traffic(self._connector.chunker.block_tokens)
 
     def why(self, request: int = -1) -> MissPage:
         """The miss page of a request of `history`, by replay of it through a memory tier like this engine's: see
-        `kvlab.why`. What came before the cache was attached, partial blocks and secondary tiers are not in the replay.
+        `kvlab.why`. Reasons beside its own: ``not_loaded`` and ``not_saved`` (hints, prompt logprobs), ``reset``,
+        ``other_salt``, ``other_adapter``, ``other_media``. What came before the cache was attached, partial blocks,
+        pins, secondary tiers and vLLM's prefix cache are not in the replay.
         """
-        connector = self._connector
-        return why(
-            self.history,
-            request,
-            f"{connector.num_slots} blocks",
-            policy=connector.config.policy,
-            block_tokens=connector.chunker.block_tokens,
-            chunk_tokens=connector.chunker.chunk_tokens,
-            connector=True,
-        )
+        prefix_cache = bool(self._config.cache_config.enable_prefix_caching)
+        return self._by_hand.history.why(request, self._connector, prefix_cache)
 
     def clear(self) -> int:
         """Forget all that was written by hand; the number of writings. Prompts of theirs are computed from then on.
