@@ -110,7 +110,7 @@ class MissPage:
             )
         if (differs := self.difference) is not None:
             if differs.nearest < 0:
-                told.append("No earlier prompt begins like this one.")
+                told.append(f"No earlier prompt{' that could serve it' if self.cause else ''} begins like this one.")
             elif differs.token is None:
                 told.append(f"From block {differs.block:,} on it is new; request {differs.nearest:,} is nearest.")
             elif differs.theirs is None:

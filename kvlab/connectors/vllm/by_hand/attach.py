@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm import LLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 from kvlab.connectors.captured import KV
@@ -50,6 +51,9 @@ def attach(llm: Any) -> "AttachedCache":
     >>> kv.values[3].zero_()  # doctest: +SKIP
     >>> llm.generate(cache.write("some text", kv))  # doctest: +SKIP
     """
+    if not isinstance(llm, LLM):
+        got = f"the class {llm.__name__}" if isinstance(llm, type) else type(llm).__name__
+        raise ConfigError(f"kvlab.attach takes a vllm.LLM, not its engine or its class; got {got}")
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     if core is None:
         raise ConfigError(
@@ -146,8 +150,7 @@ class AttachedCache:
             for KV of another shape, dtype or number of tokens, with NaN or infinity, or, unless `any_model`, of another
             model
         """
-        if not isinstance(kv, KV):
-            raise ConfigError(f"write takes a KV, as `read` and `capture` give it, got {type(kv).__name__}")
+        _check_kv(kv, "write")
         asked = self._named(prompt)
         token_ids = tuple(asked["prompt_token_ids"])
         kv = self._by_hand.pages.shown(kv)
@@ -172,9 +175,18 @@ class AttachedCache:
 
     def save(self, path: str | Path, kv: KV, *, codec: str = "naive", num_tokens: int = 4, top: int = 20) -> None:
         """Write a file that proves itself: `kv`, coded by the serde `codec`, the model's identity and rope, and what
-        this engine answers behind it, `num_tokens` tokens with the logprobs of the `top` likeliest."""
-        if num_tokens < FEWEST_TOKENS:
-            raise ConfigError(f"a proof needs at least {FEWEST_TOKENS} tokens, got num_tokens={num_tokens}")
+        this engine answers behind it, `num_tokens` tokens (fewer where the model's length ends before them) with the
+        logprobs of the `top` likeliest. ConfigError where the file cannot be written."""
+        _check_kv(kv, "save")
+        if type(num_tokens) is not int or num_tokens < FEWEST_TOKENS:
+            raise ConfigError(f"a proof needs at least {FEWEST_TOKENS} tokens, got num_tokens={num_tokens!r}")
+        longest = int(self._config.model_config.max_model_len)
+        if len(kv.token_ids) + FEWEST_TOKENS > longest:
+            raise ConfigError(
+                f"a prompt of {len(kv.token_ids):,} tokens leaves no room for a proof of {FEWEST_TOKENS}: the engine "
+                f"takes {longest:,}; start it with a larger max_model_len, or save without a proof: kv.save(path)"
+            )
+        num_tokens = min(num_tokens, longest - len(kv.token_ids))
         held = kv
         if codec != "naive":  # the proof is of what the file holds
             serde = get_serde(codec)
@@ -215,11 +227,11 @@ class AttachedCache:
                 f"{path} is KV of another model: {', '.join(differing)} differ; check=False loads it all the same",
                 reason="wrong_model",
             )
-        if proof.prompt != tokens_id(kv.token_ids):
-            raise FormatError(f"{path} names other tokens than it was saved with", reason="unproven")
         named, model_config = [*kv.token_ids, *proof.tokens], self._config.model_config
         if not max(named) < (vocabulary := int(model_config.get_vocab_size())):
             raise FormatError(f"{path} names tokens beyond the model's {vocabulary}", reason="unproven")
+        if proof.prompt != tokens_id(kv.token_ids):
+            raise FormatError(f"{path} names other tokens than it was saved with", reason="unproven")
         if not kv.token_ids or len(named) > model_config.max_model_len:
             raise FormatError(
                 f"{path} has {len(named)} tokens with those of its proof, this engine takes 1 to "
@@ -330,6 +342,11 @@ class AttachedCache:
     def _rope(self) -> dict[str, Any]:
         config = self._config.model_config.hf_text_config.to_dict()
         return {name: value for name, value in sorted(config.items()) if "rope" in name or "rotary" in name}
+
+
+def _check_kv(kv: object, what: str) -> None:
+    if not isinstance(kv, KV):
+        raise ConfigError(f"{what} takes a KV, as `read` and `capture` give it, got {type(kv).__name__}")
 
 
 def _without_last(kv: KV) -> KV:
