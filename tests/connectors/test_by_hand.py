@@ -38,6 +38,7 @@ def test_the_prompts_last_token_is_computed_also_after_a_preemption():
 
 
 TOKENS = list(range(64))
+SAME = "Request 0 begins with the same 64 tokens"
 
 
 class Engine:
@@ -52,12 +53,15 @@ class Engine:
             chunker=Chunker(16, 16), num_slots=1000, config=SimpleNamespace(**config), scheduler=scheduler
         )
 
-    def ends(self, tokens, extras=(), *, given_up=False, prompt_logprobs=None, **hints):
+    def ends(self, tokens, extras=(), *, given_up=False, prompt_logprobs=None, aborted=False, **hints):
         number = len(self.history.ended)
         extras = {0: list(extras)} if extras else {}
         params = {"kv_transfer_params": {"kvlab": hints}} if hints else {}
         request = request_of(None, tokens)
-        request.__dict__.update(params, request_id=number, arrival_time=float(number), num_output_tokens=4)
+        request.__dict__.update(
+            params, request_id=number, arrival_time=float(number), num_output_tokens=0 if aborted else 4
+        )
+        request.status = SimpleNamespace(name="FINISHED_ABORTED" if aborted else "FINISHED_STOPPED")
         request.sampling_params.prompt_logprobs = prompt_logprobs
         self.states[number] = SimpleNamespace(extras=extras, hints=Hints.of(request), given_up=given_up)
         self.history.add(request, self.connector.scheduler)
@@ -74,14 +78,14 @@ class Engine:
             [{}],
             {"extras": [("cache_salt", "bob's")]},
             "other_salt",
-            "Request 0 begins with the same 64 tokens, with another cache_salt.",
+            f"{SAME}, with another cache_salt.",
         ),
         ([{"extras": [("cache_salt", "bob's")]}] * 2, {"extras": [("cache_salt", "bob's")]}, "hit", None),
         (
             [{}],
             {"extras": [("lora", "a")]},
             "other_adapter",
-            "Request 0 begins with the same 64 tokens, with another LoRA adapter.",
+            f"{SAME}, with another LoRA adapter.",
         ),
         ([{"extras": [("mm", "a@0")]}], {"extras": [("mm", "b@0")]}, "other_media", None),
         ([{"extras": [("lora", "a")]}], {"extras": [("cache_salt", "x")]}, "other_namespace", None),
@@ -89,13 +93,19 @@ class Engine:
             [{"save": False}],
             {},
             "not_saved",
-            "Request 0 begins with the same 64 tokens, and was not saved: hint save=false.",
+            f"{SAME}, and was not saved: hint save=false.",
         ),
         ([{"given_up": True}], {}, "not_saved", None),
+        (
+            [{"aborted": True}],
+            {},
+            "not_saved",
+            f"{SAME}, and was not saved: it was aborted, and what was kept is not known.",
+        ),
         ([{}], {"load": False}, "not_loaded", "Nothing was loaded for it: hint load=false."),
         ([{}], {"zz": 1}, "not_loaded", None),
         ([{}], {"prompt_logprobs": 1}, "not_loaded", None),
-        ([{}, "reset"], {}, "reset", "Request 0 begins with the same 64 tokens, and the cache was reset since."),
+        ([{}, "reset"], {}, "reset", f"{SAME}, and the cache was reset since."),
         ([{}, "reset", {}], {}, "hit", None),
     ],
 )

@@ -87,6 +87,9 @@ class History:
 
 def _refusals(request: Any, state: Any, scheduler: Any) -> tuple[str, str]:
     """Why nothing was loaded for a request, and why nothing of it was saved; empty where it may have been."""
+    status = getattr(getattr(request, "status", None), "name", "")
+    if status == "FINISHED_ABORTED" and not request.num_output_tokens:  # else its prompt was computed
+        return "" if state else "it was aborted before it began", "it was aborted, and what was kept is not known"
     if wants_recompute(request):
         return ("it wanted every position computed, as for prompt logprobs",) * 2
     if state is None:

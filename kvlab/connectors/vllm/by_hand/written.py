@@ -10,6 +10,7 @@ KV of tokens is copied within the step that begins the request. Recurrent states
 may move a state to the page where a step ends before it gives its connector a chance to write it.
 """
 
+import logging
 import secrets
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from kvlab.connectors.vllm.by_hand.pages import EnginePages
 from kvlab.connectors.vllm.kv_groups import Tables
 from kvlab.connectors.vllm.scheduler.requests import wants_recompute
 
+logger = logging.getLogger("vllm.kvlab")
 SALT = "kvlab-by-hand-"
 OF_REQUEST = "/"  # between a writing's salt and what tells its requests apart
 
@@ -108,7 +110,10 @@ class ByHand:
     def finished(self, request: Any, block_ids: Tables, scheduler: Any) -> None:
         """A request is done and its pages are still its own."""
         if not self.owns(request):
-            self.history.add(request, scheduler)
+            try:
+                self.history.add(request, scheduler)
+            except Exception:  # goes to the log, not into the engine
+                logger.exception("kvlab: a request is left out of the history of the attached cache")
         if self._wanted is not None and tuple(request.prompt_token_ids or ()) == self._wanted:
             try:
                 self._caught = self.pages.read(block_ids, self._wanted, "")
