@@ -47,13 +47,11 @@ def write_file(path: str | Path, tensors: Mapping[str, torch.Tensor], fields: Ma
 @contextmanager
 def opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
     """A safetensors file and its metadata. What goes wrong with its content, within the block too, is a FormatError; a
-    path that names no regular file a ConfigError, and one that names nothing a FileNotFoundError."""
+    path that names no regular file, or nothing, a ConfigError."""
     named = _path(path)
     try:
         if not stat.S_ISREG(os.stat(named).st_mode):
             raise ConfigError(f"{named} is no regular file; name a file of KV")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {named}") from None
     except OSError as error:
         raise ConfigError(f"{named} cannot be read: {error.strerror}") from error
     try:

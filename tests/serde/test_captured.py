@@ -137,10 +137,14 @@ def test_a_file_is_replaced_as_a_whole_and_keeps_its_mode(model: LlamaForCausalL
 def test_what_is_no_file_is_not_replaced_and_not_read(model: LlamaForCausalLM, tmp_path: Path) -> None:
     kv, pipe = kvlab.capture(model, TOKENS), tmp_path / "pipe"
     os.mkfifo(pipe)
-    for path in (pipe, tmp_path, Path("/dev/null")):
-        for call in (kv.save, KV.load):
+    for call in (kv.save, KV.load):
+        for path in (pipe, tmp_path):
             with pytest.raises(ConfigError, match=f"{path} is no regular file"):
                 call(path)
+    with pytest.raises(ConfigError, match="/dev/null is no regular file"):
+        KV.load("/dev/null")
+    with pytest.raises(ConfigError, match="none cannot be read: No such file or directory"):
+        KV.load(tmp_path / "none")
     assert stat.S_ISFIFO(pipe.lstat().st_mode)
     for wrong in (None, 5, "", "a\0b", b"x", Path("a\0b")):
         for call in (kv.save, KV.load):

@@ -172,6 +172,7 @@ def test_a_circle_that_closes_later_is_none(state):
 
 def test_tiers_that_name_no_parent_make_no_chain_of_blocks_of_other_prompts(state):
     state.take(batch(stored([5, 3], medium="CPU", block_size=0)))
+    assert state.branches() == [{"blocks": 1, "longest": 1}] * 2
     state.take(batch(stored([3, 4, 5])))
     assert (state.broken, state.branches()) == (0, [{"blocks": 3, "longest": 3}])
 
