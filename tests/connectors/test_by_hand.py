@@ -107,6 +107,7 @@ class Engine:
         ([{}], {"prompt_logprobs": 1}, "not_loaded", None),
         ([{}, "reset"], {}, "reset", f"{SAME}, and the cache was reset since."),
         ([{}, "reset", {}], {}, "hit", None),
+        ([{}, {"extras": [("cache_salt", "bob's")]}, "reset"], {}, "reset", None),
     ],
 )
 def test_the_page_of_an_engines_request_tells_what_the_engine_goes_by(before, asked, reason, line):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm import LLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 from kvlab.connectors.captured import KV
@@ -51,6 +50,8 @@ def attach(llm: Any) -> "AttachedCache":
     >>> kv.values[3].zero_()  # doctest: +SKIP
     >>> llm.generate(cache.write("some text", kv))  # doctest: +SKIP
     """
+    from vllm import LLM  # loads all of the engine
+
     if not isinstance(llm, LLM):
         got = f"the class {llm.__name__}" if isinstance(llm, type) else type(llm).__name__
         raise ConfigError(f"kvlab.attach takes a vllm.LLM, not its engine or its class; got {got}")

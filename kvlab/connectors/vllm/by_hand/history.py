@@ -128,18 +128,20 @@ def _traffic(ended: Sequence[Ended], block_tokens: int, *, resets: bool = False)
 
 def _cause(ended: Sequence[Ended], page: MissPage, block_tokens: int) -> tuple[str, str]:
     """What the replay does not know of the latest request's miss: a reason and a line; empty where there is none. An
-    earlier prompt that begins with more of its blocks than were seen could not serve it."""
+    earlier prompt that begins with more of its blocks than were seen could not serve it; of several, that with most
+    blocks is told of, then one of the same salt, adapter and media, then the latest."""
     *earlier, asked = ended
     if asked.not_loaded:
         return "not_loaded", f"Nothing was loaded for it: {asked.not_loaded}."
-    best, found = page.seen_tokens, ("", "")
+    best, found = (page.seen_tokens, True), ("", "")
     for number, other in enumerate(earlier):
         shared = _shared(asked.token_ids, other.token_ids) // block_tokens * block_tokens
-        if shared < best or shared <= page.seen_tokens:
+        rank = shared, other.extras == asked.extras
+        if rank < best or shared <= page.seen_tokens:
             continue
         told = _apart(asked, other)
         if told is not None:
-            best = shared
+            best = rank
             found = told[0], f"Request {number:,} begins with the same {shared:,} tokens, {told[1]}."
     return found
 
