@@ -34,7 +34,7 @@ def write_file(path: str | Path, tensors: Mapping[str, torch.Tensor], fields: Ma
         os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         try:
             mode = stat.S_IMODE((before or beside.stat()).st_mode)
-            save_file(dict(tensors), beside, dict(fields))
+            save_file(_apart(tensors), beside, dict(fields))
             os.chmod(beside, mode)  # the library writes a file that is its owner's alone
             os.replace(beside, target)
         finally:
@@ -42,6 +42,16 @@ def write_file(path: str | Path, tensors: Mapping[str, torch.Tensor], fields: Ma
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
         raise ConfigError(f"{named} cannot be written: {said}") from error
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same, none in the memory of another: the library refuses those."""
+    found, seen = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return found
 
 
 @contextmanager

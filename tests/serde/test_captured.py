@@ -134,6 +134,12 @@ def test_a_file_is_replaced_as_a_whole_and_keeps_its_mode(model: LlamaForCausalL
     assert sorted(each.name for each in tmp_path.iterdir()) == ["kv.safetensors", "link"]
 
 
+def test_layers_that_share_memory_are_saved(tmp_path: Path) -> None:
+    half = torch.ones(4, 1, 8)
+    KV((half, half), (half, half), (1, 2, 3, 4), 4).save(tmp_path / "kv.safetensors")
+    assert all(bool((layer == 1).all()) for layer in KV.load(tmp_path / "kv.safetensors").values)
+
+
 def test_what_is_no_file_is_not_replaced_and_not_read(model: LlamaForCausalLM, tmp_path: Path) -> None:
     kv, pipe = kvlab.capture(model, TOKENS), tmp_path / "pipe"
     os.mkfifo(pipe)
