@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
         pass
     if args.trace is not None:
         save_traffic(state.traffic(), args.trace)
-        print(f"{args.trace}: blocks of {state.block_tokens} tokens")
+        left_out = f"; {state.left_out:,} stored sequences are not in it, see the guide" if state.left_out else ""
+        print(f"{args.trace}: blocks of {state.block_tokens} tokens{left_out}")
     if args.json:
         print_json(state.rows())
     return 0

@@ -1,17 +1,15 @@
 """KV caught from a model: kept per layer, saved as one safetensors file, compared, encoded."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
+from kvlab.connectors.tensor_file import opened, write_file
 from kvlab.errors import ConfigError, FormatError
 from kvlab.geometry import AXES
 
@@ -50,6 +48,7 @@ class KV:
     states: Mapping[int, States] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_kinds(self.keys, self.values, self.model, self.states)
         if len(self.keys) != len(self.values) or not (self.keys or self.states):
             raise ConfigError(f"KV needs keys and values of every layer, got {len(self.keys)} and {len(self.values)}")
         if not _is_count(self.num_positions) or not all(map(_is_count, self.token_ids)):
@@ -113,7 +112,11 @@ class KV:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: ``layers.N.key`` and ``layers.N.value``, ``states.TOKENS.N.PART`` of
-        recurrent layers, the rest in its metadata."""
+        recurrent layers, the rest in its metadata. ConfigError where `path` cannot be written or is no regular file."""
+        write_file(path, *self.file_parts())
+
+    def file_parts(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What `save` writes: tensors by name, and the fields of the metadata."""
         tensors = {
             f"states.{end}.{index}.{part}": tensor.detach().cpu().clone()
             for end, layers in self.states.items()
@@ -136,11 +139,11 @@ class KV:
             "model": self.model,
             "about": json.dumps(about),
         }
-        save_file(tensors, str(path), metadata=fields)
+        return tensors, fields
 
     @staticmethod
     def load(path: str | Path) -> "KV":
-        """Read what `save` wrote; FormatError if it is something else."""
+        """Read what `save` wrote; FormatError if it is something else, ConfigError if it is no regular file."""
         with opened(path) as (file, fields):
             if fields.get("kvlab_kv") != FORMAT:
                 raise FormatError(f"{path} is no KV of format {FORMAT}: it says {fields.get('kvlab_kv')!r}")
@@ -165,6 +168,8 @@ class KV:
 
         0 means equal; a head or state that is all zero here and not in `other` gives infinity.
         """
+        if not isinstance(other, KV):
+            raise ConfigError(f"KV is compared with KV, as `read` and `capture` give it, got {type(other).__name__}")
         ours, theirs = ([tuple(tensor.shape) for tensor in (*kv.keys, *kv.values)] for kv in (self, other))
         if ours != theirs:
             first, second = (f"{shapes[:1]} x {len(shapes)}" for shapes in (ours, theirs))
@@ -191,16 +196,33 @@ class KV:
         return found
 
 
-@contextmanager
-def opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """A safetensors file and its metadata. What goes wrong with its content, within the block too, is a FormatError."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file, file.metadata() or {}
-    except (FormatError, OSError):
-        raise
-    except Exception as error:  # safetensors raises its own class on broken files
-        raise FormatError(f"{path} is not a readable file of KV: {error!r}"[:300]) from error
+def _check_kinds(keys: object, values: object, model: object, states: object) -> None:
+    """ConfigError unless each part of a KV is of the kind that it must be."""
+    for name, layers in (("keys", keys), ("values", values)):
+        if not isinstance(layers, tuple | list):
+            raise ConfigError(f"{name} must be a tensor for each layer, got {_kind(layers)}")
+        for index, layer in enumerate(layers):
+            _check_tensor(layer, f"{name}[{index}]")
+    if not isinstance(model, str) or not isinstance(states, Mapping):
+        raise ConfigError(
+            f"model must be text and states a mapping from numbers of tokens, got {_kind(model)} and {_kind(states)}"
+        )
+    for end, held in states.items():
+        for part in (part for parts in held for part in parts):
+            _check_tensor(part, f"states[{end}]")
+
+
+def _check_tensor(layer: object, name: str) -> None:
+    """ConfigError unless `layer` is a tensor that holds its numbers one by one."""
+    if not isinstance(layer, torch.Tensor):
+        raise ConfigError(f"{name} must be a tensor, got {_kind(layer)}")
+    if layer.layout != torch.strided or layer.is_quantized or layer.is_meta:
+        what = "of the meta device" if layer.is_meta else "quantized" if layer.is_quantized else str(layer.layout)
+        raise ConfigError(f"{name} must be a dense tensor with its numbers, got one that is {what}")
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
 
 
 def _is_count(number: object) -> bool:

@@ -13,9 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
-from kvlab.connectors.captured import KV, opened
+from kvlab.connectors.captured import KV
+from kvlab.connectors.tensor_file import opened, write_file
 from kvlab.errors import FormatError
 from kvlab.geometry import AXES
 from kvlab.hashing import token_bytes
@@ -49,18 +48,16 @@ def tokens_id(token_ids: Sequence[int]) -> str:
 
 
 def write_proven(path: str | Path, kv: KV, proof: Proof) -> None:
-    """Write `kv`, coded as ``proof.codec`` says, and its proof."""
+    """Write `kv`, coded as ``proof.codec`` says, and its proof. ConfigError as of `write_file`."""
     about = {"token_ids": list(kv.token_ids), "num_positions": kv.num_positions, "windows": list(kv.windows)}
     if proof.codec == "naive":
-        kv.save(path)
-        with opened(path) as (file, fields):
-            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        parts, fields = kv.file_parts()
     else:
         encoded = get_serde(proof.codec).encode(kv.tensor(), AXES)
         parts = {f"parts.{name}": part.contiguous() for name, part in encoded.parts.items()}
         coded = {"serde": encoded.serde, "shape": encoded.shape, "dtype": encoded.dtype, "params": encoded.params}
         fields = {"about": json.dumps({**about, "coded": coded}), "model": kv.model, "axes": ",".join(AXES)}
-    save_file(parts, str(path), {**fields, "kvlab_proof": FORMAT, "proof": json.dumps(asdict(proof))})
+    write_file(path, parts, {**fields, "kvlab_proof": FORMAT, "proof": json.dumps(asdict(proof))})
 
 
 def read_proven(path: str | Path) -> tuple[KV, Proof]:

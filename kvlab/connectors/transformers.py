@@ -5,6 +5,7 @@ a quantized layer would be lost on the way, so they are refused.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,12 @@ def capture(model: PreTrainedModel | str | Path, text: str | list[int], max_toke
     >>> capture("path/to/model", "some text", max_tokens=1024).save("kv.safetensors")  # doctest: +SKIP
     """
     loaded = load_model(model) if isinstance(model, str | Path) else model
+    check_model(loaded)
     token_ids = text if isinstance(text, list) else tokenize(loaded.config._name_or_path, text)
     token_ids = token_ids[:max_tokens]
     if not token_ids:
         raise ConfigError("text to capture must hold at least one token, got none")
+    check_tokens(loaded, token_ids)
     if loaded.config.is_encoder_decoder:
         raise ConfigError(f"{loaded.config.model_type} is an encoder-decoder; only causal language models are captured")
     _refuse_other_layers(DynamicCache(config=loaded.config).layers)
@@ -63,16 +66,35 @@ def capture(model: PreTrainedModel | str | Path, text: str | list[int], max_toke
     return from_cache(cache, token_ids, model=str(loaded.config._name_or_path))
 
 
+def check_model(model: Any) -> None:
+    """ConfigError unless `model` is a loaded model of transformers, or one that wraps it."""
+    is_model = isinstance(model, torch.nn.Module) and hasattr(model, "base_model")
+    if not is_model or not hasattr(getattr(model, "config", None), "model_type"):
+        raise ConfigError(
+            f"a model must be a causal model of transformers, as `load_model` gives it, got {type(model).__name__}"
+        )
+
+
+def check_tokens(model: PreTrainedModel, token_ids: Sequence[Any]) -> None:
+    """ConfigError unless `model` has each of these tokens."""
+    known = int(model.get_input_embeddings().weight.shape[0])
+    for token in token_ids:
+        if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= int(token) < known:
+            raise ConfigError(f"token ids must be whole numbers from 0 to {known - 1}, got {token!r}")
+
+
 @torch.inference_mode()
-def keys_at(model: PreTrainedModel, token_ids: Sequence[int], first: int) -> list[torch.Tensor]:
-    """Each layer's keys of a few tokens whose first one stands at place `first`, (tokens, kv_heads, head_dim)."""
+def layers_at(model: PreTrainedModel, token_ids: Sequence[int], first: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each layer's keys and values of a few tokens whose first one stands at place `first`, (tokens, kv_heads,
+    head_dim) each."""
     cache = DynamicCache()
     ids, places = (
         torch.tensor([list(row)], device=model.device) for row in (token_ids, range(first, first + len(token_ids)))
     )
     model(ids, past_key_values=cache, position_ids=places, use_cache=True)
     _refuse_other_layers(cache.layers)
-    return [layer.keys[0].transpose(0, 1) for layer in cache.layers if layer.keys is not None]
+    held = [layer for layer in cache.layers if layer.keys is not None and layer.values is not None]
+    return [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in held]
 
 
 def windows_of(model: PreTrainedModel) -> list[int | None]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kvlab.connectors.captured import KV
-from kvlab.connectors.transformers import capture, to_cache
+from kvlab.connectors.transformers import capture, check_model, check_tokens, to_cache
 from kvlab.errors import ConfigError
 from kvlab.reuse.methods import METHODS, Case, Method
 from kvlab.reuse.presses import PRESSES, Score, pressed, pruned
@@ -48,8 +48,10 @@ def compare_reuse(
         of question and answer, in nats; ``same_token``: share of the answer's places with the same likeliest token;
         ``answer``: the method's own greedy tokens
     """
+    check_model(model)
     if len(pieces) < 2 or not all(pieces) or not question:
         raise ConfigError("reuse is compared over two pieces or more and a question, none of them empty")
+    check_tokens(model, question)
     alone = [capture(model, list(piece)) for piece in pieces]
     case = Case(model, alone, capture(model, [token for piece in pieces for token in piece]))
     said = _Said(model, case.whole, question, answer_tokens)
@@ -74,6 +76,8 @@ def compare_presses(
     ``kept`` in the place of ``computed``."""
     if not context or not question:
         raise ConfigError("presses are compared over a context and a question, neither of them empty")
+    check_model(model)
+    check_tokens(model, question)
     whole = capture(model, list(context))
     said = _Said(model, whole, question, answer_tokens)
     rows = []

@@ -140,10 +140,10 @@ def pasted(pieces: Sequence[KV]) -> KV:
         _of_tokens(piece)
     if len({piece.windows for piece in pieces}) > 1:
         raise ConfigError("pieces must all be of the same windows; read all of them from one engine")
-    shapes = [[tuple(layer.shape[1:]) for layer in (*piece.keys, *piece.values)] for piece in pieces]
-    if any(shape != shapes[0] for shape in shapes):
+    kinds = [[(tuple(layer.shape[1:]), layer.dtype) for layer in (*piece.keys, *piece.values)] for piece in pieces]
+    if any(kind != kinds[0] for kind in kinds):
         raise ConfigError(
-            "pieces must all have the same layers, KV heads and head_dim; read all of them from one model"
+            "pieces must all have the same layers, KV heads, head_dim and dtype; read all of them from one model"
         )
     windows = pieces[0].windows
     keys, values = (
@@ -167,7 +167,7 @@ def turned(kv: KV, by: int | torch.Tensor, frequencies: torch.Tensor) -> KV:
     `frequencies`: of `rope_of`, (layers, pairs), or (pairs) for all layers.
     """
     _of_tokens(kv)
-    steps = torch.as_tensor(by).reshape(-1, 1)
+    steps = _whole(by, "places that keys are turned by").reshape(-1, 1)
     if len(steps) not in (1, kv.num_positions):
         raise ConfigError(
             f"keys of {kv.num_positions} tokens must be turned by one number or by as many, got {len(steps)}"
@@ -187,10 +187,7 @@ def kept(kv: KV, places: Sequence[int] | torch.Tensor, frequencies: torch.Tensor
     if any(len(layer) != kv.num_positions for layer in kv.keys):
         raise ConfigError("tokens are kept of KV that holds all of them in each layer; `kvlab.capture` gives it")
     heads = kv.keys[0].shape[1]
-    chosen = torch.as_tensor(places if isinstance(places, torch.Tensor) else list(places))
-    if chosen.is_floating_point() and chosen.numel():
-        raise ConfigError(f"places to keep must be whole numbers, got {chosen.dtype}")
-    chosen = chosen.to(torch.int64)
+    chosen = _whole(places if isinstance(places, torch.Tensor) else list(places), "places to keep")
     if chosen.ndim == 1:
         chosen = chosen.expand(kv.num_layers, heads, -1)
     if chosen.shape[:-1] != (kv.num_layers, heads):
@@ -264,13 +261,34 @@ def _masks(model: Any, sees: torch.Tensor, far: torch.Tensor, dtype: torch.dtype
 
 def _by_layer(frequencies: torch.Tensor, kv: KV) -> torch.Tensor:
     """(layers, pairs)"""
+    if not isinstance(frequencies, torch.Tensor) or frequencies.dtype not in (torch.float64, torch.float32):
+        got = frequencies.dtype if isinstance(frequencies, torch.Tensor) else type(frequencies).__name__
+        raise ConfigError(f"a rope must be the float64 tensor of radians that `rope_of` gives, got {got}")
+    if frequencies.ndim not in (1, 2) or not bool(frequencies.isfinite().all()):
+        raise ConfigError(f"a rope must be finite radians, (layers, pairs), got shape {list(frequencies.shape)}")
+    widest, narrowest = 2 * frequencies.shape[-1], min(layer.shape[-1] for layer in kv.keys)
+    if widest > narrowest:
+        raise ConfigError(f"a rope of {widest // 2} pairs turns {widest} channels, but heads have {narrowest}")
     if frequencies.ndim == 2 and len(frequencies) != kv.num_layers:
         raise ConfigError(f"a rope of {len(frequencies)} layers does not fit KV of {kv.num_layers}")
     return frequencies.expand(kv.num_layers, -1)
 
 
+def _whole(numbers: Any, what: str) -> torch.Tensor:
+    """`numbers` as int64; ConfigError where they are none, or fractions."""
+    try:
+        found = torch.as_tensor(numbers)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{what} must be whole numbers, got {numbers!r:.80}") from error
+    if found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
+        raise ConfigError(f"{what} must be whole numbers, got {found.dtype}")
+    return found.to(torch.int64)
+
+
 def _of_tokens(kv: KV) -> None:
-    """ConfigError where `kv` holds more than tokens."""
+    """ConfigError where `kv` is no KV, or holds more than tokens."""
+    if not isinstance(kv, KV):
+        raise ConfigError(f"KV must be what `read` and `capture` give, got {type(kv).__name__}")
     if kv.states:
         raise ConfigError(
             "recurrent states are of all tokens before them in their order: they cannot be moved, pasted or pruned"

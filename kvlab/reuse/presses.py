@@ -8,6 +8,7 @@ that they come to. `PRESSES` are scores of a few lines; `pressed` takes an objec
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -80,10 +81,12 @@ def pruned(model: Any, kv: KV, score: Score, keep: float) -> KV:
     """
     if not 0 < keep <= 1:
         raise ConfigError(f"the share of tokens to keep must be above 0 and at most 1, got {keep}")
-    count = max(int(keep * kv.num_positions + 1e-9), 1)  # 0.29 * 100 is a little less than 29
+    count = num_kept(keep, kv.num_positions)
 
     def choose(layer: Layer) -> torch.Tensor:
         scores = score(layer)
+        if not isinstance(scores, torch.Tensor):
+            raise ConfigError(f"a score must return a tensor, (kv_heads, tokens), got {type(scores).__name__}")
         if scores.shape != layer.keys.shape[:2] or bool(scores.isnan().any()):
             raise ConfigError(
                 f"scores of layer {layer.number} must be {list(layer.keys.shape[:2])} numbers, (kv_heads, tokens); "
@@ -92,6 +95,18 @@ def pruned(model: Any, kv: KV, score: Score, keep: float) -> KV:
         return scores.topk(count).indices.sort().values
 
     return _chosen(model, kv, choose)
+
+
+def num_kept(keep: float, num_tokens: int) -> int:
+    """How many tokens the share `keep` of them is, at least one.
+
+    kvpress is told a ratio to drop, and keeps what a float makes of 1 - ratio: of 100 tokens 9 at a ratio of 0.9, as
+    1 - 0.9 is a little less than 0.1. A share that is such a float keeps as many. Any other counts as it is written:
+    0.29 of 100 are 29, though the float is a little less.
+    """
+    written = Decimal(str(float(keep)))
+    share = float(keep) if 1 - float(1 - written) == keep else written
+    return max(int(share * num_tokens), 1)
 
 
 def pressed(model: Any, kv: KV, press: Any) -> KV:

@@ -2,7 +2,8 @@
 
 Rotary embedding turns pairs of channels, (i, i + half), by an angle for each position that a token lies further on. A
 model says its angles in a buffer; how its layers use them is code. So the code is asked: a few tokens are computed at
-their places and again further on, and the keys of every layer must be those that `turn` gives.
+their places and again further on, also at the model's last places. The keys of every layer must be those that `turn`
+gives, and the values the same as before: caches of latents (MLA) keep what is turned as values.
 """
 
 from typing import Any
@@ -10,11 +11,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from kvlab.connectors.transformers import keys_at
+from kvlab.connectors.transformers import check_model, layers_at
 from kvlab.errors import ConfigError
 
 FIXED = ("default", "linear", "llama3", "yarn", "proportional")  # kinds of rope whose angles are always the same
 FURTHER = 1024  # places that the proof moves its tokens: far enough for slow channels, near enough for float32
+FLOAT32_TURN = 2.0**-23  # radians by which a place in float32 may be off, for each place
 CLOSE = {torch.float32: 2e-3, torch.float64: 2e-3}  # relative error of a pair of channels; rounding grows by layer
 CLOSE_ENOUGH = 0.2  # in 16 bits
 TOKENS = (3, 1, 4, 1, 5)
@@ -35,8 +37,9 @@ def rope_of(model: Any) -> torch.Tensor:
     ------
     ConfigError
         where a position turns keys otherwise: other pairs of channels, angles that depend on the prompt's length
-        (`dynamic`, `longrope`), no rotary embedding
+        (`dynamic`, `longrope`), values that know their place (latents of MLA), no rotary embedding
     """
+    check_model(model)
     if rotary_of(model) is not None and model.training:
         raise ConfigError("the model is in training, where dropout changes keys; call model.eval() first")
     angles = [buffer.detach().clone() for buffer in (rotary_of(model) or torch.nn.Module()).buffers()]
@@ -95,26 +98,45 @@ def _ask(model: Any) -> torch.Tensor:
             f"the angles of this {name} model are rounded to 16 bits, as by model.bfloat16(); load it with "
             "from_pretrained(..., dtype=torch.bfloat16), which leaves them as they are"
         )
-    near, far = ([keys.double().cpu() for keys in keys_at(model, TOKENS, first)] for first in (0, FURTHER))
+    longest = int(getattr(model.config, "max_position_embeddings", 0) or 0) - len(TOKENS)
+    places = sorted({FURTHER, max(longest, FURTHER)})
+    near, *moved = (
+        [(keys.double().cpu(), values.double().cpu()) for keys, values in layers_at(model, TOKENS, first)]
+        for first in (0, *places)
+    )
     if len(near) != len(frequencies):
         raise ConfigError(f"the rope of a {name} model is not known here: {count} layers keep {len(near)} times keys")
-    allowed = CLOSE.get(model.dtype, CLOSE_ENOUGH)
-    for at, (old, new) in enumerate(zip(near, far, strict=True)):
+    for at, (old, old_values) in enumerate(near):
         if old.shape[-1] < 2 * frequencies.shape[1]:
             raise ConfigError(f"the rope of a {name} model turns more channels than layer {at} keeps")
-        if _error(new, old) <= allowed:
+        turns = None
+        for place, far in zip(places, moved, strict=True):
+            allowed = max(CLOSE.get(model.dtype, CLOSE_ENOUGH), place * FLOAT32_TURN)
+            new, new_values = far[at]
+            if not _error(new_values, old_values) <= allowed:
+                raise ConfigError(
+                    f"layer {at} of this {name} model keeps values that change with their place, as caches of latents "
+                    "(MLA) do, so its KV cannot be moved to another place"
+                )
+            stays = _error(new, old) <= allowed
+            turned = _error(new, turn(old, torch.tensor(place).reshape(1, 1), frequencies[at])) <= allowed
+            if not (stays if turns is False else turned if turns else stays or turned):
+                raise ConfigError(
+                    f"layer {at} of this {name} model does not turn keys as known here (pairs of channels i and i + "
+                    f"half by the angles that its rotary embedding says, up to place {place}), so they cannot be "
+                    "turned to another place"
+                )
+            turns = not stays
+        if not turns:
             frequencies[at] = 0
-        elif not _error(new, turn(old, torch.tensor(FURTHER).reshape(1, 1), frequencies[at])) <= allowed:
-            raise ConfigError(
-                f"layer {at} of this {name} model does not turn keys as known here (pairs of channels i and i + half "
-                "by the angles that its rotary embedding says), so they cannot be turned to another place"
-            )
     return frequencies
 
 
 def _is_rounded(frequencies: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether every angle is a number of `dtype`, which powers of a base are by rounding alone."""
-    return frequencies.shape[1] > 2 and torch.equal(frequencies.to(dtype).double(), frequencies)
+    """Whether every angle is a number of `dtype`, which powers of a base are by rounding alone. Powers of two, and
+    angles that are none, are numbers of every dtype and tell nothing."""
+    telling = frequencies[(frequencies != 0) & (torch.frexp(frequencies).mantissa != 0.5)]
+    return len(telling) > len(frequencies) and torch.equal(telling.to(dtype).double(), telling)
 
 
 def _error(true: torch.Tensor, other: torch.Tensor) -> float:

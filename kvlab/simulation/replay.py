@@ -5,7 +5,7 @@ from the last object to the first, touch each once more as it is read, admit wha
 no room), touch all of the prompt's objects from the last to the first. No bytes move; everything else happens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -41,10 +41,12 @@ class TierCount:
 
 @dataclass
 class Replay:
-    """`hit_blocks[r]`: length in blocks of the prefix of prompt r that was there."""
+    """`hit_blocks[r]`: length in blocks of the prefix of prompt r that was there. `held`: what each tier holds at the
+    end, by key."""
 
     hit_blocks: list[int] = field(default_factory=list)
     tiers: list[TierCount] = field(default_factory=list)
+    held: Sequence[Collection[int]] = ()
 
 
 @lru_cache(maxsize=4)
@@ -127,4 +129,4 @@ def replay(objects: Objects, policy: EvictionPolicy, capacity: int, sizes: list[
     if step == 1:
         put_size = puts * full
     count = TierCount(loaded, num_loads, puts, put_size, puts - len(held), put_size - sum(held.values()))
-    return Replay(hit_blocks, [count])
+    return Replay(hit_blocks, [count], [held])

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 from kvlab.simulation.replay import Objects, Replay, find
 from kvlab.simulation.replay_tiers import Tier
+from kvlab.simulation.traffic import Request
 from kvlab.stores.eviction import EvictionPolicy
 
 
@@ -28,13 +29,16 @@ class _LeasingTier(Tier):
         return super().put(key, size)
 
 
-def replay_connector(objects: Objects, tiers: Sequence[tuple[EvictionPolicy, int]], sizes: list[int]) -> Replay:
-    """Replay through `tiers` (policy, capacity): host memory, and perhaps one secondary tier."""
+def replay_connector(
+    objects: Objects, requests: Sequence[Request], tiers: Sequence[tuple[EvictionPolicy, int]], sizes: list[int]
+) -> Replay:
+    """Replay `requests`, cut into `objects`, through `tiers` (policy, capacity): host memory, and perhaps one secondary
+    tier."""
     stack = [_LeasingTier(policy, capacity) for policy, capacity in tiers]
     memory, secondary = stack[0], stack[1] if len(stack) > 1 else None
-    step, result = objects.step, Replay([], [tier.count for tier in stack])
-    for ids, keys in zip(objects.block_ids, objects.keys, strict=True):
-        candidates = ids if step > 1 else keys
+    step, result = objects.step, Replay([], [tier.count for tier in stack], [tier.held for tier in stack])
+    for ids, keys, request in zip(objects.block_ids, objects.keys, requests, strict=True):
+        candidates = (ids if step > 1 else keys) if request.loads else []
         found, hit = find(ids, keys, step, {key: 1 for key in candidates if any(key in tier.held for tier in stack)})
         loaded, num_loads = [0] * len(stack), [0] * len(stack)
         leased = {key for key in found if key in memory.held}
@@ -54,7 +58,7 @@ def replay_connector(objects: Objects, tiers: Sequence[tuple[EvictionPolicy, int
         for level, tier in enumerate(stack):
             tier.count.loaded.append(loaded[level])
             tier.count.num_loads.append(num_loads[level])
-        if hit < len(ids):
+        if hit < len(ids) and request.saves:
             _save(ids, keys, step, sizes, memory, secondary)
     return result
 

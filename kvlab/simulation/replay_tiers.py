@@ -72,7 +72,7 @@ def replay_tiers(
     stack = [Tier(policy, capacity) for policy, capacity in tiers]
     uses: dict[int, int] = {}
     rule = get_rule(admission.rule) if admission.rule is not None else None
-    result = Replay([], [tier.count for tier in stack])
+    result = Replay([], [tier.count for tier in stack], [tier.held for tier in stack])
     step = objects.step
     for ids, keys, tokens in zip(objects.block_ids, objects.keys, num_tokens, strict=True):
         if len(stack) == 1:

@@ -1,7 +1,7 @@
 """`simulate`: what a cache would do for given traffic."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Simulation:
 
     Three hit rates are reported: `block_hit_rate` (blocks found / blocks asked for), `token_hit_rate` (tokens likewise)
     and `request_hit_rate` (the mean over prompts of each prompt's share of tokens found). Arrays have shape [requests].
+    `held`: of each tier, the objects that it holds at the end, each by the id of its last block; not of `belady`.
     """
 
     row: dict[str, Any]
@@ -44,6 +45,7 @@ class Simulation:
     hit_tokens: Ints
     served: Served | None = None
     served_without: Served | None = None
+    held: Sequence[Collection[int]] = field(default=(), repr=False)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per tier, each with the run's own columns before it."""
@@ -133,6 +135,11 @@ def simulate(
     for one in (policy, *(named for _, named in given if named)):
         if one is not policy or policy != BOUND:
             policy_class(one, also=(BOUND,))
+    if (policy == BOUND or not connector) and not all(each.loads and each.saves for each in traffic.requests):
+        raise ConfigError(
+            f"{traffic.name} holds prompts that a cache may not serve or not keep; connector=True replays them, with "
+            "the policy of a store"
+        )
     policies: list[Policy] = [BOUND] if policy == BOUND else [named or policy for _, named in given]
     ratio = serde_ratio(serde)
     sizes, in_bytes = _sizes(traffic.block_tokens, objects.step, model, ratio, object_bytes)
@@ -148,7 +155,7 @@ def simulate(
         whole = bound.hit_last
     else:
         if connector:
-            done = _as_connector(objects, policies, capacities, sizes, admission)
+            done = _as_connector(traffic, objects, policies, capacities, sizes, admission)
         elif len(stack) == 1 and admission is None and capacities[0] >= max(sizes):
             done = replay(objects, get_policy(policies[0]), capacities[0], sizes)
         else:
@@ -180,7 +187,7 @@ def simulate(
     }
     tier_rows = [_tier_row(tier, size, count) for tier, size, count in zip(stack, capacities, done.tiers, strict=True)]
     if cost is None:
-        return Simulation(row, tier_rows, traffic, hit_blocks, hit_tokens)
+        return Simulation(row, tier_rows, traffic, hit_blocks, hit_tokens, held=done.held)
     if not in_bytes:
         raise ConfigError("a cost model needs bytes: give model=... (or object_bytes=...)")
     loaded = [np.array(count.loaded, np.int64) for count in done.tiers]
@@ -189,10 +196,11 @@ def simulate(
     without = cost.serve(traffic.arrivals_s, traffic.num_tokens, nothing_hit, [], [])
     held = [count.put_size - count.evicted_size for count in done.tiers]
     row |= _seconds_and_money(cost, served, without, stack, held, traffic.duration_s)
-    return Simulation(row, tier_rows, traffic, hit_blocks, hit_tokens, served, without)
+    return Simulation(row, tier_rows, traffic, hit_blocks, hit_tokens, served, without, done.held)
 
 
 def _as_connector(
+    traffic: Traffic,
     objects: Objects,
     policies: Sequence[Policy],
     capacities: Sequence[int],
@@ -202,7 +210,7 @@ def _as_connector(
     if len(capacities) > 2 or admission is not None:
         raise ConfigError("connector=True simulates host memory and at most one tier below, without admission")
     pairs = [(get_policy(one), capacity) for one, capacity in zip(policies, capacities, strict=True)]
-    return replay_connector(objects, pairs, sizes)
+    return replay_connector(objects, traffic.requests, pairs, sizes)
 
 
 def as_traffic(trace: Trace) -> Traffic:

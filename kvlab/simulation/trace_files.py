@@ -20,6 +20,7 @@ from kvlab.simulation.traffic import Chain, Request, Traffic, checked
 
 FORMATS = {"mooncake": (512, 1e-3), "bailian": (16, 1.0)}  # name -> (tokens per block, seconds per timestamp unit)
 _FIELDS = ("timestamp", "input_length", "output_length", "hash_ids")
+_MAY = ("loads", "saves")  # written where they are false
 
 
 def load_traffic(
@@ -72,15 +73,17 @@ def load_traffic(
 
 
 def save_traffic(traffic: Traffic, path: str | Path) -> None:
-    """Write `traffic` in Mooncake's form; its block size is not part of it: give it again when loading."""
+    """Write `traffic` in Mooncake's form; its block size is not part of it: give it again when loading. A prompt that a
+    cache may not serve, or not keep, has ``"loads": false`` or ``"saves": false`` beside."""
     with open(path, "w") as file:
         for request in traffic.requests:
-            row = {
+            row: dict[str, Any] = {
                 "timestamp": round(request.arrival_s * 1000),
                 "input_length": request.num_tokens,
                 "output_length": request.output_tokens,
                 "hash_ids": request.block_ids,
             }
+            row |= {name: False for name in _MAY if not getattr(request, name)}
             file.write(json.dumps(row) + "\n")
 
 
@@ -115,13 +118,17 @@ def _request(row: dict[str, Any], where: str, block_tokens: int, unit: float, ch
             raise FormatError(f"{where}: {name} must be an integer of {least} or more, got {value!r}")
     if not isinstance(ids, list) or not all(type(block) is int or isinstance(block, str) for block in ids):
         raise FormatError(f"{where}: hash_ids must be a list of integers or strings, got {str(ids)[:40]}")
+    for name in _MAY:
+        if not isinstance(row.get(name, True), bool):
+            raise FormatError(f"{where}: {name} must be true or false, got {row[name]!r}")
     full, rest = divmod(row["input_length"], block_tokens)
     if len(ids) not in (full, full + (rest > 0)):
         raise FormatError(
             f"{where}: {row['input_length']} tokens are {full + (rest > 0)} blocks of {block_tokens}, "
             f"but hash_ids has {len(ids)}; is block_tokens right?"
         )
-    return Request(stamp * unit, row["input_length"], row["output_length"], chain.number(ids))
+    may = {name: row.get(name, True) for name in _MAY}
+    return Request(stamp * unit, row["input_length"], row["output_length"], chain.number(ids), **may)
 
 
 def find_traces() -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """Traffic: which prompts came when, and which blocks they are made of."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlab.errors import ConfigError
-from kvlab.hashing import block_hashes
+from kvlab.hashing import Extra, block_hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +16,15 @@ class Request:
     """One prompt. `block_ids[i]` names the prefix that ends with block i: equal ids mean equal tokens up to there.
 
     The last block may hold fewer than `block_tokens` tokens (as in published traces), or the prompt may go on for
-    less than a block beyond it (as kvlab cuts prompts).
+    less than a block beyond it (as kvlab cuts prompts). `loads`, `saves`: whether a cache may serve it, and keep it.
     """
 
     arrival_s: float
     num_tokens: int
     output_tokens: int
     block_ids: list[int]
+    loads: bool = True
+    saves: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,15 +98,22 @@ class Chain:
 
 
 def traffic_of_prompts(
-    prompts: Iterable[Sequence[int]], *, block_tokens: int = 16, seconds_between: float = 0.0, name: str = "prompts"
+    prompts: Iterable[Sequence[int]],
+    *,
+    block_tokens: int = 16,
+    seconds_between: float = 0.0,
+    name: str = "prompts",
+    extras: Sequence[Mapping[int, Sequence[Extra]]] | None = None,
 ) -> Traffic:
-    """Token prompts as traffic, named by the same hash chain as stored objects are; full blocks only."""
+    """Token prompts as traffic, named by the same hash chain as stored objects are; full blocks only. `extras` of each
+    prompt change the names of its blocks, as `block_hashes` takes them."""
     if block_tokens < 1:
         raise ConfigError(f"block_tokens must be positive, got {block_tokens}")
     names: dict[bytes, int] = {}
     requests = []
     for index, prompt in enumerate(prompts):
-        ids = [names.setdefault(block, len(names)) for block in block_hashes(prompt, block_tokens)]
+        hashes = block_hashes(prompt, block_tokens, extras=extras[index] if extras else None)
+        ids = [names.setdefault(block, len(names)) for block in hashes]
         requests.append(Request(index * seconds_between, len(prompt), 0, ids))
     return checked(Traffic(name, block_tokens, requests))
 

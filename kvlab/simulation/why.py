@@ -1,21 +1,22 @@
 """Why was this prompt not in the cache, and what would have kept it? The miss page of one request, by replay.
 
 Every statement is a simulation of the traffic up to the request: what another capacity or policy would have kept is
-tried and not estimated. An object that has left is not stored again before a request asks for it, so the request that
-drove it out is found by bisection.
+tried and not estimated. An object that has left is not stored again before a request that is made of it, so the request
+that drove it out is found by bisection over what the tiers hold.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from kvlab.errors import ConfigError
 from kvlab.simulation.cost import Prefill
-from kvlab.simulation.simulate import BOUND, Policy, Simulation, Trace, as_traffic, simulate
+from kvlab.simulation.replay import cut, find
+from kvlab.simulation.simulate import BOUND, Policy, Simulation, Trace, as_traffic, default_chunk, simulate
 from kvlab.simulation.tiers import Tier, as_tier
-from kvlab.simulation.traffic import Request, Traffic, traffic_of_prompts
+from kvlab.simulation.traffic import Traffic, traffic_of_prompts
 from kvlab.stores.eviction import policy_name
 from kvlab.units import format_bytes
 
@@ -56,7 +57,8 @@ class MissPage:
 
     `policies`: tokens that each eviction policy would have found, with the hit rate of all traffic so far beside it.
     `keeps`: the smallest capacity found, as a multiple of the one there is, that keeps all that was seen; None where
-    nothing had left, or no larger one keeps it.
+    nothing had left, or no larger one keeps it. `refused_tokens`: what admission did not store of an earlier prompt.
+    `cause` and `notes` are what the replay does not know, of an engine that does (`AttachedCache.why`).
     """
 
     request: int
@@ -70,12 +72,20 @@ class MissPage:
     tiers: str
     unit: str
     ms: dict[str, float]
+    refused_tokens: int = 0
+    cause: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def reason(self) -> str:
-        """``hit``, ``evicted``, ``differs``, or ``first``: no earlier prompt begins like it."""
+        """``hit``, ``evicted``, ``not_stored`` (by admission), ``differs``, or ``first``: no earlier prompt begins like
+        it; or the `cause`."""
+        if self.cause:
+            return self.cause
         if self.eviction is not None:
             return "evicted"
+        if self.refused_tokens:
+            return "not_stored"
         if self.difference is None:
             return "hit"
         return "differs" if self.difference.nearest >= 0 else "first"
@@ -94,9 +104,13 @@ class MissPage:
                 if self.keeps is None
                 else f"{self.keeps:.2f} times the capacity keeps all of them."
             )
+        if self.refused_tokens:
+            told.append(
+                f"{self.refused_tokens:,} tokens more an earlier prompt has had, and admission did not store them."
+            )
         if (differs := self.difference) is not None:
             if differs.nearest < 0:
-                told.append("No earlier prompt begins like this one.")
+                told.append(f"No earlier prompt{' that could serve it' if self.cause else ''} begins like this one.")
             elif differs.token is None:
                 told.append(f"From block {differs.block:,} on it is new; request {differs.nearest:,} is nearest.")
             elif differs.theirs is None:
@@ -108,7 +122,16 @@ class MissPage:
                 )
         if self.ms:
             told.append(f"Computing took {self.ms['computed']:.1f} ms; with all that was seen, {self.ms['least']:.1f}.")
-        return told
+        return [*told, *self.notes]
+
+    def behind(self, count: int) -> "MissPage":
+        """The same where `count` requests stand before those of the replay."""
+        differs, gone = self.difference, self.eviction
+        if differs is not None and differs.nearest >= 0:
+            differs = replace(differs, nearest=differs.nearest + count)
+        if gone is not None:
+            gone = replace(gone, used_by=gone.used_by + count, left_at=gone.left_at + count)
+        return replace(self, request=self.request + count, difference=differs, eviction=gone)
 
     def __repr__(self) -> str:
         rows = [f"  {row['policy']:>8}  {row['hit_tokens']:,} tokens" for row in self.policies]
@@ -174,8 +197,27 @@ def why(
     >>> why([system + [1] * 64, system + [2] * 64], chunk_tokens=16).lines()[1]
     'Token 64 is 2, and 1 in request 0, the nearest.'
     """
-    prompts = None if isinstance(trace, Traffic | str | Path) else trace
-    traffic = as_traffic(trace) if prompts is None else traffic_of_prompts(prompts, block_tokens=block_tokens)
+    if isinstance(trace, Traffic | str | Path):
+        return why_of(
+            as_traffic(trace), None, request, tiers, policy=policy, policies=policies, prefill=prefill, **settings
+        )
+    traffic = traffic_of_prompts(trace, block_tokens=block_tokens)
+    return why_of(traffic, trace, request, tiers, policy=policy, policies=policies, prefill=prefill, **settings)
+
+
+def why_of(
+    traffic: Traffic,
+    prompts: Sequence[Sequence[int]] | None,
+    request: int,
+    tiers: Sequence[Tier | str | int] | Tier | str | int,
+    *,
+    policy: Policy | None = None,
+    policies: Sequence[Policy] = TRIED,
+    prefill: Prefill | None = None,
+    **settings: Any,
+) -> MissPage:
+    """`why` of traffic whose tokens are known besides. A prompt whose place in `prompts` is empty is compared by its
+    blocks alone."""
     count = len(traffic.requests)
     if not isinstance(request, int) or not -count <= request < count:
         raise ConfigError(f"request must be a place in a trace of {count:,}, got {request!r}")
@@ -190,6 +232,7 @@ def why(
     given: Any = tiers
     run = simulate(traffic, given, policy=policy, **settings)
     whole = simulate(traffic, "unbounded", **settings)
+    admitted = simulate(traffic, "unbounded", **{**settings, "admission": None}) if settings.get("admission") else whole
     hit, seen = int(run.hit_blocks[-1]), int(whole.hit_blocks[-1])
     eviction, keeps, rows = None, None, []
     if seen > hit:
@@ -203,6 +246,7 @@ def why(
     return MissPage(
         at, asked.num_tokens, int(run.hit_tokens[-1]), int(whole.hit_tokens[-1]), _difference(traffic, prompts),
         eviction, tuple(rows), keeps, str(run.row["tiers"]), str(run.row["unit"]), ms,
+        int(admitted.hit_tokens[-1] - whole.hit_tokens[-1]),
     )  # fmt: skip
 
 
@@ -212,6 +256,8 @@ def _difference(traffic: Traffic, prompts: Sequence[Sequence[int]] | None) -> Di
     places = {block: place for place, block in enumerate(asked.block_ids)}
     nearest, shared = -1, 0
     for number, other in enumerate(earlier):
+        if not other.saves:
+            continue
         length = 0
         for mine, theirs in zip(asked.block_ids, other.block_ids, strict=False):
             if mine != theirs:
@@ -224,7 +270,9 @@ def _difference(traffic: Traffic, prompts: Sequence[Sequence[int]] | None) -> Di
     if prompts is None:
         return Difference(nearest, shared)
     ours, best, length = prompts[len(earlier)], nearest, shared * traffic.block_tokens
-    for number in range(len(earlier)):  # the block that differs may begin with tokens that are shared
+    for number in (
+        number for number, other in enumerate(earlier) if other.saves
+    ):  # the block that differs may begin with tokens that are shared
         same = _shared_tokens(ours, prompts[number])
         if same > length or best < 0 < same:
             best, length = number, same
@@ -244,35 +292,38 @@ def _shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _eviction(traffic: Traffic, hit: int, tiers: Any, policy: Policy | None, settings: dict[str, Any]) -> Eviction:
-    """Who drove out the first block that was seen and is not found."""
-    *earlier, asked = traffic.requests
-    block = asked.block_ids[hit]
-    used = max(number for number, other in enumerate(earlier) if block in other.block_ids)
+    """Who drove out the first object that was seen and is not found."""
+    step_tokens = settings.get("chunk_tokens") or default_chunk(traffic)
+    objects, last = cut(traffic, step_tokens), len(traffic.requests) - 1
 
-    def state(number: int) -> tuple[bool, int]:
-        """Whether it is found once request `number` is stored, and what was stored until then."""
-        part = Traffic(traffic.name, traffic.block_tokens, [*earlier[: number + 1], _asks(asked, earlier[number])])
-        run = simulate(part, tiers, policy=policy, **settings)
-        before = simulate(
-            Traffic(traffic.name, traffic.block_tokens, earlier[: number + 1]), tiers, policy=policy, **settings
-        )
-        return int(run.hit_blocks[-1]) > hit, int(before.row["stored"])
+    def found(number: int, held: Collection[int]) -> list[int]:
+        """The objects that request `number` finds."""
+        return find(objects.block_ids[number], objects.keys[number], objects.step, dict.fromkeys(held, 1))[0]
 
-    low, high = used, len(earlier) - 1  # the request before the one asked for leaves it missing
-    found, first = state(low)
-    if not found:
+    def after(number: int) -> tuple[set[int], int]:
+        """What is held once request `number` is stored, and what was stored until then."""
+        run = simulate(traffic.head(number + 1), tiers, policy=policy, **settings)
+        return {key for tier in run.held for key in tier}, int(run.row["stored"])
+
+    (everything,) = simulate(traffic.head(last), "unbounded", **settings).held
+    lost = found(last, everything)[hit // objects.step]
+    made = [number for number in range(last) if lost in objects.keys[number] and traffic.requests[number].saves]
+    used = made[-1]
+    for number in range(last - 1, used, -1):  # prompts that it is a part of may have found it later
+        if lost in objects.block_ids[number] and lost in found(number, after(number - 1)[0]):
+            used = number
+            break
+    held, first = after(used)
+    if lost not in held:
         return Eviction(hit, used, used, 0)
+    low, high = used, last - 1  # the request before the one asked for leaves it missing
     while high - low > 1:
         middle = (low + high) // 2
-        if state(middle)[0]:
+        if lost in after(middle)[0]:
             low = middle
         else:
             high = middle
-    return Eviction(hit, used, high, state(high)[1] - first)
-
-
-def _asks(asked: Request, after: Request) -> Request:
-    return Request(after.arrival_s, asked.num_tokens, asked.output_tokens, asked.block_ids)
+    return Eviction(hit, used, high, after(high)[1] - first)
 
 
 def _keeps(

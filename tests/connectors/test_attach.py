@@ -233,6 +233,11 @@ def test_what_is_no_prompt_is_refused(llm, prompt, words):
         kvlab.attach(llm).read(prompt)
     with pytest.raises(ConfigError, match=r"write takes a KV, .* got Tensor"):
         kvlab.attach(llm).write([1, 2], torch.zeros(1))
+    with pytest.raises(ConfigError, match=r"save takes a KV, .* got NoneType"):
+        kvlab.attach(llm).save("nowhere", None)
+    for other in (None, "x", type(llm), llm.llm_engine):
+        with pytest.raises(ConfigError, match=r"takes a vllm\.LLM, not its engine or its class; got"):
+            kvlab.attach(other)
 
 
 def test_the_engines_own_prefix_cache_keeps_them_apart_too():
@@ -272,6 +277,16 @@ def test_the_miss_page_of_an_engines_request_is_what_the_engine_did(tmp_path):
         assert cache.history == [list(tokens) for tokens in asked]
         pages = [cache.why(at) for at in range(len(asked))]
         save_traffic(cache.traffic(), tmp_path / "trace.jsonl")
+        generate(llm, [prompt(320)], salt="bob's")
+        pages.append(cache.why())
+        assert llm.reset_prefix_cache(reset_connector=True)
+        for save in (False, True):
+            hints = {"kv_transfer_params": {"kvlab": {"save": save}}}
+            hits.append(generate(llm, [prompt(320)], extra_args=hints)[0].hit)
+            pages.append(cache.why())
+    assert [page.reason for page in pages[-3:]] == ["other_salt", "reset", "not_saved"]
+    assert hits[-2:] == [0, 0]
+    pages, hits = pages[:5], hits[:5]
     assert slots < 24
     assert [min(page.hit_tokens, page.tokens - 1) for page in pages] == hits
     assert "evicted" in [page.reason for page in pages]

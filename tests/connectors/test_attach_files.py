@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -10,7 +11,7 @@ import kvlab
 from kvlab.connectors.captured import KV
 from kvlab.connectors.proven_file import read_proven
 from kvlab.connectors.vllm.by_hand.written import ByHand
-from kvlab.errors import FormatError
+from kvlab.errors import ConfigError, FormatError
 from tests.connectors.engine import generate, prompt, shared
 from tests.connectors.test_attach import TIERS, answer, worst, zeroed
 
@@ -85,6 +86,8 @@ def test_a_file_that_names_other_tokens_is_refused(cache, saved):
         ("token_ids", []),
         ("token_ids", [-1] * 130),
         ("token_ids", None),
+        ("token_ids", [2**40] * 130),
+        ("token_ids", [2**70] * 130),
         ("windows", 3),
     ],
 )
@@ -94,8 +97,19 @@ def test_a_file_whose_words_are_of_other_kinds_is_refused(cache, saved, field, v
         fields, parts = dict(opened.metadata()), {each: opened.get_tensor(each) for each in opened.keys()}  # noqa: SIM118
     about = {**json.loads(fields["about"]), field: value}
     save_file(parts, path, {**fields, "about": json.dumps(about)})
-    with pytest.raises(FormatError):
+    with pytest.raises(FormatError, match=str(path)):
         cache.load(path)
+
+
+def test_a_prompt_as_long_as_the_engine_takes_is_proven_with_the_places_there_are(cache, tmp_path):
+    path, longest = tmp_path / "long.safetensors", shared(TIERS).llm_engine.model_config.max_model_len
+    halves = tuple(torch.zeros(longest - 2, 3, 64) for _ in range(6))
+    cache.save(path, KV(halves, halves, tuple(range(longest - 2)), longest - 2))
+    assert len(read_proven(path)[1].tokens) == 2
+    assert cache.load(path).num_positions == longest - 2
+    halves = tuple(torch.zeros(longest - 1, 3, 64) for _ in range(6))
+    with pytest.raises(ConfigError, match=r"a prompt of 1,023 tokens leaves no room for a proof of 2.*kv.save\(path\)"):
+        cache.save(path, KV(halves, halves, tuple(range(longest - 1)), longest - 1))
 
 
 def test_an_answer_that_did_not_use_the_kv_proves_nothing(cache, saved, monkeypatch):

@@ -8,7 +8,7 @@ from kvlab import capture
 from kvlab.connectors.transformers import from_cache
 from kvlab.errors import ConfigError
 from kvlab.reuse import PRESSES, compare_presses, kept, pressed, pruned
-from kvlab.reuse.presses import knorm, snapkv, streaming
+from kvlab.reuse.presses import knorm, num_kept, snapkv, streaming
 from kvlab.reuse.rope import rope_of
 from tests.support.llama import small_llama
 
@@ -235,3 +235,17 @@ def test_a_press_that_writes_to_what_it_is_given_changes_nothing_of_its_callers(
     with pytest.raises(ConfigError, match="forward_hook or compress"):
         pressed(model, kv, None)
     assert torch.equal(kv.tensor(), before)
+
+
+def test_a_share_keeps_as_many_tokens_as_kvpress_does_and_as_is_written():
+    """kvpress is told what share to drop, and keeps int(tokens * (1 - ratio))."""
+    for thousandths in range(1, 1000):
+        ratio = thousandths / 1000
+        for tokens in (1, 33, 40, 100, 200, 2875):
+            assert num_kept(1 - ratio, tokens) == max(int(tokens * (1 - ratio)), 1)
+    assert [num_kept(keep, 100) for keep in (0.1, 0.29, 0.57, 0.58, 1 - 0.9, 1)] == [10, 29, 57, 58, 9, 100]
+
+
+def test_a_score_that_returns_nothing_is_refused(model, kv):
+    with pytest.raises(ConfigError, match=r"a score must return a tensor, .* got NoneType"):
+        pruned(model, kv, lambda layer: None, 0.5)

@@ -8,7 +8,7 @@ import transformers
 
 from kvlab import capture
 from kvlab.errors import ConfigError
-from kvlab.reuse import kept, pasted, pruned, recomputed, turned
+from kvlab.reuse import compare_reuse, kept, pasted, pruned, recomputed, turned
 from kvlab.reuse.presses import snapkv
 from kvlab.reuse.rope import rope_of
 
@@ -21,6 +21,11 @@ THETA = {"rope_theta": 10000.0}
 TWO_KINDS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
 TOKENS = [(7 * at * at + at) % 200 for at in range(60)]
 
+LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+    "v_head_dim": 16, "moe_intermediate_size": 64, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+    "num_experts_per_tok": 1, "first_k_dense_replace": 4,
+}  # fmt: skip
 KNOWN = {
     "Llama": {},
     "Llama linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, **THETA}},
@@ -59,6 +64,9 @@ REFUSED = {
     "Cohere": ({}, "layer 0 of this cohere model does not turn keys as known here"),
     "Glm": ({"head_dim": 16}, "layer 0 of this glm model does not turn keys as known here"),
     "Bloom": ({}, "the rope of a bloom model is not known here"),
+    "DeepseekV2": (LATENT, "layer 0 of this deepseek_v2 model keeps values that change with their place"),
+    "DeepseekV3": (LATENT, "layer 0 of this deepseek_v3 model keeps values that change with their place"),
+    "MiniCPM3": (LATENT, "layer 0 of this minicpm3 model keeps values that change with their place"),
 }  # fmt: skip
 
 
@@ -127,6 +135,24 @@ def test_angles_that_a_cast_has_rounded_are_refused(cast):
         rope_of(cast(made("Llama", {})))
 
 
+@pytest.mark.parametrize(("theta", "head_dim"), [(65536.0, 32), (2.0**32, 64), (1.0, 16)])
+def test_angles_that_are_powers_of_two_are_not_rounded(theta, head_dim):
+    rope = {"rope_type": "default", "rope_theta": theta}
+    assert rope_of(made("Llama", {"head_dim": head_dim, "rope_parameters": rope})).any()
+
+
+def test_angles_that_change_at_far_places_are_refused():
+    model = made("Llama", {"max_position_embeddings": 4096})
+    as_it_is = model.model.rotary_emb.forward
+
+    def changed(x, position_ids):
+        return as_it_is(x, torch.where(position_ids > 2000, position_ids * 2, position_ids))
+
+    model.model.rotary_emb.forward = changed
+    with pytest.raises(ConfigError, match="up to place 4091"):
+        rope_of(model)
+
+
 def test_angles_that_change_are_asked_for_again():
     model = made("Llama", {})
     before = rope_of(model)
@@ -141,7 +167,38 @@ def test_what_does_not_fit_together_is_refused():
         pasted([kv, capture(other, TOKENS)])
     with pytest.raises(ConfigError, match="whole numbers"):
         kept(kv, [0.5], rope_of(model))
+    with pytest.raises(ConfigError, match="head_dim and dtype"):
+        pasted([kv, kv.replaced(kv.tensor().bfloat16())])
     with pytest.raises(ConfigError, match="names 1 of 60"):
         pruned(model, replace(kv, token_ids=(1,)), snapkv(), 0.5)
     with pytest.raises(ConfigError, match=r"call model.eval\(\)"):
         rope_of(made("Llama", {}).train())
+
+
+@pytest.mark.parametrize(
+    ("by", "rope", "words"),
+    [
+        (float("nan"), None, "must be whole numbers, got torch.float32"),
+        (0.5, None, "must be whole numbers, got torch.float32"),
+        ("a", None, "must be whole numbers, got 'a'"),
+        (1, torch.ones(8, dtype=torch.bfloat16), "must be the float64 tensor of radians .* got torch.bfloat16"),
+        (1, torch.ones(64).double(), "a rope of 64 pairs turns 128 channels, but heads have 16"),
+        (1, torch.full((8,), float("nan")), "must be finite radians"),
+    ],
+)
+def test_keys_are_turned_by_whole_places_and_a_rope_that_fits(by, rope, words):
+    model = made("Llama", {})
+    with pytest.raises(ConfigError, match=words):
+        turned(capture(model, TOKENS), by, rope_of(model) if rope is None else rope)
+
+
+def test_what_is_no_model_and_no_token_of_it_is_refused():
+    for other in (None, "x", torch.nn.Linear(2, 2)):
+        with pytest.raises(ConfigError, match=f"a causal model of transformers, .* got {type(other).__name__}"):
+            rope_of(other)
+    model = made("Llama", {})
+    for token in (-2, 200, 1.5, "a"):
+        with pytest.raises(ConfigError, match=f"whole numbers from 0 to 199, got {token!r}"):
+            compare_reuse(model, [[1, token], [5]], [4])
+        with pytest.raises(ConfigError, match=f"whole numbers from 0 to 199, got {token!r}"):
+            compare_reuse(model, [[1], [5]], [4, token])

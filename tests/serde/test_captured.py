@@ -1,6 +1,10 @@
 """KV out of a transformers model, to a file, compared, and back into a cache that goes on generating."""
 
+import os
+import stat
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,3 +114,71 @@ def test_kv_of_different_texts_cannot_be_compared(model: LlamaForCausalLM) -> No
 def test_profile_refuses_silly_numbers(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         profile_main([str(tmp_path), str(tmp_path / "t"), "--chunk", "0"])
+
+
+def test_a_file_is_replaced_as_a_whole_and_keeps_its_mode(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    kv, path = kvlab.capture(model, TOKENS), tmp_path / "kv.safetensors"
+    mask = os.umask(0o027)
+    try:
+        kv.save(path)
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    path.write_text("old")
+    path.chmod(0o604)
+    (tmp_path / "link").symlink_to(path)
+    kv.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o604
+    assert KV.load(path).token_ids == tuple(TOKENS)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["kv.safetensors", "link"]
+
+
+def test_layers_that_share_memory_are_saved(tmp_path: Path) -> None:
+    half = torch.ones(4, 1, 8)
+    KV((half, half), (half, half), (1, 2, 3, 4), 4).save(tmp_path / "kv.safetensors")
+    assert all(bool((layer == 1).all()) for layer in KV.load(tmp_path / "kv.safetensors").values)
+
+
+def test_what_is_no_file_is_not_replaced_and_not_read(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    kv, pipe = kvlab.capture(model, TOKENS), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for call in (kv.save, KV.load):
+        for path in (pipe, tmp_path):
+            with pytest.raises(ConfigError, match=f"{path} is no regular file"):
+                call(path)
+    with pytest.raises(ConfigError, match="/dev/null is no regular file"):
+        KV.load("/dev/null")
+    with pytest.raises(ConfigError, match="none cannot be read: No such file or directory"):
+        KV.load(tmp_path / "none")
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    for wrong in (None, 5, "", "a\0b", b"x", Path("a\0b")):
+        for call in (kv.save, KV.load):
+            with pytest.raises(ConfigError, match="a file must be named by a path"):
+                call(wrong)  # type: ignore[arg-type]
+    for path in (tmp_path / "none" / "x", tmp_path / ("x" * 300), Path("/proc/x")):
+        with pytest.raises(ConfigError, match=f"{path} cannot be written: "):
+            kv.save(path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["pipe"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda kv: {"keys": None}, "keys must be a tensor for each layer, got NoneType"),
+        (lambda kv: {"keys": (None, *kv.keys[1:])}, r"keys\[0\] must be a tensor, got NoneType"),
+        (lambda kv: {"values": tuple(v.numpy() for v in kv.values)}, r"values\[0\] must be a tensor, got ndarray"),
+        (lambda kv: {"keys": tuple(k.to_sparse() for k in kv.keys)}, "a dense tensor with its numbers, got .*sparse"),
+        (lambda kv: {"keys": tuple(k.to("meta") for k in kv.keys)}, "a dense tensor with its numbers, got .* meta"),
+        (lambda kv: {"states": None}, "states a mapping .* got str and NoneType"),
+        (lambda kv: {"states": {3: ((None,),)}}, r"states\[3\] must be a tensor, got NoneType"),
+        (lambda kv: {"model": 5}, "model must be text .* got int and dict"),
+    ],
+)
+def test_what_is_no_kv_is_refused_in_one_line(model: LlamaForCausalLM, change: Any, words: str) -> None:
+    kv = kvlab.capture(model, TOKENS)
+    with pytest.raises(ConfigError, match=words):
+        replace(kv, **change(kv))
+    for other in (None, 5, kv.tensor()):
+        with pytest.raises(ConfigError, match=f"KV is compared with KV, .* got {type(other).__name__}"):
+            kv.diff(other)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import kvlab
 from kvlab.__main__ import main
 from kvlab.errors import ConfigError
 from kvlab.serving.events import KVEvents, watch
-from kvlab.simulation.trace_files import load_traffic
+from kvlab.simulation.trace_files import load_traffic, save_traffic
 
 
 def stored(blocks, parent=None, medium="GPU", **more):
@@ -123,3 +123,78 @@ def test_the_command_writes_a_trace(monkeypatch, tmp_path, capsys):
     assert main(["watch", "--trace", str(tmp_path / "seen.jsonl"), "--json"]) == 0
     assert '"stored": 3' in capsys.readouterr().out
     assert load_traffic(tmp_path / "seen.jsonl", block_tokens=16).requests[0].num_tokens == 48
+
+
+def hostile(**changes):
+    return batch({**stored([8], 2), **changes})
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        batch(stored([1], 1)),
+        batch(stored([5, 6], 6)),
+        batch(stored([5], 2), stored([6], 7), stored([7], 6)),
+        batch(stored([5, 5])),
+        *(hostile(block_hashes=wrong) for wrong in ("abc", {"a": 1}, [[1]], [None], [True], [1.5], None)),
+        *(hostile(parent_block_hash=wrong) for wrong in ([1], "x", 1.5)),
+        *(hostile(block_size=wrong) for wrong in (float("inf"), float("nan"), 0, -5, 2**63, "16", 1.5, None, True)),
+        *(hostile(medium=wrong) for wrong in ([1], "x" * 65, 7)),
+        *(batch(stored([8], 2), when=wrong) for wrong in (float("nan"), float("inf"), -1.0, 1e300, True, "1", None)),
+        batch(removed([[1]])),
+        b"\x91" * 100_000,
+        b"\x92\x01" + b"\x91" * 5_000,
+        msgspec.msgpack.encode([1, [5]]),
+    ],
+)
+def test_a_hostile_batch_is_counted_and_changes_nothing(state, tmp_path, payload):
+    """A chain of which every walk ends, and a trace that the simulator reads."""
+    state.take(batch(stored([1, 2, 3])), 7)
+    state.take(payload, 8)
+    assert (state.broken, state.missed, state.left_out) == (1, 0, 0)
+    state.take(batch(stored([9, 10], 2), when=2.0), 8)
+    assert state.branches() == [{"blocks": 5, "longest": 4}]
+    assert "5" in state._repr_html_()
+    save_traffic(state.traffic(), tmp_path / "seen.jsonl")
+    trace = load_traffic(tmp_path / "seen.jsonl", block_tokens=16)
+    assert kvlab.simulate(trace, chunk_tokens=16).hit_blocks.tolist() == [0, 2]
+
+
+def test_a_circle_that_closes_later_is_none(state):
+    """Of blocks whose parent was stored before the watch began."""
+    state.take(batch(stored([1, 2], 9)))
+    state.take(batch(stored([8])))
+    state.take(batch(stored([9], 2)))
+    assert state.broken == 1
+    state.take(batch(removed([1, 2, 8]), stored([9], 4), stored([1], 9)))
+    assert (state.broken, state.branches()) == (1, [{"blocks": 2, "longest": 2}])
+
+
+def test_tiers_that_name_no_parent_make_no_chain_of_blocks_of_other_prompts(state):
+    state.take(batch(stored([5, 3], medium="CPU", block_size=0)))
+    assert state.branches() == [{"blocks": 1, "longest": 1}] * 2
+    state.take(batch(stored([3, 4, 5])))
+    assert (state.broken, state.branches()) == (0, [{"blocks": 3, "longest": 3}])
+
+
+def test_sequence_numbers_that_are_none_are_not_followed(state):
+    state.take(batch(stored([1])), 0)
+    state.take(batch(stored([2])), int.from_bytes(b"\xff" * 4000, "big"))
+    assert (state.broken, state.missed) == (1, 0)
+    assert "0 batches missed" in repr(state)
+
+
+def test_a_clock_that_is_set_back_makes_a_trace_that_goes_on(state, tmp_path):
+    for when, block in ((9.0, 1), (1.0, 2), (10.0, 3)):
+        state.take(batch(stored([block]), when=when))
+    save_traffic(state.traffic(), tmp_path / "seen.jsonl")
+    assert load_traffic(tmp_path / "seen.jsonl", block_tokens=16).arrivals_s.tolist() == [0.0, 0.0, 1.0]
+
+
+def test_blocks_of_another_size_are_held_and_in_no_trace(state):
+    state.take(batch(stored([1, 2])))
+    state.take(batch(stored([7], block_size=64), when=2.0))
+    traffic = state.traffic()
+    assert (traffic.block_tokens, state.left_out) == (16, 1)
+    assert [(request.num_tokens, request.block_ids) for request in traffic.requests] == [(32, [0, 1])]
+    assert state.rows()[0]["held"] == 3

@@ -6,9 +6,10 @@ from collections import OrderedDict
 import pytest
 
 import kvlab
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, FormatError
 from kvlab.simulation.cost import Prefill
-from kvlab.simulation.traffic import Request, Traffic
+from kvlab.simulation.trace_files import load_traffic, save_traffic
+from kvlab.simulation.traffic import Request, Traffic, traffic_of_prompts
 from kvlab.simulation.why import why
 
 SYSTEM = list(range(64))
@@ -122,3 +123,58 @@ def test_the_page_is_html_and_says_milliseconds():
 def test_what_cannot_be_answered_is_refused(arguments, words):
     with pytest.raises(ConfigError, match=words):
         why([[1, 2, 3], SYSTEM], **arguments)
+
+
+@pytest.mark.parametrize("policy", ["lru", "fifo", "s3fifo"])
+def test_a_block_left_where_the_tier_lacks_it_from_then_on(policy):
+    """Prompts that go back to earlier ones, and some that are larger than the tier."""
+    draw, found = random.Random(2), 0
+    for _ in range(60):
+        stems = [[draw.randrange(4) for _ in range(6)] for _ in range(3)]
+        asked = [
+            [*draw.choice(stems)[: draw.randint(1, 6)], draw.randrange(50, 90)] for _ in range(draw.randint(5, 14))
+        ]
+        prompts = [[token for block in blocks for token in [block] * 16] for blocks in asked]
+        capacity = f"{draw.randint(4, 9)} blocks"
+        page = why(prompts, -1, capacity, policy=policy, policies=(), chunk_tokens=16)
+        if page.eviction is None:
+            continue
+        found += 1
+        traffic = traffic_of_prompts(prompts)
+        block = traffic.requests[-1].block_ids[page.eviction.block]
+        last = max(at for at, request in enumerate(traffic.requests[:-1]) if block in request.block_ids)
+        there = [
+            block in kvlab.simulate(traffic.head(at + 1), capacity, policy=policy, chunk_tokens=16).held[0]
+            for at in range(last, len(prompts) - 1)
+        ]
+        assert (page.eviction.used_by, page.eviction.left_at) == (last, last + there.index(False))
+    assert found > 10
+
+
+def test_what_admission_did_not_store_is_no_hit():
+    page = why([SYSTEM, SYSTEM], chunk_tokens=16, admission=2)
+    assert (page.reason, page.hit_tokens, page.refused_tokens) == ("not_stored", 0, 64)
+    assert "64 tokens more an earlier prompt has had, and admission did not store them." in page.lines()
+    assert why([SYSTEM] * 3, chunk_tokens=16, admission=2).reason == "hit"
+
+
+def test_prompts_that_are_not_loaded_or_not_saved_are_replayed_as_the_connector_does(tmp_path):
+    marks = [{"saves": False}, {}, {"loads": False}, {}]
+    traffic = Traffic("marked", 16, [Request(float(at), 32, 0, [1, 2], **mark) for at, mark in enumerate(marks)])
+    save_traffic(traffic, tmp_path / "marked.jsonl")
+    loaded = load_traffic(tmp_path / "marked.jsonl", block_tokens=16)
+    assert [(each.loads, each.saves) for each in loaded.requests] == [
+        (True, False),
+        (True, True),
+        (False, True),
+        (True, True),
+    ]
+    for each in (traffic, loaded):
+        run = kvlab.simulate(each, "10 blocks", chunk_tokens=16, connector=True)
+        assert run.hit_tokens.tolist() == [0, 0, 0, 32]
+        for other in ({}, {"policy": "belady", "connector": True}):
+            with pytest.raises(ConfigError, match="connector=True replays them"):
+                kvlab.simulate(each, "10 blocks", chunk_tokens=16, **other)
+    (tmp_path / "marked.jsonl").write_text((tmp_path / "marked.jsonl").read_text().replace("false", '"no"'))
+    with pytest.raises(FormatError, match="line 1: saves must be true or false, got 'no'"):
+        load_traffic(tmp_path / "marked.jsonl", block_tokens=16)

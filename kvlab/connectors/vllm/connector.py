@@ -374,14 +374,14 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         if self.by_hand is not None:
-            self.by_hand.finished(request, block_ids)
+            self.by_hand.finished(request, block_ids, self.scheduler)
         return self.request_finished(request, block_ids[0])
 
     def reset_cache(self) -> bool | None:
         """vLLM calls it where weights may have changed: from now on, no tier serves what was stored before. False where
         that failed, which turns the cache off, or a request that has not begun holds KV that was."""
         if self.by_hand is not None:
-            self.by_hand.clear()
+            self.by_hand.reset()
         try:
             if self.scheduler is not None and not self.scheduler.reset():
                 return False

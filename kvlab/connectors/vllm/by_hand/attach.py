@@ -21,8 +21,8 @@ from kvlab.errors import ConfigError, FormatError
 from kvlab.fingerprint import files_fingerprint, weight_files
 from kvlab.geometry import AXES
 from kvlab.serde import get_serde
-from kvlab.simulation.traffic import Request, Traffic, traffic_of_prompts
-from kvlab.simulation.why import MissPage, why
+from kvlab.simulation.traffic import Traffic
+from kvlab.simulation.why import MissPage
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 ROUNDING = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.1}  # nats, between two ways to the same logprob
@@ -50,6 +50,11 @@ def attach(llm: Any) -> "AttachedCache":
     >>> kv.values[3].zero_()  # doctest: +SKIP
     >>> llm.generate(cache.write("some text", kv))  # doctest: +SKIP
     """
+    from vllm import LLM  # loads all of the engine
+
+    if not isinstance(llm, LLM):
+        got = f"the class {llm.__name__}" if isinstance(llm, type) else type(llm).__name__
+        raise ConfigError(f"kvlab.attach takes a vllm.LLM, not its engine or its class; got {got}")
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     if core is None:
         raise ConfigError(
@@ -146,8 +151,7 @@ class AttachedCache:
             for KV of another shape, dtype or number of tokens, with NaN or infinity, or, unless `any_model`, of another
             model
         """
-        if not isinstance(kv, KV):
-            raise ConfigError(f"write takes a KV, as `read` and `capture` give it, got {type(kv).__name__}")
+        _check_kv(kv, "write")
         asked = self._named(prompt)
         token_ids = tuple(asked["prompt_token_ids"])
         kv = self._by_hand.pages.shown(kv)
@@ -172,9 +176,18 @@ class AttachedCache:
 
     def save(self, path: str | Path, kv: KV, *, codec: str = "naive", num_tokens: int = 4, top: int = 20) -> None:
         """Write a file that proves itself: `kv`, coded by the serde `codec`, the model's identity and rope, and what
-        this engine answers behind it, `num_tokens` tokens with the logprobs of the `top` likeliest."""
-        if num_tokens < FEWEST_TOKENS:
-            raise ConfigError(f"a proof needs at least {FEWEST_TOKENS} tokens, got num_tokens={num_tokens}")
+        this engine answers behind it, `num_tokens` tokens (fewer where the model's length ends before them) with the
+        logprobs of the `top` likeliest. ConfigError where the file cannot be written."""
+        _check_kv(kv, "save")
+        if type(num_tokens) is not int or num_tokens < FEWEST_TOKENS:
+            raise ConfigError(f"a proof needs at least {FEWEST_TOKENS} tokens, got num_tokens={num_tokens!r}")
+        longest = int(self._config.model_config.max_model_len)
+        if len(kv.token_ids) + FEWEST_TOKENS > longest:
+            raise ConfigError(
+                f"a prompt of {len(kv.token_ids):,} tokens leaves no room for a proof of {FEWEST_TOKENS}: the engine "
+                f"takes {longest:,}; start it with a larger max_model_len, or save without a proof: kv.save(path)"
+            )
+        num_tokens = min(num_tokens, longest - len(kv.token_ids))
         held = kv
         if codec != "naive":  # the proof is of what the file holds
             serde = get_serde(codec)
@@ -215,11 +228,11 @@ class AttachedCache:
                 f"{path} is KV of another model: {', '.join(differing)} differ; check=False loads it all the same",
                 reason="wrong_model",
             )
-        if proof.prompt != tokens_id(kv.token_ids):
-            raise FormatError(f"{path} names other tokens than it was saved with", reason="unproven")
         named, model_config = [*kv.token_ids, *proof.tokens], self._config.model_config
         if not max(named) < (vocabulary := int(model_config.get_vocab_size())):
             raise FormatError(f"{path} names tokens beyond the model's {vocabulary}", reason="unproven")
+        if proof.prompt != tokens_id(kv.token_ids):
+            raise FormatError(f"{path} names other tokens than it was saved with", reason="unproven")
         if not kv.token_ids or len(named) > model_config.max_model_len:
             raise FormatError(
                 f"{path} has {len(named)} tokens with those of its proof, this engine takes 1 to "
@@ -257,40 +270,29 @@ class AttachedCache:
     def history(self) -> list[list[int]]:
         """Prompts of the requests that ended since the cache was first attached, the latest of them last; those of
         hand-written KV are left out."""
-        return [list(ended.token_ids) for ended in self._by_hand.ended]
+        return [list(ended.token_ids) for ended in self._by_hand.history.ended]
 
     def traffic(self) -> Traffic:
         """The same as traffic for `kvlab.simulate`, with times of arrival; `save_traffic` writes a file. Blocks are
-        numbers there, so a trace tells what is shared and no token.
+        numbers there, so a trace tells what is shared and no token. What an engine keeps apart shares nothing: salts,
+        adapters, media, and prompts before and behind a reset. Prompts that hints kept from being loaded or saved are
+        marked, and need ``connector=True``.
 
         Raises
         ------
         ConfigError
             where no prompt had a full block
         """
-        ended = sorted(self._by_hand.ended)
-        block = self._connector.chunker.block_tokens
-        made = traffic_of_prompts([each.token_ids for each in ended], block_tokens=block, name="recorded")
-        requests = [
-            Request(each.arrival_s - ended[0].arrival_s, request.num_tokens, each.output_tokens, request.block_ids)
-            for each, request in zip(ended, made.requests, strict=True)
-        ]
-        return Traffic("recorded", block, requests)
+        return self._by_hand.history.traffic(self._connector.chunker.block_tokens)
 
     def why(self, request: int = -1) -> MissPage:
         """The miss page of a request of `history`, by replay of it through a memory tier like this engine's: see
-        `kvlab.why`. What came before the cache was attached, partial blocks and secondary tiers are not in the replay.
+        `kvlab.why`. Reasons beside its own: ``not_loaded`` and ``not_saved`` (hints, prompt logprobs), ``reset``,
+        ``other_salt``, ``other_adapter``, ``other_media``. What came before the cache was attached, partial blocks,
+        pins, secondary tiers and vLLM's prefix cache are not in the replay.
         """
-        connector = self._connector
-        return why(
-            self.history,
-            request,
-            f"{connector.num_slots} blocks",
-            policy=connector.config.policy,
-            block_tokens=connector.chunker.block_tokens,
-            chunk_tokens=connector.chunker.chunk_tokens,
-            connector=True,
-        )
+        prefix_cache = bool(self._config.cache_config.enable_prefix_caching)
+        return self._by_hand.history.why(request, self._connector, prefix_cache)
 
     def clear(self) -> int:
         """Forget all that was written by hand; the number of writings. Prompts of theirs are computed from then on.
@@ -341,6 +343,11 @@ class AttachedCache:
     def _rope(self) -> dict[str, Any]:
         config = self._config.model_config.hf_text_config.to_dict()
         return {name: value for name, value in sorted(config.items()) if "rope" in name or "rotary" in name}
+
+
+def _check_kv(kv: object, what: str) -> None:
+    if not isinstance(kv, KV):
+        raise ConfigError(f"{what} takes a KV, as `read` and `capture` give it, got {type(kv).__name__}")
 
 
 def _without_last(kv: KV) -> KV:

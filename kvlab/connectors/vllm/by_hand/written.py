@@ -10,27 +10,20 @@ KV of tokens is copied within the step that begins the request. Recurrent states
 may move a state to the page where a step ends before it gives its connector a chance to write it.
 """
 
+import logging
 import secrets
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvlab.connectors.captured import KV
+from kvlab.connectors.vllm.by_hand.history import History
 from kvlab.connectors.vllm.by_hand.pages import EnginePages
 from kvlab.connectors.vllm.kv_groups import Tables
 from kvlab.connectors.vllm.scheduler.requests import wants_recompute
 
+logger = logging.getLogger("vllm.kvlab")
 SALT = "kvlab-by-hand-"
 OF_REQUEST = "/"  # between a writing's salt and what tells its requests apart
-MOST_REMEMBERED = 10_000  # prompts
-
-
-class Ended(NamedTuple):
-    """A request that is done."""
-
-    arrival_s: float
-    token_ids: tuple[int, ...]
-    output_tokens: int
 
 
 class _Fill(NamedTuple):
@@ -51,7 +44,7 @@ class ByHand:
         self._filled: set[str] = set()  # requests whose pages were filled before their first step
         self._wanted: tuple[int, ...] | None = None
         self._caught: KV | Exception | None = None
-        self.ended: deque[Ended] = deque(maxlen=MOST_REMEMBERED)
+        self.history = History()
 
     def add(self, kv: KV) -> str:
         """Serve `kv` from now on; its salt."""
@@ -77,6 +70,11 @@ class ByHand:
         count = len(self._written)
         self._written.clear()
         return count
+
+    def reset(self) -> None:
+        """The same where the cache begins anew."""
+        self.clear()
+        self.history.resets += 1
 
     # ---- hooks of the scheduler side
 
@@ -109,11 +107,13 @@ class ByHand:
             end = num_computed + num_tokens
             self._fills.append(_Fill(request.request_id, kv, block_ids, num_computed, end))
 
-    def finished(self, request: Any, block_ids: Tables) -> None:
+    def finished(self, request: Any, block_ids: Tables, scheduler: Any) -> None:
         """A request is done and its pages are still its own."""
         if not self.owns(request):
-            tokens = tuple(request.prompt_token_ids or ())
-            self.ended.append(Ended(float(request.arrival_time), tokens, int(request.num_output_tokens)))
+            try:
+                self.history.add(request, scheduler)
+            except Exception:  # goes to the log, not into the engine
+                logger.exception("kvlab: a request is left out of the history of the attached cache")
         if self._wanted is not None and tuple(request.prompt_token_ids or ()) == self._wanted:
             try:
                 self._caught = self.pages.read(block_ids, self._wanted, "")

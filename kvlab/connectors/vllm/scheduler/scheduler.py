@@ -73,7 +73,7 @@ class Scheduler:
         self.index = index
         self.tiers = tiers
         self._num_ranks = num_ranks
-        self._may_load, self._may_save = role != "kv_producer", role != "kv_consumer"
+        self.may_load, self.may_save = role != "kv_producer", role != "kv_consumer"
         self._unfilled_groups = unfilled_groups
         self._keeps_partial_block = config.save_partial_block and not whole_blocks
         self.enabled = config.enabled
@@ -109,7 +109,7 @@ class Scheduler:
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond `num_computed_tokens`, and whether between steps; None: ask again."""
         tokens, is_async = self._match(request, num_computed_tokens)
-        if self.groups.recurrent and tokens is not None and self.enabled and self._may_save:
+        if self.groups.recurrent and tokens is not None and self.enabled and self.may_save:
             self.saves.stop_at_object(request.request_id, num_computed_tokens + tokens, begins=True)
         return tokens, is_async
 
@@ -126,7 +126,7 @@ class Scheduler:
         state.skip = None
         if not is_known:
             self.pins.expire()
-        if state.given_up or not self._may_load:
+        if state.given_up or not self.may_load:
             return 0, False
         if is_known and state.adapter is not None:
             loaded = request_adapter(request)
@@ -256,7 +256,7 @@ class Scheduler:
         self._waiting = False
         self.admission.is_busy = total > 0
         try:
-            enabled = self.enabled and self._may_save
+            enabled = self.enabled and self.may_save
             self.saves.collect(output, metadata.saves, metadata.unclean_blocks, enabled=enabled)
         except (Exception, SystemExit):  # a save is only a later miss; the loads above must reach the workers
             self.counters["errors"] += 1
@@ -367,6 +367,9 @@ class Scheduler:
             state.given_up = True
         self.enabled = self.config.enabled
         return not self.unbegun
+
+    def state_of(self, request_id: str) -> RequestState | None:
+        return self._states.get(request_id)
 
     def _media_of(self, request: Any) -> list[str]:
         """Names of the request's multimodal inputs; [] if one has none."""

@@ -1,0 +1,179 @@
+"""The prompts of an engine that has a cache attached, as traffic, and why one of them was not in memory.
+
+A replay knows tokens. What else an engine goes by is written down with each request: what names its blocks besides
+tokens (a salt, an adapter, media), whether it might be served and kept (hints), and how often the cache was reset
+before.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from kvlab.connectors.vllm.scheduler.requests import wants_recompute
+from kvlab.errors import ConfigError
+from kvlab.hashing import Extra
+from kvlab.simulation.traffic import Request, Traffic, traffic_of_prompts
+from kvlab.simulation.why import MissPage, why_of
+
+MOST_REMEMBERED = 10_000  # prompts
+TAGS = {  # of what names a block besides its tokens -> (a page's reason, in words)
+    "cache_salt": ("other_salt", "another cache_salt"),
+    "lora": ("other_adapter", "another LoRA adapter"),
+    "mm": ("other_media", "other images, videos or sounds"),
+}
+
+
+class Ended(NamedTuple):
+    """A request that is done. `not_loaded` and `not_saved` say why nothing could be found for it, or was kept of it;
+    `resets`: of the cache, before it ended."""
+
+    arrival_s: float
+    token_ids: tuple[int, ...]
+    output_tokens: int
+    extras: Mapping[int, Sequence[Extra]] = {}
+    not_loaded: str = ""
+    not_saved: str = ""
+    resets: int = 0
+
+
+class History:
+    """What ended since the cache was attached, the latest last."""
+
+    def __init__(self) -> None:
+        self.ended: deque[Ended] = deque(maxlen=MOST_REMEMBERED)
+        self.resets = 0
+
+    def add(self, request: Any, scheduler: Any) -> None:
+        """A request is done, and its state still known to `scheduler`."""
+        state = scheduler.state_of(request.request_id) if scheduler is not None else None
+        loads, saves = _refusals(request, state, scheduler)
+        tokens, extras = tuple(request.prompt_token_ids or ()), {} if state is None else state.extras
+        arrival_s, output_tokens = float(request.arrival_time), int(request.num_output_tokens)
+        self.ended.append(Ended(arrival_s, tokens, output_tokens, extras, loads, saves, self.resets))
+
+    def traffic(self, block_tokens: int) -> Traffic:
+        """By time of arrival. ConfigError where no prompt had a full block."""
+        ended = sorted(self.ended, key=lambda each: each.arrival_s)
+        return _traffic(ended, block_tokens, resets=True)
+
+    def why(self, request: int, connector: Any, prefix_cache: bool) -> MissPage:
+        """The page of one of them, by its place, over those that ended since the reset before it."""
+        ended, block = list(self.ended), connector.chunker.block_tokens
+        if isinstance(request, bool) or not isinstance(request, int) or not -len(ended) <= request < len(ended):
+            raise ConfigError(f"request must be a place in a history of {len(ended):,}, got {request!r}")
+        at = request % len(ended)
+        asked = ended[at]
+        if len(asked.token_ids) < block:
+            raise ConfigError(
+                f"request {at} has no full block of {block} tokens. The engine may have kept it as a partial block, "
+                "which serves the very same prompt and is not in the replay"
+            )
+        first = next(number for number, each in enumerate(ended) if each.resets == asked.resets)
+        part = ended[first : at + 1]
+        page = why_of(
+            _traffic(part, block),
+            [each.token_ids if each.extras == asked.extras else () for each in part],
+            -1,
+            f"{connector.num_slots} blocks",
+            policy=connector.config.policy,
+            chunk_tokens=connector.chunker.chunk_tokens,
+            connector=True,
+        ).behind(first)
+        cause, said = _cause(ended[: at + 1], page, block)
+        notes = ([said] if said else []) + _left_out(part, connector, prefix_cache, block)
+        return replace(page, cause=cause, notes=tuple(notes))
+
+
+def _refusals(request: Any, state: Any, scheduler: Any) -> tuple[str, str]:
+    """Why nothing was loaded for a request, and why nothing of it was saved; empty where it may have been."""
+    status = getattr(getattr(request, "status", None), "name", "")
+    if status == "FINISHED_ABORTED" and not request.num_output_tokens:  # else its prompt was computed
+        return "" if state else "it was aborted before it began", "it was aborted, and what was kept is not known"
+    if wants_recompute(request):
+        return ("it wanted every position computed, as for prompt logprobs",) * 2
+    if state is None:
+        return ("the cache was off, or its KV is not named by tokens alone",) * 2
+    if state.hints.wrong:
+        return (f"wrong hint: {state.hints.wrong}",) * 2
+    if state.given_up:
+        return ("a load failed, or a reset came, while it ran",) * 2
+    refusal = state.hints.refusal(lossy=scheduler.config.is_lossy and not scheduler.config.slots_are_exact)
+    loads = {"": "", "not_wanted": "hint load=false", "not_exact": "hint exact=true, and memory is lossy"}[refusal]
+    saves = "" if state.hints.save else "hint save=false"
+    return loads if scheduler.may_load else "kv_producer", saves if scheduler.may_save else "kv_consumer"
+
+
+def _traffic(ended: Sequence[Ended], block_tokens: int, *, resets: bool = False) -> Traffic:
+    """`resets`: prompts before and behind one share nothing."""
+    named: list[dict[int, list[Extra]]] = []
+    for each in ended:
+        extras = {at: list(pairs) for at, pairs in each.extras.items()}
+        if resets and each.resets:
+            extras[0] = [*extras.get(0, []), ("resets", str(each.resets))]
+        named.append(extras)
+    made = traffic_of_prompts(
+        [each.token_ids for each in ended], block_tokens=block_tokens, name="recorded", extras=named
+    )
+    start = ended[0].arrival_s
+    requests = [
+        Request(
+            each.arrival_s - start, request.num_tokens, each.output_tokens, request.block_ids, not each.not_loaded,
+            not each.not_saved,
+        )
+        for each, request in zip(ended, made.requests, strict=True)
+    ]  # fmt: skip
+    return Traffic("recorded", block_tokens, requests)
+
+
+def _cause(ended: Sequence[Ended], page: MissPage, block_tokens: int) -> tuple[str, str]:
+    """What the replay does not know of the latest request's miss: a reason and a line; empty where there is none. An
+    earlier prompt that begins with more of its blocks than were seen could not serve it; of several, that with most
+    blocks is told of, then one of the same salt, adapter and media, then the latest."""
+    *earlier, asked = ended
+    if asked.not_loaded:
+        return "not_loaded", f"Nothing was loaded for it: {asked.not_loaded}."
+    best, found = (page.seen_tokens, True), ("", "")
+    for number, other in enumerate(earlier):
+        shared = _shared(asked.token_ids, other.token_ids) // block_tokens * block_tokens
+        rank = shared, other.extras == asked.extras
+        if rank < best or shared <= page.seen_tokens:
+            continue
+        told = _apart(asked, other)
+        if told is not None:
+            best = rank
+            found = told[0], f"Request {number:,} begins with the same {shared:,} tokens, {told[1]}."
+    return found
+
+
+def _apart(asked: Ended, other: Ended) -> tuple[str, str] | None:
+    """Why `other` cannot serve `asked`."""
+    if other.extras != asked.extras:
+        pairs = [{pair for pairs in each.extras.values() for pair in pairs} for each in (asked, other)]
+        tags = {tag for tag, _ in pairs[0] ^ pairs[1]}
+        reason = TAGS[min(tags)][0] if len(tags) == 1 else "other_namespace"
+        return reason, f"with {' and '.join(TAGS[tag][1] for tag in sorted(tags)) or 'other inputs'}"
+    if other.not_saved:
+        return "not_saved", f"and was not saved: {other.not_saved}"
+    if other.resets != asked.resets:
+        return "reset", "and the cache was reset since"
+    return None
+
+
+def _left_out(part: Sequence[Ended], connector: Any, prefix_cache: bool, block_tokens: int) -> list[str]:
+    config, found = connector.config, []
+    if config.save_partial_block and any(len(each.token_ids) % block_tokens > 1 for each in part):
+        found.append("last blocks that prompts fill in part")
+    if connector.scheduler.tiers is not None:
+        found.append("secondary tiers")
+    if prefix_cache:
+        found.append("vLLM's prefix cache")
+    if config.store_threshold > 1 or config.store_rule:
+        found.append("what is not saved by store_threshold and store_rule")
+    if len(part) == MOST_REMEMBERED:
+        found.append(f"prompts before the latest {MOST_REMEMBERED:,}")
+    return [f"Not in the replay: {', '.join(found)}."] if found else []
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
