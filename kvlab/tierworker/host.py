@@ -27,7 +27,7 @@ MAX_ENGINES = 256
 LOOK_S = 0.2
 LINE_INTERVAL_S = 60.0
 FIRST_LINE_S = 1.0  # that the tiers are waited for at the start
-LEAVE_S = 2.0  # for sessions to end, when the server stops, once they have written what they had time for
+LEAVE_S = 5.0  # for sessions to end, when the server stops, besides the time for their writes
 MOST_PATH_BYTES = 106  # of a socket's address, less one for the mark of its making
 
 
@@ -133,9 +133,10 @@ class CacheServer:
         sessions = list(self._sessions.values())
         for session, _ in sessions:
             session.leave()
-        deadline = time.monotonic() + DRAIN_S + LEAVE_S
-        for _, thread in sessions:
-            thread.join(max(deadline - time.monotonic(), 0.0))
+        start = time.monotonic()
+        for session, thread in sessions:
+            while thread.is_alive() and time.monotonic() < start + LEAVE_S + DRAIN_S * (session.num_queued > 0):
+                thread.join(0.05)
         if dropped := sum(session.num_dropped for session, _ in sessions):
             logger.warning("kvlab serve: %d writes of engines were not done in time and are dropped", dropped)
         close_store(self.store)

@@ -129,6 +129,11 @@ class TierServer:
         return sum(pool.num_done for pool in (self._reads, self._writes, self._asks))
 
     @property
+    def num_queued(self) -> int:
+        """Writes that are not done."""
+        return self._num_writes - self._writes.num_done
+
+    @property
     def touches_memory(self) -> bool:
         """Whether a thread may still read or write the engine's slots."""
         return any(thread.is_alive() for pool in (self._reads, self._writes) for thread in pool._threads)
@@ -142,14 +147,14 @@ class TierServer:
         """As long as writes end, and no longer than `DRAIN_S`; counts what is not done then."""
         since, done = time.monotonic(), self._writes.num_done
         with suppress(LinkError):  # an engine that is gone wants none of them
-            while self._writes.num_done < self._num_writes:
+            while self.num_queued:
                 self.link.flush()
                 if self._writes.num_done != done:
                     since, done = time.monotonic(), self._writes.num_done
                 if time.monotonic() > min(since + DRAIN_STALL_S, self._left_at + DRAIN_S):
                     break
                 time.sleep(0.01)
-        self.num_dropped = self._num_writes - self._writes.num_done
+        self.num_dropped = self.num_queued
 
     def _take(self, message: Message, data: bytes) -> bool:
         """Begin what a message asks for. Whether it asks to close."""
