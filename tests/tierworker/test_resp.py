@@ -5,6 +5,8 @@ import socket
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from kvlab.errors import ConfigError, StoreError
 from kvlab.stores import open_store
@@ -75,10 +77,11 @@ def test_a_client_of_redis_reads_and_writes(server):
 
 def test_a_password_is_asked_for():
     with RespServer(open_store("memory://?size=1MiB&pinned=false"), "127.0.0.1:0", password="marker") as server:
-        with redis.Redis(port=server.port, protocol=2) as client, pytest.raises(redis.AuthenticationError):
+        once = {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
+        with redis.Redis(port=server.port, **once) as client, pytest.raises(redis.AuthenticationError):
             client.get("kvlab:a")
         with (
-            redis.Redis(port=server.port, protocol=2, password="wrong") as client,
+            redis.Redis(port=server.port, password="wrong", **once) as client,
             pytest.raises(redis.AuthenticationError),
         ):
             client.get("kvlab:a")
