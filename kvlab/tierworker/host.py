@@ -19,8 +19,8 @@ from kvlab.threads import Threads
 from kvlab.tierworker.budget import Budget, Limits
 from kvlab.tierworker.link import Link
 from kvlab.tierworker.lockfile import hold
+from kvlab.tierworker.rows import held
 from kvlab.tierworker.server import DRAIN_S, TierServer
-from kvlab.units import format_bytes
 
 logger = logging.getLogger("kvlab.serve")
 MAX_ENGINES = 256
@@ -84,8 +84,7 @@ class CacheServer:
     def log(self) -> None:
         """A line of what is held and who is there, from the tiers, whose size may have changed."""
         self.limits.on_the_way.ask()
-        rows = self.store.rows()
-        tiers = ", ".join(f"{row['tier']} {format_bytes(int(row['used_bytes']))}" for row in rows)
+        tiers = ", ".join(f"{row['tier']} {held(row)}" for row in self.store.rows())
         logger.info("kvlab serve: %d engines; %s", self.num_engines, tiers)
 
     def _accept(self) -> None:
@@ -95,7 +94,7 @@ class CacheServer:
             self._refuse(f"an engine could not attach: {error}")
             self._is_stopped.wait(LOOK_S)
             return
-        if len(self._sessions) >= MAX_ENGINES:  # those that are ending have threads too
+        if len(self._sessions) >= MAX_ENGINES and not self._makes_room():
             self._refuse(f"{MAX_ENGINES} engines are attached; another is turned away")
             sock.close()
             return
@@ -111,6 +110,15 @@ class CacheServer:
             sock.close()
             return
         self.num_attached += 1
+
+    def _makes_room(self) -> bool:
+        """End the oldest session that has not said what it wants, if there is one. Those that are ending have threads
+        too, so there is room for as many again."""
+        sessions = [session for session, _ in self._sessions.values() if session.is_silent]
+        if not sessions or len(self._sessions) >= 2 * MAX_ENGINES:
+            return False
+        sessions[0].leave()
+        return True
 
     def _refuse(self, why: str) -> None:
         """Logged once a minute: a client may ask without end."""

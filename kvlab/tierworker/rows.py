@@ -31,11 +31,12 @@ def log_tiers(store: Store, prefix: str) -> None:
         return
     found = sum(key.startswith(prefix) for key in listed[:MOST_LISTED])
     more = " or more" if len(listed) > MOST_LISTED else ""
-    tiers = ", ".join(f"{row['tier']} {_held(row)}" for row in rows)
+    tiers = ", ".join(f"{row['tier']} {held(row)}" for row in rows)
     logger.info("kvlab: %s; %d%s objects of namespace %s found", tiers, found, more, prefix.strip(":"))
 
 
-def _held(row: dict[str, Any]) -> str:
+def held(row: dict[str, Any]) -> str:
+    """What a tier holds, or that it is down, in words."""
     if not row.get("up", 1):
         return f"is down ({row.get('last_error') or 'no answer'})"
     used, most = row.get("used_bytes", 0), row.get("max_bytes", 0)

@@ -138,15 +138,25 @@ class TierServer:
         """Whether a thread may still read or write the engine's slots."""
         return any(thread.is_alive() for pool in (self._reads, self._writes) for thread in pool._threads)
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has not said yet what it wants, and may."""
+        return self.objects is None and not self._is_left
+
     def leave(self) -> None:
         """Take nothing more, write what is queued, and end."""
         self._left_at = time.monotonic()
         self._is_left = True
 
     def _write_what_is_queued(self) -> None:
-        """As long as writes end, and no longer than `DRAIN_S`; counts what is not done then."""
+        """What lies in the socket too, as long as writes end, and no longer than `DRAIN_S`; counts what is not done
+        then."""
         since, done = time.monotonic(), self._writes.num_done
         with suppress(LinkError):  # an engine that is gone wants none of them
+            while sent := self.link.receive():  # before it heard of the stop
+                for message, data in sent:
+                    if message.get("op") == "write":
+                        self._take(message, data)
             while self.num_queued:
                 self.link.flush()
                 if self._writes.num_done != done:

@@ -53,6 +53,21 @@ def test_who_does_not_say_what_it_wants_is_left(server, monkeypatch):
     assert is_ended(connected(server))
 
 
+def test_silent_sessions_take_no_place_of_others(server, monkeypatch):
+    monkeypatch.setattr(host, "MAX_ENGINES", 3)
+    silent = [connected(server) for _ in range(3)]
+    until(lambda: server.num_attached == 3)
+    engines = [Attached(server.path)]
+    assert is_ended(silent[0])
+    engines += [Attached(server.path) for _ in range(2)]
+    assert all(map(is_ended, silent))
+    until(lambda: len(server._sessions) == 3)
+    with pytest.raises(StoreError, match="ended at its start"):
+        Attached(server.path)
+    for engine in engines:
+        engine.client._worker.kill()
+
+
 def test_questions_end_with_their_session(server):
     gate = server.store = Gate(server.store)
     link = opened(server)
@@ -173,15 +188,14 @@ def test_a_stop_writes_what_is_queued(server, monkeypatch):
     monkeypatch.setattr(client_module, "END_S", 0.05)  # this process has the server's lock
     gate = server.store = Gate(server.store)
     engine = Attached(server.path)
-    names = [f"{number:02x}" for number in range(20)]
+    names = [f"{number:02x}" for number in range(60)]
     for name in names:
         engine.write(name, range(4))
     (session,) = [session for session, _ in server._sessions.values() if session.objects.store is gate]
-    until(lambda: session.num_queued == 20)
     server.stop()
     until(lambda: session._is_left)
     gate.is_open.set()
-    assert engine.wait(*names) == [True] * 20
+    assert engine.wait(*names) == [True] * 60
     engine.client.close()
 
 
