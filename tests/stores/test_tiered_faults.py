@@ -210,7 +210,7 @@ def test_numbers_of_a_server_that_does_not_answer_are_no_sign_of_life():
         is_up = True
 
     remote = Remembering(MemoryStore(1 << 20), name="remote")
-    with TieredStore([MemoryStore(1 << 20), remote], first_wait_s=0.0, longest_wait_s=0.0) as store:
+    with TieredStore([MemoryStore(1 << 20), remote], first_wait_s=1e-9, longest_wait_s=1e-9) as store:
         store.put("key", b"value")
         assert [row["up"] for row in store.rows()] == [1, 1]
         remote.is_up = False
