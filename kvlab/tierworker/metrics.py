@@ -1,6 +1,8 @@
 """A cache server's counters, as Prometheus reads them."""
 
+import logging
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +13,7 @@ from kvlab.errors import ConfigError
 from kvlab.tierworker.host import CacheServer
 from kvlab.tierworker.places import Places
 
+logger = logging.getLogger("kvlab.serve")
 MAX_SCRAPES = 16  # at a time; a new one takes the place of the oldest
 SCRAPE_S = 10.0  # for all of it, however slowly it is asked for or taken
 TIER_METRICS = {  # field of a store's row -> (metric, type, what it is)
@@ -65,7 +68,9 @@ class _Server(ThreadingHTTPServer):
         self._places.end_those_of(SCRAPE_S)
 
     def handle_error(self, *_: Any) -> None:
-        """Nothing: a client that ends in the middle is no news."""
+        """A client that ends in the middle is no news."""
+        if not isinstance(sys.exception(), OSError):
+            logger.exception("kvlab serve: a scrape failed")
 
 
 class MetricsServer:

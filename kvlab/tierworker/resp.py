@@ -105,6 +105,7 @@ class RespServer:
     def _serve(self, sock: socket.socket, client: Connection) -> None:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that is gone keeps no place
             client.run()
         except (ClosedError, OSError) as error:
             logger.debug("kvlab serve: a client is gone: %s", error)
