@@ -116,21 +116,22 @@ class Wire:
         self._unpaid += WORD_BYTES
         if length <= LARGE:
             return self._taken(length)
-        self.is_too_large = length > self._hold.budget.max_bytes
+        is_dropped = length > self._hold.budget.max_bytes
+        self.is_too_large |= is_dropped
         try:
-            room = scratch("dropped", MOVED_AT_ONCE) if self.is_too_large else aligned(length)[:length]
+            room = scratch("dropped", MOVED_AT_ONCE) if is_dropped else aligned(length)[:length]
         except StoreError as error:
             raise ClosedError(str(error)) from error
         got = min(len(self._received), length)
-        if not self.is_too_large:
+        if not is_dropped:
             room[:got] = self._received[:got]
         del self._received[:got]
         while got < length:
-            into = room if self.is_too_large else room[got:]
+            into = room if is_dropped else room[got:]
             into = into[: min(MOVED_AT_ONCE, length - got)]
             received = self._patiently(lambda into=into: self._sock.recv_into(into))  # type: ignore[misc]
-            got += self._arrived(received, is_kept=not self.is_too_large)
-        return b"" if self.is_too_large else room
+            got += self._arrived(received, is_kept=not is_dropped)
+        return b"" if is_dropped else room
 
     def _taken(self, length: int) -> Buffer:
         while len(self._received) < length:
