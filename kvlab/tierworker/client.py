@@ -169,7 +169,11 @@ class TierClient:
     def _start(self) -> process.Started | process.Attached:
         self._opening_since = self._started_at = time.monotonic()
         worker = process.Attached(self._path) if self._path else process.start(logger.getEffectiveLevel())
-        worker.link.send(message_of(self.opening))
+        try:
+            worker.link.send(message_of(self.opening))
+        except LinkError as error:
+            worker.kill()
+            raise StoreError(f"the tier worker ended at its start: {error}", reason="not_started") from None
         return worker
 
     def _finish_opening(self) -> None:
