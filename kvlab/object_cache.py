@@ -9,7 +9,7 @@ from kvlab.errors import ConfigError, FormatError
 from kvlab.geometry import AXES, KVGeometry
 from kvlab.hashing import Namespace
 from kvlab.hostmemory import PAGE, scratch
-from kvlab.objects import HEADROOM_BYTES, Found, SealedObjects, check_range
+from kvlab.objects import HEADROOM_BYTES, OF_A_GUESS, Found, SealedObjects, check_range
 from kvlab.serde import Encoded, Serde, get_serde, serde_to_read
 from kvlab.serde.wire import from_parts, to_parts
 from kvlab.stated import Expected
@@ -105,7 +105,7 @@ class ObjectCache(SealedObjects):
             key,
             lambda: self._read(key, out, expected),
             lambda value: self._decode(value, key, out, expected),
-            may_misfit=out is None,
+            misfits=OF_A_GUESS if out is None else frozenset(),
         )
 
     def _read(self, key: str, out: torch.Tensor | None, expected: Expected) -> Found | None:

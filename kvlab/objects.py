@@ -30,7 +30,9 @@ MOST_GROWTH = 4  # times its KV an object may take besides: small chunks with ta
 MOST_MISFITS = 1 << 16
 # Reasons that say what this reader lacks: one of another version, or with other packages or tables, may read it.
 _OF_THE_READER = frozenset({"version", "serde", "table", "error"})
-_OF_ITS_EXPECTATION = frozenset({"wrong_shape", "wrong_dtype", "too_large"})
+# Reasons that say nothing of an object where what is expected is a guess, or may be any peer's word.
+OF_A_GUESS = frozenset({"wrong_shape", "wrong_dtype", "too_large"})
+OF_A_PEER = OF_A_GUESS | {"wrong_range", "wrong_axes"}
 
 
 @dataclass
@@ -113,12 +115,12 @@ class SealedObjects:
         read: Callable[[], Found | None],
         decode: Callable[[Found], T],
         *,
-        may_misfit: bool = False,
+        misfits: frozenset[str] = frozenset(),
     ) -> T | None:
         """What `decode` makes of the bytes that `read` reads under `key`; None on any miss. An object is set aside only
         when it is broken for every reader, and a second read finds it broken too: a tier that answers with another
-        object's bytes holds this one all the same. `may_misfit`: what is expected is the reader's guess, so an object
-        that is otherwise says nothing of itself."""
+        object's bytes holds this one all the same. `misfits`: reasons that say that an object does not fit what is
+        expected, and nothing of the object itself."""
         start = time.perf_counter()
         failed: Exception | None = None
         value: Found | None = None
@@ -142,6 +144,7 @@ class SealedObjects:
                     break  # which a second read would not change
                 continue
             with self._lock:
+                self._misfits.pop(key, None)
                 self.counters.hits += 1
                 self.counters.loaded_bytes += packed_bytes(value)
                 self.counters.load_s += time.perf_counter() - start
@@ -151,7 +154,7 @@ class SealedObjects:
             return None
         reason = _reason_of(failed)
         self._missed(reason, key, failed)
-        if reason in _OF_ITS_EXPECTATION and may_misfit:
+        if reason in misfits:
             with self._lock:
                 self._misfits[key] = None
                 if len(self._misfits) > MOST_MISFITS:
@@ -180,6 +183,11 @@ class SealedObjects:
         except ValueTooLongError:
             raise FormatError(f"object {key!r} grew while it was read", reason="too_large") from None
         return None if length is None else memory[:length]
+
+    def is_misfit(self, key: str) -> bool:
+        """Whether the object under `key` was found not to fit what was expected, and is still there: the next `save`
+        replaces it."""
+        return key in self._misfits
 
     def contains_many(self, hashes: Sequence[bytes]) -> list[bool]:
         """Whether each object is here, by hash; a failing tier holds nothing."""

@@ -28,7 +28,7 @@ CODED_AXES = ("blocks", "slots", "slot_bytes")  # a slot each
 class PageObjects(SealedObjects):
     """Pages are uint8 [blocks, layers, page_bytes], C-contiguous; or, where `slots` names their codec, coded blocks
     [blocks, 1, slot_bytes]. `serde` encodes pages; ``naive``, or the codec of the slots, stores them as they are.
-    Others load PyTorch."""
+    Others load PyTorch. `misfits` are reasons that say nothing of an object, where a peer says what it is to be."""
 
     def __init__(
         self,
@@ -38,11 +38,13 @@ class PageObjects(SealedObjects):
         serde: str = "naive",
         slots: str = "naive",
         auth: AuthKey | None = None,
+        misfits: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(store, namespace=namespace, auth=auth)
         if slots not in ("naive", serde):
             raise ConfigError(f"tiers below slots of {slots} must hold the same, got {serde}")
         self._serde = serde
+        self._misfit_reasons = misfits
         self._in_place = serde == slots
         self._as_they_are = _AsTheyAre(slots)
         self._codec: Any = None if self._in_place or is_coded(serde) else _Codec(serde)
@@ -100,7 +102,7 @@ class PageObjects(SealedObjects):
             self._decode(value, key, out, expected)
             return True
 
-        return bool(self.get_decoded(key, lambda: self._read(key, out), decode))
+        return bool(self.get_decoded(key, lambda: self._read(key, out), decode, misfits=self._misfit_reasons))
 
     def _encode(self, pages: NDArray[np.uint8], num_tokens: int) -> tuple[Mapping[str, Part], Mapping[str, str]]:
         return self._as_they_are.encode(pages) if self._in_place else self._codec.encode(pages, num_tokens)

@@ -19,6 +19,8 @@ from kvlab.tierworker.resp import RespServer
 from kvlab.units import parse_bytes
 
 MOST_PASSWORD_BYTES = 4096
+OPEN_TO_ALL = "kvlab serve: all users of this host can read and change the KV at --tcp %s: it has no --password-file"
+logger = logging.getLogger("kvlab.serve")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "kvlab serve --memory 64GiB --tier 'file:///kv?size=1TiB' --listen /run/kvlab.sock --metrics 127.0.0.1:9400",
     )
     about = "Hold a memory tier, and tiers below it, for all engines of this host."
-    more = "Engines attach with the tier kvlab:///run/kvlab.sock. SIGTERM writes what is queued, then ends."
+    more = "Engines attach with the tier kvlab:///run/kvlab.sock. SIGTERM writes what is queued, for 20 s at most."
     p = Parser("kvlab serve", about, examples=examples, more=more)
     p.add_argument("--memory", default="1GiB", metavar="SIZE", help="of the memory tier (default: %(default)s)")
     p.add_argument("--policy", default="lru", help="of the memory tier's evictions (default: %(default)s)")
@@ -60,13 +62,16 @@ def main(argv: Sequence[str]) -> int:
     _raise_file_limit()
     server = CacheServer(store, args.listen)
     with contextlib.ExitStack() as beside:
+        beside.callback(server.leave_place)  # also where what is beside it cannot listen
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, lambda *_: server.stop())
         if args.metrics:
             beside.enter_context(MetricsServer(server, args.metrics))
         if args.tcp:
-            beside.enter_context(RespServer(store, args.tcp, password=password))
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, lambda *_: server.stop())
-        server.log()
+            resp = RespServer(store, args.tcp, password=password, budget=server.limits.on_the_way)
+            beside.enter_context(resp)
+            if not password:
+                logger.warning(OPEN_TO_ALL, args.tcp)
         server.run()
     logging.shutdown()
     os._exit(0)  # a thread may be stuck in a store

@@ -196,6 +196,11 @@ class Store(ABC):
         return {"tier": self.name, "max_bytes": self.max_bytes, "used_bytes": self.used_bytes, **asdict(self.counters)}
 
     @property
+    def is_up(self) -> bool:
+        """Whether the medium answered when it was last asked. A server's numbers may be the last known ones."""
+        return True
+
+    @property
     def served_by(self) -> str:
         """The name of the tier that this thread's latest value came from."""
         return self.name

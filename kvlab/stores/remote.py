@@ -33,6 +33,10 @@ class RemoteStore(Store):
     def _is_up(self) -> bool:
         """False from a failure of a server to its next success."""
 
+    @property
+    def is_up(self) -> bool:
+        return self._is_up()
+
     def why_missing(self, key: str) -> str:
         if key in self._gone:
             return self._gone[key]

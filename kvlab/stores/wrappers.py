@@ -33,6 +33,10 @@ class WrapperStore(Store):
     def used_bytes(self) -> int:
         return self.inner.used_bytes
 
+    @property
+    def is_up(self) -> bool:
+        return self.inner.is_up
+
     def _around(self, method: str, num_bytes: int) -> None:
         """Called once per call with the bytes it moves: before a `put`, after a `get`."""
 

@@ -21,8 +21,9 @@ SOUND_S = 60.0  # a worker that lives so long is no sign of trouble any more
 STUCK_S = 300.0  # for the answer to one request: then it hangs
 MAX_QUEUED_BYTES = 4 << 20  # of messages that the worker has not taken
 MAX_WRITES = 4096  # under way
-END_S = 5.0  # for a worker that has said it is done
-GRACE_S = 45.0  # for one that drains: longer than it waits for a write by itself
+END_S = 5.0  # for a worker that has said it is done, or is killed
+GRACE_S = 35.0  # for one that drains: longer than it waits for a write by itself
+LOAD_GRACE_S = 10.0  # where it has nothing to write: longer than it waits for a load
 
 
 class TierClient:
@@ -168,7 +169,11 @@ class TierClient:
     def _start(self) -> process.Started | process.Attached:
         self._opening_since = self._started_at = time.monotonic()
         worker = process.Attached(self._path) if self._path else process.start(logger.getEffectiveLevel())
-        worker.link.send(message_of(self.opening))
+        try:
+            worker.link.send(message_of(self.opening))
+        except LinkError as error:
+            worker.kill()
+            raise StoreError(f"the tier worker ended at its start: {error}", reason="not_started") from None
         return worker
 
     def _finish_opening(self) -> None:
@@ -241,9 +246,7 @@ class TierClient:
             return self._worker.is_dead
         was_open = self._is_open
         self._is_closed, self._is_open = True, False
-        if was_open:
-            self._drain()
-        if not self._worker.wait(END_S if was_open else 0.0):
+        if not (was_open and self._drain() and self._worker.wait(END_S)):
             self._worker.kill()
         is_dead = self._worker.wait(END_S)
         self._worker.link.close()
@@ -254,20 +257,23 @@ class TierClient:
         if not getattr(self, "_is_closed", True) and hasattr(self, "_worker"):
             self._worker.link.close()  # then it ends by itself
 
-    def _drain(self) -> None:
-        """Wait while the worker writes; no longer than `GRACE_S` without a sign of it."""
+    def _drain(self) -> bool:
+        """Wait while the worker writes; no longer than `GRACE_S` without a sign of it. Whether it says that it is
+        done, or is gone."""
         link = self._worker.link
         try:
             link.send({"op": "close"})
             since = time.monotonic()
-            while time.monotonic() - since < GRACE_S:
+            while time.monotonic() - since < (GRACE_S if self._num_writes else LOAD_GRACE_S):
                 link.flush()
                 if not link.wait(0.05):
                     continue
                 since = time.monotonic()
                 for message, data in link.receive():
                     if message.get("op") == "closed":
-                        return
+                        return True
                     self._take(message, data)
         except LinkError as error:
             logger.info("kvlab: the tier worker ended before it said so: %s", error)
+            return True
+        return False

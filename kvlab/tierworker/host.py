@@ -9,21 +9,26 @@ import socket
 import stat
 import threading
 import time
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from kvlab.errors import ConfigError
 from kvlab.stores import Store
 from kvlab.stores.closing import close_store
+from kvlab.threads import Threads
+from kvlab.tierworker.budget import Budget, Limits
 from kvlab.tierworker.link import Link
 from kvlab.tierworker.lockfile import hold
-from kvlab.tierworker.server import TierServer
-from kvlab.units import format_bytes
+from kvlab.tierworker.rows import held
+from kvlab.tierworker.server import DRAIN_S, TierServer
 
 logger = logging.getLogger("kvlab.serve")
 MAX_ENGINES = 256
 LOOK_S = 0.2
 LINE_INTERVAL_S = 60.0
-LEAVE_S = 5.0  # for sessions to end what is under way, when the server stops
+FIRST_LINE_S = 1.0  # that the tiers are waited for at the start
+LEAVE_S = 5.0  # for sessions to end, when the server stops, besides the time for their writes
+MOST_PATH_BYTES = 106  # of a socket's address, less one for the mark of its making
 
 
 class CacheServer:
@@ -35,12 +40,17 @@ class CacheServer:
         self.path = path
         if not path.is_absolute():
             raise ConfigError(f"--listen must be an absolute path, got {str(path)!r}")
+        if (length := len(os.fsencode(path))) > MOST_PATH_BYTES:
+            raise ConfigError(f"--listen must have at most {MOST_PATH_BYTES} bytes, as sockets' paths; got {length}")
+        self.limits = Limits(Budget(store))
         self._lock = hold(path)  # until the process ends
         self._socket = _listen(path)
         self._inode = path.lstat().st_ino
         self._sessions: dict[str, tuple[TierServer, threading.Thread]] = {}  # by token
         self._is_stopped = threading.Event()
-        self._next_line_s = time.monotonic() + LINE_INTERVAL_S
+        self._lines = Threads(1, "kvlab-line")
+        self._line: Future[None] = Future()
+        self._next_line_s = 0.0
         self._refused_at = -LINE_INTERVAL_S
         self.num_attached = 0  # engines since the start
 
@@ -49,26 +59,32 @@ class CacheServer:
         return sum(thread.is_alive() for _, thread in list(self._sessions.values()))
 
     def run(self) -> None:
-        """Serve until `stop`; then end the sessions, write what is queued and close the store."""
+        """Serve until `stop`; then write what is queued, end the sessions and close the store. Asks no tier itself, as
+        one may hang."""
+        self._ask_for_line()
+        wait([self._line], FIRST_LINE_S)  # so that it comes before what engines do
         poller = select.poll()
         poller.register(self._socket, select.POLLIN)
         while not self._is_stopped.is_set():
             if poller.poll(LOOK_S * 1e3):
                 self._accept()
             self._forget_ended()
-            if time.monotonic() >= self._next_line_s:
-                self._next_line_s = time.monotonic() + LINE_INTERVAL_S
-                self.log()
+            if time.monotonic() >= self._next_line_s and self._line.done():
+                self._ask_for_line()
         self._end()
+
+    def _ask_for_line(self) -> None:
+        self._next_line_s = time.monotonic() + LINE_INTERVAL_S
+        self._line = self._lines.submit(self.log)
 
     def stop(self) -> None:
         """May be called from a signal handler."""
         self._is_stopped.set()
 
     def log(self) -> None:
-        """A line of what is held and who is there."""
-        rows = self.store.rows()
-        tiers = ", ".join(f"{row['tier']} {format_bytes(int(row['used_bytes']))}" for row in rows)
+        """A line of what is held and who is there, from the tiers, whose size may have changed."""
+        self.limits.on_the_way.ask()
+        tiers = ", ".join(f"{row['tier']} {held(row)}" for row in self.store.rows())
         logger.info("kvlab serve: %d engines; %s", self.num_engines, tiers)
 
     def _accept(self) -> None:
@@ -78,12 +94,12 @@ class CacheServer:
             self._refuse(f"an engine could not attach: {error}")
             self._is_stopped.wait(LOOK_S)
             return
-        if len(self._sessions) >= MAX_ENGINES:  # those that are ending have threads too
+        if len(self._sessions) >= MAX_ENGINES and not self._makes_room():
             self._refuse(f"{MAX_ENGINES} engines are attached; another is turned away")
             sock.close()
             return
         token = os.urandom(16).hex()
-        session = TierServer(Link(sock), store=self.store, token=token, is_over=self._is_over)
+        session = TierServer(Link(sock), store=self.store, token=token, is_over=self._is_over, limits=self.limits)
         thread = threading.Thread(target=session.run, name="kvlab-session", daemon=True)
         self._sessions[token] = (session, thread)  # before it can say its token: an unknown one counts as over
         try:
@@ -94,6 +110,15 @@ class CacheServer:
             sock.close()
             return
         self.num_attached += 1
+
+    def _makes_room(self) -> bool:
+        """End the oldest session that has not said what it wants, if there is one. Those that are ending have threads
+        too, so there is room for as many again."""
+        sessions = [session for session, _ in self._sessions.values() if session.is_silent]
+        if not sessions or len(self._sessions) >= 2 * MAX_ENGINES:
+            return False
+        sessions[0].leave()
+        return True
 
     def _refuse(self, why: str) -> None:
         """Logged once a minute: a client may ask without end."""
@@ -109,18 +134,26 @@ class CacheServer:
 
     def _forget_ended(self) -> None:
         for token in [token for token in self._sessions if self._is_over(token)]:
-            del self._sessions[token]
+            session, _ = self._sessions.pop(token)
+            session.give_back()
 
     def _end(self) -> None:
         sessions = list(self._sessions.values())
         for session, _ in sessions:
             session.leave()
-        deadline = time.monotonic() + LEAVE_S
-        for _, thread in sessions:
-            thread.join(max(deadline - time.monotonic(), 0.0))
+        start = time.monotonic()
+        for session, thread in sessions:
+            while thread.is_alive() and time.monotonic() < start + LEAVE_S + DRAIN_S * (session.num_queued > 0):
+                thread.join(0.05)
+        if dropped := sum(session.num_dropped for session, _ in sessions):
+            logger.warning("kvlab serve: %d writes of engines were not done in time and are dropped", dropped)
         close_store(self.store)
+        self.leave_place()
+
+    def leave_place(self) -> None:
+        """Remove the socket, if it is there and not another server's."""
         with contextlib.suppress(OSError):
-            if self.path.lstat().st_ino == self._inode:  # not another server's
+            if self.path.lstat().st_ino == self._inode:
                 self.path.unlink()
         self._socket.close()
 

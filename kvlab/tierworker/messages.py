@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any, Self
 
 from kvlab.errors import ConfigError, KVLabError, StoreError
@@ -10,6 +11,9 @@ from kvlab.tierworker.link import LinkError, Message
 
 MAX_ID = 10**15 - 1  # as many digits as are read
 MAX_VERSION = 64  # characters of a namespace's version
+MAX_NAME = 4096  # characters of a path, a URL or the name of a serde
+MAX_TIERS, MAX_RANKS = 64, 1024
+MAX_ELEMENTS = 1 << 24  # of a page that is coded: its map takes memory for each
 
 Runs = tuple[tuple[int, int], ...]  # (first slot, number of slots)
 
@@ -81,14 +85,15 @@ class Opening:
 
     @classmethod
     def of(cls, message: Message) -> Self:
-        try:
-            opening = cls(**{name: value for name, value in message.items() if name != "op"})
-        except TypeError as error:
-            raise LinkError("the first message does not open the tiers") from error
-        lists, texts = (opening.tiers, opening.namespaces), (opening.serde, opening.slots)
-        if not all(isinstance(each, list) for each in lists) or not all(isinstance(each, str) for each in texts):
-            raise LinkError("the first message does not open the tiers")
-        return opening
+        tiers, namespaces = _list(message, "tiers", MAX_TIERS), _list(message, "namespaces", MAX_RANKS)
+        if not all(_is_text(url) for url in tiers):
+            raise LinkError("a message's tiers must be texts")
+        if not namespaces or not all(_is_namespace(each) for each in namespaces):
+            raise LinkError("a message's namespaces must each have a model and fields")
+        auth = message.get("auth")
+        if auth is not None and not (_is_text(auth) and auth):  # a number would be an open file of this process
+            raise LinkError("a message's auth must be a path, or none")
+        return cls(tiers, text_of(message, "serde"), auth, namespaces, text_of(message, "slots"))
 
 
 @dataclass(frozen=True)
@@ -105,11 +110,17 @@ class Memory:
     def of(cls, message: Message) -> Self:
         most = 1 << 40
         slots, layers, size = (_number(message, name, most) for name in ("num_slots", "layers", "page_bytes"))
-        page_map = message.get("page_map")
-        memory = cls(slots, layers, size, page_map if isinstance(page_map, dict) else None)
-        if not 0 < memory.num_slots * memory.layers * memory.page_bytes <= 1 << 48:
+        if not 0 < slots * layers * size <= 1 << 48:
             raise LinkError("a message names memory of no possible size")
-        return memory
+        page_map = message.get("page_map")
+        if page_map is not None and not _is_page_map(page_map, size):
+            raise LinkError(f"a message's page_map must tell of pages of {size} bytes")
+        return cls(slots, layers, size, page_map)
+
+    @property
+    def num_elements(self) -> int:
+        """Of a page, by its map."""
+        return sum(prod(map(len, plane)) for plane in self.page_map["planes"]) if self.page_map else 0
 
 
 def message_of(request: Fill | Write | Ask | Opening | Memory) -> Message:
@@ -180,3 +191,48 @@ def _version(message: Message) -> str:
     if not isinstance(value, str) or len(value) > MAX_VERSION or not value.isascii():
         raise LinkError("a message's version must be a short text")
     return value
+
+
+def text_of(message: Message, name: str) -> str:
+    """The text of this name in `message`; LinkError where it is none, or a long one."""
+    value = message.get(name)
+    if not isinstance(value, str) or not _is_text(value):
+        raise LinkError(f"a message's {name} must be a text of at most {MAX_NAME} characters")
+    return value
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_NAME and "\0" not in value
+
+
+def _list(message: Message, name: str, most: int) -> list[Any]:
+    value = message.get(name)
+    if not isinstance(value, list) or len(value) > most:
+        raise LinkError(f"a message's {name} must be a list of at most {most}")
+    return value
+
+
+def _is_namespace(value: object) -> bool:
+    """Whether it is a model and fields as `kvlab.hashing.Namespace` takes them, which bounds their length itself."""
+    if not isinstance(value, dict) or set(value) != {"model", "fields"} or not isinstance(value["model"], str):
+        return False
+    fields = value["fields"]
+    return isinstance(fields, dict) and all(each is None or type(each) in (str, int, bool) for each in fields.values())
+
+
+def _is_page_map(value: object, page_bytes: int) -> bool:
+    """Whether it has the form that `kvlab.paged.typed.PageMap` reads, for pages of this size and of no more elements
+    than are coded: what is made of it grows with their number, not with the message."""
+    if not isinstance(value, dict) or set(value) != {"name", "element", "page_bytes", "planes"}:
+        return False
+    planes = value["planes"]
+    if not isinstance(value["name"], str) or not isinstance(value["element"], str) or not isinstance(planes, list):
+        return False
+    if type(value["page_bytes"]) is not int or value["page_bytes"] != page_bytes or not 1 <= len(planes) <= 2:
+        return False
+    for plane in planes:
+        if not isinstance(plane, list) or len(plane) != 3 or not all(isinstance(table, list) for table in plane):
+            return False
+        if not all(type(place) is int for table in plane for place in table):
+            return False
+    return sum(prod(map(len, plane)) for plane in planes) <= min(page_bytes, MAX_ELEMENTS)

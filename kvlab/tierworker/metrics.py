@@ -1,14 +1,21 @@
 """A cache server's counters, as Prometheus reads them."""
 
+import logging
+import socket
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from kvlab.errors import ConfigError
 from kvlab.tierworker.host import CacheServer
+from kvlab.tierworker.places import Places
 
+logger = logging.getLogger("kvlab.serve")
+MAX_SCRAPES = 16  # at a time; a new one takes the place of the oldest
+SCRAPE_S = 10.0  # for all of it, however slowly it is asked for or taken
 TIER_METRICS = {  # field of a store's row -> (metric, type, what it is)
     "used_bytes": ("tier_used_bytes", "gauge", "Bytes that a tier holds."),
     "max_bytes": ("tier_max_bytes", "gauge", "Bytes that a tier may hold."),
@@ -38,6 +45,34 @@ def lines(server: CacheServer) -> Iterator[str]:
             yield f'kvlab_{name}{{tier="{row["tier"]}"}} {value}\n'
 
 
+class _Server(ThreadingHTTPServer):
+    """Has few places for clients, and none for long."""
+
+    daemon_threads = True
+
+    def __init__(self, *args: Any) -> None:
+        self._places = Places(MAX_SCRAPES)
+        super().__init__(*args)
+
+    def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
+        assert isinstance(request, socket.socket)
+        self._places.enter(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: socket.socket | tuple[bytes, socket.socket]) -> None:
+        assert isinstance(request, socket.socket)
+        self._places.leave(request)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        self._places.end_those_of(SCRAPE_S)
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that ends in the middle is no news."""
+        if not isinstance(sys.exception(), OSError):
+            logger.exception("kvlab serve: a scrape failed")
+
+
 class MetricsServer:
     """Answers ``GET /metrics`` at `address` (host:port) while the context runs. ConfigError where it cannot listen."""
 
@@ -47,7 +82,7 @@ class MetricsServer:
             raise ConfigError(f"--metrics must be HOST:PORT, got {address!r}")
 
         class Handler(BaseHTTPRequestHandler):
-            timeout = 10
+            timeout = SCRAPE_S
 
             def do_GET(self) -> None:
                 if self.path != "/metrics":
@@ -64,10 +99,9 @@ class MetricsServer:
                 """Nothing: a scrape every few seconds is no news."""
 
         try:
-            self._http = ThreadingHTTPServer((host.strip("[]"), int(port)), Handler)
+            self._http = _Server((host.strip("[]"), int(port)), Handler)
         except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigError(f"cannot serve metrics at {address!r}: {error}") from error
-        self._http.daemon_threads = True
         self.port = self._http.server_address[1]
 
     def __enter__(self) -> Self:

@@ -2,15 +2,18 @@
 
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvlab.errors import StoreError
 from kvlab.tierworker.link import Link, LinkError
-from kvlab.tierworker.lockfile import ServersLock
+from kvlab.tierworker.lockfile import ServersLock, beside
 
+_CREDENTIALS = struct.Struct("iII")  # pid, uid, gid
 ASK_INTERVAL_S = 0.5  # between questions whether a lost session is over
 
 
@@ -64,7 +67,7 @@ def start(level: int) -> Started:
 
 class Attached:
     """A session at the cache server that listens at `path`: another process, which lives on without this one.
-    StoreError where none listens."""
+    StoreError where none listens, or one of another user: who serves KV decides what a model says."""
 
     def __init__(self, path: str) -> None:
         self.link = _connected(path)
@@ -73,7 +76,11 @@ class Attached:
         self._probe: Link | None = None  # on which it was asked whether the session is over
         self._asked_at = 0.0
         try:
+            _check_owners(path, self.link.socket)
             self._lock = ServersLock(path)
+        except StoreError:
+            self.link.close()
+            raise
         except OSError as error:
             self.link.close()
             raise StoreError(f"no cache server has its lock beside {path!r}", reason="refused") from error
@@ -119,6 +126,26 @@ class Attached:
                 return False
             time.sleep(0.01)
         return True
+
+
+def _check_owners(path: str, sock: socket.socket) -> None:
+    """StoreError unless the socket, the folder it lies in, its lock and the process that listens belong to this user or
+    to root."""
+    place = Path(path)
+    peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    owners = {
+        f"the process that listens at {path!r}": _CREDENTIALS.unpack(peer)[1],
+        f"the socket {path!r}": place.lstat().st_uid,
+        f"the folder of the socket {path!r}": place.parent.stat().st_uid,
+        f"the lock beside {path!r}": beside(place).lstat().st_uid,
+    }
+    for what, owner in owners.items():
+        if owner not in (0, os.geteuid()):
+            raise StoreError(
+                f"{what} belongs to user {owner}, this process runs as {os.geteuid()}: its KV is not to be trusted; "
+                "start kvlab serve as the engine's user, in a folder of that user",
+                reason="foreign",
+            )
 
 
 def _connected(path: str) -> Link:

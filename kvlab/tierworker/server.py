@@ -5,28 +5,26 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvlab.auth import auth_key
-from kvlab.chunking import longest_prefix, query_prefix
-from kvlab.container import MAX_DIGITS
-from kvlab.errors import ConfigError, KVLabError
-from kvlab.hashing import HASH_BYTES, Namespace, versioned
-from kvlab.hostmemory import scratch
+from kvlab.errors import ConfigError, KVLabError, StoreError
+from kvlab.hashing import HASH_BYTES, Namespace
+from kvlab.objects import OF_A_PEER
 from kvlab.page_objects import PageObjects
-from kvlab.sharedmemory import SharedSlots
 from kvlab.stores import Store, open_stores
 from kvlab.stores.closing import close_store
 from kvlab.stores.sealed import MOST_BYTES
 from kvlab.system import num_cores
 from kvlab.threads import Threads
+from kvlab.tierworker.budget import Hold, Limits, Share
 from kvlab.tierworker.link import Link, LinkError, Message
-from kvlab.tierworker.messages import Ask, Fill, Memory, Opening, Runs, Write, ask_of, failure, place_of
+from kvlab.tierworker.messages import Ask, Fill, Memory, Opening, Place, Write, ask_of, failure, place_of, text_of
+from kvlab.tierworker.questions import UnwantedError, answer
+from kvlab.tierworker.rows import log_tiers, shown
+from kvlab.tierworker.slots import MappedSlots
 from kvlab.units import format_bytes
 
 logger = logging.getLogger("kvlab.tiers")
@@ -36,22 +34,24 @@ WRITE_THREADS = 2
 ASK_THREADS = 2
 ROWS_INTERVAL_S = 10.0
 LOOK_S = 0.2  # between looks at whether the engine lives and what is to be told
-COPY_WAIT_S = 60.0  # for an engine's copy that a write waits for
+OPENING_S = 10.0  # for an engine that attaches to say what it wants
+ROOM_WAIT_S = 60.0  # for memory that other objects take
+LEFT_COPY_S = 1.0  # for an engine's copy, once the server stops
+DRAIN_S, DRAIN_STALL_S = 20.0, 5.0  # for writes, once the server stops: in all, and without that one ends
 STALL_S = 30.0  # at the end, a write that takes longer is left alone
 READ_STALL_S = 5.0  # and a read, which is lost anyway
 ABANDON_S = 0.5  # what is under way when the engine is gone
 MAX_UNDER_WAY = 20_000  # requests; more are left in the socket
 MAX_QUESTION_BYTES = 32 << 20
 MAX_UNHEARD_BYTES = 32 << 20  # of answers that the engine does not take
-NO_BUDGET = 1 << 60  # as of a bucket
-MOST_NUMBER = 10**MAX_DIGITS - 1  # that a message may hold
-MOST_LISTED = 10_000  # keys of the start-up line; listing more takes a while
+ELEMENT_BYTES = 24  # of the tables for an element of a page
 
 
 class TierServer:
     """Serves the engine at the other end of `link` until it closes or is gone: `run`. `parent`: the process that must
     live. `store`: shared with other engines, in place of one that the engine's tiers name; then the session has a
-    `token`, and `is_over` says of another token whether its session has let go of its engine's memory."""
+    `token`, `is_over` says of another token whether its session has let go of its engine's memory, and `limits` are
+    those of all sessions."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class TierServer:
         parent: int = 0,
         token: str = "",
         is_over: Callable[[str], bool] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.link = link
         self.objects: PageObjects | None = None
@@ -68,10 +69,16 @@ class TierServer:
         self._parent = parent
         self._token = token
         self._is_over = is_over
-        self._is_left = self._is_abandoned = False
+        self._limits = limits
+        self._shares: list[tuple[Share, int]] = []
+        self._born = time.monotonic()
+        self._is_left = self._has_ended = self._is_abandoned = False
+        self._left_at = 0.0
+        self._is_coded = True  # what tiers hold is not what slots hold
+        self.num_dropped = 0  # writes that were not done when the server stopped
+        self._num_writes = 0
         self._namespaces: list[Namespace] = []
-        self._memory: SharedSlots | None = None
-        self._pages: NDArray[np.uint8] = np.empty((0, 0, 0), np.uint8)  # [slots, layers, page_bytes]
+        self._slots: MappedSlots | None = None
         self._reads = Threads(READ_THREADS, "kvlab-read")
         self._writes = Threads(WRITE_THREADS, "kvlab-write")
         self._asks = Threads(ASK_THREADS, "kvlab-ask")
@@ -86,10 +93,10 @@ class TierServer:
 
     def run(self) -> None:
         """Returns once all has ended: after what was saved is written, if the engine asked to close; within a second,
-        if it is gone."""
+        if it is gone; after what is queued is written, as far as there is time, if it is to `leave`."""
         is_asked = False
         try:
-            while not is_asked:
+            while not is_asked and not self._is_left:
                 self._wait()
                 is_asked = any(self._take(message, data) for message, data in self.link.receive())
                 self._tell_rows()
@@ -97,6 +104,8 @@ class TierServer:
             logger.info("kvlab: the engine is gone: %s", error)
         except Exception:
             logger.exception("kvlab: the tier worker ends")
+        if self._is_left and not is_asked:
+            self._write_what_is_queued()
         self._end(drain=is_asked)
 
     def _wait(self) -> None:
@@ -110,8 +119,8 @@ class TierServer:
             self.link.flush()
         if self.link.queued_bytes > MAX_UNHEARD_BYTES:
             raise LinkError("it takes no answers")
-        if self._is_left:
-            raise LinkError("the server stops")
+        if self._token and self.objects is None and time.monotonic() > self._born + OPENING_S:
+            raise LinkError(f"it has not said what it wants within {OPENING_S:g} s")
         if self._parent and os.getppid() != self._parent:
             raise LinkError("its process has ended")
 
@@ -120,33 +129,65 @@ class TierServer:
         return sum(pool.num_done for pool in (self._reads, self._writes, self._asks))
 
     @property
+    def num_queued(self) -> int:
+        """Writes that are not done."""
+        return self._num_writes - self._writes.num_done
+
+    @property
     def touches_memory(self) -> bool:
         """Whether a thread may still read or write the engine's slots."""
         return any(thread.is_alive() for pool in (self._reads, self._writes) for thread in pool._threads)
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has not said yet what it wants, and may."""
+        return self.objects is None and not self._is_left
+
     def leave(self) -> None:
-        """End soon, as if the engine were gone."""
+        """Take nothing more, write what is queued, and end."""
+        self._left_at = time.monotonic()
         self._is_left = True
+
+    def _write_what_is_queued(self) -> None:
+        """What lies in the socket too, as long as writes end, and no longer than `DRAIN_S`; counts what is not done
+        then."""
+        since, done = time.monotonic(), self._writes.num_done
+        with suppress(LinkError):  # an engine that is gone wants none of them
+            while sent := self.link.receive():  # before it heard of the stop
+                for message, data in sent:
+                    if message.get("op") == "write":
+                        self._take(message, data)
+            while self.num_queued:
+                self.link.flush()
+                if self._writes.num_done != done:
+                    since, done = time.monotonic(), self._writes.num_done
+                if time.monotonic() > min(since + DRAIN_STALL_S, self._left_at + DRAIN_S):
+                    break
+                time.sleep(0.01)
+        self.num_dropped = self.num_queued
 
     def _take(self, message: Message, data: bytes) -> bool:
         """Begin what a message asks for. Whether it asks to close."""
         op = message.get("op")
         self._num_asked += op in ("fill", "write", "ask")
         if op == "over" and self._is_over is not None:
-            self._tell({"op": "over", "is_over": self._is_over(str(message.get("token")))})
+            self._tell({"op": "over", "is_over": self._is_over(text_of(message, "token"))})
         elif op == "opening" and self.objects is None:
             self._open(Opening.of(message))
         elif self.objects is None:
             raise LinkError("the tiers are not open")
-        elif op == "memory" and self._memory is None:
+        elif op == "memory" and self._slots is None:
             self._map(Memory.of(message), self.link.take_fd())
         elif op in ("fill", "write"):
-            place = place_of(message, num_slots=len(self._pages), num_ranks=len(self._namespaces))
-            if place.num_slots * self._pages[0].nbytes > MOST_BYTES:
+            if self._slots is None:
+                raise LinkError("a message names slots before there are any")
+            place = place_of(message, num_slots=len(self._slots), num_ranks=len(self._namespaces))
+            if place.num_slots * self._slots.slot_bytes > MOST_BYTES:
                 raise LinkError(f"an object of {place.num_slots} slots is larger than any")
             if isinstance(place, Fill):
                 self._reads.submit(self._fill, place)
             else:
+                self._num_writes += 1
                 self._writes.submit(self._write, place)
         elif op == "ask":
             question = ask_of(message, data)
@@ -160,7 +201,7 @@ class TierServer:
         return False
 
     def _end(self, *, drain: bool) -> None:
-        self._is_abandoned = not drain
+        self._has_ended, self._is_abandoned = True, not drain
         stall_s = READ_STALL_S if drain else ABANDON_S
         self._reads.close(cancel=True, stall_s=stall_s if drain else 0.0)
         self._asks.close(cancel=True, stall_s=0.0)
@@ -183,148 +224,139 @@ class TierServer:
             named = [Namespace(str(each["model"]), dict(each["fields"])) for each in opening.namespaces]
             auth = auth_key(opening.auth)
             self._namespaces = named
+            self._is_coded = opening.serde != opening.slots
             kinds = {"serde": opening.serde, "slots": opening.slots}
-            self.objects = PageObjects(store, namespace=named[0], **kinds, auth=auth)
+            misfits = OF_A_PEER if self._token else frozenset()  # a session may ask for what no object is
+            self.objects = PageObjects(store, namespace=named[0], **kinds, auth=auth, misfits=misfits)
         except (KVLabError, ImportError, OSError, ValueError, TypeError, LookupError) as error:
             self._tell(failure(error))
             raise LinkError("the tiers could not be opened") from error
         self._tell({"op": "ready", "token": self._token})
-        self._asks.submit(self._log_tiers)
+        self._asks.submit(log_tiers, store, named[0].key(b""))
 
     def _map(self, memory: Memory, fd: int) -> None:
+        """What is refused is told: the engine's log says why its tiers are lost."""
         assert self.objects is not None
         try:
+            self._take_share(memory)
             self.objects.know_pages(memory.page_map, memory.layers)
-            self._memory = SharedSlots(memory.num_slots, memory.layers * memory.page_bytes, fd=fd)
-        except ConfigError as error:
+            self._slots = MappedSlots(memory, fd)
+        except (KVLabError, MemoryError) as error:
+            self._tell(failure(error))
             raise LinkError(str(error)) from error
         finally:
             os.close(fd)  # the mapping stays
-        self._pages = self._memory.slots.reshape(memory.num_slots, memory.layers, memory.page_bytes)
+
+    def _take_share(self, memory: Memory) -> None:
+        """Of addresses and of tables, which all sessions share. ConfigError where it is too much."""
+        if self._limits is None:
+            return
+        num_bytes = memory.num_slots * memory.layers * memory.page_bytes
+        for share, amount, what in (
+            (self._limits.mapped, num_bytes, "slots"),
+            (self._limits.maps, memory.num_elements * ELEMENT_BYTES, "tables of pages"),
+        ):
+            if not share.take(amount):
+                most = format_bytes(share.most)
+                raise ConfigError(
+                    f"{what} of {format_bytes(amount)} are too much: all engines together may have {most}"
+                )
+            self._shares.append((share, amount))
+
+    def give_back(self) -> None:
+        """What it had of the limits, once its threads have ended."""
+        for share, amount in self._shares:
+            share.give_back(amount)
+        self._shares.clear()
 
     def _under(self, rank: int, version: str) -> PageObjects:
         assert self.objects is not None
         return self.objects.under(self._namespaces[rank], version)
 
     def _fill(self, fill: Fill) -> None:
+        assert self._slots is not None
         tier = ""
         try:
-            objects = self._under(fill.rank, fill.version)
-            place = self._in_one_run(fill.runs)
-            out = place if place is not None else self._room(fill.num_slots)
-            key = objects.namespace.key(bytes.fromhex(fill.hash))
-            if objects.load(key, out, first_token=fill.first_token, end_token=fill.end_token):
-                tier = objects.store.served_by
-                if place is None:
-                    self._scatter(fill.runs, out)
+            with self._room_for(fill):
+                objects = self._under(fill.rank, fill.version)
+                place = self._slots.in_one_run(fill.runs)
+                out = place if place is not None else self._slots.room(fill.num_slots)
+                key = objects.namespace.key(bytes.fromhex(fill.hash))
+                if objects.load(key, out, first_token=fill.first_token, end_token=fill.end_token):
+                    tier = objects.store.served_by
+                    if place is None:
+                        self._slots.scatter(fill.runs, out)
         except BaseException as error:  # a store of another package may raise what is no Exception
             self._failed("fill", fill.hash, error)
             tier = ""
         self._tell({"op": "filled", "id": fill.id, "tier": tier})
 
     def _write(self, write: Write) -> None:
-        is_stored = False
+        assert self._slots is not None
+        slots, is_stored = self._slots, False
         try:
-            if self._has_copied(write.after) and self._holds(write):
+            if slots.has_copied(write.after, self._gives_copies_up) and slots.holds(write):
                 objects = self._under(write.rank, write.version)
                 name = bytes.fromhex(write.hash)
-                is_stored = objects.contains_many([name])[0] or objects.save(
-                    objects.namespace.key(name),
-                    self._content(write.runs),
-                    first_token=write.first_token,
-                    end_token=write.end_token,
-                    confirm=lambda: self._holds(write),
-                )
+                key = objects.namespace.key(name)
+                is_stored = not objects.is_misfit(key) and objects.contains_many([name])[0]
+                if not is_stored:
+                    with self._room_for(write):
+                        is_stored = objects.save(
+                            key,
+                            slots.content(write.runs),
+                            first_token=write.first_token,
+                            end_token=write.end_token,
+                            confirm=lambda: slots.holds(write),
+                        )
         except BaseException as error:  # as above
             self._failed("write", write.hash, error)
         self._tell({"op": "written", "id": write.id, "ok": is_stored})
 
-    def _ask(self, ask: Ask, hashes: Sequence[bytes], last: bytes | None, in_memory: bytes) -> None:
+    def _gives_copies_up(self) -> bool:
+        """A copy that is under way takes milliseconds; the engine may be hung, and the server is to end."""
+        return self._is_abandoned or (self._is_left and time.monotonic() > self._left_at + LEFT_COPY_S)
+
+    @contextmanager
+    def _room_for(self, place: Place) -> Iterator[None]:
+        """While an object takes memory beside its slots: of what all sessions may take. StoreError where it is more, or
+        the object is larger than the tiers."""
+        assert self._slots is not None
+        if self._limits is None:
+            yield
+            return
+        hold, num_bytes = Hold(self._limits.on_the_way), place.num_slots * self._slots.slot_bytes
+        most = hold.budget.max_bytes
+        is_in_place = len(place.runs) == 1 and not self._is_coded
         try:
-            self._answer(ask, hashes, last, in_memory)
+            if num_bytes > most or not (
+                is_in_place or hold.take(num_bytes, ROOM_WAIT_S, gives_up=lambda: self._is_abandoned)
+            ):
+                size, limit = format_bytes(num_bytes), format_bytes(most)
+                raise StoreError(f"no room for {size} on the way: all engines have {limit}", reason="no_room")
+            yield
+        finally:
+            hold.give_back()
+
+    def _ask(self, ask: Ask, hashes: Sequence[bytes], last: bytes | None, in_memory: bytes) -> None:
+        assert self.objects is not None
+        try:
+            told, data = answer(
+                ask,
+                hashes,
+                last,
+                in_memory,
+                store=self.objects.store,
+                namespaces=self._namespaces,
+                is_unfit=self.objects.is_misfit,
+                is_wanted=lambda: not self._has_ended,
+            )
+            self._tell(told, data)
+        except UnwantedError:
+            logger.debug("kvlab: a question is left alone, its engine is gone")
         finally:
             with self._lock:
                 self._question_bytes -= (ask.num_hashes + ask.has_last) * HASH_BYTES + ask.num_hashes
-
-    def _answer(self, ask: Ask, hashes: Sequence[bytes], last: bytes | None, in_memory: bytes) -> None:
-        assert self.objects is not None
-        store = self.objects.store
-        namespaces = [versioned(namespace, ask.version) for namespace in self._namespaces]
-        elsewhere = frozenset(key for key, there in zip(hashes, in_memory, strict=True) if there)
-
-        def contains_many(keys: Sequence[bytes]) -> list[bool]:
-            """Under every rank's namespace."""
-            held = [True] * len(keys)
-            for namespace in namespaces:
-                found = store.contains_many([namespace.key(key) for key in keys])
-                held = [a and b for a, b in zip(held, found, strict=True)]
-            return held
-
-        try:
-            known = query_prefix(hashes, ask.chunk_blocks, contains_many, elsewhere=elsewhere, last=last)
-        except BaseException as error:  # as above
-            reason = str(error) if isinstance(error, KVLabError) else f"a store raised {type(error).__name__}"
-            self._tell({"op": "answer", "id": ask.id, "error": reason})
-            return
-        step = ask.chunk_blocks
-        spans = longest_prefix(hashes, step, lambda key: key in elsewhere or known.get(key, False))
-        end = spans[-1].end_block if spans else 0
-        wanted = hashes[end : end - end % step + step]  # the rest of the chunk behind the hit
-        why = self._why_missing(namespaces[0].key(wanted[-1])) if wanted else ""
-        flags = bytes(_flag(known, key) for key in [*hashes, *([] if last is None else [last])])
-        self._tell({"op": "answer", "id": ask.id, "missing": why, "at": end + len(wanted) - 1}, flags)
-
-    def _why_missing(self, key: str) -> str:
-        assert self.objects is not None
-        try:
-            return str(self.objects.store.why_missing(key))
-        except BaseException as error:  # as above
-            return f"raised_{type(error).__name__}"
-
-    # ---- slots
-
-    def _in_one_run(self, runs: Runs) -> NDArray[np.uint8] | None:
-        (first, count), *others = runs
-        return None if others else self._pages[first : first + count]
-
-    def _room(self, num_slots: int) -> NDArray[np.uint8]:
-        """Memory for so many slots' content, this thread's own until its next call."""
-        shape = (num_slots, *self._pages.shape[1:])
-        num_bytes = num_slots * self._pages[0].nbytes
-        return np.frombuffer(scratch("slots", num_bytes), np.uint8, count=num_bytes).reshape(shape)
-
-    def _content(self, runs: Runs) -> NDArray[np.uint8]:
-        """What the slots hold: in place where they lie in one run."""
-        pages = self._in_one_run(runs)
-        if pages is None:
-            pages = self._room(sum(count for _, count in runs))
-            at = 0
-            for first, count in runs:
-                pages[at : at + count] = self._pages[first : first + count]
-                at += count
-        return pages
-
-    def _scatter(self, runs: Runs, content: NDArray[np.uint8]) -> None:
-        at = 0
-        for first, count in runs:
-            self._pages[first : first + count] = content[at : at + count]
-            at += count
-
-    def _holds(self, write: Write) -> bool:
-        """Whether the slots are of the generation that the write names."""
-        assert self._memory is not None
-        owners = self._memory.owners
-        return all(bool((owners[first : first + count] == write.generation).all()) for first, count in write.runs)
-
-    def _has_copied(self, number: int) -> bool:
-        """Wait until the engine's saves up to `number` are in their slots: a GPU says so in shared memory."""
-        assert self._memory is not None
-        deadline = time.monotonic() + COPY_WAIT_S
-        while int(self._memory.copied[0]) < number:
-            if time.monotonic() > deadline or self._is_abandoned:
-                return False
-            time.sleep(0.0005)
-        return True
 
     # ---- what is told
 
@@ -335,7 +367,8 @@ class TierServer:
             logger.debug("kvlab: the engine hears no more")
 
     def _failed(self, what: str, name: str, error: BaseException) -> None:
-        logger.warning("kvlab: %s of object %s failed", what, name, exc_info=error)
+        unforeseen = None if isinstance(error, KVLabError) else error
+        logger.warning("kvlab: %s of object %s failed: %s", what, name, error, exc_info=unforeseen)
 
     def _tell_rows(self) -> None:
         """What the tiers hold and did, now and then, if it is news."""
@@ -347,7 +380,7 @@ class TierServer:
     def _ask_rows(self) -> None:
         assert self.objects is not None
         try:
-            rows = [_shown(row) for row in self.objects.store.rows()]
+            rows = [shown(row) for row in self.objects.store.rows()]
             if rows != self._told_rows:
                 self._told_rows = rows
                 self._tell({"op": "tiers", "rows": rows})
@@ -355,37 +388,3 @@ class TierServer:
             logger.debug("kvlab: the tiers gave no counters: %s", type(error).__name__)
         finally:
             self._are_rows_asked = False
-
-    def _log_tiers(self) -> None:
-        """The start-up line: what each tier holds, and how many of its objects are of the engine's namespace."""
-        assert self.objects is not None
-        prefix = self._namespaces[0].key(b"")
-        store = self.objects.store
-        try:
-            rows = store.rows()
-            listed = list(islice(store.keys(), MOST_LISTED + 1))
-        except BaseException as error:  # as above
-            logger.warning("kvlab: the secondary tiers could not be listed: %s", type(error).__name__)
-            return
-        found = sum(key.startswith(prefix) for key in listed[:MOST_LISTED])
-        more = " or more" if len(listed) > MOST_LISTED else ""
-        tiers = ", ".join(f"{row['tier']} {_held(row)}" for row in rows)
-        logger.info("kvlab: %s; %d%s objects of namespace %s found", tiers, found, more, prefix.strip(":"))
-
-
-def _flag(known: dict[bytes, bool], key: bytes) -> int:
-    """Of a hash in an answer: 0 was not asked for, 1 is missing, 2 is there."""
-    return 0 if key not in known else 1 + bool(known[key])
-
-
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    fields = ("used_bytes", "max_bytes", "evictions", "get_bytes", "put_bytes")
-    numbers = {field: min(int(row.get(field, 0)), MOST_NUMBER) for field in fields}  # a bucket's budget has 19 digits
-    return {"tier": str(row["tier"]), "up": int(bool(row.get("up", 1))), **numbers}
-
-
-def _held(row: dict[str, Any]) -> str:
-    if not row.get("up", 1):
-        return f"is down ({row.get('last_error') or 'no answer'})"
-    used, most = row.get("used_bytes", 0), row.get("max_bytes", 0)
-    return f"holds {format_bytes(used)}" + (f" of {format_bytes(most)}" if most < NO_BUDGET else "")

@@ -12,6 +12,7 @@ from kvlab.paged.cpu import CPUTransfer
 from kvlab.sharedmemory import SharedSlots
 from kvlab.stores import open_store
 from kvlab.tierworker import client as client_module
+from kvlab.tierworker.slots import MappedSlots
 from kvlab.tierworker.client import TierClient
 from kvlab.tierworker.messages import Memory, Opening
 from tests.support.gate import Gate
@@ -108,15 +109,14 @@ def test_slots_that_another_object_was_given_are_not_written_under_the_first_nam
 
 
 def test_slots_that_change_while_they_are_read_are_not_written(worker, monkeypatch):
-    server = worker.tiers._worker.server
-    original = server._content
+    original = MappedSlots.content
 
-    def given_away(runs):
-        taken = original(runs)
+    def given_away(self, runs):
+        taken = original(self, runs)
         worker._disown([3])  # the next object's copy begins meanwhile
         return taken
 
-    monkeypatch.setattr(server, "_content", given_away)
+    monkeypatch.setattr(MappedSlots, "content", given_away)
     step(worker, saves=[3])
     report = reported(worker, lambda report: report.written)
     assert report.failed_writes == {GENERATIONS[3]}

@@ -8,7 +8,7 @@ import pytest
 
 from kvlab.stores.memory import MemoryStore
 from kvlab.stores.tiered import TieredStore, guarded
-from kvlab.stores.wrappers import FaultStore
+from kvlab.stores.wrappers import FaultStore, WrapperStore
 from tests.support.gate import Gate
 
 
@@ -201,3 +201,23 @@ def test_what_a_lower_tier_raises_ends_no_writer_and_no_close(error):
     stack.tiers[0].store.close = fail
     stack.close()
     assert closed == [True], "the tiers below are closed too"
+
+
+def test_numbers_of_a_server_that_does_not_answer_are_no_sign_of_life():
+    """Asked alone for its numbers, a tier may give the last known ones."""
+
+    class Remembering(WrapperStore):
+        is_up = True
+
+    remote = Remembering(MemoryStore(1 << 20), name="remote")
+    with TieredStore([MemoryStore(1 << 20), remote], first_wait_s=1e-9, longest_wait_s=1e-9) as store:
+        store.put("key", b"value")
+        assert [row["up"] for row in store.rows()] == [1, 1]
+        remote.is_up = False
+        for _ in range(3):
+            _, row = store.rows()
+            assert row["up"] == 0
+            assert row["used_bytes"] == remote.used_bytes, "the last that is known"
+            assert store.used_bytes
+        remote.is_up = True
+        assert [row["up"] for row in store.rows()] == [1, 1]

@@ -12,7 +12,8 @@ from kvlab.errors import ConfigError, StoreError
 from kvlab.stores import open_store
 from kvlab.stores.base import MAX_KEY_BYTES
 from kvlab.testing import StoreTests
-from kvlab.tierworker import resp
+from kvlab.tierworker import resp, resp_commands, resp_wire
+from kvlab.tierworker.budget import Budget
 from kvlab.tierworker.resp import RespServer
 
 PATIENT = "timeout_ms=60000"
@@ -138,17 +139,17 @@ def test_scans_that_are_dropped_say_so(server):
         for number in range(2500):
             client.set(f"kvlab:{number}", b"y")
         first = client.scan(0)[0]
-        for _ in range(resp.KEPT_SCANS):
+        for _ in range(resp.MAX_SCANS_OF_ONE):
             cursor, keys = client.scan(0)
-            assert len(keys) == resp.SCANNED
+            assert len(keys) == resp_commands.SCANNED
             assert cursor != 0
         with pytest.raises(redis.ResponseError, match="dropped"):
             client.scan(first)
 
 
 def test_values_on_their_way_have_a_budget(server, monkeypatch):
-    monkeypatch.setattr(resp, "SILENCE_S", 0.2)
-    server._budget = resp.Budget(3 << 20)
+    monkeypatch.setattr(resp_wire, "SILENCE_S", 0.2)
+    server.budget = Budget(server.store, 3 << 20)
     with redis.Redis(port=server.port, protocol=2) as client:
         client.set("kvlab:a", bytes(2 << 20))
     half = b"*3\r\n$3\r\nSET\r\n$7\r\nkvlab:b\r\n$2097152\r\nhalf"
@@ -163,7 +164,7 @@ def test_values_on_their_way_have_a_budget(server, monkeypatch):
 
 
 def test_strangers_are_not_waited_for(monkeypatch):
-    monkeypatch.setattr(resp, "STRANGER_S", 0.05)
+    monkeypatch.setattr(resp_wire, "STRANGER_S", 0.05)
     with (
         RespServer(open_store("memory://?size=1MiB&pinned=false"), "127.0.0.1:0", password="marker") as server,
         socket.create_connection(("127.0.0.1", server.port)) as sock,

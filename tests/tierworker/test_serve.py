@@ -5,12 +5,8 @@ import os
 import random
 import resource
 import signal
-import socket
 import stat
 import struct
-import subprocess
-import sys
-import threading
 import urllib.request
 from pathlib import Path
 
@@ -18,49 +14,17 @@ import numpy as np
 import pytest
 
 from kvlab.errors import ConfigError, StoreError
-from kvlab.sharedmemory import SharedSlots
 from kvlab.stores import open_store, open_stores
 from kvlab.tierworker import server as server_module
 from kvlab.tierworker.client import TierClient
 from kvlab.tierworker.host import CacheServer
-from kvlab.tierworker.link import Link
 from kvlab.tierworker.messages import Ask, Memory, Opening, Write, message_of
 from kvlab.tierworker.metrics import MetricsServer
 from tests.support.gate import Gate
+from tests.support.served import Attached, connected, opened
 from tests.tierworker.test_process import LAYERS, NAMESPACES, PAGE, SLOTS, Tiers, until
 
 ROOT = Path(__file__).parents[2]
-
-
-class Attached(Tiers):
-    def __init__(self, path, *, model="m"):
-        opening = Opening([], "naive", None, [{"model": model, "fields": {"rank": 0}}])
-        self.client = TierClient(opening, path=str(path))
-        self.shared = SharedSlots(SLOTS, LAYERS * PAGE)
-        self.client.share(Memory(SLOTS, LAYERS, PAGE), self.shared)
-        self.bytes = np.random.default_rng(1).integers(0, 256, self.shared.slots.shape, dtype=np.uint8)
-        self.shared.slots[:] = self.bytes
-        self.shared.owners[:] = 1
-        self.answers = {}
-
-
-@pytest.fixture
-def server(tmp_path):
-    server = CacheServer(open_store("memory://?size=64MiB&pinned=false"), tmp_path / "kvlab.sock")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    yield server
-    server.stop()
-    thread.join(60)
-    assert not thread.is_alive()
-
-
-@pytest.fixture
-def engines(server):
-    engines = [Attached(server.path), Attached(server.path)]
-    yield engines
-    for engine in engines:
-        engine.client.close()
 
 
 def test_what_one_engine_saves_another_loads(engines):
@@ -108,20 +72,6 @@ def test_tiers_of_its_own_an_attached_engine_may_not_bring(server, tmp_path):
     with pytest.raises(ConfigError, match="no tiers of its own"):
         TierClient(Opening([f"file://{tmp_path}/x"], "naive", None, NAMESPACES), path=str(server.path))
     assert not (tmp_path / "x").exists()
-
-
-def connected(server):
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(str(server.path))
-    return sock
-
-
-def opened(server):
-    """A client's own link to the server, with its tiers open."""
-    link = Link(connected(server))
-    link.send(message_of(Opening([], "naive", None, NAMESPACES)))
-    assert link.wait(20)
-    return link
 
 
 def frames(rng):
@@ -193,25 +143,6 @@ def test_metrics_and_engines_are_counted(server, engines):
     assert len([line for line in lines if line.startswith("# TYPE")]) == len(
         {line for line in lines if line[:6] == "# TYPE"}
     )
-
-
-@pytest.fixture
-def command(tmp_path):
-    """``kvlab serve`` as people start it."""
-    path = tmp_path / "run.sock"
-    args = ["--memory", "32MiB", "--tier", f"file://{tmp_path}/kv?size=64MiB", "--listen", str(path)]
-    started = []
-
-    def start():
-        line = [sys.executable, "-m", "kvlab", "serve", *args]
-        started.append(subprocess.Popen(line, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}))
-        until(path.exists)
-        return path, started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
 
 
 def test_sigterm_writes_what_is_queued(command, tmp_path):

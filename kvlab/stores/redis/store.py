@@ -186,6 +186,12 @@ class RedisStore(RemoteStore):
     def close(self) -> None:
         self._topology.close()
 
+    @property
+    def is_up(self) -> bool:
+        """Of a cluster, whether some node answers."""
+        known = list(self._topology.known())
+        return not known or any(node.health.is_up for node in known)
+
     # ---- calls
 
     def _is_up(self) -> bool:

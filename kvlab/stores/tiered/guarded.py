@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
+from kvlab.errors import StoreError
 from kvlab.stores.base import Buffer, Store, Value, ValueTooLongError
 from kvlab.stores.circuit_breaker import FIRST_WAIT_S, LONGEST_WAIT_S, CircuitBreaker
 from kvlab.stores.forks import Lock
@@ -35,6 +36,7 @@ class GuardedStore:
         self.health = CircuitBreaker(first_wait_s, longest_wait_s)
         self.write_health = CircuitBreaker(first_wait_s, longest_wait_s)
         self.last_error = ""
+        self._told: list[dict[str, int | float | str]] = [{"tier": store.name}]
         self._is_left_out = False
         self._missed: dict[str, object] = {}  # by key, something new for each miss; the oldest first
         self._lock = Lock()
@@ -158,6 +160,24 @@ class GuardedStore:
     def call(self, method: Callable[..., T], *args: object, default: T) -> T:
         """``method(*args)`` of this tier's store, or `default` if it fails or is left alone."""
         return self._call(self.health, "", method, args, default)
+
+    def rows(self) -> list[dict[str, int | float | str]]:
+        """The store's own, or the last that it gave, each with how the tier has fared."""
+        self._told = self.ask(self.store.rows, default=self._told)
+        return [{**row, **self.row()} for row in self._told]
+
+    def ask(self, method: Callable[..., T], *args: object, default: T) -> T:
+        """As `call`, for what a store says of itself: it may give the last known numbers of a server that does not
+        answer, which is a failure all the same."""
+        found = [default]
+
+        def asked() -> None:
+            found[0] = method(*args)
+            if not self.store.is_up:
+                raise StoreError("it does not answer; its numbers are the last known", reason="no_answer")
+
+        self.call(asked, default=None)
+        return found[0]
 
     def write(self, method: Callable[..., T], *args: object, default: T) -> T:
         """As `call`, for a method that changes what the store holds."""

@@ -82,11 +82,11 @@ class TieredStore(Store):
 
     @property
     def max_bytes(self) -> int:  # type: ignore[override]
-        return sum(tier.call(lambda store: store.max_bytes, tier.store, default=0) for tier in self.tiers)
+        return sum(tier.ask(lambda store: store.max_bytes, tier.store, default=0) for tier in self.tiers)
 
     @property
     def used_bytes(self) -> int:
-        return sum(tier.call(lambda store: store.used_bytes, tier.store, default=0) for tier in self.tiers)
+        return sum(tier.ask(lambda store: store.used_bytes, tier.store, default=0) for tier in self.tiers)
 
     def put(self, key: str, value: Value) -> bool:
         """True if at least one tier holds it now."""
@@ -227,8 +227,7 @@ class TieredStore(Store):
         """One row per tier: its counters, how often it was down; for the first, what its writer has to do and did."""
         rows: list[dict[str, int | float | str]] = []
         for tier in self.tiers:
-            unknown: list[dict[str, int | float | str]] = [{"tier": tier.store.name}]
-            rows.extend({**row, **tier.row()} for row in tier.call(tier.store.rows, default=unknown))
+            rows.extend(tier.rows())
         if self._writer is not None:
             queued, written, dropped = self._writer.waiting, self._writer.written, self._writer.dropped
             rows[0] |= {"writer_waiting": queued, "writer_written": written, "writer_dropped": dropped}
