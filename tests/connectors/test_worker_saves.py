@@ -12,9 +12,9 @@ from kvlab.paged.cpu import CPUTransfer
 from kvlab.sharedmemory import SharedSlots
 from kvlab.stores import open_store
 from kvlab.tierworker import client as client_module
-from kvlab.tierworker.slots import MappedSlots
 from kvlab.tierworker.client import TierClient
 from kvlab.tierworker.messages import Memory, Opening
+from kvlab.tierworker.slots import MappedSlots
 from tests.support.gate import Gate
 from tests.support.tiers import workers_in_threads
 
