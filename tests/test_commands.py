@@ -19,13 +19,14 @@ PIP = {"pip", "uv"}
 NAMES_FILES = {"conda": "-f", "docker": "-f"}  # programs that are not run, and the flag of a file of the checkout
 OTHERS = {
     "apt-get",
+    "curl",
     "python",
     "memcached",
     "mooncake_master",
     "mooncake_client",
     "redis-server",
 }  # other systems' servers, see stores
-SHELL = {"head", "install", "umask", "chmod"}  # writes files below /etc/kvlab: run below a temporary folder
+SHELL = {"head", "install", "chmod"}  # writes files below /etc/kvlab: run below a temporary folder
 
 
 def name_of(page):

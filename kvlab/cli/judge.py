@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
         "kvlab judge my_package.connector:MyConnector --traps edges,forks,aborts",
     )
     about = "Put a KV connector of vLLM through traps: does a hit answer as a recompute does?"
-    more = "Exit status: 0 where no trap failed, crashed or hung, else 1. The traps: kvlab judge --list."
+    more = "Exit status: 1 where a trap failed, crashed or hung, or no engine started with it. The traps: --list."
     p = Parser("kvlab judge", about, examples=examples, more=more)
     p.add_argument("connector", nargs="?", metavar="MODULE:CLASS", help="or a name that vLLM knows")
     p.add_argument("--extra", default="", metavar="JSON", help='kv_connector_extra_config; "{storage}" is a folder')

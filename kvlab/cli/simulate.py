@@ -31,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("trace", help=f"a trace ({', '.join(FORMATS)}: JSON lines), or made-up traffic: {', '.join(KINDS)}")
     p.add_argument(
         "--policy",
-        default="lru",
-        help="eviction policies, with commas, where a URL names none; belady is the bound (default: %(default)s)",
+        action="append",
+        help="eviction policies, with commas, where a URL names none; may repeat; belady is the bound (default: lru)",
     )
     p.add_argument(
         "--tiers",
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     rows = sweep(
         traffic,
         [stack_of(one) for one in args.tiers.split(",")],
-        args.policy.split(","),
+        ",".join(args.policy or ["lru"]).split(","),
         serdes=[_serde(one) for one in args.serde.split(",")] if args.serde else [None],
         model=args.model,
         chunk_tokens=args.chunk_tokens,

@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
                 break
     except KeyboardInterrupt:
         pass
+    if not (state.taken or state.broken or args.json):
+        print(f"no events came from {args.endpoint}")
     if args.trace is not None:
         save_traffic(state.traffic(), args.trace)
         left_out = f"; {state.left_out:,} stored sequences are not in it, see the guide" if state.left_out else ""

@@ -92,6 +92,8 @@ def _convert(gguf: Path, out: Path) -> None:
     except ImportError as error:
         raise missing_package(error, "the demo model") from error
 
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for a terminal
     config = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=config

@@ -6,6 +6,7 @@ when it has ended, so that the judge knows what a process that dies was at.
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -123,7 +124,7 @@ def line_of(error: BaseException) -> str:
     """The innermost cause, in one line; of one that has no text, where it was raised."""
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
-    said = str(error).strip()
+    said = re.sub(r"^(\d+ validation errors? for \w+)\n\s*", r"\1: ", str(error).strip())  # pydantic's
     if not said and (frames := traceback.extract_tb(error.__traceback__)):
         said = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"
     return f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"[:300]

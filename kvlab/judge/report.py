@@ -50,8 +50,9 @@ class Report:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a trap failed, crashed or hung."""
-        return any(one.verdict in BAD for one in self.verdicts)
+        """Whether a trap failed, crashed or hung, or no engine started with the connector."""
+        began = any(one.verdict not in (REFUSED, NOT_RUN) for one in self.verdicts)
+        return not began or any(one.verdict in BAD for one in self.verdicts)
 
     @property
     def counts(self) -> dict[str, int]:

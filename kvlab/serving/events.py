@@ -56,12 +56,13 @@ class _Prompt:
 
 
 class KVEvents:
-    """The state that events describe. `missed` counts batches that were lost on the way, by their sequence numbers;
-    `broken` those that could not be read, of which nothing is taken. `block_tokens` is that of the first prompt;
-    `left_out` counts what is in no trace: prompts and parts of blocks of another size, and those beyond a limit."""
+    """The state that events describe. `taken` counts batches that were read, `missed` those that were lost on the way,
+    by their sequence numbers; `broken` those that could not be read, of which nothing is taken. `block_tokens` is that
+    of the first prompt; `left_out` counts what is in no trace: prompts and parts of blocks of another size, and those
+    beyond a limit."""
 
     def __init__(self) -> None:
-        self.missed = self.broken = self.block_tokens = self.left_out = 0
+        self.taken = self.missed = self.broken = self.block_tokens = self.left_out = 0
         self.counts: dict[str, Counter[str]] = {}  # by medium: stored, removed
         self._held: dict[Any, set[str]] = {}  # block -> the media it lies in
         self._parents: dict[Any, Any] = {}  # without a circle
@@ -82,7 +83,7 @@ class KVEvents:
     def take(self, payload: bytes, sequence: int | None = None) -> None:
         """Fold in one published batch. What cannot be read is counted, as it comes from a network."""
         try:
-            when, events, *_ = needed("msgspec", "kvlab watch").msgpack.decode(payload)
+            when, events, *_ = needed("msgspec").msgpack.decode(payload)
             if not _is_number(when) or not 0 <= when <= LATEST_S:
                 raise ValueError("no time")
             if sequence is not None and not 0 <= sequence < 1 << 64:
@@ -96,6 +97,7 @@ class KVEvents:
             if self._sequence is not None and sequence > self._sequence + 1:
                 self.missed += sequence - self._sequence - 1
             self._sequence = sequence
+        self.taken += 1
         self._latest_s = max(self._latest_s, float(when))  # clocks are set back; a trace goes forward
         for event in read:
             self._apply(event)
@@ -250,7 +252,7 @@ def watch(endpoint: str = "tcp://127.0.0.1:5557", *, topic: str = "", wait_s: fl
     ConfigError
         for an endpoint that cannot be one
     """
-    zmq = needed("zmq", "kvlab watch")
+    zmq = needed("zmq")
     state = KVEvents()
     context = zmq.Context()
     socket = context.socket(zmq.SUB)

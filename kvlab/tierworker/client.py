@@ -131,6 +131,10 @@ class TierClient:
         elif not self._is_open and self._opening_since is None and not self._is_closed:
             self._restart()
 
+    def name_of(self, tier: str) -> str:
+        """What an engine calls a tier; one of a cache server, whose memory is not the engine's, is ``serve:...``."""
+        return f"serve:{tier}" if tier and self._path else tier
+
     def wait(self, timeout_s: float) -> None:
         """`poll`, as soon as something comes, and after `timeout_s` at the latest."""
         if self._is_open and self._worker.link.wait(timeout_s):
@@ -155,7 +159,7 @@ class TierClient:
     def _take(self, message: Message, data: bytes) -> None:
         op = message.get("op")
         if op == "tiers":
-            self.rows = list(message["rows"])
+            self.rows = [{**row, "tier": self.name_of(row["tier"])} for row in message["rows"]]
         elif op == "ready":
             self._opened(message.get("token"))
         elif op == "failed":

@@ -125,7 +125,9 @@ def test_engines_share_a_cache_server(server, expected):
         for _ in range(3):
             for p in prompts:
                 answer = generate(llm, [p])[0]
-                assert (answer.hit, answer.row["tier"], answer.tokens) == (len(p) - 1, "memory", expected(p))
+                assert (answer.hit, answer.tokens) == (len(p) - 1, expected(p))
+                # Of all but the first prompt, the beginning lies in the engine's own memory by now.
+                assert answer.row["tier"] == ("serve:memory" if p is prompts[0] else "memory+serve:memory")
             empty_memory(llm)
         salted = generate(llm, [prompts[0]], salt="a")[0]
         assert (salted.hit, salted.tokens) == (0, expected(prompts[0]))

@@ -177,6 +177,19 @@ def test_an_error_without_a_text_says_where_it_was_raised():
     assert _last_line("Error: too small\n\n") == "Error: too small"
 
 
+def test_the_first_thing_that_pydantic_says_is_told():
+    said = "1 validation error for VllmConfig\n  Value error, Unsupported connector type: Exemple [type=value_error]"
+    assert "Unsupported connector type: Exemple" in line_of(ValueError(said))
+
+
+def test_a_connector_with_which_no_engine_starts_has_failed():
+    def report(*verdicts):
+        return Report("C", "{}", [Verdict("edges", "about", verdict) for verdict in verdicts], {})
+
+    assert report("refused", "not run").has_failed
+    assert not report("held", "refused", "not run").has_failed
+
+
 def raise_without_a_text():
     raise AssertionError
 

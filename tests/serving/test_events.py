@@ -125,6 +125,12 @@ def test_the_command_writes_a_trace(monkeypatch, tmp_path, capsys):
     assert load_traffic(tmp_path / "seen.jsonl", block_tokens=16).requests[0].num_tokens == 48
 
 
+def test_the_command_says_where_nothing_came_from(monkeypatch, capsys):
+    monkeypatch.setattr("kvlab.cli.watch.watch", lambda *_, **__: iter([KVEvents()]))
+    assert main(["watch", "tcp://127.0.0.1:5999"]) == 0
+    assert capsys.readouterr().out == "no events came from tcp://127.0.0.1:5999\n"
+
+
 def hostile(**changes):
     return batch({**stored([8], 2), **changes})
 

@@ -157,9 +157,10 @@ def test_command_line(tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert "60 requests" in table[0]
     assert len(table) == 6
-    assert main(["simulate", *arguments, "--workers", "1", "--json", "--store-threshold", "2"]) == 0
+    repeated = [*arguments, "--policy", "fifo"]
+    assert main(["simulate", *repeated, "--workers", "1", "--json", "--store-threshold", "2"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert [row["policy"] for row in answer["rows"]] == ["lru", "lru", "s3fifo", "s3fifo"]
+    assert [row["policy"] for row in answer["rows"]] == ["lru", "lru", "s3fifo", "s3fifo", "fifo", "fifo"]
     assert answer["rows"][0]["store_threshold"] == 2
     assert main(["simulate", "agent", "--limit", "40", "--csv"]) == 0
     assert capsys.readouterr().out.startswith("traffic,policy,")

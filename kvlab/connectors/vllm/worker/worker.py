@@ -244,7 +244,7 @@ class Worker:
             place = (0, pending.load.version, op.hash.hex(), runs_of(op.slots), op.first_token, op.end_token)
 
             def answered(message: Message | None, _: bytes, op: LoadOp = op) -> None:
-                tier = str(message.get("tier", "")) if message is not None else ""
+                tier = self.tiers.name_of(str(message.get("tier", ""))) if message and self.tiers else ""
                 if tier:
                     self._own(op)
                 else:
