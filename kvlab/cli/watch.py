@@ -11,6 +11,8 @@ from kvlab.errors import ConfigError
 from kvlab.serving.events import KVEvents, watch
 from kvlab.simulation.trace_files import save_traffic
 
+LOOK_S = 0.5  # so that `--for-s` ends in time
+
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of ``kvlab watch``."""
@@ -34,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--every-s and --for-s must be seconds above 0")
     state, started, told = KVEvents(), time.monotonic(), 0.0
     try:
-        for state in watch(args.endpoint, topic=args.topic, wait_s=min(args.every_s, args.for_s or args.every_s)):
+        for state in watch(args.endpoint, topic=args.topic, wait_s=min(args.every_s, LOOK_S)):
             now = time.monotonic() - started
             if now - told >= args.every_s and not args.json:
                 told = now
