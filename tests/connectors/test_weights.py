@@ -10,6 +10,7 @@ import torch
 
 from kvlab.connectors.vllm_plugin import FILES_BEFORE_LOAD
 from kvlab.errors import ConfigError
+from kvlab.judge.engine import core
 from tests.connectors.engine import connector, drain, empty_memory, engine, generate, prompt
 from tests.connectors.stress import tiny_model
 
@@ -83,8 +84,8 @@ def test_requests_that_run_through_a_reset_are_not_stored(tmp_path, changed):
     with engine(tiers, {"max_num_batched_tokens": 64, "enable_chunked_prefill": True}) as llm:
         vllm = llm.llm_engine
         vllm.add_request("runs", {"prompt_token_ids": PROMPT}, sampling)
-        for _ in range(3):
-            vllm.step()
+        while not any(request.num_computed_tokens for request in core(llm).running):
+            vllm.step()  # it waits for the tier's answer first
         llm.apply_model(change)
         connector(llm).reset_cache()  # vLLM itself refuses to while requests run, or makes them begin again
         while vllm.has_unfinished_requests():
@@ -173,8 +174,8 @@ def test_pages_that_outlive_a_reset_are_not_stored_as_the_new_weights(tmp_path, 
     with engine(tiers, {"enable_prefix_caching": True}) as llm:
         vllm = llm.llm_engine
         vllm.add_request("runs", {"prompt_token_ids": PROMPT}, SamplingParams(max_tokens=60, ignore_eos=True))
-        for _ in range(3):
-            vllm.step()
+        while not any(answer.outputs[0].token_ids for answer in vllm.step()):
+            pass  # it waits for the tier's answer
         assert llm.reset_prefix_cache(reset_connector=True) is False
         llm.apply_model(load_norms)
         vllm.add_request("finds pages", {"prompt_token_ids": NEW}, SamplingParams(max_tokens=2))
