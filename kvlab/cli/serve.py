@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
             beside.enter_context(resp)
             if not password:
                 logger.warning(OPEN_TO_ALL, args.tcp)
-        places = [args.listen, *filter(None, (args.tcp, args.metrics))]
+        places = [str(args.listen), *filter(None, (args.tcp, args.metrics))]
         logger.info("kvlab serve: listens at %s", ", ".join(places))
         server.run()
     logger.info("kvlab serve: ended")
