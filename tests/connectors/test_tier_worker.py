@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from kvlab.stores import open_store
-from kvlab.tierworker.host import CacheServer
 from tests.connectors.damage import objects
 from tests.connectors.engine import connector, drain, empty_memory, engine, generate, prompt, worker
+from tests.support.tiers import cache_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,13 +102,8 @@ def test_an_engine_that_is_killed_leaves_whole_objects_and_nothing_else(tmp_path
 
 @pytest.fixture
 def server(tmp_path):
-    store = open_store("memory://?size=512MiB&pinned=false")
-    server = CacheServer(store, tmp_path / "kvlab.sock")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    yield server
-    server.stop()
-    thread.join(60)
+    with cache_server(tmp_path / "kvlab.sock", "512MiB") as server:
+        yield server
 
 
 def test_engines_share_a_cache_server(server, expected):

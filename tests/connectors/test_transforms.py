@@ -1,7 +1,5 @@
 """A transform of KV and an admission rule of another package, in a real engine."""
 
-import threading
-
 import pytest
 import torch
 
@@ -9,13 +7,12 @@ from kvlab.connectors.transformers import load_model
 from kvlab.connectors.vllm import pages as pages_module
 from kvlab.errors import ConfigError
 from kvlab.paged import Opaque
-from kvlab.stores import open_store
 from kvlab.stores.admission import RULES, AdmissionRule
-from kvlab.tierworker.host import CacheServer
 from kvlab.transforms import TRANSFORMS, KVTransform
 from tests.connectors.engine import connector, drain, engine, generate, prompt
 from tests.connectors.models import short_demo
 from tests.connectors.test_attach import said, zeroed
+from tests.support.tiers import cache_server
 
 MEMORY = "memory://?size=64MiB"
 seen: list[tuple[int, ...]] = []
@@ -70,13 +67,8 @@ def package(monkeypatch):
 
 @pytest.fixture
 def server(tmp_path):
-    """What `kvlab serve` runs."""
-    server = CacheServer(open_store("memory://?size=512MiB&pinned=false"), tmp_path / "kvlab.sock")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    yield server
-    server.stop()
-    thread.join(60)
+    with cache_server(tmp_path / "kvlab.sock", "512MiB") as server:
+        yield server
 
 
 def twice(llm, tokens, **more):

@@ -4,19 +4,15 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from kvlab.sharedmemory import SharedSlots
-from kvlab.stores import open_store
 from kvlab.tierworker.client import TierClient
-from kvlab.tierworker.host import CacheServer
 from kvlab.tierworker.link import Link
-from kvlab.tierworker.messages import Memory, Opening, message_of
-from tests.tierworker.test_process import LAYERS, NAMESPACES, PAGE, SLOTS, Tiers, until
+from kvlab.tierworker.messages import Opening, message_of
+from tests.support.tiers import cache_server
+from tests.tierworker.test_process import NAMESPACES, Tiers, until
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,24 +20,13 @@ ROOT = Path(__file__).parents[2]
 class Attached(Tiers):
     def __init__(self, path, *, model="m"):
         opening = Opening([], "naive", None, [{"model": model, "fields": {"rank": 0}}])
-        self.client = TierClient(opening, path=str(path))
-        self.shared = SharedSlots(SLOTS, LAYERS * PAGE)
-        self.client.share(Memory(SLOTS, LAYERS, PAGE), self.shared)
-        self.bytes = np.random.default_rng(1).integers(0, 256, self.shared.slots.shape, dtype=np.uint8)
-        self.shared.slots[:] = self.bytes
-        self.shared.owners[:] = 1
-        self.answers = {}
+        self._share(TierClient(opening, path=str(path)), seed=1)
 
 
 @pytest.fixture
 def server(tmp_path):
-    server = CacheServer(open_store("memory://?size=64MiB&pinned=false"), tmp_path / "kvlab.sock")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    yield server
-    server.stop()
-    thread.join(60)
-    assert not thread.is_alive()
+    with cache_server(tmp_path / "kvlab.sock", "64MiB") as server:
+        yield server
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Tier workers in this process, so that tests can put stores of their own into them."""
+"""Tier workers in this process, so that tests can put stores of their own into them; and cache servers."""
 
 import socket
 import threading
@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from kvlab.stores import Store
+from kvlab.stores import Store, open_store
 from kvlab.tierworker import process
+from kvlab.tierworker.host import CacheServer
 from kvlab.tierworker.link import Link
 from kvlab.tierworker.server import TierServer
 
@@ -43,3 +44,15 @@ def workers_in_threads(store: Store | None = None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process, "start", lambda level: ThreadWorker(store))
         yield
+
+
+@contextmanager
+def cache_server(path, memory):
+    """What `kvlab serve` runs, with so large a memory tier, in this process."""
+    server = CacheServer(open_store(f"memory://?size={memory}&pinned=false"), path)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield server
+    server.stop()
+    thread.join(60)
+    assert not thread.is_alive()

@@ -27,10 +27,13 @@ class Tiers:
     """A client with slots of random bytes."""
 
     def __init__(self, folder):
-        self.client = TierClient(Opening([f"file://{folder}?size=64MiB"], "naive", None, NAMESPACES))
+        self._share(TierClient(Opening([f"file://{folder}?size=64MiB"], "naive", None, NAMESPACES)), seed=0)
+
+    def _share(self, client, *, seed):
+        self.client = client
         self.shared = SharedSlots(SLOTS, LAYERS * PAGE)
         self.client.share(Memory(SLOTS, LAYERS, PAGE), self.shared)
-        self.bytes = np.random.default_rng(0).integers(0, 256, self.shared.slots.shape, dtype=np.uint8)
+        self.bytes = np.random.default_rng(seed).integers(0, 256, self.shared.slots.shape, dtype=np.uint8)
         self.shared.slots[:] = self.bytes
         self.shared.owners[:] = 1
         self.answers = {}
