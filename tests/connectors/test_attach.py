@@ -265,6 +265,12 @@ def test_the_engines_own_prefix_cache_keeps_them_apart_too():
             assert worst(zeroed(kv, 2), without_last(cache.read(again), zeroed(kv, 2))) == 0
         cache.clear()
         assert answer(llm, edited)[0] == plain
+        for beyond in (-1, 1 << 40, llm.llm_engine.model_config.get_vocab_size()):
+            with pytest.raises(ConfigError, match=rf"token ids must be those of the model, 0 to \d+; got {beyond}"):
+                cache.read([5, beyond, 7])
+    for call in (lambda: cache.read(prompt(200)), lambda: cache.write(prompt(200), kv)):
+        with pytest.raises(ConfigError, match="the engine of this cache has ended; start one and attach to it"):
+            call()
 
 
 def test_the_miss_page_of_an_engines_request_is_what_the_engine_did(tmp_path):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import kvlab
 from kvlab.connectors.captured import KV
-from kvlab.connectors.proven_file import read_proven
+from kvlab.connectors.proven_file import content_id, read_proven
 from kvlab.connectors.vllm.by_hand.written import ByHand
 from kvlab.errors import ConfigError, FormatError
 from tests.connectors.engine import generate, prompt, shared
@@ -28,8 +28,8 @@ def saved(cache, tmp_path):
     return tmp_path / "kv.safetensors", kv
 
 
-def changed(path, name, change):
-    """The file with another value of a field of its proof, or other tensors."""
+def changed(path, name, change, *, is_hidden=True):
+    """The file with another value of a field of its proof, or other tensors; `is_hidden`: with their digest."""
     with safe_open(path, "pt") as opened:
         fields, parts = dict(opened.metadata()), {each: opened.get_tensor(each) for each in opened.keys()}  # noqa: SIM118
     proof = json.loads(fields["proof"])
@@ -37,7 +37,10 @@ def changed(path, name, change):
         proof[name] = change(proof[name])
     else:
         parts[name] = change(parts[name])
-    save_file(parts, path, {**fields, "proof": json.dumps(proof)})
+    fields["proof"] = json.dumps(proof)
+    if is_hidden:
+        fields["proof"] = json.dumps({**proof, "content": content_id(parts, fields)})
+    save_file(parts, path, fields)
 
 
 def test_a_file_is_loaded_proven_and_serves_its_prompt(cache, saved):
@@ -65,6 +68,26 @@ def test_numbers_that_were_changed_are_refused_unless_told_otherwise(cache, save
     assert float(cache.load(path, check=False).values[2].abs().max()) == 0
 
 
+def test_tokens_in_another_order_are_told_though_no_logprob_changes(cache, saved):
+    path, _ = saved
+    order = torch.cat([torch.tensor([0]), torch.arange(128, 0, -1), torch.tensor([129])])
+    names = [f"layers.{layer}.{half}" for layer in range(6) for half in ("key", "value")]
+    for name in names:
+        changed(path, name, lambda part: part[order].contiguous(), is_hidden=False)
+    with pytest.raises(FormatError, match="does not hold what was saved; check=False") as raised:
+        cache.load(path)
+    assert raised.value.reason == "unproven"
+    for name in names:
+        changed(path, name, lambda part: part)
+    cache.load(path)  # so it is the digest that told them
+
+
+@pytest.mark.parametrize("tolerance", ["x", -1, float("nan"), float("inf")])
+def test_a_tolerance_is_a_number_of_nats(cache, saved, tolerance):
+    with pytest.raises(ConfigError, match="tolerance must be a number of nats from 0 on, got"):
+        cache.load(saved[0], tolerance=tolerance)
+
+
 def test_a_file_that_names_other_tokens_is_refused(cache, saved):
     """They compute nothing, but for the last one: the logprobs would stay."""
     path, kv = saved
@@ -73,7 +96,7 @@ def test_a_file_that_names_other_tokens_is_refused(cache, saved):
     about = json.loads(fields["about"])
     about["token_ids"][3] += 1
     save_file(parts, path, {**fields, "about": json.dumps(about)})
-    with pytest.raises(FormatError, match="names other tokens than it was saved with"):
+    with pytest.raises(FormatError, match="does not hold what was saved; check=False"):
         cache.load(path)
     assert cache.load(path, check=False).token_ids[3] == kv.token_ids[3] + 1
 
@@ -146,7 +169,7 @@ def test_a_codec_codes_the_file_and_is_part_of_the_proof(cache, saved, tmp_path)
 def test_what_is_no_such_file_is_refused_in_one_line(cache, saved, tmp_path):
     _, kv = saved
     kv.save(tmp_path / "plain.safetensors")
-    with pytest.raises(FormatError, match=r"carries no proof of format 2; KV.load reads files without one"):
+    with pytest.raises(FormatError, match=r"carries no proof of format 3; KV.load reads files without one"):
         cache.load(tmp_path / "plain.safetensors")
     (tmp_path / "noise").write_bytes(b"noise" * 100)
     with pytest.raises(FormatError, match="is not a readable file of KV"):

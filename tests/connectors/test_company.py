@@ -120,6 +120,7 @@ def test_a_consumer_stores_nothing_and_a_producer_loads_nothing(tmp_path, expect
         assert [answer.tokens for answer in answers] == [expected(PROMPT)] * 2
         assert [answer.hit for answer in answers] == [0, 0]
         assert bool(objects(tmp_path)) is (role == "kv_producer")
+        assert not connector(llm).hook_errors
     with engine(tiers) as llm:
         assert generate(llm, [PROMPT])[0].hit == (299 if role == "kv_producer" else 0)
         settle(llm)

@@ -392,6 +392,8 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         return True
 
     def shutdown(self) -> None:
+        if self.by_hand is not None:
+            self.by_hand.has_ended = True
         if self.worker is not None:
             self.worker.close()
         elif self.tiers is not None and self._owns_tiers:

@@ -1,9 +1,9 @@
 """`kvlab.attach`: read the KV of a prompt out of a running vLLM, change it, put it back, generate."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from numbers import Integral
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 from kvlab.connectors.captured import KV
-from kvlab.connectors.proven_file import FEWEST_TOKENS, Proof, read_proven, tokens_id, write_proven
+from kvlab.connectors.proven_file import FEWEST_TOKENS, Proof, read_proven, write_proven
 from kvlab.connectors.vllm.by_hand.answers import Asking, Change, Logprobs
 from kvlab.connectors.vllm.by_hand.pages import EnginePages
+from kvlab.connectors.vllm.by_hand.prompts import Prompt, named
 from kvlab.connectors.vllm.by_hand.written import ByHand
 from kvlab.connectors.vllm.connector import KVLabConnector
 from kvlab.connectors.vllm.weights import weights_name
@@ -24,7 +25,6 @@ from kvlab.serde import get_serde
 from kvlab.simulation.traffic import Traffic
 from kvlab.simulation.why import MissPage
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
 ROUNDING = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.1}  # nats, between two ways to the same logprob
 
 
@@ -198,8 +198,7 @@ class AttachedCache:
             logprobs = self._asking.follow(prompt, tokens, top=top)
         finally:
             self._by_hand.drop(prompt["cache_salt"])
-        prompt_id = tokens_id(kv.token_ids)
-        write_proven(path, kv, Proof(self._identity(), self._rope(), codec, prompt_id, tokens, logprobs))
+        write_proven(path, kv, Proof(self._identity(), self._rope(), codec, tokens, logprobs))
 
     def load(self, path: str | Path, *, check: bool = True, tolerance: float | None = None) -> KV:
         """The KV of a file, proven: this engine has the same model, and says the same behind it.
@@ -209,7 +208,7 @@ class AttachedCache:
         path
             what `save` wrote
         check
-            False takes the file's word
+            False takes the file's word, and any content
         tolerance
             nats by which a logprob may differ; by the engine's dtype where it is not given
 
@@ -218,7 +217,9 @@ class AttachedCache:
         FormatError
             where the file is broken, of another model, or the engine answers otherwise, with what differs
         """
-        kv, proof = read_proven(path)
+        if tolerance is not None and not (isinstance(tolerance, int | float) and 0 <= tolerance < inf):
+            raise ConfigError(f"tolerance must be a number of nats from 0 on, got {tolerance!r}"[:200])
+        kv, proof = read_proven(path, check=check)
         if not check:
             return kv
         ours = {**self._identity(), "rope": str(self._rope())}
@@ -228,14 +229,12 @@ class AttachedCache:
                 f"{path} is KV of another model: {', '.join(differing)} differ; check=False loads it all the same",
                 reason="wrong_model",
             )
-        named, model_config = [*kv.token_ids, *proof.tokens], self._config.model_config
-        if not max(named) < (vocabulary := int(model_config.get_vocab_size())):
+        tokens, model_config = [*kv.token_ids, *proof.tokens], self._config.model_config
+        if not max(tokens) < (vocabulary := int(model_config.get_vocab_size())):
             raise FormatError(f"{path} names tokens beyond the model's {vocabulary}", reason="unproven")
-        if proof.prompt != tokens_id(kv.token_ids):
-            raise FormatError(f"{path} names other tokens than it was saved with", reason="unproven")
-        if not kv.token_ids or len(named) > model_config.max_model_len:
+        if not kv.token_ids or len(tokens) > model_config.max_model_len:
             raise FormatError(
-                f"{path} has {len(named)} tokens with those of its proof, this engine takes 1 to "
+                f"{path} has {len(tokens)} tokens with those of its proof, this engine takes 1 to "
                 f"{model_config.max_model_len}",
                 reason="unproven",
             )
@@ -303,26 +302,10 @@ class AttachedCache:
         return count
 
     def _named(self, prompt: Prompt) -> dict[str, Any]:
-        """`prompt` as token ids, with its salt if it has one."""
-        given: dict[str, Any] = {}
-        if isinstance(prompt, str):
-            ids: Any = self._llm.get_tokenizer().encode(prompt)
-        elif isinstance(prompt, Mapping):
-            ids, given = prompt.get("prompt_token_ids"), {k: v for k, v in prompt.items() if k == "cache_salt"}
-            if ids is None or set(prompt) - {"prompt_token_ids", "cache_salt", "prompt"}:
-                raise ConfigError(f"a prompt must be prompt_token_ids and cache_salt, got {', '.join(prompt)}")
-        else:
-            ids = prompt
-        if not isinstance(ids, Iterable) or isinstance(ids, str | bytes):
-            raise ConfigError(f"a prompt must be text, token ids or what `write` returned, got {type(ids).__name__}")
-        ids = list(ids)
-        if wrong := [token for token in ids if isinstance(token, bool) or not isinstance(token, Integral)]:
-            raise ConfigError(f"token ids must be whole numbers, got {wrong[0]!r}")
-        if not ids:
-            raise ConfigError("a prompt must hold at least one token, got none")
-        if not isinstance(given.get("cache_salt", ""), str):
-            raise ConfigError(f"cache_salt must be text, got {type(given['cache_salt']).__name__}")
-        return {"prompt_token_ids": [int(token) for token in ids], **given}
+        """`prompt` as token ids, with its salt if it has one; ConfigError where the engine has ended."""
+        if self._by_hand.has_ended:
+            raise ConfigError("the engine of this cache has ended; start one and attach to it")
+        return named(prompt, self._llm.get_tokenizer, int(self._config.model_config.get_vocab_size()))
 
     def _caught(self, asked: dict[str, Any]) -> KV:
         self._by_hand.want(asked["prompt_token_ids"])

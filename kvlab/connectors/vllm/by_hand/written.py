@@ -39,6 +39,7 @@ class ByHand:
 
     def __init__(self, pages: EnginePages) -> None:
         self.pages = pages
+        self.has_ended = False  # the engine
         self._written: dict[str, KV] = {}  # by salt
         self._fills: list[_Fill] = []  # of the step that is being planned
         self._filled: set[str] = set()  # requests whose pages were filled before their first step

@@ -23,6 +23,7 @@ def miss_reason(
     at = max(end_block(plan), state.local_tokens // chunker.block_tokens)
     if at >= (state.request.num_tokens - 1) // chunker.block_tokens:
         return ""
+    state.extend_hashes(chunker)  # a request that was given up at once has none yet
     hashes, index = state.hit_hashes(chunker), residency.index
     chunk_end = min(at - at % chunker.chunk_blocks + chunker.chunk_blocks, len(hashes))
     key = hashes[chunk_end - 1]

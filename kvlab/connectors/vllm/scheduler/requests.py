@@ -29,6 +29,7 @@ class SkipReason(enum.Enum):
     NOT_WORTH_ASKING = "not_worth_asking"  # no load from the secondary tiers would pay for the question
     NOT_WORTH_WAITING = "not_worth_waiting"  # they did not answer at once
     NOT_WORTH_LOADING = "not_worth_loading"  # computing is faster
+    KV_PRODUCER = "kv_producer"  # the engine's role loads nothing
 
 
 @dataclass

@@ -123,7 +123,7 @@ class Scheduler:
             return 0, False
         state.local_tokens = state.expected_tokens = num_computed_tokens
         state.is_exact &= not (num_computed_tokens and self.loads.has_loaded_inexact)
-        state.skip = None
+        state.skip = None if self.may_load else SkipReason.KV_PRODUCER
         if not is_known:
             self.pins.expire()
         if state.given_up or not self.may_load:
