@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvlab.errors import ConfigError
+from kvlab.simulation.foreign import rule_of
 from kvlab.simulation.replay import Objects, Replay, TierCount, find
 from kvlab.stores.admission import AdmissionRule, get_rule
 from kvlab.stores.eviction import EvictionPolicy
@@ -71,7 +72,7 @@ def replay_tiers(
     admission = admission or Admission()
     stack = [Tier(policy, capacity) for policy, capacity in tiers]
     uses: dict[int, int] = {}
-    rule = get_rule(admission.rule) if admission.rule is not None else None
+    rule = rule_of(admission.rule) if admission.rule is not None else None
     result = Replay([], [tier.count for tier in stack], [tier.held for tier in stack])
     step = objects.step
     for ids, keys, tokens in zip(objects.block_ids, objects.keys, num_tokens, strict=True):

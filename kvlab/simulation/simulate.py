@@ -11,6 +11,7 @@ import numpy as np
 from kvlab.errors import ConfigError
 from kvlab.simulation.belady import belady
 from kvlab.simulation.cost import CostModel, Ints, Served
+from kvlab.simulation.foreign import policy_of
 from kvlab.simulation.generate import KINDS, generate_traffic
 from kvlab.simulation.replay import Objects, Replay, TierCount, cut, replay
 from kvlab.simulation.replay_connector import replay_connector
@@ -21,7 +22,7 @@ from kvlab.simulation.trace_files import load_traffic
 from kvlab.simulation.traffic import Traffic, traffic_of_prompts
 from kvlab.sizing import KVSize, size_calculator
 from kvlab.sizing.planning import SECONDS_PER_MONTH
-from kvlab.stores.eviction import EvictionPolicy, get_policy, policy_class, policy_name
+from kvlab.stores.eviction import EvictionPolicy, policy_class, policy_name
 
 BOUND = "belady"
 Trace = Traffic | str | Path | Sequence[Sequence[int]]
@@ -144,8 +145,10 @@ def simulate(
     ratio = serde_ratio(serde)
     sizes, in_bytes = _sizes(traffic.block_tokens, objects.step, model, ratio, object_bytes)
     capacities = [_capacity(tier, sizes, in_bytes) for tier in stack]
-    if isinstance(admission, int):
+    if isinstance(admission, int) and not isinstance(admission, bool):
         admission = Admission(store_threshold=admission)
+    if admission is not None and not isinstance(admission, Admission):
+        raise ConfigError(f"admission must be a number of uses or an Admission, got {admission!r}"[:200])
     per_block = min(size / blocks for blocks, size in enumerate(sizes) if blocks)
     if policy == BOUND:
         bound = belady(traffic, int(min(sum(capacities), UNBOUNDED) // per_block))
@@ -157,9 +160,9 @@ def simulate(
         if connector:
             done = _as_connector(traffic, objects, policies, capacities, sizes, admission)
         elif len(stack) == 1 and admission is None and capacities[0] >= max(sizes):
-            done = replay(objects, get_policy(policies[0]), capacities[0], sizes)
+            done = replay(objects, policy_of(policies[0]), capacities[0], sizes)
         else:
-            pairs = [(get_policy(one), capacity) for one, capacity in zip(policies, capacities, strict=True)]
+            pairs = [(policy_of(one), capacity) for one, capacity in zip(policies, capacities, strict=True)]
             tokens = traffic.num_tokens.tolist()
             done = replay_tiers(objects, pairs, sizes, tokens, admission, block_tokens=traffic.block_tokens)
         whole = [hit == asked for hit, asked in zip(done.hit_blocks, traffic.num_blocks.tolist(), strict=True)]
@@ -209,7 +212,7 @@ def _as_connector(
 ) -> Replay:
     if len(capacities) > 2 or admission is not None:
         raise ConfigError("connector=True simulates host memory and at most one tier below, without admission")
-    pairs = [(get_policy(one), capacity) for one, capacity in zip(policies, capacities, strict=True)]
+    pairs = [(policy_of(one), capacity) for one, capacity in zip(policies, capacities, strict=True)]
     return replay_connector(objects, traffic.requests, pairs, sizes)
 
 
@@ -252,13 +255,21 @@ def _sizes(
 ) -> tuple[list[int], bool]:
     """Size of an object of 0, 1, ... `step` blocks; whether in bytes (else in blocks)."""
     if object_bytes is not None:
-        return [0, *(object_bytes(blocks * block_tokens) for blocks in range(1, step + 1))], True
+        return [0, *(_size(object_bytes, blocks * block_tokens) for blocks in range(1, step + 1))], True
     if model is None:
         if ratio != 1:
             raise ConfigError("a serde changes bytes: give model=... too")
         return list(range(step + 1)), False
     size = model if isinstance(model, KVSize) else size_calculator(model)
     return [max(round(size.chunk_bytes(blocks * block_tokens) / ratio), 1) for blocks in range(step + 1)], True
+
+
+def _size(object_bytes: Callable[[int], int], num_tokens: int) -> int:
+    size: object = object_bytes(num_tokens) if callable(object_bytes) else None
+    if not isinstance(size, int | float) or isinstance(size, bool) or not 0 < size < float("inf"):
+        told = f"object_bytes must be a function from tokens to bytes above 0; of {num_tokens} it gives {size!r}"
+        raise ConfigError(told[:200])
+    return max(round(size), 1)
 
 
 def _capacity(tier: Tier, sizes: list[int], in_bytes: bool) -> int:

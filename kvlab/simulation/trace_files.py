@@ -95,6 +95,8 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
+            except RecursionError:
+                raise FormatError(f"{where} is not JSON of a request: it is nested too deeply") from None
             except json.JSONDecodeError as error:
                 hint = (
                     "; it is a pointer of Git LFS, fetch the file" if line.startswith("version https://git-lfs") else ""

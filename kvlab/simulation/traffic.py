@@ -107,8 +107,10 @@ def traffic_of_prompts(
 ) -> Traffic:
     """Token prompts as traffic, named by the same hash chain as stored objects are; full blocks only. `extras` of each
     prompt change the names of its blocks, as `block_hashes` takes them."""
-    if block_tokens < 1:
-        raise ConfigError(f"block_tokens must be positive, got {block_tokens}")
+    if type(block_tokens) is not int or block_tokens < 1:
+        raise ConfigError(f"block_tokens must be a whole number above 0, got {block_tokens!r}"[:200])
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | Mapping):
+        raise ConfigError(f"a trace must be a Traffic, a path or prompts of tokens, got {type(prompts).__name__}")
     names: dict[bytes, int] = {}
     requests = []
     for index, prompt in enumerate(prompts):

@@ -226,6 +226,10 @@ def why_of(
     asked = traffic.requests[at]
     if not asked.block_ids:
         raise ConfigError(f"request {at} has no full block of {traffic.block_tokens} tokens, so nothing is kept of it")
+    if isinstance(policies, str) or not isinstance(policies, Sequence):
+        raise ConfigError(f"policies must be a list of policies, got {policies!r}"[:200])
+    if prefill is not None and not isinstance(prefill, Prefill):
+        raise ConfigError(f"prefill must be a Prefill, got {prefill!r}"[:200])
     if policy == BOUND:
         raise ConfigError("why needs the policy of a store; belady knows the future and tells no reason")
     stack = [as_tier(tier) for tier in ([tiers] if isinstance(tiers, Tier | str | int) else tiers)]
