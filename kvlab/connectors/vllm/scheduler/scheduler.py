@@ -384,13 +384,14 @@ class Scheduler:
         state = self._states.get(request.request_id)
         if state is None:
             adapter = request_adapter(request)
-            extras = request_extras(request, self.chunker.block_tokens, adapter, self._media_of(request))
+            media, ahead = self._media_of(request), self.groups.ahead
+            extras = request_extras(request, self.chunker.block_tokens, adapter, media, ahead)
             if extras is None:
                 self.counters["unnameable_requests"] += 1
                 return None
             hints = Hints.of(request)
             state = RequestState(request, extras, keeps_partial_block=self._keeps_partial_block, hints=hints)
-            state.has_states = bool(self.groups.recurrent)
+            state.has_states, state.ahead = bool(self.groups.recurrent), ahead
             state.row = {"hint": hints.wrong} if hints.wrong else {}
             if adapter is not None:
                 state.adapter = Adapter(request.lora_request.lora_int_id, adapter.num_loads)
