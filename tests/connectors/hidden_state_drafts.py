@@ -28,7 +28,7 @@ def _save(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> str:
 
 def _picks(which: int) -> torch.Tensor:
     """A projection of two vectors to one of them, with a little of the other: the KV is of both."""
-    eye, little = torch.eye(HIDDEN), 0.01 * torch.eye(HIDDEN)
+    eye, little = torch.eye(HIDDEN), 0.001 * torch.eye(HIDDEN)
     return torch.cat([eye, little] if which == 0 else [little, eye], dim=1)
 
 
