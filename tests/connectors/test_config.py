@@ -131,7 +131,10 @@ def setup(*, scales=False, drafts=None, ahead=1, in_parallel=False, prefixes=Tru
         ({"decode_context_parallel_size": 4}, "decode_context_parallel_size must be 1 with KVLabConnector, got 4"),
         ({"scales": True}, "give memory:// as the only tier"),
         ({"drafts": "dflash"}, "by 'dflash' is not served"),
-        ({"drafts": "medusa"}, "take ngram or ngram_gpu or suffix or draft_model or eagle or eagle3 or mtp, or turn one"),
+        (
+            {"drafts": "medusa"},
+            "take ngram or ngram_gpu or suffix or draft_model or eagle or eagle3 or mtp, or",
+        ),
         ({"drafts": "mtp", "ahead": 3}, "set num_speculative_tokens to 1, which uses the first"),
         ({"drafts": "eagle3", "in_parallel": True}, "parallel_drafting with 'eagle3' is not served; turn it off"),
         ({"prefixes": False}, "serves no cached prefix of it; run it without the connector"),

@@ -1,4 +1,4 @@
-"""EAGLE and MTP drafts under a real engine: their KV of a token follows from the next token too, and so does its name."""
+"""EAGLE and MTP under a real engine: a draft's KV of a token follows from the next token too, as does its name."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_drafts_find_their_kv_after_a_hit(kind, tmp_path):
         right, share = ask(llm, p)
         longer = p + right.tokens[:GENERATED]
         more, share_of_more = ask(llm, longer)
-    assert 0.3 < min(share, share_of_more), "a draft that is never right would prove nothing"
+    assert min(share, share_of_more) > 0.3, "a draft that is never right would prove nothing"
     assert len(set(right.tokens)) > 8
     alone, beside = (f"file://{tmp_path / name}?size=1GiB" for name in ("alone", "beside"))
     host = "memory://?size=64MiB"

@@ -3,7 +3,6 @@
 Written against 0.26 (CUDA) and 0.32 (CPU).
 """
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 

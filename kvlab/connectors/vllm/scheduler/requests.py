@@ -91,8 +91,8 @@ class RequestState:
         return self.hashes[: chunker.num_blocks(self.request.num_tokens - 1)] if self.has_states else self.hashes
 
     def extend_hashes(self, chunker: Chunker) -> list[bytes]:
-        """Hashes of all full blocks of the tokens known now; only new blocks are computed. With tokens `ahead` the chain
-        runs over the tokens behind the first such: a block's hash has all that its KV follows from."""
+        """Hashes of all full blocks of the tokens known now; only new blocks are computed. With tokens `ahead` the
+        chain runs over what is behind as many first tokens: a block's hash has all that its KV follows from."""
         tokens = self.request.all_token_ids
         done, block = len(self.hashes), chunker.block_tokens
         if chunker.num_blocks(max(len(tokens) - self.ahead, 0)) > done:
