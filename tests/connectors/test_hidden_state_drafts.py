@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+import kvlab
 from kvlab.container import unpack
+from kvlab.errors import ConfigError
 from kvlab.stores import open_store
 from tests.connectors import hidden_state_drafts
 from tests.connectors.engine import connector, drain, empty_memory, engine, prompt, worker
@@ -54,6 +56,8 @@ def test_drafts_find_their_kv_after_a_hit(kind, tmp_path):
             assert (found.hit, found.row["tier"]) == (320, tier)
             assert (found.tokens, accepted) == (more.tokens, share_of_more)
             empty_memory(llm)
+        with pytest.raises(ConfigError, match="draft model cannot be told from the model's own"):
+            kvlab.attach(llm)
         original, pages = worker(llm).transfer.load, worker(llm).transfer.layout.pages
         num_own = {"eagle": 2, "mtp": 1}[kind]
 
