@@ -1,6 +1,6 @@
 """A long prompt: hits from memory and from a disk, and what a step, a question and an answer hold of it.
 
-32k tokens here; KVLAB_LONG_TOKENS=131072 takes a minute or two more, most of it to compute the prompt.
+32k tokens here; KVLAB_LONG_TOKENS=131072 takes a minute more, most of it to compute the prompt.
 """
 
 import os
