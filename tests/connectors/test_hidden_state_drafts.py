@@ -45,7 +45,8 @@ def test_drafts_find_their_kv_after_a_hit(kind, tmp_path):
         assert (found.hit, found.tokens, accepted) == (0, right.tokens, share)
         drain(llm)
         assert not connector(llm).hook_errors
-    with engine([host, beside], settings) as llm:
+    in_parts = {"max_num_batched_tokens": 96, "max_num_seqs": 4}  # a prompt's steps end with blocks
+    with engine([host, beside], settings | in_parts) as llm:
         ask(llm, fork)
         found, accepted = ask(llm, longer)
         assert (found.tokens, accepted) == (more.tokens, share_of_more)
