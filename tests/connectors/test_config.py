@@ -114,13 +114,15 @@ def test_kinds_of_kv_that_nobody_can_name_are_refused(groups, message):
         served_groups(config)
 
 
-def setup(*, scales=False, drafts=None, ahead=1, in_parallel=False, prefixes=True, **parallel):
+def setup(*, scales=False, drafts=None, ahead=1, in_parallel=False, padded=False, prefixes=True, **parallel):
     """What of vLLM's configuration decides whether it is served."""
     return SimpleNamespace(
         num_prefill_lookahead_tokens=ahead,
         parallel_config=SimpleNamespace(**{"pipeline_parallel_size": 1, **parallel}),
         cache_config=SimpleNamespace(calculate_kv_scales=scales),
-        speculative_config=SimpleNamespace(method=drafts, parallel_drafting=in_parallel) if drafts else None,
+        speculative_config=None
+        if drafts is None
+        else SimpleNamespace(method=drafts, parallel_drafting=in_parallel, disable_padded_drafter_batch=not padded),
         model_config=SimpleNamespace(pooler_config=object(), is_prefix_caching_supported=prefixes),
     )
 
@@ -136,6 +138,7 @@ def setup(*, scales=False, drafts=None, ahead=1, in_parallel=False, prefixes=Tru
             "take ngram or ngram_gpu or suffix or draft_model or eagle or eagle3 or mtp, or",
         ),
         ({"drafts": "mtp", "ahead": 3}, "set num_speculative_tokens to 1, which uses the first"),
+        ({"drafts": "eagle", "padded": True}, '"disable_padded_drafter_batch": true in speculative_config'),
         ({"drafts": "eagle3", "in_parallel": True}, "parallel_drafting with 'eagle3' is not served; turn it off"),
         ({"prefixes": False}, "serves no cached prefix of it; run it without the connector"),
     ],
@@ -146,6 +149,9 @@ def test_setups_that_name_or_copy_kv_wrongly_are_refused(chosen, message):
     refuse_unserved(setup(), outlives=True)
     for drafts in ("ngram", "draft_model", "eagle", "eagle3", "mtp"):
         refuse_unserved(setup(drafts=drafts), outlives=True)
+        second = setup(drafts=drafts, padded=True)
+        second.use_v2_model_runner = True
+        refuse_unserved(second, outlives=True)
     with pytest.raises(ConfigError, match=message):
         refuse_unserved(setup(**chosen), outlives=True)
 

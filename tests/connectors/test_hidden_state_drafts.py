@@ -28,7 +28,8 @@ def objects(url: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("kind", ["eagle", "mtp"])
 def test_drafts_find_their_kv_after_a_hit(kind, tmp_path):
     settings = getattr(hidden_state_drafts, kind)(tmp_path / "model")
-    settings["speculative_config"]["num_speculative_tokens"] = DRAFTED
+    # Padded batches have a wrong next token at the end of each part of a prompt, on a CPU's model runner.
+    settings["speculative_config"] |= {"num_speculative_tokens": DRAFTED, "disable_padded_drafter_batch": True}
     settings |= {"disable_log_stats": False, "max_model_len": 768, "kv_cache_memory_bytes": 16 << 20}
     p = prompt(NUM_TOKENS)
     fork = [*p[:FORK], *prompt(NUM_TOKENS + 50)[FORK + 50 :]]

@@ -138,6 +138,13 @@ def draft_ahead(vllm_config: Any) -> int:
     return int(getattr(vllm_config, "num_prefill_lookahead_tokens", 1))
 
 
+def _gives_the_next_token(vllm_config: Any) -> bool:
+    """Whether drafts are given the prompt's own next token at the end of each part of it. vLLM's first model runner
+    takes the last token that is known (`prepare_next_token_ids_padded`), but in batches that are not padded."""
+    is_padded = not vllm_config.speculative_config.disable_padded_drafter_batch
+    return bool(getattr(vllm_config, "use_v2_model_runner", False)) or not is_padded
+
+
 def unfilled_groups(vllm_config: Any, kv_cache_config: Any) -> list[int]:
     """Groups whose pages may have bytes that no token of the request writes: what another one left there. Pages of
     several groups lie over each other, and a group may have fewer layers; others are padded, or hold more than K and V;
@@ -207,6 +214,11 @@ def refuse_unserved(vllm_config: Any, *, outlives: bool) -> None:
         raise ConfigError(
             "several MTP layers in a chain are not served, as the KV of each depends on one token more; set "
             "num_speculative_tokens to 1, which uses the first"
+        )
+    if method in DRAFTS_OF_NEXT_TOKEN and not _gives_the_next_token(vllm_config):
+        raise ConfigError(
+            f"where a prompt is computed in parts, this engine's model runner gives {method!r} drafts the prompt's last "
+            'token for the next one; set "disable_padded_drafter_batch": true in speculative_config'
         )
     if method in DRAFTS_OF_NEXT_TOKEN and getattr(speculative, "parallel_drafting", False):
         raise ConfigError(f"parallel_drafting with {method!r} is not served; turn it off, or run without the connector")
