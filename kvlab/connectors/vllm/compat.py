@@ -217,8 +217,8 @@ def refuse_unserved(vllm_config: Any, *, outlives: bool) -> None:
         )
     if method in DRAFTS_OF_NEXT_TOKEN and not _gives_the_next_token(vllm_config):
         raise ConfigError(
-            f"where a prompt is computed in parts, this engine's model runner gives {method!r} drafts the prompt's last "
-            'token for the next one; set "disable_padded_drafter_batch": true in speculative_config'
+            f"where a prompt is computed in parts, this engine's model runner gives {method!r} drafts its last token "
+            'for the next one; set "disable_padded_drafter_batch": true in speculative_config'
         )
     if method in DRAFTS_OF_NEXT_TOKEN and getattr(speculative, "parallel_drafting", False):
         raise ConfigError(f"parallel_drafting with {method!r} is not served; turn it off, or run without the connector")
