@@ -125,14 +125,9 @@ class CacheEngine(ObjectCache):
         hit = self.lookup(token_ids, extras=extras)
         if hit.miss != "never_stored":
             return hit.miss
-        wanted = {
-            block_hash.hex()
-            for block_hash in self.hashes(token_ids, extras)[hit.num_tokens // self.chunker.block_tokens :]
-        }
-        for key in self._keys():
-            if key.rpartition(":")[2] in wanted and (fields := self.differing_fields(key)):
-                return f"other_namespace:{','.join(fields)}"
-        return hit.miss
+        wanted = self.hashes(token_ids, extras)[hit.num_tokens // self.chunker.block_tokens :]
+        fields = self.differing_from(wanted)
+        return f"other_namespace:{','.join(fields)}" if fields else hit.miss
 
     def save(
         self, token_ids: Sequence[int], kv: torch.Tensor, *, extras: Mapping[int, Sequence[Extra]] | None = None

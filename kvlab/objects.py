@@ -6,7 +6,7 @@ Here objects are bytes: `kvlab.object_cache` encodes and decodes tensors, `kvlab
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -203,6 +203,18 @@ class SealedObjects:
         except Exception:  # the medium's, and what a medium can write
             return []
         return self.namespace.differing(other) if isinstance(other, dict) else []
+
+    def differing_from(self, hashes: Collection[bytes]) -> list[str]:
+        """Fields in which the nearest other namespace differs under which the store holds an object of one of these
+        hashes; none if it holds none. Looks through all keys, and reads an object of each such namespace."""
+        wanted = {block_hash.hex() for block_hash in hashes}
+        places: dict[str, str] = {}  # namespace -> a key
+        for key in self._keys():
+            namespace, _, block_hash = key.rpartition(":")
+            if block_hash in wanted:
+                places.setdefault(namespace, key)
+        found = [fields for key in places.values() if (fields := self.differing_fields(key))]
+        return min(found, key=lambda fields: (len(fields), fields), default=[])
 
     def stats(self) -> dict[str, int | float]:
         """One row for pandas."""

@@ -4,7 +4,7 @@ import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -132,26 +132,52 @@ def _ls(store: Store, arguments: argparse.Namespace) -> int:
 
 
 def _info(store: Store, arguments: argparse.Namespace) -> int:
-    count, total = Counter[str](), Counter[str]()
+    count, total, named = Counter[str](), Counter[str](), dict[str, dict[str, str | int | None]]()
     for key in list(store.keys()):
         size = store.size_of(key)
         if size is not None:
             group = _group(key)
             count[group] += 1
             total[group] += size
+            if group not in named:
+                named[group] = _namespace(store, key)
     groups = sorted(total, key=lambda group: -total[group])
+    differs = _differing(named)
     is_limited = store.max_bytes < 1 << 62
     if arguments.json:
-        rows = [{"group": group, "objects": count[group], "bytes": total[group]} for group in groups]
+        rows = [
+            {"group": group, "objects": count[group], "bytes": total[group], "differs": differs[group]}
+            for group in groups
+        ]
         limit = store.max_bytes if is_limited else None
         print_json({"groups": rows, "store": store.name, "used_bytes": store.used_bytes, "max_bytes": limit})
         return 0
     for group in groups:
-        print(f"{count[group]:>8} objects  {format_bytes(total[group]):>12}  {_shown(group)}")
+        fields = "".join(f"  {_shown(name)}={_shown(str(value)[:24])}" for name, value in differs[group].items())
+        print(f"{count[group]:>8} objects  {format_bytes(total[group]):>12}  {_shown(group)}{fields}")
     used = f"{format_bytes(store.used_bytes)}{f' of {format_bytes(store.max_bytes)}' if is_limited else ''}"
     whole = f"{count.total():>8} objects  {format_bytes(total.total()):>12}  in all; {store.name} uses {used}"
     print(styled(whole, BOLD))
     return 0
+
+
+def _namespace(store: Store, key: str) -> dict[str, str | int | None]:
+    """The fields of an object's namespace, as it states them; none where it does not."""
+    with suppress(FormatError, StoreError, KeyError, ValueError, RecursionError):
+        found, error = read_object(store, key)
+        fields = None if found is None or error is not None else parse_json(unpack(found, key).metadata["namespace"])
+        if isinstance(fields, dict):
+            return {str(name): value for name, value in fields.items() if isinstance(value, str | int | None)}
+    return {}
+
+
+def _differing(named: Mapping[str, Mapping[str, str | int | None]]) -> dict[str, dict[str, str | int | None]]:
+    """Of namespaces, the fields that are not the same in all that state some: why one reader finds nothing of another's
+    objects."""
+    stated = [fields for fields in named.values() if fields]
+    names = sorted({name for fields in stated for name in fields})
+    differ = [name for name in names if len({fields.get(name) for fields in stated}) > 1]
+    return {group: {name: fields[name] for name in differ if name in fields} for group, fields in named.items()}
 
 
 def _verify(store: Store, arguments: argparse.Namespace) -> int:
@@ -272,7 +298,7 @@ def _shown(key: str) -> str:
 
 COMMANDS: dict[str, tuple[str, Callable[[Store, argparse.Namespace], int]]] = {
     "ls": ("list keys and sizes", _ls),
-    "info": ("objects and bytes by model and namespace, and the budget", _info),
+    "info": ("objects and bytes by model and namespace, fields in which namespaces differ, the budget", _info),
     "verify": ("read everything and name what is broken", _verify),
     "evict": ("remove the least recently used until SIZE stays", _evict),
     "clear": ("remove every object, and what lies in quarantine", _clear),

@@ -46,7 +46,13 @@ class Engine:
 
     def __init__(self):
         self.history, self.states = History(), {}
-        config = {"policy": "lru", "save_partial_block": False, "store_threshold": 1, "store_rule": ""}
+        config = {
+            "policy": "lru",
+            "save_partial_block": False,
+            "store_threshold": 1,
+            "store_rule": "",
+            "secondary_tiers": (),
+        }
         lossless = SimpleNamespace(is_lossy=False, slots_are_exact=True)
         scheduler = SimpleNamespace(state_of=self.states.get, config=lossless, may_load=True, may_save=True, tiers=None)
         self.connector = SimpleNamespace(

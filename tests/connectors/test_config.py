@@ -114,12 +114,15 @@ def test_kinds_of_kv_that_nobody_can_name_are_refused(groups, message):
         served_groups(config)
 
 
-def setup(*, scales=False, drafts=None, prefixes=True, **parallel):
+def setup(*, scales=False, drafts=None, ahead=1, in_parallel=False, padded=False, prefixes=True, **parallel):
     """What of vLLM's configuration decides whether it is served."""
     return SimpleNamespace(
+        num_prefill_lookahead_tokens=ahead,
         parallel_config=SimpleNamespace(**{"pipeline_parallel_size": 1, **parallel}),
         cache_config=SimpleNamespace(calculate_kv_scales=scales),
-        speculative_config=SimpleNamespace(method=drafts) if drafts else None,
+        speculative_config=None
+        if drafts is None
+        else SimpleNamespace(method=drafts, parallel_drafting=in_parallel, disable_padded_drafter_batch=not padded),
         model_config=SimpleNamespace(pooler_config=object(), is_prefix_caching_supported=prefixes),
     )
 
@@ -129,19 +132,28 @@ def setup(*, scales=False, drafts=None, prefixes=True, **parallel):
     [
         ({"decode_context_parallel_size": 4}, "decode_context_parallel_size must be 1 with KVLabConnector, got 4"),
         ({"scales": True}, "give memory:// as the only tier"),
-        ({"drafts": "eagle"}, "by 'eagle' is not served"),
-        ({"drafts": "mtp"}, "take ngram or ngram_gpu or suffix or draft_model, or turn one off"),
+        ({"drafts": "dflash"}, "by 'dflash' is not served"),
+        (
+            {"drafts": "medusa"},
+            "take ngram or ngram_gpu or suffix or draft_model or eagle or eagle3 or mtp, or",
+        ),
+        ({"drafts": "mtp", "ahead": 3}, "set num_speculative_tokens to 1, which uses the first"),
+        ({"drafts": "eagle", "padded": True}, '"disable_padded_drafter_batch": true in speculative_config'),
+        ({"drafts": "eagle3", "in_parallel": True}, "parallel_drafting with 'eagle3' is not served; turn it off"),
         ({"prefixes": False}, "serves no cached prefix of it; run it without the connector"),
     ],
 )
 def test_setups_that_name_or_copy_kv_wrongly_are_refused(chosen, message):
     from kvlab.connectors.vllm.compat import refuse_unserved
 
-    refuse_unserved(setup(), [], outlives=True)
-    for drafts in ("ngram", "draft_model"):
-        refuse_unserved(setup(drafts=drafts), [], outlives=True)
+    refuse_unserved(setup(), outlives=True)
+    for drafts in ("ngram", "draft_model", "eagle", "eagle3", "mtp"):
+        refuse_unserved(setup(drafts=drafts), outlives=True)
+        second = setup(drafts=drafts, padded=True)
+        second.use_v2_model_runner = True
+        refuse_unserved(second, outlives=True)
     with pytest.raises(ConfigError, match=message):
-        refuse_unserved(setup(**chosen), [], outlives=True)
+        refuse_unserved(setup(**chosen), outlives=True)
 
 
 def stages(num_layers, num_stages, *groups):
@@ -180,7 +192,7 @@ def test_stages_whose_layers_differ_are_refused(groups):
 def test_scales_measured_in_the_process_are_no_matter_to_its_own_memory():
     from kvlab.connectors.vllm.compat import refuse_unserved
 
-    refuse_unserved(setup(scales=True), [], outlives=False)
+    refuse_unserved(setup(scales=True), outlives=False)
 
 
 def test_windows_are_those_the_engine_states():

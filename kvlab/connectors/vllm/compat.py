@@ -3,7 +3,6 @@
 Written against 0.26 (CUDA) and 0.32 (CPU).
 """
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,6 +22,7 @@ from kvlab.errors import ConfigError
 TransferResults: Any = getattr(connector_base, "KVConnectorTransferResults", None)
 DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
 DRAFTS_OF_TOKENS = ("draft_model",)  # whose KV follows from the tokens, as the model's own: objects hold both
+DRAFTS_OF_NEXT_TOKEN = ("eagle", "eagle3", "mtp")  # whose KV of a token follows from the next one too
 
 
 def layout_name(vllm_config: Any, kv_cache_config: Any) -> str:
@@ -127,7 +127,22 @@ def typed_blocks(vllm_config: Any, kv_cache_config: Any) -> set[tuple[tuple[int,
 
 def drafts_have_kv(vllm_config: Any) -> bool:
     """Whether pages hold a draft model's KV too, which it may have written of generated tokens, or not yet."""
-    return getattr(vllm_config.speculative_config, "method", None) in DRAFTS_OF_TOKENS
+    return getattr(vllm_config.speculative_config, "method", None) in (*DRAFTS_OF_TOKENS, *DRAFTS_OF_NEXT_TOKEN)
+
+
+def draft_ahead(vllm_config: Any) -> int:
+    """How many tokens behind a token its KV follows from, of which a draft's is a part. Such a draft reads, at each
+    token, the model's hidden state there and the next token."""
+    if getattr(vllm_config.speculative_config, "method", None) not in DRAFTS_OF_NEXT_TOKEN:
+        return 0
+    return int(getattr(vllm_config, "num_prefill_lookahead_tokens", 1))
+
+
+def _gives_the_next_token(vllm_config: Any) -> bool:
+    """Whether drafts are given the prompt's own next token at the end of each part of it. vLLM's first model runner
+    takes the last token that is known (`prepare_next_token_ids_padded`), but in batches that are not padded."""
+    is_padded = not vllm_config.speculative_config.disable_padded_drafter_batch
+    return bool(getattr(vllm_config, "use_v2_model_runner", False)) or not is_padded
 
 
 def unfilled_groups(vllm_config: Any, kv_cache_config: Any) -> list[int]:
@@ -170,7 +185,7 @@ def check_company(kv_transfer_config: Any) -> None:
         )
 
 
-def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool) -> None:
+def refuse_unserved(vllm_config: Any, *, outlives: bool) -> None:
     """ConfigError for setups whose KV would be named or copied wrongly; `outlives`: stored KV outlives the process."""
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -189,14 +204,24 @@ def refuse_unserved(vllm_config: Any, groups: Sequence[Any], *, outlives: bool) 
         )
     speculative = vllm_config.speculative_config
     method = getattr(speculative, "method", None)
-    served = (*DRAFTS_WITHOUT_KV, *DRAFTS_OF_TOKENS)
+    served = (*DRAFTS_WITHOUT_KV, *DRAFTS_OF_TOKENS, *DRAFTS_OF_NEXT_TOKEN)
     if speculative is not None and method not in served:
         raise ConfigError(
             f"speculative decoding by {method!r} is not served: its drafts have KV that depends on more than an "
             f"object's key says; take {' or '.join(served)}, or turn one off"
         )
-    if any(getattr(group, "is_eagle_group", False) for group in groups):
-        raise ConfigError("a draft model's KV depends on later tokens than its key says; run without the connector")
+    if draft_ahead(vllm_config) > 1:
+        raise ConfigError(
+            "several MTP layers in a chain are not served, as the KV of each depends on one token more; set "
+            "num_speculative_tokens to 1, which uses the first"
+        )
+    if method in DRAFTS_OF_NEXT_TOKEN and not _gives_the_next_token(vllm_config):
+        raise ConfigError(
+            f"where a prompt is computed in parts, this engine's model runner gives {method!r} drafts its last token "
+            'for the next one; set "disable_padded_drafter_batch": true in speculative_config'
+        )
+    if method in DRAFTS_OF_NEXT_TOKEN and getattr(speculative, "parallel_drafting", False):
+        raise ConfigError(f"parallel_drafting with {method!r} is not served; turn it off, or run without the connector")
 
 
 def packing(vllm_config: Any) -> str:

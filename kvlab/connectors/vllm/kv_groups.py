@@ -32,11 +32,13 @@ class Part(NamedTuple):
 @dataclass(frozen=True)
 class KVGroups:
     """`windows` has an entry for each group: how many tokens a token sees, itself included; None: all before it.
-    Groups of `recurrent` hold states."""
+    Groups of `recurrent` hold states. `ahead`: tokens behind an object that its KV follows from too, see `draft_ahead`.
+    """
 
     windows: tuple[int | None, ...]
     block_tokens: int
     recurrent: frozenset[int] = frozenset()
+    ahead: int = 0
 
     @property
     def are_several(self) -> bool:
@@ -62,8 +64,8 @@ class KVGroups:
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks in which an object of so long a prompt may end. With states, the last token is none of it: it is left
-        to compute, and no hit ends one token before an object does."""
-        return (num_tokens - bool(self.recurrent)) // self.block_tokens
+        to compute, and no hit ends one token before an object does. Nor are the tokens `ahead` of an object."""
+        return max(num_tokens - max(self.ahead, bool(self.recurrent)), 0) // self.block_tokens
 
     def shows_gap(self, block_ids: Tables, num_tokens: int) -> bool:
         """Whether a page is missing that the token behind `num_tokens` computed ones sees: what is computed then is not

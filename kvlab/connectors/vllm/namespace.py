@@ -53,6 +53,8 @@ def engine_namespace(
         fields["groups"] = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]
     if compat.drafts_have_kv(vllm_config):
         fields["draft"] = draft_name(vllm_config, outlives=outlives)
+    if ahead := compat.draft_ahead(vllm_config):  # which decides what a hash stands for
+        fields["draft_ahead"] = ahead
     if served.recurrent:
         about = [[at, *states.described(groups[at])] for at in sorted(served.recurrent)]
         fields["states"] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]

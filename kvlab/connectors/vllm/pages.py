@@ -13,6 +13,7 @@ from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm import compat
 from kvlab.errors import ConfigError
 from kvlab.paged import Opaque, PageLayout, PageMap, Transfer, open_transfer, understand
+from kvlab.paged.pools import outside_pools
 from kvlab.paged.vllm_operators import of_layer
 from kvlab.sharedmemory import SharedSlots
 from kvlab.stores.url import shown_url
@@ -114,11 +115,16 @@ def open_engine_transfer(
     staging_bytes: int,
     shared: SharedSlots | None,
 ) -> Transfer:
-    if codec is None:
-        return open_transfer(layout, num_slots, staging_bytes=staging_bytes, shared=shared)
-    from kvlab.codecs.transfer import open_coded_transfer
+    """A transfer whose own GPU memory stays while the engine sleeps."""
 
-    return open_coded_transfer(layout, codec, num_slots, staging_bytes=staging_bytes, shared=shared)
+    def opened() -> Transfer:
+        if codec is None:
+            return open_transfer(layout, num_slots, staging_bytes=staging_bytes, shared=shared)
+        from kvlab.codecs.transfer import open_coded_transfer
+
+        return open_coded_transfer(layout, codec, num_slots, staging_bytes=staging_bytes, shared=shared)
+
+    return outside_pools(layout.pages[0].device, opened)
 
 
 def what_is_used(config: ConnectorConfig, num_slots: int, slot_bytes: int, page_map: PageMap | Opaque) -> str:

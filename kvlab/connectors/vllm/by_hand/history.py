@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from kvlab.connectors.vllm.namespace import rank_namespace
 from kvlab.connectors.vllm.scheduler.requests import wants_recompute
-from kvlab.errors import ConfigError
-from kvlab.hashing import Extra
+from kvlab.errors import ConfigError, StoreError
+from kvlab.hashing import Extra, block_hashes
+from kvlab.page_objects import PageObjects
 from kvlab.simulation.traffic import Request, Traffic, traffic_of_prompts
 from kvlab.simulation.why import MissPage, why_of
 
@@ -81,6 +83,8 @@ class History:
             connector=True,
         ).behind(first)
         cause, said = _cause(ended[: at + 1], page, block)
+        if page.reason in ("first", "differs") and not cause:
+            cause, said = _of_others(asked, connector)
         notes = ([said] if said else []) + _left_out(part, connector, prefix_cache, block)
         return replace(page, cause=cause, notes=tuple(notes))
 
@@ -144,6 +148,24 @@ def _cause(ended: Sequence[Ended], page: MissPage, block_tokens: int) -> tuple[s
             best = rank
             found = told[0], f"Request {number:,} begins with the same {shared:,} tokens, {told[1]}."
     return found
+
+
+def _of_others(asked: Ended, connector: Any) -> tuple[str, str]:
+    """Whether a secondary tier holds blocks of it under another namespace: what another engine stored."""
+    hashes = block_hashes(asked.token_ids, connector.chunker.block_tokens, extras=asked.extras)
+    for url in connector.config.secondary_tiers:
+        try:
+            tier = PageObjects(url, namespace=rank_namespace(connector.namespace, 0), auth=connector.config.auth)
+        except (ConfigError, StoreError):  # one that cannot be opened a second time, or is down
+            continue
+        try:
+            fields = tier.differing_from(hashes)
+        finally:
+            tier.close()
+        if fields:
+            told = f"{tier.store.name} holds KV of its tokens that another engine stored: {', '.join(fields)} differ."
+            return "other_namespace", told
+    return "", ""
 
 
 def _apart(asked: Ended, other: Ended) -> tuple[str, str] | None:

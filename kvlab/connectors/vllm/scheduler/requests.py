@@ -46,6 +46,7 @@ class RequestState:
     keeps_partial_block: bool = True  # whether a last block that the prompt fills in part is an object too
     shared_tokens: int = 0  # of its prompt, where it has states; see `states.shared_tokens`
     has_states: bool = False  # recurrent ones: a hit ends where an object ends, before the last token
+    ahead: int = 0  # tokens behind an object that its name has too, see `compat.draft_ahead`
     partial_block_is_clean: bool = False  # that block's page holds nothing but the prompt's tokens and zeros
     plan: list[ObjectRef] = field(default_factory=list)
     plan_tokens: int = 0  # tokens of the prompt that the plan may serve
@@ -82,7 +83,7 @@ class RequestState:
     def object_keys(self, chunker: Chunker) -> list[bytes]:
         """Hashes of all objects that the prompt may have."""
         hashes = self.extend_hashes(chunker)
-        spans = chunker.spans(self.request.num_prompt_tokens - self.has_states)
+        spans = chunker.spans(max(self.request.num_prompt_tokens - max(self.ahead, self.has_states), 0))
         partial = self.partial_block_hash(chunker)
         return [hashes[span.end_block - 1] for span in spans] + ([partial] if partial is not None else [])
 
@@ -91,13 +92,14 @@ class RequestState:
         return self.hashes[: chunker.num_blocks(self.request.num_tokens - 1)] if self.has_states else self.hashes
 
     def extend_hashes(self, chunker: Chunker) -> list[bytes]:
-        """Hashes of all full blocks of the tokens known now; only new blocks are computed."""
+        """Hashes of all full blocks of the tokens known now; only new blocks are computed. With tokens `ahead` the
+        chain runs over what is behind as many first tokens: a block's hash has all that its KV follows from."""
         tokens = self.request.all_token_ids
         done, block = len(self.hashes), chunker.block_tokens
-        if chunker.num_blocks(len(tokens)) > done:
+        if chunker.num_blocks(max(len(tokens) - self.ahead, 0)) > done:
             extras = {at - done: pairs for at, pairs in self.extras.items() if at >= done}
             parent = self.hashes[-1] if self.hashes else None
-            self.hashes += block_hashes(tokens[done * block :], block, parent=parent, extras=extras)
+            self.hashes += block_hashes(tokens[done * block + self.ahead :], block, parent=parent, extras=extras)
         return self.hashes
 
 
@@ -108,10 +110,14 @@ def request_adapter(request: Any) -> LoadedAdapter | None:
 
 
 def request_extras(
-    request: Any, block_tokens: int, adapter: LoadedAdapter | None = None, media: Sequence[str] = ()
+    request: Any,
+    block_tokens: int,
+    adapter: LoadedAdapter | None = None,
+    media: Sequence[str] = (),
+    ahead: int = 0,
 ) -> dict[int, list[Extra]] | None:
-    """Tagged extras by block: LoRA, cache salt, multimodal inputs, which are named by `media`. None where the KV cannot
-    be named by tokens."""
+    """Tagged extras by block: LoRA, cache salt, multimodal inputs, which are named by `media`; the first tokens, where
+    the chain begins `ahead` of them. None where the KV cannot be named by tokens."""
     if getattr(request, "prompt_embeds", None) is not None or getattr(request, "resumable", False):
         return None
     if getattr(request, "lora_request", None) is not None and adapter is None:
@@ -127,7 +133,9 @@ def request_extras(
         return None
     for feature, name in zip(features, media, strict=True):
         offset = feature.mm_position.offset
-        extras.setdefault(offset // block_tokens, []).append(("mm", f"{name}@{offset}"))
+        extras.setdefault(max(offset - ahead, 0) // block_tokens, []).append(("mm", f"{name}@{offset}"))
+    if ahead:
+        extras.setdefault(0, []).append(("begins", ",".join(map(str, request.prompt_token_ids[:ahead]))))
     return extras
 
 

@@ -72,7 +72,7 @@ class Scheduler:
         self.groups = groups
         self.index = index
         self.tiers = tiers
-        self._num_ranks = num_ranks
+        self._num_ranks, self._ahead = num_ranks, groups.ahead
         self.may_load, self.may_save = role != "kv_producer", role != "kv_consumer"
         self._unfilled_groups = unfilled_groups
         self._keeps_partial_block = config.save_partial_block and not whole_blocks
@@ -384,13 +384,13 @@ class Scheduler:
         state = self._states.get(request.request_id)
         if state is None:
             adapter = request_adapter(request)
-            extras = request_extras(request, self.chunker.block_tokens, adapter, self._media_of(request))
+            extras = request_extras(request, self.chunker.block_tokens, adapter, self._media_of(request), self._ahead)
             if extras is None:
                 self.counters["unnameable_requests"] += 1
                 return None
             hints = Hints.of(request)
             state = RequestState(request, extras, keeps_partial_block=self._keeps_partial_block, hints=hints)
-            state.has_states = bool(self.groups.recurrent)
+            state.has_states, state.ahead = bool(self.groups.recurrent), self._ahead
             state.row = {"hint": hints.wrong} if hints.wrong else {}
             if adapter is not None:
                 state.adapter = Adapter(request.lora_request.lora_int_id, adapter.num_loads)
