@@ -38,9 +38,9 @@ def layout_name(vllm_config: Any, kv_cache_config: Any) -> str:
         return str(utils.get_kv_cache_layout())
 
 
-def served_groups(kv_cache_config: Any) -> KVGroups:
-    """What the engine's KV cache groups need, or ConfigError where that is not known, or a failed load could not be
-    made good: this takes a connector interface that hears of failures by request."""
+def served_groups(kv_cache_config: Any, *, ahead: int = 0) -> KVGroups:
+    """What the engine's KV cache groups need, with `draft_ahead`; or ConfigError where that is not known, or a failed
+    load could not be made good: this takes a connector interface that hears of failures by request."""
     groups = kv_cache_config.kv_cache_groups
     kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups) or "none"
     what = f"this model has {len(groups)} KV cache groups ({kinds})"
@@ -57,9 +57,8 @@ def served_groups(kv_cache_config: Any) -> KVGroups:
         raise ConfigError(
             f"{what}, blocks of {sorted(sizes)} tokens; kvlab needs one size and one window each. {instead}"
         )
-    found = KVGroups(
-        tuple(of_group.pop() for of_group in windows), sizes.pop(), recurrent=states.recurrent_groups(groups)
-    )
+    seen, recurrent = tuple(of_group.pop() for of_group in windows), states.recurrent_groups(groups)
+    found = KVGroups(seen, sizes.pop(), recurrent, ahead)
     if found.fail_whole and not hasattr(connector_base.KVConnectorBase_V1, "get_transfer_results"):
         raise ConfigError(f"{what}; with this version of vLLM kvlab serves one, of layers without a window. {instead}")
     return found

@@ -12,7 +12,6 @@ be served are refused at start.
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, get_kv_transfer_group, has_kv_transfer_group
@@ -80,7 +79,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         states.refuse_unserved(vllm_config, kv_cache_config.kv_cache_groups, lossy=self.config.is_lossy)
         outlives = bool(self.config.secondary_tiers)
         compat.refuse_unserved(vllm_config, outlives=outlives)
-        self.groups = replace(compat.served_groups(kv_cache_config), ahead=compat.draft_ahead(vllm_config))
+        self.groups = compat.served_groups(kv_cache_config, ahead=compat.draft_ahead(vllm_config))
         self.chunker = self.groups.chunker(self.config.chunk_tokens)
         self._writes_early = self.groups.are_several or compat.zeroes_pages(kv_cache_config)
         pages = [compat.page_bytes(group) for group in kv_cache_config.kv_cache_groups]
