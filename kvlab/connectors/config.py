@@ -59,6 +59,9 @@ class ConnectorConfig:
         share of the memory tier that requests may pin; 0 refuses pins.
     max_salt_share
         share of the memory tier that the objects of one ``cache_salt`` may take; beyond it a salt's own leave first.
+    quality_check
+        share of the requests with a hit in host memory that are computed instead, from 0 to 1: what is held of one
+        block is compared with what was computed, and the difference counted.
     report
         attach a row (tokens hit, bytes, ms, tier) to each finished request's ``kv_transfer_params``.
     namespace
@@ -82,6 +85,7 @@ class ConnectorConfig:
     transform: str = ""
     max_pinned_share: float = 0.5
     max_salt_share: float = 1.0
+    quality_check: float = 0.0
     report: bool = False
     namespace: str = ""
     enabled: bool = True
@@ -124,7 +128,7 @@ class ConnectorConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e9:
                 raise ConfigError(f"{name} must be a number from 0 to 10^9, got {value!r}")
-        for name in ("max_pinned_share", "max_salt_share"):
+        for name in ("max_pinned_share", "max_salt_share", "quality_check"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
                 raise ConfigError(f"{name} must be a number from 0 to 1, got {value!r}")
@@ -203,6 +207,8 @@ class ConnectorConfig:
         if not self.memory_bytes and is_coded(self.serde):
             put(self, "slot_serde", self.serde)
         put(self, "secondary_tiers", tuple(lower))
+        if self.quality_check and not self.memory_bytes:
+            raise ConfigError("quality_check compares what host memory holds: give memory:// as the first tier, or 0")
         if self.store_rule:
             get_rule(self.store_rule)
         if self.transform:

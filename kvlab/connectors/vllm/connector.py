@@ -27,6 +27,7 @@ from kvlab.connectors.vllm.namespace import engine_namespace, rank_namespace
 from kvlab.connectors.vllm.pages import codec_of, open_engine_transfer, proven_map, slot_bytes_of, what_is_used
 from kvlab.connectors.vllm.scheduler.scheduler import Scheduler
 from kvlab.connectors.vllm.scheduler.slots import SlotIndex
+from kvlab.connectors.vllm.worker.checks import QualityChecks
 from kvlab.connectors.vllm.worker.worker import Worker
 from kvlab.errors import ConfigError
 from kvlab.hashing import Namespace, cache_namespace
@@ -194,7 +195,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             content_bytes=states.content_bytes(engine_groups),
         )
         page_map: PageMap | Opaque = Opaque("no serde asks for more")
-        if self.config.is_lossy:
+        if self.config.is_lossy or self.config.quality_check:
             page_map = proven_map(self._vllm_config, self._kv_cache_config, kv_caches, self._pages)
         codec = codec_of(self.config.slot_serde, page_map, layout, self.config.transform)
         slot_bytes = layout.block_bytes if codec is None else codec.slot_bytes
@@ -220,6 +221,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             writes_early=self._writes_early,
             load_timeout_s=self.config.load_timeout_ms / 1e3,
             padding=states.Padding(layout, kv_caches, engine_groups) if self.groups.recurrent else None,
+            checks=QualityChecks(transfer, page_map, codec) if self.config.quality_check else None,
         )
         logger.info(
             "kvlab: %s, objects of %d tokens, namespace %s",

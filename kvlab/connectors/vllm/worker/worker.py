@@ -8,6 +8,7 @@ from itertools import takewhile
 
 from kvlab.connectors.vllm import states
 from kvlab.connectors.vllm.messages import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.worker.checks import QualityChecks
 from kvlab.connectors.vllm.worker.model_weights import ModelWeights
 from kvlab.connectors.vllm.worker.pending import PendingLoad, load_row, page_tokens
 from kvlab.connectors.vllm.worker.reports import Reports
@@ -48,8 +49,9 @@ class Worker:
         writes_early: bool = False,
         load_timeout_s: float = LOAD_TIMEOUT_S,
         padding: states.Padding | None = None,
+        checks: QualityChecks | None = None,
     ) -> None:
-        self.transfer = transfer
+        self.transfer, self._checks = transfer, checks
         self._saved = Saved(transfer)
         self._padding = padding
         self.tiers = tiers
@@ -134,6 +136,8 @@ class Worker:
     def save(self, metadata: StepMetadata) -> None:
         """All of a step's saves as one copy: few large copies are faster than many small ones."""
         self._timed.end(self._reports)
+        if self._checks is not None and not self._saved:  # else it is not known whether slots hold their blocks
+            self._checks.step(metadata.checks, self._owner, self._weights, self._reports)
         if not metadata.saves:
             return
         ops, metadata.saves = [op for op in metadata.saves if self._may_save(op)], []
