@@ -80,7 +80,8 @@ def transformed(vectors: torch.Tensor) -> torch.Tensor:
     vectors = vectors.contiguous()
     room = [torch.empty_like(vectors), torch.empty_like(vectors)]  # each in turn is read and filled
     for stage in range(block.bit_length() - 1):
-        pairs, found = (each.unflatten(-1, (-1, 2, 1 << stage)) for each in (vectors, room[stage % 2]))
+        shape = (*vectors.shape[:-1], vectors.shape[-1] // (2 << stage), 2, 1 << stage)
+        pairs, found = vectors.view(shape), room[stage % 2].view(shape)
         torch.add(pairs[..., 0, :], pairs[..., 1, :], out=found[..., 0, :])
         torch.sub(pairs[..., 0, :], pairs[..., 1, :], out=found[..., 1, :])
         vectors = room[stage % 2]
