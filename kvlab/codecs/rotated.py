@@ -1,5 +1,6 @@
 """`rotated4` on the device where the pages lie: one launch for each plane."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +32,7 @@ class RotatedCodec(FixedCodec[Rotated4Serde]):
         dim, block = item.head_dim, block_of(item.head_dim)
         channels = triton.next_power_of_2(dim)
         tokens = max(1, min(MAX_TOKENS, TILE // channels))
-        root = float(torch.tensor(1 / block**0.5))  # as float32 has it
+        root = float(torch.tensor(1 / math.sqrt(block)))  # as float32 has it
         for plane, tables in enumerate(self._at.planes):
             yield Launch(
                 program,

@@ -7,6 +7,8 @@ head's outlier channels over all of them, and what comes out is so nearly normal
 Sums are taken in an order that stands here, so that the bytes are the same on every CPU and GPU.
 """
 
+import math
+
 import torch
 
 from kvlab.errors import ConfigError, FormatError
@@ -85,7 +87,7 @@ def transformed(vectors: torch.Tensor) -> torch.Tensor:
         torch.add(pairs[..., 0, :], pairs[..., 1, :], out=found[..., 0, :])
         torch.sub(pairs[..., 0, :], pairs[..., 1, :], out=found[..., 1, :])
         vectors = room[stage % 2]
-    return vectors * (1 / block**0.5)
+    return vectors * (1 / math.sqrt(block))
 
 
 def block_of(dim: int) -> int:
