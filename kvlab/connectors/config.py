@@ -9,7 +9,8 @@ from urllib.parse import urlencode
 from kvlab.auth import AuthKey, auth_key
 from kvlab.chunking import Chunker
 from kvlab.errors import ConfigError, among
-from kvlab.stated import CODED_KINDS, is_coded
+from kvlab.installed import options_of
+from kvlab.stated import CHUNKED_KINDS, CODED_KINDS, is_chunked, is_coded
 from kvlab.stores import check_url
 from kvlab.stores.admission import get_rule
 from kvlab.stores.eviction import get_policy
@@ -188,6 +189,11 @@ class ConnectorConfig:
             raise ConfigError(
                 f"{shown_url(served[0])!r} must be the only secondary tier: a cache server brings its own"
             )
+        if served and any(map(is_chunked, serdes)):
+            raise ConfigError(
+                f"a cache server has no tables of models and codes no chunks as {sorted(serdes)[0]!r}: take "
+                f"{', '.join(CODED_KINDS)} or lossless at {shown_url(served[0])!r}"
+            )
         if len(serdes) > 1:
             raise ConfigError(
                 f"all secondary tiers must use one serde, got {sorted(serdes)}; objects move between them as they are"
@@ -214,7 +220,7 @@ class ConnectorConfig:
         if self.transform:
             get_transform(self.transform)
             put(self, "transform_id", transform_id(self.transform))
-            if is_coded(self.serde):
+            if is_coded(self.serde) or is_chunked(self.serde):
                 raise ConfigError(f"a transform works on KV as it is, use naive or lossless tiers; got {self.serde!r}")
 
     def __repr__(self) -> str:
@@ -229,7 +235,7 @@ class ConnectorConfig:
     @property
     def is_lossy(self) -> bool:
         """Whether what the tiers give back is not bit for bit what was computed."""
-        return is_coded(self.serde) or bool(self.transform)
+        return is_coded(self.serde) or is_chunked(self.serde) or bool(self.transform)
 
     @property
     def slots_are_exact(self) -> bool:
@@ -260,12 +266,30 @@ def _checked_serde(spec: str) -> str:
     """The whole name of the serde that `spec` chooses; ConfigError where no tier can have it."""
     if spec in ("naive", "lossless"):
         return spec  # without PyTorch, which a machine that only writes a configuration need not have
+    if spec.partition(":")[0] == "cachegen":
+        check_cachegen(spec)  # its tables lie beside a model, which is known once an engine starts
+        return spec
     from kvlab.serde import get_serde
 
     serde = get_serde(spec)
-    if serde.needs_kv_axes and not is_coded(spec):
-        raise ConfigError(f"serde {spec!r} is not for an engine's pages; use naive, lossless, {', '.join(CODED_KINDS)}")
+    if serde.needs_kv_axes and not is_coded(spec) and not is_chunked(spec):
+        known = ", ".join((*CODED_KINDS, *CHUNKED_KINDS))
+        raise ConfigError(f"serde {spec!r} is not for an engine's pages; use naive, lossless, {known}")
     return serde.spec if is_coded(spec) else spec
+
+
+def check_cachegen(spec: str) -> dict[str, str]:
+    """The options of ``cachegen:tables=PATH,level=0.25``, both of which may be left out. ConfigError for others."""
+    options = options_of("serde", spec, "level=0.25")
+    if unknown := sorted(set(options) - {"tables", "level"}):
+        raise ConfigError(f"cachegen takes tables and level, got {unknown[0]!r} in {spec!r}")
+    try:
+        level = float(options.get("level", "1"))
+    except ValueError:
+        level = 0.0
+    if not 0 < level < float("inf"):
+        raise ConfigError(f"level must be a number like 0.25, got {options['level'][:40]!r} in {spec!r}")
+    return options
 
 
 def _shown(tiers: object) -> str:

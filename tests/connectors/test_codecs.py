@@ -58,7 +58,12 @@ class Watched:
 
 @pytest.mark.parametrize(
     ("spec", "dtype", "times"),
-    [("int8", "float32", 3.7), ("int4", "bfloat16", 2.9), ("fp8", "bfloat16", 1.8)],
+    [
+        ("int8", "float32", 3.7),
+        ("int4", "bfloat16", 2.9),
+        ("rotated4", "bfloat16", 3.3),
+        ("centered:theta=100000", "bfloat16", 2.7),  # the demo model's
+    ],
 )
 def test_pages_hold_what_the_twin_makes_of_them(spec, dtype, times):
     size = 1200 * TOKEN_BYTES // (1 if dtype == "float32" else 2)

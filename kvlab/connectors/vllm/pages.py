@@ -15,6 +15,7 @@ from kvlab.errors import ConfigError
 from kvlab.paged import Opaque, PageLayout, PageMap, Transfer, open_transfer, understand
 from kvlab.paged.vllm_operators import of_layer
 from kvlab.sharedmemory import SharedSlots
+from kvlab.stated import is_coded
 from kvlab.stores.url import shown_url
 from kvlab.units import format_bytes
 
@@ -104,6 +105,18 @@ def codec_of(serde: str, page_map: PageMap | Opaque, layout: PageLayout, transfo
     from kvlab.serde import get_serde
 
     return BlockCodec(get_serde(serde), page_map, layout.num_layers)
+
+
+def map_below(spec: str, page_map: PageMap | Opaque, layout: PageLayout) -> dict[str, Any]:
+    """What the process of the tiers must know of pages to code them. ConfigError where the serde cannot."""
+    from kvlab.codecs import PageCodec
+    from kvlab.codecs.blocks import BlockCodec
+    from kvlab.serde import get_serde
+
+    serde = get_serde(spec)
+    made = BlockCodec(serde, page_map, layout.num_layers) if is_coded(spec) else PageCodec(serde, page_map)
+    assert isinstance(made.map, PageMap)  # or the line before has refused it
+    return made.map.as_json()
 
 
 def open_engine_transfer(
