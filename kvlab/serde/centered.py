@@ -12,6 +12,7 @@ quality and nothing else. They stand in the object.
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 
@@ -129,6 +130,16 @@ class CenteredSerde(Serde):
 def rope_frequencies(rotary: int, theta: float) -> torch.Tensor:
     """Radians that each pair of `rotary` channels turns a token, float32; RoPE as published (arXiv 2104.09864)."""
     return (theta ** -(torch.arange(0, rotary, 2, dtype=torch.float64) / max(rotary, 1))).float()
+
+
+def rope_of(config: Any, head_dim: int) -> tuple[float, int]:
+    """The base of a model's RoPE, and how many channels of a head turn, by its config as transformers has it."""
+    told = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if told and all(isinstance(value, dict) for value in told.values()):  # one for each kind of layer
+        told = next(iter(told.values()))
+    theta = told.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+    share = told.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    return float(theta), int(head_dim * share) // 2 * 2
 
 
 def rotated(keys: torch.Tensor, frequencies: torch.Tensor, style: str, sign: float) -> torch.Tensor:

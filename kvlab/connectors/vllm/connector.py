@@ -31,6 +31,7 @@ from kvlab.connectors.vllm.pages import (
     open_engine_transfer,
     proven_map,
     slot_bytes_of,
+    warn_of_rope,
     what_is_used,
 )
 from kvlab.connectors.vllm.scheduler.scheduler import Scheduler
@@ -188,6 +189,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         page_map: PageMap | Opaque = Opaque("no serde asks for more")
         if self.config.is_lossy or self.config.quality_check:
             page_map = proven_map(self._vllm_config, self._kv_cache_config, kv_caches, self._pages)
+        warn_of_rope(self.config.serde, self._vllm_config, page_map)
         codec = codec_of(self.config.slot_serde, page_map, layout, self.config.transform)
         slot_bytes = layout.block_bytes if codec is None else codec.slot_bytes
         if slot_bytes * self.num_slots > self.config.arena_bytes:

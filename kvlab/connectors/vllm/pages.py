@@ -4,6 +4,7 @@ Which byte of a page is which is proven by the engine's own write operator when 
 there are is told earlier, and to a process that has no pages: by the specs, with which the proven map must then agree.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from kvlab.units import format_bytes
 
 if TYPE_CHECKING:
     from kvlab.codecs.blocks import BlockCodec
+
+logger = logging.getLogger("vllm.kvlab")
 
 
 def slot_bytes_of(vllm_config: Any, kv_cache_config: Any, serde: str) -> int:
@@ -105,6 +108,20 @@ def codec_of(serde: str, page_map: PageMap | Opaque, layout: PageLayout, transfo
     from kvlab.serde import get_serde
 
     return BlockCodec(get_serde(serde), page_map, layout.num_layers)
+
+
+def warn_of_rope(spec: str, vllm_config: Any, page_map: PageMap | Opaque) -> None:
+    """`centered` turns keys back by a rope that its options name; by another one it loses what it is there for."""
+    from kvlab.serde import get_serde
+    from kvlab.serde.centered import CenteredSerde, rope_of
+
+    serde = get_serde(spec) if spec.startswith("centered") else None
+    if not isinstance(serde, CenteredSerde) or isinstance(page_map, Opaque):
+        return
+    theta, rotary = rope_of(vllm_config.model_config.hf_text_config, page_map.head_dim)
+    if (serde.theta, serde.rotary or page_map.head_dim) != (theta, rotary):
+        wanted = f"centered:theta={theta:.12g}" + ("" if rotary == page_map.head_dim else f",rotary={rotary}")
+        logger.warning("kvlab: %s is not this model's rope, which costs quality; give ?serde=%s", spec, wanted)
 
 
 def map_below(spec: str, page_map: PageMap | Opaque, layout: PageLayout) -> dict[str, Any]:
