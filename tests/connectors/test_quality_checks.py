@@ -5,11 +5,14 @@ import logging
 import pytest
 import torch
 
+from kvlab.chunking import Chunker, Span
 from kvlab.connectors import vllm_config
 from kvlab.connectors.vllm.metrics import Counters, KVLabStats
+from kvlab.connectors.vllm.scheduler.checks import CheckPlanner
+from kvlab.connectors.vllm.scheduler.requests import ObjectRef, RequestState, SkipReason
 from kvlab.connectors.vllm.worker.checks import MOST, errors_of
 from kvlab.errors import ConfigError
-from tests.connectors.engine import connector, engine, generate, prompt, worker
+from tests.connectors.engine import BLOCK, connector, engine, generate, prompt, worker
 
 
 def test_errors_are_in_units_of_what_differs_between_tokens():
@@ -73,6 +76,22 @@ def test_a_share_is_checked_and_others_are_served(monkeypatch):
         drawn = iter([0.9, 0.24, 0.25])
         monkeypatch.setattr("kvlab.connectors.vllm.scheduler.checks.random.random", lambda: next(drawn))
         assert [generate(llm, [prompt(300)])[0].hit for _ in range(3)] == [299, 0, 299]
+
+
+def test_a_request_is_drawn_once_and_what_is_drawn_stays_so(monkeypatch):
+    drawn = iter([0.9, 0.1])
+    monkeypatch.setattr("kvlab.connectors.vllm.scheduler.checks.random.random", lambda: next(drawn))
+    planner = CheckPlanner(0.5, Chunker(64, BLOCK), None, None)
+    whole, partial = ObjectRef(Span(2, 4), b"a", 128, True), ObjectRef(Span(4, 5), b"b", 130, True)
+    served, chosen = RequestState(None, {}), RequestState(None, {})
+    elsewhere = ObjectRef(Span(2, 4), b"a", 128, False)
+    for plan, computed in (([partial], 0), ([elsewhere], 0), ([whole], 96)):
+        assert not planner.takes(served, plan, computed), "nothing that the request computes in full is held"
+    assert [planner.takes(served, [whole], 64) for _ in range(2)] == [False, False]
+    assert [planner.takes(chosen, [whole, partial], 64) for _ in range(2)] == [True, True]
+    assert (chosen.check, chosen.skip) == (whole, SkipReason.QUALITY_CHECK)
+    inexact = RequestState(None, {}, is_exact=False)
+    assert not planner.takes(inexact, [whole], 0), "it may be computed from what was decoded"
 
 
 def test_what_cannot_be_compared_is_refused(monkeypatch):

@@ -39,7 +39,10 @@ class CheckPlanner:
             for ref in plan
             if ref.in_memory and ref.span.first_block * self._block >= num_computed and not ref.end_token % self._block
         ]
-        if not whole or random.random() >= self._share:
+        if not whole or state.is_drawn:
+            return False
+        state.is_drawn = True  # the engine asks again of a request that waits for pages
+        if random.random() >= self._share:
             return False
         state.is_checked, state.check, state.skip = True, random.choice(whole), SkipReason.QUALITY_CHECK
         return True

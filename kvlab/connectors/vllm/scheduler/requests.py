@@ -55,6 +55,7 @@ class RequestState:
     missing: dict[bytes, str] = field(default_factory=dict)  # why the secondary tiers lack an object, as they said
     skip: SkipReason | None = None  # of the latest match
     is_exact: bool = True  # no KV that it is computed from came from a lossy tier
+    is_drawn: bool = False  # whether it is to be checked has been decided
     is_checked: bool = False  # it goes without its hit, see `CheckPlanner`
     check: ObjectRef | None = None  # what is still to be compared of it
     given_up: bool = False  # a promise to it could not be kept
