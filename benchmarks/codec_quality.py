@@ -19,7 +19,15 @@ from statistics import mean
 from serde_rows import ROOT, about, write
 from serde_texts import code, token_rows
 
-KINDS = ("naive@32", "fp8@32", "int8@32", "int4@32", "int4@128", "rotated4@32", "centered:theta=100000@32")  # and the tokens of a block
+KINDS = (
+    "naive@32",
+    "fp8@32",
+    "int8@32",
+    "int4@32",
+    "int4@128",
+    "rotated4@32",
+    "centered:theta=100000@32",
+)  # and the tokens of a block
 TOP = 20
 
 

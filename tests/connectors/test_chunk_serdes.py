@@ -1,5 +1,6 @@
 """`cachegen` at secondary tiers of a real engine: chunks that the tier worker codes, with the tables of the model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from kvlab.serde.tables import FILE, profile, save_tables
 from tests.connectors.damage import cut_short, flip_a_bit, objects
 from tests.connectors.engine import BLOCK, connector, drain, empty_memory, engine, generate, prompt
 from tests.connectors.models import KEPT, TOKEN_BYTES, gemma, short_demo
-from tests.connectors.test_codecs import as_if_naive, ask_exactly, slots_by_name
-from tests.forged import header_of
+from tests.connectors.test_codecs import ask_exactly, slots_by_name
+from tests.forged import data_of, forged, header_of
 
 LAYERS = len(KEPT)
 
@@ -73,7 +74,7 @@ def test_chunks_come_back_as_the_twin_has_them_and_all_else_is_computed(model, t
     with engine(tiers[1:], settings) as llm:  # without a memory tier
         answer = generate(llm, [p])[0]
         assert (answer.hit, answer.tokens) == (299, again.tokens)
-        for damage in (flip_a_bit, cut_short, as_if_naive):
+        for damage in (flip_a_bit, cut_short, of_other_tables):
             for path, value in stored.items():
                 path.write_bytes(value)
                 damage(path, [])
@@ -93,6 +94,13 @@ def test_chunks_come_back_as_the_twin_has_them_and_all_else_is_computed(model, t
     told = pytest.raises(ConfigError, match="must tell K from V, and these pages are opaque: its swizzle")
     with told, engine(tiers, settings):
         pass
+
+
+def of_other_tables(path, _others):
+    """The object as if it had been coded with these, sealed as its writer would."""
+    header, data = header_of(path.read_bytes()), data_of(path.read_bytes())
+    header["__metadata__"]["params"] = json.dumps({"table": "0" * 32})
+    path.write_bytes(forged(header, data))
 
 
 def connector_of_worker():
