@@ -10,6 +10,7 @@ host memory; medians of `--repeats`.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from gpu_transfer_peers import LMCache, vllm_batch
 from kvlab.machine.provenance import append_rows
 from kvlab.paged import gather, page_layout
 from kvlab.paged.cuda import DEFAULT_STAGING_BYTES, CudaTransfer
-from kvlab.sharedmemory import SharedSlots
+from kvlab.sharedmemory import LendingMemory, LentMemory, SharedSlots
 from kvlab.stores import open_store
 from kvlab.units import parse_bytes
 
@@ -143,6 +144,28 @@ def check_shared() -> None:
     print("shared memory says what has been saved")
 
 
+def check_lent() -> None:
+    """Blocks of another process's memory, which this one can only read, in runs and scattered; pages that a save still
+    has to read are written to behind it."""
+    pages = layout("NHD")
+    block = pages.block_bytes
+    memory = LendingMemory(400 * block)
+    memory.bytes.view(np.uint64)[:] = np.random.default_rng(0).integers(0, 1 << 63, memory.bytes.nbytes // 8, np.uint64)
+    lent = LentMemory(os.dup(memory.fd), 400 * block)
+    transfer = CudaTransfer(pages, 400)
+    assert transfer.map_lent(lent.bytes), "memory that can only be read is pinned"
+    held = torch.from_numpy(memory.bytes).view(400, LAYERS, PAGE)
+    for numbers in (list(range(400)), list(range(7, 300)), torch.randperm(400)[:111].tolist(), [5]):
+        blocks = torch.randperm(BLOCKS)[: len(numbers)].tolist()
+        before = pages_of(transfer, blocks)
+        torch.cuda._sleep(20_000_000)
+        transfer.save(blocks, numbers)
+        transfer.load_lent([number * block for number in numbers], blocks, transfer.fence()).end.synchronize()
+        assert torch.equal(pages_of(transfer, blocks), held[numbers])
+        assert torch.equal(transfer.slots(numbers), before)
+    transfer.close()
+
+
 def check_pinned_store() -> None:
     """A memory tier registers exactly its own bytes with CUDA, and what lies there goes to the GPU as it is."""
     value = torch.randint(0, 255, (5 << 20,), dtype=torch.uint8)
@@ -169,6 +192,7 @@ def check_all() -> None:
         transfer.close()
         print("bytes, order and clocks are right:", name, flush=True)
     check_shared()
+    check_lent()
     check_pinned_store()
     print("a pinned memory tier is pinned")
 

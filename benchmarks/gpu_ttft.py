@@ -80,6 +80,7 @@ def start(options: argparse.Namespace, backend: str):
     return LLM(
         options.model,
         load_format=options.load_format,
+        tensor_parallel_size=options.ranks,
         enforce_eager=options.graphs == "none",
         compilation_config={"cudagraph_mode": "PIECEWISE"} if options.graphs == "piecewise" else None,
         max_model_len=max(options.lengths) + 64,
@@ -102,6 +103,7 @@ def arguments(rows: str, repeats: int, backends: str) -> argparse.Namespace:
     parser.add_argument("--load-format", default="dummy")
     parser.add_argument("--graphs", choices=["none", "piecewise", "full"], default="none", help="CUDA graphs")
     parser.add_argument("--pool", default="5GiB", help="KV cache on the GPU; holds four prompts of the greatest length")
+    parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel, on as many GPUs")
     parser.add_argument("--folder", type=Path, help="of the -disk backends")
     parser.add_argument("--socket", default="/tmp/kvlab.sock", help="of a running `kvlab serve`")
     parser.add_argument("--redis", default="redis://127.0.0.1:6379", help="of the -redis backends")
@@ -171,7 +173,8 @@ class Backend:
             self._process.kill()
 
 
-def measure(backends: list[Backend], length: int, repeats: int, graphs: str) -> list[dict]:
+def measure(backends: list[Backend], length: int, options: argparse.Namespace) -> list[dict]:
+    repeats, graphs = options.repeats, options.graphs
     tokens = {each.name: [each.ask(length, at)[1] for at in range(PROMPTS)] for each in backends}
     time.sleep(1.0)
     loaded = {each.name: [each.ask(length, at)[2:] for at in range(PROMPTS)][-1] for each in backends}
@@ -190,6 +193,7 @@ def measure(backends: list[Backend], length: int, repeats: int, graphs: str) -> 
             "graphs": graphs, "together": len(backends),
             "same_tokens": round(statistics.mean(a[1] == tokens[name][i % PROMPTS] for i, a in enumerate(answers)), 3),
             "load_gb_per_s": round(num_bytes / seconds / 1e9, 2) if seconds else "",
+            **({"ranks": options.ranks} if options.ranks > 1 else {}),
         }  # fmt: skip
         rows.append(row)
         print(*(f"{k}={v}" for k, v in row.items()), flush=True)
@@ -209,7 +213,7 @@ def main() -> None:
         import torch  # noqa: F401  # for the GPU's name in the rows
 
         for length in options.lengths:
-            rows = measure(backends, length, options.repeats, options.graphs)
+            rows = measure(backends, length, options)
             append_rows(options.rows, rows)
     finally:
         for each in backends:

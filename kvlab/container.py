@@ -113,17 +113,21 @@ def packed_bytes(value: Buffer | Sequence[Buffer]) -> int:
     return sum(memoryview(piece).nbytes for piece in pieces)
 
 
-def unpack(value: Buffer | Sequence[memoryview], key: str, *, auth: AuthKey | None = None) -> Container:
+def unpack(
+    value: Buffer | Sequence[memoryview], key: str, *, auth: AuthKey | None = None, is_sealed: bool = False
+) -> Container:
     """Open an object, or raise FormatError with a one-word reason; no byte is used before all checks passed.
 
     Checked, in this order: format version, length, the checksum over every byte, where `auth` is given the MAC too;
     then the header, within the limits above, and `key`, so that another object's content under this name is seen. A
     MAC that the reader has no key for is passed over. Parts are views into `value`; where that is two buffers, into
-    the second if this begins behind the header, else into a copy of both.
+    the second if this begins behind the header, else into a copy of both. `is_sealed`: the same bytes passed checksum
+    and MAC before, with this `auth`, and are not read again.
     """
     head, data = _head_and_data(value, key)
     seal = check_length(head, len(head) + data.nbytes, key)
-    _check_seal(seal, head, data, key, auth)
+    if not is_sealed:
+        _check_seal(seal, head, data, key, auth)
     metadata, entries = _header(head, key)
     if metadata["key"] != key:
         raise FormatError(f"object under {key!r} says it is {metadata['key']!r}"[:300], reason="wrong_key")

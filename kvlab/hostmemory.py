@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,9 @@ log = logging.getLogger(__name__)
 
 PAGE = 4096  # what direct I/O asks of addresses, offsets and lengths; 512-byte disks accept it too
 HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE, _MADV_DONTDUMP, _MADV_POPULATE_WRITE = 14, 16, 23  # the last from Linux 5.14 on
+_MADV_HUGEPAGE, _MADV_DONTDUMP = 14, 16
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # from Linux 5.14 on
+_READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY
 _PIECE = 64 << 20
 _MAX_THREADS = 16
 _local = threading.local()
@@ -84,15 +85,16 @@ def advise_arena(memory: NDArray[np.uint8]) -> None:
     _advise(memory.ctypes.data, memory.nbytes, _MADV_DONTDUMP)
 
 
-def populate(memory: NDArray[np.uint8], *, threads: int | None = None) -> None:
-    """Have the system give all whole pages of `memory` now; its content stays. By default with a thread for each core
-    this process may use, at most 16: they keep to its cores, and memory to those cores' side of the machine. Where the
-    system does not know the call, pages come as they are used."""
+def populate(memory: NDArray[np.uint8], *, threads: int | None = None, is_readonly: bool = False) -> None:
+    """Have the system give all whole pages of `memory` now; its content stays. `is_readonly`: it cannot be written to.
+    By default with a thread for each core this process may use, at most 16: they keep to its cores, and memory to those
+    cores' side of the machine. Where the system does not know the call, pages come as they are used."""
+    advice = _MADV_POPULATE_READ if is_readonly else _MADV_POPULATE_WRITE
     first = -(-memory.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (memory.ctypes.data + memory.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
 
     def take(at: int) -> None:
-        _advise(at, min(_PIECE, end - at), _MADV_POPULATE_WRITE)
+        _advise(at, min(_PIECE, end - at), advice)
 
     pieces = range(first, end, _PIECE)
     if threads == 1:  # the caller's own, which may be a daemon: a pool's thread would hold up the interpreter's end
@@ -103,10 +105,12 @@ def populate(memory: NDArray[np.uint8], *, threads: int | None = None) -> None:
         list(pool.map(take, pieces))
 
 
-def pin(memory: NDArray[np.uint8]) -> Callable[[], None] | None:
+def pin(memory: NDArray[np.uint8], *, is_readonly: bool = False) -> Callable[[], None] | None:
     """Populate and page-lock exactly `memory` for CUDA (torch's own pinning rounds up to a power of two); how to undo
     it, or None (logged) if CUDA refuses. Memory given back while still locked would make CUDA refuse what comes there
-    next."""
+    next.
+
+    Through the driver: the runtime remembers an error of such a call, and raises it from the next call of anyone."""
     try:
         import torch
     except ImportError:
@@ -115,17 +119,20 @@ def pin(memory: NDArray[np.uint8]) -> Callable[[], None] | None:
     if not torch.cuda.is_available():
         log.warning("memory is not pinned: no CUDA device")
         return None
-    populate(memory)  # to register what is not there yet takes several times as long
-    address = memory.ctypes.data
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    status = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
+    populate(memory, is_readonly=is_readonly)  # to register what is not there yet takes several times as long
+    driver = ctypes.CDLL("libcuda.so.1")
+    address = ctypes.c_void_p(memory.ctypes.data)
+    torch.cuda.synchronize()  # this thread has a context then
+    flags = _READ_ONLY if is_readonly else 0
+    status = int(driver.cuMemHostRegister_v2(address, ctypes.c_size_t(memory.nbytes), ctypes.c_uint(flags)))
     if status:
-        log.warning("memory is not pinned: cudaHostRegister of %d bytes answered %d", memory.nbytes, status)
+        log.warning("memory is not pinned: cuMemHostRegister of %d bytes answered %d", memory.nbytes, status)
         return None
 
     def unpin() -> None:
-        if status := int(runtime.cudaHostUnregister(address)):
-            log.warning("memory stays pinned: cudaHostUnregister of %d bytes answered %d", memory.nbytes, status)
+        torch.cuda.synchronize()  # as above; nor is anything copied any more
+        if status := int(driver.cuMemHostUnregister(address)):
+            log.warning("memory stays pinned: cuMemHostUnregister of %d bytes answered %d", memory.nbytes, status)
 
     return unpin
 

@@ -163,9 +163,10 @@ class SealedObjects:
             self._set_aside(key, reason, value)
         return None
 
-    def opened(self, value: Found, key: str) -> Container:
-        """The object's container, every byte of it checked; FormatError if it is broken or of another namespace."""
-        container = unpack(value, key, auth=self.auth)
+    def opened(self, value: Found, key: str, *, is_sealed: bool = False) -> Container:
+        """The object's container, every byte of it checked, or `is_sealed` before; FormatError if it is broken or of
+        another namespace."""
+        container = unpack(value, key, auth=self.auth, is_sealed=is_sealed)
         if container.metadata.get("namespace") != self.namespace.canonical:
             raise FormatError("object belongs to another namespace than its key says", reason="wrong_namespace")
         return container

@@ -6,6 +6,7 @@ too, as ``int4-blocks`` and the like: no reader that wants pages, or chunks, tak
 
 import copy
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,24 @@ class PageObjects(SealedObjects):
 
         return bool(self.get_decoded(key, lambda: self._read(key, out), decode, misfits=self._misfit_reasons))
 
+    def place(
+        self,
+        value: memoryview,
+        key: str,
+        shape: tuple[int, ...],
+        *,
+        first_token: int,
+        end_token: int,
+        is_sealed: bool = False,
+    ) -> int | None:
+        """At which byte of `value` the slots of this object begin, uint8 of `shape`, one after the other; None where it
+        is not stored as slots are. FormatError where it is broken, or another object. `is_sealed` as in `opened`."""
+        if not self._in_place:
+            return None
+        expected = Expected(self._as_they_are.axes, shape, "uint8", prod(shape), (first_token, end_token))
+        part = self._as_they_are.part(self.opened(value, key, is_sealed=is_sealed), expected)
+        return address(part.data) - address(value)
+
     def _encode(self, pages: NDArray[np.uint8], num_tokens: int) -> tuple[Mapping[str, Part], Mapping[str, str]]:
         return self._as_they_are.encode(pages) if self._in_place else self._codec.encode(pages, num_tokens)
 
@@ -143,8 +162,8 @@ class _AsTheyAre:
         part = Part("U8", pages.shape, pages.reshape(-1).data)
         return {"payload": part}, metadata_of(self.serde, pages.shape, "uint8", self.axes, self._params)
 
-    def take(self, container: Container, out: NDArray[np.uint8], expected: Expected) -> None:
-        """Put the bytes into `out`, if they are not there already."""
+    def part(self, container: Container, expected: Expected) -> Part:
+        """The one part that holds the slots."""
         said = stated(container.metadata, expected)
         if said.serde != self.serde or (self._params and said.params != self._params):
             told = f"{said.serde!r} {said.params}"
@@ -152,6 +171,11 @@ class _AsTheyAre:
         part = container.parts.get("payload")
         if part is None or (part.dtype, part.shape, len(container.parts)) != ("U8", said.shape, 1):
             raise FormatError(f"slots must be one part of uint8{list(said.shape)}, got {sorted(container.parts)}"[:300])
+        return part
+
+    def take(self, container: Container, out: NDArray[np.uint8], expected: Expected) -> None:
+        """Put the bytes into `out`, if they are not there already."""
+        part = self.part(container, expected)
         if address(part.data) != out.ctypes.data:
             out.reshape(-1)[:] = np.frombuffer(part.data, np.uint8)
 

@@ -6,12 +6,15 @@ import logging
 import os
 import signal
 import stat
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvlab.cli.parser import Parser
 from kvlab.errors import ConfigError
-from kvlab.stores import check_url, open_stores
+from kvlab.stores import Store, check_url, open_store
+from kvlab.stores.memory import MemoryStore
+from kvlab.stores.tiered import TieredStore
 from kvlab.stores.url import StoreURL, shown_url
 from kvlab.tierworker.host import CacheServer
 from kvlab.tierworker.metrics import MetricsServer
@@ -34,6 +37,11 @@ def parser() -> argparse.ArgumentParser:
     p = Parser("kvlab serve", about, examples=examples, more=more)
     p.add_argument("--memory", default="1GiB", metavar="SIZE", help="of the memory tier (default: %(default)s)")
     p.add_argument("--policy", default="lru", help="of the memory tier's evictions (default: %(default)s)")
+    p.add_argument(
+        "--copy",
+        action="store_true",
+        help="copy objects to each engine's memory; by default engines map the memory tier, to read, and copy from it",
+    )
     p.add_argument("--tier", action="append", default=[], metavar="URL", help="below memory, fastest first; may repeat")
     p.add_argument("--listen", type=Path, required=True, metavar="PATH", help="socket for engines; this user's alone")
     p.add_argument("--tcp", metavar="HOST:PORT", help="answer other hosts in Redis' protocol (redis://HOST:PORT)")
@@ -58,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     password = _password(args.password_file) if args.password_file else ""
     form = "%(levelname)s %(asctime)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%m-%d %H:%M:%S")
-    store = open_stores([f"memory://?size={args.memory}&policy={args.policy}&pinned=false", *args.tier])
+    store = _open(parse_bytes(args.memory), args.policy, args.tier, lending=not args.copy)
     _raise_file_limit()
     server = CacheServer(store, args.listen)
     with contextlib.ExitStack() as beside:
@@ -78,6 +86,18 @@ def main(argv: Sequence[str]) -> int:
     logger.info("kvlab serve: ended")
     logging.shutdown()
     os._exit(0)  # a thread may be stuck in a store
+
+
+def _open(max_bytes: int, policy: str, below: Sequence[str], *, lending: bool) -> Store:
+    lending &= sys.platform == "linux"
+    stores: list[Store] = [MemoryStore(max_bytes, policy=policy, pinned=False, lending=lending)]
+    try:
+        stores.extend(open_store(url) for url in below)
+    except BaseException:
+        for store in stores:
+            store.close()
+        raise
+    return TieredStore(stores) if below else stores[0]
 
 
 def _password(file: Path) -> str:

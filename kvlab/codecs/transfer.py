@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvlab.codecs.blocks import BlockCodec
 from kvlab.errors import ConfigError
@@ -31,7 +32,8 @@ class CodedCPUTransfer(CPUTransfer):
     def save(self, block_ids: Sequence[int], slots: Sequence[int], num_tokens: Sequence[int] = ()) -> None:
         """Encode pages into slots; done when it returns."""
         check_block_ids(block_ids, self.layout.num_blocks)
-        for block_id, slot, count in self._each(block_ids, slots, num_tokens):
+        counts = num_tokens or [self.coded_tokens] * len(slots)
+        for block_id, slot, count in zip(block_ids, slots, counts, strict=True):
             for layer, pages in enumerate(self._pages):
                 self._block[layer] = pages[block_id]
             try:
@@ -40,23 +42,19 @@ class CodedCPUTransfer(CPUTransfer):
                 logger.debug("kvlab: a block is not kept: %s", error)
                 self._unfit.add(slot)
 
-    def load(self, slots: Sequence[int], block_ids: Sequence[int], num_tokens: Sequence[int] = ()) -> None:
-        """Decode slots into pages; done when it returns."""
+    def _fill(self, blocks: Sequence[NDArray[np.uint8]], block_ids: Sequence[int], num_tokens: Sequence[int]) -> None:
+        """Decode blocks into pages; done when it returns."""
         check_block_ids(block_ids, self.layout.num_blocks)
-        for block_id, slot, count in self._each(block_ids, slots, num_tokens):
-            self.codec.decode(self.arena[slot], count, torch.from_numpy(self._block))
+        counts = num_tokens or [self.coded_tokens] * len(blocks)
+        for block_id, block, count in zip(block_ids, blocks, counts, strict=True):
+            coded = torch.from_numpy(block if block.flags.writeable else block.copy())
+            self.codec.decode(coded, count, torch.from_numpy(self._block))
             for layer, pages in enumerate(self._pages):
                 pages[block_id] = self._block[layer]
 
     def take_unfit(self, wait_for: Sequence[int] | None = ()) -> set[int]:
         unfit, self._unfit = self._unfit, set()
         return unfit
-
-    def _each(
-        self, block_ids: Sequence[int], slots: Sequence[int], num_tokens: Sequence[int]
-    ) -> "zip[tuple[int, int, int]]":
-        counts = num_tokens or [self.coded_tokens] * len(slots)
-        return zip(block_ids, slots, counts, strict=True)
 
 
 def open_coded_transfer(

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from math import prod
 from threading import Thread
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvlab.hostmemory import populate, reserve
 from kvlab.paged.layout import PageLayout, check_block_ids
@@ -66,10 +68,27 @@ class CPUTransfer:
 
     def load(self, slots: Sequence[int], block_ids: Sequence[int], num_tokens: Sequence[int] = ()) -> None:
         """Copy slots into pages; done when it returns."""
+        self._fill([self._arena[slot] for slot in slots], block_ids, num_tokens)
+
+    def _fill(self, blocks: Sequence[NDArray[np.uint8]], block_ids: Sequence[int], num_tokens: Sequence[int]) -> None:
         check_block_ids(block_ids, self.layout.num_blocks)
         for layer, pages in enumerate(self._pages):
-            for block_id, slot in zip(block_ids, slots, strict=True):
-                pages[block_id] = self._arena[slot, layer]
+            for block_id, block in zip(block_ids, blocks, strict=True):
+                pages[block_id] = block[layer]
+
+    def map_lent(self, memory: NDArray[np.uint8]) -> bool:
+        """True: any memory that this process can read is a source."""
+        self._lent = memory
+        return True
+
+    def load_lent(
+        self, places: Sequence[int], block_ids: Sequence[int], after: None = None, num_tokens: Sequence[int] = ()
+    ) -> WallClock:
+        clock, shape = WallClock(), self._arena.shape[1:]
+        blocks = [self._lent[at : at + prod(shape)].reshape(shape) for at in places]
+        self._fill(blocks, block_ids, num_tokens)
+        clock.stop()
+        return clock
 
     def clear(self, block_ids: Sequence[int]) -> None:
         """Fill pages with zeros."""

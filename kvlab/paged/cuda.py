@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from triton.runtime import driver as triton_driver
 
 from kvlab.errors import ConfigError
@@ -104,6 +106,7 @@ class CudaTransfer:
         memory = shared.slots.reshape(-1) if shared is not None else reserve(num_slots * block)
         unpin = pin(shared.bytes if shared is not None else memory)  # None: pageable memory, which works and is slower
         self._is_pinned = unpin is not None
+        self._unpins = [unpin] if unpin is not None else []
         self.arena = torch.from_numpy(memory).view(num_slots, *shape)
         self._mover = self._make_mover()
         self._arena_address = self.arena.data_ptr()
@@ -117,7 +120,7 @@ class CudaTransfer:
         self._gathers = _Trail(layout.num_blocks)  # of pages, by saves
         self._lock = threading.RLock()
         # At the latest when the interpreter ends, while CUDA is still there.
-        self._release = weakref.finalize(self, _release, self.device, unpin)
+        self._release = weakref.finalize(self, _release, self.device, self._unpins)
 
     @property
     def staging_bytes(self) -> int:
@@ -127,27 +130,36 @@ class CudaTransfer:
     def load(self, slots: Sequence[int], block_ids: Sequence[int], num_tokens: Sequence[int] = ()) -> Timing:
         """Slots into pages: the current stream's next work sees them. Returns at once."""
         _check_lengths(slots, block_ids)
-        block, stream = self._slot_bytes, self._in.cuda_stream
         with self._lock:
-            timing = Timing(self._in)
-            compute: torch.cuda.Stream | None = None
-            for piece, ids, places, *tokens in self._pieces("in", block_ids, slots, *filter(None, (num_tokens,))):
-                self._saves.wait(self._in, places)
-                self._in.wait_event(piece.free)
-                for into, first, count in runs(places):
-                    target, source = piece.address + into * block, self._arena_address + first * block
-                    copy_to_device(target, source, count * block, stream)
-                self._arrived.record(self._in)
-                if compute is None:  # what the first DMA does not need hides behind it
-                    compute = self._current_stream()
-                    timing.reach(compute)
-                    check_block_ids(block_ids, self.layout.num_blocks)  # no page is touched before
-                compute.wait_event(self._arrived)
-                self._gathers.wait(compute, ids)
-                self._mover.scatter(ids, piece.buffer, compute.cuda_stream, *tokens)
-                piece.free.record(compute)
-            timing.stop(compute)
+            timing = self._fill(slots, block_ids, num_tokens)
             self._loads.add(_recorded(self._in), slots)
+        return timing
+
+    def _fill(
+        self, slots: Sequence[int], block_ids: Sequence[int], num_tokens: Sequence[int], places: Sequence[int] = ()
+    ) -> Timing:
+        """Blocks into pages: from slots, or from these `places` of lent memory. The lock is held."""
+        block, stream = self._slot_bytes, self._in.cuda_stream
+        base, unit, step = (self._lent_address, 1, block) if places else (self._arena_address, block, 1)
+        timing = Timing(self._in)
+        compute: torch.cuda.Stream | None = None
+        lists = (block_ids, places or slots, *filter(None, (num_tokens,)))
+        for piece, ids, sources, *tokens in self._pieces("in", *lists):
+            if not places:
+                self._saves.wait(self._in, sources)
+            self._in.wait_event(piece.free)
+            for into, first, count in runs(sources, step):
+                copy_to_device(piece.address + into * block, base + first * unit, count * block, stream)
+            self._arrived.record(self._in)
+            if compute is None:  # what the first DMA does not need hides behind it
+                compute = self._current_stream()
+                timing.reach(compute)
+                check_block_ids(block_ids, self.layout.num_blocks)  # no page is touched before
+            compute.wait_event(self._arrived)
+            self._gathers.wait(compute, ids)
+            self._mover.scatter(ids, piece.buffer, compute.cuda_stream, *tokens)
+            piece.free.record(compute)
+        timing.stop(compute)
         return timing
 
     def save(self, block_ids: Sequence[int], slots: Sequence[int], num_tokens: Sequence[int] = ()) -> Timing:
@@ -198,6 +210,29 @@ class CudaTransfer:
     def fence(self) -> torch.cuda.Event:
         """The end of what the current stream has been given so far."""
         return _recorded(torch.cuda.current_stream(self.device))
+
+    def map_lent(self, memory: NDArray[np.uint8]) -> bool:
+        """False where CUDA does not pin what can only be read: then copies would hold the engine up."""
+        unpin = pin(memory, is_readonly=True)
+        if unpin is None:
+            return False
+        self._unpins.append(unpin)
+        self._lent, self._lent_address = memory, memory.ctypes.data
+        return True
+
+    def load_lent(
+        self,
+        places: Sequence[int],
+        block_ids: Sequence[int],
+        after: torch.cuda.Event | None = None,
+        num_tokens: Sequence[int] = (),
+    ) -> Timing:
+        """`load_aside` from lent memory."""
+        _check_lengths(places, block_ids)
+        with torch.cuda.device(self.device), torch.cuda.stream(self._side), self._lock:
+            if after is not None:
+                self._side.wait_event(after)
+            return self._fill((), block_ids, num_tokens, places)
 
     def load_aside(
         self,
@@ -318,10 +353,10 @@ def _check_lengths(slots: Sequence[int], block_ids: Sequence[int]) -> None:
         )
 
 
-def _release(device: torch.device, unpin: Callable[[], None] | None) -> None:
+def _release(device: torch.device, unpins: list[Callable[[], None]]) -> None:
     torch.cuda.synchronize(device)
-    if unpin is not None:
-        unpin()
+    while unpins:
+        unpins.pop()()
 
 
 @dataclass

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 
-def runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(position in `slots`, first slot, count) of each run of neighbouring slots: one copy each."""
+def runs(slots: Sequence[int], step: int = 1) -> list[tuple[int, int, int]]:
+    """(position in `slots`, first slot, count) of each run of neighbouring slots: one copy each. `step`: from a slot to
+    its neighbour, where they are named by bytes."""
     first, size = slots[0], len(slots)
-    if list(slots) == list(range(first, first + size)):  # as most are
+    if list(slots) == list(range(first, first + size * step, step)):  # as most are
         return [(0, first, size)]
-    starts = [0, *(at for at in range(1, size) if slots[at] != slots[at - 1] + 1)]
+    starts = [0, *(at for at in range(1, size) if slots[at] != slots[at - 1] + step)]
     return [(at, slots[at], end - at) for at, end in zip(starts, [*starts[1:], size], strict=True)]

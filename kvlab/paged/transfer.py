@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvlab.paged.cpu import CPUTransfer
 from kvlab.paged.layout import PageLayout
@@ -43,6 +45,14 @@ class Transfer(Protocol):
         self, slots: Sequence[int], block_ids: Sequence[int], after: Any, num_tokens: Sequence[int] = ()
     ) -> Clock:
         """The same behind the fence `after`, and beside the engine's work."""
+
+    def map_lent(self, memory: NDArray[np.uint8]) -> bool:
+        """Make `memory`, uint8 [bytes] of another process, a source of `load_lent`; whether it can be one."""
+
+    def load_lent(
+        self, places: Sequence[int], block_ids: Sequence[int], after: Any, num_tokens: Sequence[int]
+    ) -> Clock:
+        """`load_aside`, from blocks that begin at these bytes of the lent memory instead of slots."""
 
     def fence(self) -> Any:
         """The end of the engine's work so far."""

@@ -5,9 +5,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
+from kvlab.errors import ConfigError
 from kvlab.stores import Store
 from kvlab.system import memory_bytes
+from kvlab.units import format_bytes
 
 LEAST_BYTES, MOST_BYTES = 256 << 20, 4 << 30
 LOOK_S = 0.2  # between looks at whether it is still wanted
@@ -118,3 +121,25 @@ class Limits:
     on_the_way: Budget
     mapped: Share = field(default_factory=lambda: Share(MOST_MAPPED * memory_bytes()))
     maps: Share = field(default_factory=lambda: Share(MOST_MAPS))
+
+
+class Taken:
+    """What one session has of the shares."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._parts: list[tuple[Share, int]] = []
+
+    def take(self, name: Literal["mapped", "maps"], amount: int, what: str) -> None:
+        """ConfigError where it is too much."""
+        share: Share = getattr(self._limits, name)
+        if not share.take(amount):
+            asked, most = format_bytes(amount), format_bytes(share.most)
+            raise ConfigError(f"{what} of {asked} are too much: all engines together may have {most}")
+        self._parts.append((share, amount))
+
+    def give_back(self) -> None:
+        """All of it."""
+        while self._parts:
+            share, amount = self._parts.pop()
+            share.give_back(amount)

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from kvlab.errors import StoreError
-from kvlab.sharedmemory import SharedSlots
+from kvlab.errors import ConfigError, StoreError
+from kvlab.sharedmemory import LentMemory, SharedSlots
 from kvlab.tierworker import process
 from kvlab.tierworker.link import LinkError, Message
 from kvlab.tierworker.messages import Ask, Fill, Memory, Opening, Write, message_of, raised_by
@@ -41,6 +41,9 @@ class TierClient:
         self.rows: list[dict[str, Any]] | None = None  # of the tiers, the latest that have not been taken
         self.opening = opening
         self._path = path
+        self.lent: LentMemory | None = None  # of the cache server, as it was when this began
+        self.session = 0  # grows whenever the worker or the server is another one
+        self._lends = False  # this session's memory is `lent`
         self._memory: tuple[Memory, SharedSlots] | None = None
         self._waiting: dict[int, tuple[Answered, float]] = {}  # with the time of the request, the oldest first
         self._num_writes = 0
@@ -70,6 +73,21 @@ class TierClient:
     def fill(self, fill: Fill, answered: Answered) -> None:
         """The answer's ``tier`` is the name of the tier that had the object; empty for a miss."""
         self._request(fill, answered)
+
+    @property
+    def lends(self) -> bool:
+        """Whether a `Fill` may be answered with a place in `lent`."""
+        return self._is_open and self._lends
+
+    def has_kept(self, session: int) -> bool:
+        """Whether what was lent in this session is still where it was: as the server keeps it there until it has closed
+        the socket."""
+        return self._is_open and session == self.session and self._worker.link.is_up
+
+    def give_back(self, session: int, numbers: list[int]) -> None:
+        """The objects that were lent in answer to these requests are not used any more."""
+        if numbers and self._is_open and session == self.session:
+            self._send({"op": "give_back", "ids": numbers})
 
     def write(self, write: Write, answered: Answered) -> None:
         """The answer's ``ok`` says whether a tier holds the object. Dropped (None, counted) where too many wait."""
@@ -161,7 +179,7 @@ class TierClient:
         if op == "tiers":
             self.rows = [{**row, "tier": self.name_of(row["tier"])} for row in message["rows"]]
         elif op == "ready":
-            self._opened(message.get("token"))
+            self._opened(message)
         elif op == "failed":
             logger.warning("kvlab: the tiers could not be opened again: %s", raised_by(message))
             self._lost(LinkError("the tiers could not be opened"))
@@ -172,6 +190,7 @@ class TierClient:
 
     def _start(self) -> process.Started | process.Attached:
         self._opening_since = self._started_at = time.monotonic()
+        self.session += 1
         worker = process.Attached(self._path) if self._path else process.start(logger.getEffectiveLevel())
         try:
             worker.link.send(message_of(self.opening))
@@ -199,12 +218,27 @@ class TierClient:
                 self._worker.kill()
                 raise StoreError(f"the tiers could not be opened within {START_S:g} s", reason="timeout")
 
-    def _opened(self, token: object = "") -> None:
+    def _opened(self, message: Message) -> None:
         if isinstance(self._worker, process.Attached):
-            self._worker.token = str(token)
+            self._worker.token = str(message.get("token", ""))
+            self._map(message.get("lends"))
         self._opening_since, self._is_open = None, True
         if self._memory is not None:
             self._send(message_of(self._memory[0]), fd=self._memory[1].fd)
+
+    def _map(self, num_bytes: object) -> None:
+        """Map what the server lends. Another server's memory is left alone: to map it for the GPU takes seconds."""
+        self._lends = False
+        if type(num_bytes) is not int or num_bytes <= 0:
+            return
+        try:
+            lent = LentMemory(self._worker.link.take_fd(), num_bytes)
+        except ConfigError as error:
+            logger.warning("kvlab: the cache server's memory is not used in place: %s", error)
+            return
+        if self.session == 1:
+            self.lent = lent
+        self._lends = self.lent is not None and self.lent.inode == lent.inode
 
     def _lost(self, error: Exception) -> None:
         """The worker is gone, or is to be."""

@@ -18,6 +18,7 @@ from kvlab.stores.closing import close_store
 from kvlab.threads import Threads
 from kvlab.tierworker.budget import Budget, Limits
 from kvlab.tierworker.link import Link
+from kvlab.tierworker.loans import Lender
 from kvlab.tierworker.lockfile import hold
 from kvlab.tierworker.rows import held
 from kvlab.tierworker.server import DRAIN_S, TierServer
@@ -43,6 +44,7 @@ class CacheServer:
         if (length := len(os.fsencode(path))) > MOST_PATH_BYTES:
             raise ConfigError(f"--listen must have at most {MOST_PATH_BYTES} bytes, as sockets' paths; got {length}")
         self.limits = Limits(Budget(store))
+        self._lender = Lender(store)
         self._lock = hold(path)  # until the process ends
         self._socket = _listen(path)
         self._inode = path.lstat().st_ino
@@ -99,7 +101,9 @@ class CacheServer:
             sock.close()
             return
         token = os.urandom(16).hex()
-        session = TierServer(Link(sock), store=self.store, token=token, is_over=self._is_over, limits=self.limits)
+        session = TierServer(
+            Link(sock), store=self.store, token=token, is_over=self._is_over, limits=self.limits, lender=self._lender
+        )
         thread = threading.Thread(target=session.run, name="kvlab-session", daemon=True)
         self._sessions[token] = (session, thread)  # before it can say its token: an unknown one counts as over
         try:

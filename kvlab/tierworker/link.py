@@ -133,6 +133,13 @@ class Link:
         poller.register(self.socket, select.POLLIN)
         return bool(poller.poll(max(timeout_s, 0.0) * 1e3))
 
+    @property
+    def is_up(self) -> bool:
+        """Whether the peer has not closed its end, whatever has come and was not received."""
+        poller = select.poll()
+        poller.register(self.socket, select.POLLRDHUP)
+        return not poller.poll(0)
+
     def close(self) -> None:
         for fd in self._fds:
             os.close(fd)

@@ -13,6 +13,7 @@ MAX_ID = 10**15 - 1  # as many digits as are read
 MAX_VERSION = 64  # characters of a namespace's version
 MAX_NAME = 4096  # characters of a path, a URL or the name of a serde
 MAX_TIERS, MAX_RANKS = 64, 1024
+MAX_GIVEN_BACK = 1 << 16  # objects at once
 MAX_ELEMENTS = 1 << 24  # of a page that is coded: its map takes memory for each
 
 Runs = tuple[tuple[int, int], ...]  # (first slot, number of slots)
@@ -48,7 +49,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Fill(Place):
-    """Fill the slots with the object."""
+    """Fill the slots with the object; or, with `lend`, say where it lies in the server's memory, and leave it there
+    until the engine says ``give_back``."""
+
+    lend: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,16 @@ def place_of(message: Message, *, num_slots: int, num_ranks: int) -> Fill | Writ
     rank = _number(message, "rank", num_ranks - 1)
     values = (_number(message, "id"), rank, _version(message), name, tuple(checked), first_token, end_token)
     if message["op"] == "fill":
-        return Fill(*values)
+        return Fill(*values, lend=message.get("lend") is True)
     return Write(*values, generation=_number(message, "generation"), after=_number(message, "after"))
+
+
+def given_back(message: Message) -> list[int]:
+    """The requests whose objects are not used any more."""
+    numbers = _list(message, "ids", MAX_GIVEN_BACK)
+    if not all(type(number) is int for number in numbers):
+        raise LinkError("what is given back must be named by numbers")
+    return numbers
 
 
 def ask_of(message: Message, data: bytes) -> tuple[Ask, list[bytes], bytes | None, bytes]:

@@ -20,8 +20,9 @@ from kvlab.stores.closing import close_store
 from kvlab.stores.sealed import MOST_BYTES
 from kvlab.system import num_cores
 from kvlab.threads import Threads
-from kvlab.tierworker.budget import Hold, Limits, Share
+from kvlab.tierworker.budget import Hold, Limits, Taken
 from kvlab.tierworker.link import Link, LinkError, Message
+from kvlab.tierworker.loans import Lender, Loans
 from kvlab.tierworker.messages import Ask, Fill, Memory, Opening, Place, Write, ask_of, failure, place_of, text_of
 from kvlab.tierworker.questions import UnwantedError, answer
 from kvlab.tierworker.rows import log_tiers, shown
@@ -51,8 +52,8 @@ ELEMENT_BYTES = 24  # of the tables for an element of a page
 class TierServer:
     """Serves the engine at the other end of `link` until it closes or is gone: `run`. `parent`: the process that must
     live. `store`: shared with other engines, in place of one that the engine's tiers name; then the session has a
-    `token`, `is_over` says of another token whether its session has let go of its engine's memory, and `limits` are
-    those of all sessions."""
+    `token`, `is_over` says of another token whether its session has let go of its engine's memory, `limits` are those
+    of all sessions, and `lender` has the memory that engines may map."""
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class TierServer:
         token: str = "",
         is_over: Callable[[str], bool] | None = None,
         limits: Limits | None = None,
+        lender: Lender | None = None,
     ) -> None:
         self.link = link
         self.objects: PageObjects | None = None
@@ -71,7 +73,8 @@ class TierServer:
         self._token = token
         self._is_over = is_over
         self._limits = limits
-        self._shares: list[tuple[Share, int]] = []
+        self._loans = None if lender is None or lender.fd < 0 else Loans(lender)
+        self._taken = None if limits is None else Taken(limits)
         self._born = time.monotonic()
         self._is_left = self._has_ended = self._is_abandoned = False
         self._left_at = 0.0
@@ -195,6 +198,8 @@ class TierServer:
             with self._lock:
                 self._question_bytes += len(data)
             self._asks.submit(self._ask, *question)
+        elif op == "give_back" and self._loans is not None:
+            self._loans.hear(message)
         elif op == "close":
             return True
         else:
@@ -214,6 +219,8 @@ class TierServer:
         if drain:
             self._tell({"op": "closed"})
         self.link.close()
+        if self._loans is not None:
+            self._loans.close()
 
     # ---- what is asked
 
@@ -234,14 +241,18 @@ class TierServer:
         except (KVLabError, ImportError, OSError, ValueError, TypeError, LookupError) as error:
             self._tell(failure(error))
             raise LinkError("the tiers could not be opened") from error
-        self._tell({"op": "ready", "token": self._token})
+        lends, fd = (0, -1) if self._loans is None else (self._loans.num_bytes, self._loans.fd)
+        self._tell({"op": "ready", "token": self._token, "lends": lends}, fd=fd)
         self._asks.submit(log_tiers, store, named[0].key(b""))
 
     def _map(self, memory: Memory, fd: int) -> None:
         """What is refused is told: the engine's log says why its tiers are lost."""
         assert self.objects is not None
         try:
-            self._take_share(memory)
+            if self._taken is not None:
+                num_bytes = memory.num_slots * memory.layers * memory.page_bytes
+                self._taken.take("mapped", num_bytes, "slots")
+                self._taken.take("maps", memory.num_elements * ELEMENT_BYTES, "tables of pages")
             self.objects.know_pages(memory.page_map, memory.layers)
             self._slots = MappedSlots(memory, fd)
         except (KVLabError, MemoryError) as error:
@@ -250,27 +261,10 @@ class TierServer:
         finally:
             os.close(fd)  # the mapping stays
 
-    def _take_share(self, memory: Memory) -> None:
-        """Of addresses and of tables, which all sessions share. ConfigError where it is too much."""
-        if self._limits is None:
-            return
-        num_bytes = memory.num_slots * memory.layers * memory.page_bytes
-        for share, amount, what in (
-            (self._limits.mapped, num_bytes, "slots"),
-            (self._limits.maps, memory.num_elements * ELEMENT_BYTES, "tables of pages"),
-        ):
-            if not share.take(amount):
-                most = format_bytes(share.most)
-                raise ConfigError(
-                    f"{what} of {format_bytes(amount)} are too much: all engines together may have {most}"
-                )
-            self._shares.append((share, amount))
-
     def give_back(self) -> None:
         """What it had of the limits, once its threads have ended."""
-        for share, amount in self._shares:
-            share.give_back(amount)
-        self._shares.clear()
+        if self._taken is not None:
+            self._taken.give_back()
 
     def _under(self, rank: int, version: str) -> PageObjects:
         assert self.objects is not None
@@ -280,8 +274,13 @@ class TierServer:
         assert self._slots is not None
         tier = ""
         try:
+            objects = self._under(fill.rank, fill.version)
+            if fill.lend and self._loans is not None:
+                at = self._loans.lend(fill, objects, self._slots.shape(fill.runs))
+                if at is not None:
+                    self._tell({"op": "filled", "id": fill.id, "tier": self._loans.name, "at": at})
+                    return
             with self._room_for(fill):
-                objects = self._under(fill.rank, fill.version)
                 place = self._slots.in_one_run(fill.runs)
                 out = place if place is not None else self._slots.room(fill.num_slots)
                 key = objects.namespace.key(bytes.fromhex(fill.hash))
@@ -312,6 +311,8 @@ class TierServer:
                             end_token=write.end_token,
                             confirm=lambda: slots.holds(write),
                         )
+                    if is_stored and self._loans is not None:
+                        self._loans.check(write, objects, slots.shape(write.runs))
         except BaseException as error:  # as above
             self._failed("write", write.hash, error)
         self._tell({"op": "written", "id": write.id, "ok": is_stored})
@@ -363,9 +364,9 @@ class TierServer:
 
     # ---- what is told
 
-    def _tell(self, message: Message, data: bytes = b"") -> None:
+    def _tell(self, message: Message, data: bytes = b"", *, fd: int = -1) -> None:
         try:
-            self.link.send(message, data)
+            self.link.send(message, data, fd=fd)
         except LinkError:
             logger.debug("kvlab: the engine hears no more")
 

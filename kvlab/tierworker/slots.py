@@ -29,6 +29,10 @@ class MappedSlots:
     def slot_bytes(self) -> int:
         return self._shared.slot_bytes
 
+    def shape(self, runs: Runs) -> tuple[int, int, int]:
+        """Of what these slots hold: slots, layers, bytes of a page."""
+        return sum(count for _, count in runs), *self._pages.shape[1:]
+
     def in_one_run(self, runs: Runs) -> NDArray[np.uint8] | None:
         """The slots themselves, where they lie in one run."""
         (first, count), *others = runs

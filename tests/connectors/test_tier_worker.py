@@ -106,6 +106,28 @@ def server(tmp_path):
         yield server
 
 
+def lent_where_it_lies(llm, server, prompts, expected):
+    """Without a memory tier of its own, the engine's pages are filled from the server's memory; an engine whose session
+    ends while it copies computes."""
+    side = worker(llm)
+    before = side.transfer.arena.clone()
+    for p in prompts:
+        answer = generate(llm, [p])[0]
+        assert (answer.hit, answer.tokens, answer.row["tier"]) == (len(p) - 1, expected(p), "serve:memory")
+    assert side.transfer.arena.equal(before), "nothing came into its slots"
+    with pytest.MonkeyPatch.context() as patch:
+        looks = []
+        # Before the copy the session is there, after it not.
+        patch.setattr(side.tiers, "has_kept", lambda session: looks.append(session) or len(looks) == 1)
+        answer = generate(llm, [prompts[0]])[0]
+        assert len(looks) > 1
+        assert (answer.row["hit_tokens"], answer.tokens) == (0, expected(prompts[0]))
+    answer = generate(llm, prompts)[-1]
+    assert answer.tokens == expected(prompts[-1])
+    until(lambda: server._lender.lent._taken == 0)
+    assert not side.counters
+
+
 def test_engines_share_a_cache_server(server, expected):
     """What one computed another hits, with the same tokens, though a third was killed in the middle of its saves."""
     tiers = [f"kvlab://{server.path}"]
@@ -114,6 +136,7 @@ def test_engines_share_a_cache_server(server, expected):
         for p in prompts:
             assert generate(llm, [p])[0].tokens == expected(p)
         drain(llm)
+        lent_where_it_lies(llm, server, prompts, expected)
     killed_engine(tiers)
     until(lambda: server.num_engines == 0)
     with engine(["memory://?size=64MiB", *tiers]) as llm:  # begins warm

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from kvlab.stores import Store, open_store
+from kvlab.stores import Store
+from kvlab.stores.memory import MemoryStore
 from kvlab.tierworker import process
 from kvlab.tierworker.host import CacheServer
 from kvlab.tierworker.link import Link
 from kvlab.tierworker.server import TierServer
+from kvlab.units import parse_bytes
 
 
 class ThreadWorker:
@@ -49,7 +51,7 @@ def workers_in_threads(store: Store | None = None) -> Iterator[None]:
 @contextmanager
 def cache_server(path, memory):
     """What `kvlab serve` runs, with so large a memory tier, in this process."""
-    server = CacheServer(open_store(f"memory://?size={memory}&pinned=false"), path)
+    server = CacheServer(MemoryStore(parse_bytes(memory), pinned=False, lending=True), path)
     thread = threading.Thread(target=server.run)
     thread.start()
     yield server

@@ -214,6 +214,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             shared,
             writes_early=self._writes_early,
             load_timeout_s=self.config.load_timeout_ms / 1e3,
+            borrows=not self.config.keeps_memory,
             padding=states.Padding(layout, kv_caches, engine_groups) if self.groups.recurrent else None,
             checks=QualityChecks(transfer, page_map, codec) if self.config.quality_check else None,
         )

@@ -55,9 +55,14 @@ class RequestLoad:
         return self.lost_blocks + [block for op in self.ops for block in op.block_ids]
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that the hit promised."""
+        return sum(op.num_tokens for op in self.ops)
+
+    @property
     def row(self) -> dict[str, Any]:
         """What is told of a load from memory that filled them all; a worker's report adds how long it took."""
-        return {"hit_tokens": sum(op.num_tokens for op in self.ops), "tier": "memory"}
+        return {"hit_tokens": self.num_tokens, "tier": "memory"}
 
 
 @dataclass

@@ -1,5 +1,5 @@
 """A tier in host memory."""
 
-from kvlab.stores.memory.store import MemoryStore
+from kvlab.stores.memory.store import Loan, MemoryStore
 
-__all__ = ["MemoryStore"]
+__all__ = ["Loan", "MemoryStore"]

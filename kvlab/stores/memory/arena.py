@@ -4,12 +4,13 @@ import os
 import sys
 from bisect import insort
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from kvlab.hostmemory import PAGE, pin, reserve
+from kvlab.sharedmemory import LendingMemory
 
 
 @dataclass(eq=False)
@@ -21,22 +22,26 @@ class Region:
     size: int
     readers: int = 0
     dropped: bool = False  # no longer to be found; freed with its last reader
+    checks: set[str] = field(default_factory=set)  # that its bytes have passed, by name
 
 
 class Arena:
     """`max_bytes` (whole pages of it) of address space, taken from the system page by page as it is first used.
 
     With `pinned`, all of it is taken and registered with CUDA at once (cudaHostRegister): exactly these bytes, where
-    an allocator of pinned memory would round each piece up to a power of two. Not thread-safe: the owner holds a lock.
+    an allocator of pinned memory would round each piece up to a power of two. With `lending`, other processes may map
+    it to read, from the descriptor `fd`. Not thread-safe: the owner holds a lock.
     """
 
-    def __init__(self, max_bytes: int, *, pinned: bool = False) -> None:
+    def __init__(self, max_bytes: int, *, pinned: bool = False, lending: bool = False) -> None:
         self.max_bytes = max_bytes // PAGE * PAGE
         self.used = 0
         self._holes: list[tuple[int, int]] = (
             [(0, self.max_bytes)] if self.max_bytes else []
         )  # (start, length), by start
-        self._bytes = reserve(self.max_bytes)
+        memory = LendingMemory(self.max_bytes) if lending else None
+        self.fd = -1 if memory is None else memory.fd
+        self._bytes = reserve(self.max_bytes) if memory is None else memory.bytes
         self._unpin: Callable[[], None] | None = pin(self._bytes) if pinned else None
         self._pid = os.getpid()
 
@@ -86,6 +91,9 @@ class Arena:
         if self._unpin is not None and self._pid == os.getpid():  # a forked child has no CUDA, and nothing pinned
             self._unpin()
         self._unpin = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 def cuda_is_in_use() -> bool:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,20 @@ from kvlab.stores.shown import call_of
 from kvlab.stores.url import StoreURL
 
 KEPT_REASONS = 1 << 16  # keys whose reason of leaving is remembered
+
+
+@dataclass(frozen=True)
+class Loan:
+    """A value in place: read-only, page-aligned, and there until `MemoryStore.end` is called with it. `checks`: names
+    of checks that its bytes have passed; they are the same for as long as the value lies there."""
+
+    key: str
+    value: memoryview
+    region: Region
+
+    @property
+    def checks(self) -> set[str]:
+        return self.region.checks
 
 
 class MemoryStore(Store, ForkAware):
@@ -33,6 +48,8 @@ class MemoryStore(Store, ForkAware):
     pinned
         register the arena with CUDA, so that copies to and from a GPU run at full speed and in the background.
         None does so where this process uses CUDA already.
+    lending
+        have the arena in memory that other processes may map to read, from the descriptor `fd` (Linux)
     """
 
     def __init__(
@@ -43,13 +60,15 @@ class MemoryStore(Store, ForkAware):
         pinned: bool | None = None,
         wait_s: float = 0.1,
         name: str = "memory",
+        lending: bool = False,
     ) -> None:
         self.name = name
         self._options = {"policy": policy_name(policy), "pinned": pinned, "wait_s": wait_s}
+        self._options |= {"lending": True} if lending else {}
         self.max_bytes = max_bytes
         self.counters = StoreCounters()
         self._policy = get_policy(policy)
-        self._arena = Arena(max_bytes, pinned=cuda_is_in_use() if pinned is None else pinned)
+        self._arena = Arena(max_bytes, pinned=cuda_is_in_use() if pinned is None else pinned, lending=lending)
         self._wait_s = wait_s
         self._held: dict[str, Region] = {}
         self._leased: set[str] = set()  # keys of `_held` that cannot leave now
@@ -102,30 +121,53 @@ class MemoryStore(Store, ForkAware):
     @contextmanager
     def lease(self, key: str) -> Iterator[memoryview | None]:
         """The value in place, read-only and page-aligned, for as long as the block runs; None if absent."""
+        loan = self.lend(key)
+        if loan is None:
+            yield None
+            return
+        try:
+            yield loan.value
+        finally:
+            self.end(loan)
+
+    def lend(self, key: str) -> Loan | None:
+        """The value in place, until `end`; None if absent."""
         with self._lock:
             region = self._held.get(key)
             if region is None:
                 self.counters.misses += 1
-            else:
-                self._policy.touch(key)
-                region.readers += 1
-                self._leased.add(key)
-                self._busy.add(region)
-        if region is None:
-            yield None
-            return
-        try:
-            yield self._arena.bytes_of(region).data.toreadonly()
-        finally:
-            with self._lock:
-                region.readers -= 1
-                if not region.readers:
-                    self._busy.discard(region)
-                    if region.dropped:
-                        self._arena.free(region)
-                    else:
-                        self._leased.discard(key)
-                    self._lock.notify_all()
+                return None
+            self._policy.touch(key)
+            region.readers += 1
+            self._leased.add(key)
+            self._busy.add(region)
+        return Loan(key, self._arena.bytes_of(region).data.toreadonly(), region)
+
+    def end(self, loan: Loan, *, was_hit: bool = False) -> None:
+        """The value may be overwritten from now on. Once for each loan; `was_hit`: count it as read."""
+        region = loan.region
+        with self._lock:
+            if was_hit:
+                self.counters.hits += 1
+                self.counters.get_bytes += region.size
+            region.readers -= 1
+            if not region.readers:
+                self._busy.discard(region)
+                if region.dropped:
+                    self._arena.free(region)
+                else:
+                    self._leased.discard(loan.key)
+                self._lock.notify_all()
+
+    @property
+    def fd(self) -> int:
+        """Of the arena's memory, for others to read; -1 where it is this process's alone."""
+        return self._arena.fd
+
+    @property
+    def lent_bytes(self) -> int:
+        """Of the memory behind `fd`."""
+        return self._arena.max_bytes
 
     def get(self, key: str) -> Buffer | None:
         got = self._read(key, None)
@@ -193,6 +235,9 @@ class MemoryStore(Store, ForkAware):
 
     def after_fork_in_child(self) -> None:
         self._lock = threading.Condition()
+        if self._arena.fd >= 0:  # its memory is the parent's
+            self._arena, self._policy = Arena(self.max_bytes), get_policy(type(self._policy))
+            self._held, self._leased, self._busy = {}, set(), set()
 
     def _read(self, key: str, out: Sequence[memoryview] | None) -> list[memoryview] | None:
         start = time.perf_counter()

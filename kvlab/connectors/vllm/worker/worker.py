@@ -9,6 +9,7 @@ from itertools import takewhile
 from kvlab.connectors.vllm import states
 from kvlab.connectors.vllm.messages import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.worker.checks import QualityChecks
+from kvlab.connectors.vllm.worker.lent import Lent
 from kvlab.connectors.vllm.worker.model_weights import ModelWeights
 from kvlab.connectors.vllm.worker.pending import PendingLoad, load_row, page_tokens
 from kvlab.connectors.vllm.worker.reports import Reports
@@ -29,7 +30,8 @@ LOAD_TIMEOUT_S = 30.0
 class Worker:
     """Executes a step's copies. `tiers` leads to the secondary tiers and `shared` is the arena that their process maps;
     both are None where there are none. `writes_early`: the engine may write to new pages before `begin`;
-    `load_timeout_s`: after so long a load between steps is given up.
+    `load_timeout_s`: after so long a load between steps is given up; `borrows`: what lies in a cache server's memory is
+    copied to pages from there.
 
     Each slot remembers the generation whose bytes it holds. It must be the one that a copy names, before the bytes are
     read and after. A load from a slot of another generation is reported as lost, and the engine computes; a write of
@@ -49,13 +51,14 @@ class Worker:
         writes_early: bool = False,
         load_timeout_s: float = LOAD_TIMEOUT_S,
         padding: states.Padding | None = None,
+        borrows: bool = False,
         checks: QualityChecks | None = None,
     ) -> None:
         self.transfer, self._checks = transfer, checks
+        self._lent = Lent(tiers, transfer, is_wanted=borrows)
         self._saved = Saved(transfer)
         self._padding = padding
-        self.tiers = tiers
-        self._shared = shared
+        self.tiers, self._shared = tiers, shared
         self._writes_early = writes_early
         self.counters: Counter[str] = Counter()
         self._owner: list[int | None] = [None] * num_slots  # generations
@@ -125,11 +128,10 @@ class Worker:
     def load(self, metadata: StepMetadata) -> None:
         """Begin loads between steps."""
         for load in metadata.loads:
-            ops = [] if self._weights.are_other_than(load.adapter) else load.ops
-            pending = PendingLoad(load, ops, self.transfer.fence())
+            is_stale = self._weights.are_other_than(load.adapter)
+            pending = PendingLoad(load, [] if is_stale else load.ops, self.transfer.fence())
             self._pending.append(pending)
-            for op in pending.unsent:
-                self._disown(op.slots)
+            self._disown([slot for op in pending.unsent for slot in op.slots])
             self._advance(pending)
         metadata.loads = []
 
@@ -138,8 +140,6 @@ class Worker:
         self._timed.end(self._reports)
         if self._checks is not None and not self._saved:  # else it is not known whether slots hold their blocks
             self._checks.step(metadata.checks, self._owner, self._weights, self._reports)
-        if not metadata.saves:
-            return
         ops, metadata.saves = [op for op in metadata.saves if self._may_save(op)], []
         if not ops:
             return
@@ -246,25 +246,23 @@ class Worker:
             op = pending.unsent.pop(0)
             pending.num_awaited += 1
             place = (0, pending.load.version, op.hash.hex(), runs_of(op.slots), op.first_token, op.end_token)
+            fill = Fill(self.tiers.next_id(), *place, lend=self._lent.may_ask)
 
-            def answered(message: Message | None, _: bytes, op: LoadOp = op) -> None:
+            def answered(message: Message | None, _: bytes, op: LoadOp = op, fill: Fill = fill) -> None:
                 tier = self.tiers.name_of(str(message.get("tier", ""))) if message and self.tiers else ""
-                if tier:
-                    self._own(op)
-                else:
+                if not tier or (message and "at" in message and not self._lent.take(op, fill, message["at"])):
+                    tier = ""
                     self._mark_absent(op)
+                elif op not in self._lent:
+                    self._own(op)
                 pending.answered(op, tier)
 
-            self.tiers.fill(Fill(self.tiers.next_id(), *place), answered)
+            self.tiers.fill(fill, answered)
 
     def _copy(self, pending: PendingLoad, ops: Sequence[LoadOp]) -> None:
-        slots = [slot for op in ops for slot in op.picked]
-        pages = [block for op in ops for block in op.block_ids]
-        if not slots:
-            return
         try:
-            tokens = page_tokens(self.transfer.coded_tokens, ops)
-            pending.copies(self.transfer.load_aside(slots, pages, pending.fence, **tokens))
+            for clock in self._lent.copies(ops, pending.fence):
+                pending.copies(clock)
         except Exception:
             self._failed("load", *ops)
             pending.stop_before(ops[0])
@@ -277,8 +275,7 @@ class Worker:
         self._finished.add(load.request_id)
         self._lost_requests.add(load.request_id)
         tier = "secondary" if any(op.fetch for op in load.ops) else "memory"
-        tokens = sum(op.num_tokens for op in load.ops)
-        self._reports.current.overdue.append((load.request_id, tier, tokens, pending.waited_s()))
+        self._reports.current.overdue.append((load.request_id, tier, load.num_tokens, pending.waited_s()))
         self._end_overdue(pending)
 
     def _end_overdue(self, pending: PendingLoad) -> None:
@@ -286,6 +283,7 @@ class Worker:
         slots."""
         if not pending.touches_slots:
             self._pending.remove(pending)
+            self._lent.give_back(pending.ops)
             self._mark_broken(*pending.unfilled)
             self._reports.current.loaded[pending.load.request_id] += 1
 
@@ -294,11 +292,11 @@ class Worker:
         self._pending.remove(pending)
         self._mark_broken(*pending.unfilled)
         taken = list(takewhile(self._present, pending.copied))  # the slots were not given to others meanwhile
+        self._lent.give_back(pending.ops)
         if load.version != self._version or self._weights.are_other:
             taken = []
         wanted = [block for op in load.ops for block in op.block_ids]
-        filled = sum(len(op.block_ids) for op in taken)
-        lost = load.lost_blocks + wanted[filled:]
+        lost = load.lost_blocks + wanted[sum(len(op.block_ids) for op in taken) :]
         self._lost_blocks.update(lost)
         self._finished.add(load.request_id)
         if lost:
@@ -348,8 +346,11 @@ class Worker:
             self._shared.owners[list(slots)] = 0
 
     def _present(self, op: LoadOp) -> bool:
-        """Whether the slots this load reads hold its object."""
-        if all(self._owner[slot] == op.generation for slot in op.picked):
+        """Whether the slots this load reads hold its object, or what is lent is still there."""
+        if (is_lent := op in self._lent) and not self._lent.has_kept(op):
+            self._mark_absent(op)  # so that it is not asked for again and again
+            return False
+        if is_lent or all(self._owner[slot] == op.generation for slot in op.picked):
             return True
         self.counters["slot_mismatch"] += not op.fetch
         self._mark_broken(op)
@@ -371,10 +372,9 @@ class Worker:
         self.tiers.write(write, answered)
 
     def _end_write(self, op: SaveOp, *, success: bool) -> None:
-        report = self._reports.current
-        report.written[op.generation] += 1
+        self._reports.current.written[op.generation] += 1
         if not success:
-            report.failed_writes.add(op.generation)
+            self._reports.current.failed_writes.add(op.generation)
 
     def _mark_broken(self, *ops: LoadOp | SaveOp) -> None:
         """These objects' slots do not hold them."""
