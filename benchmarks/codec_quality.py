@@ -9,7 +9,6 @@ prompt, up to the first that is not; and how the first token's distribution move
 
 import argparse
 import csv
-import math
 import os
 import subprocess
 import sys
@@ -20,7 +19,15 @@ from statistics import mean
 from serde_rows import ROOT, about, write
 from serde_texts import code, token_rows
 
-KINDS = ("naive@32", "fp8@32", "int8@32", "int4@32", "int4@128")  # and the tokens of a block
+KINDS = (
+    "naive@32",
+    "fp8@32",
+    "int8@32",
+    "int4@32",
+    "int4@128",
+    "rotated4@32",
+    "centered:theta=100000@32",
+)  # and the tokens of a block
 TOP = 20
 
 
@@ -31,6 +38,7 @@ def measured(model: str, kind: str, block_tokens: int, rows: list[list[int]], nu
     from vllm.config import KVTransferConfig
 
     import kvlab
+    from kvlab.serving.quality import divergence
 
     settings = kvlab.vllm_config([f"memory://?size=1GiB&serde={kind}"], report=True, admission=False)
     llm = LLM(
@@ -82,15 +90,6 @@ def measured(model: str, kind: str, block_tokens: int, rows: list[list[int]], nu
         "model": Path(model).name,
         "vllm": vllm.__version__,
     }
-
-
-def divergence(before: dict[int, float], after: dict[int, float]) -> float:
-    """KL of the first token's distribution, over the likeliest tokens that both name and one for all others."""
-    tokens = before.keys() & after.keys()
-    p, q = ({token: math.exp(each[token]) for token in tokens} for each in (before, after))
-    rest_p, rest_q = (max(1 - sum(each.values()), 1e-9) for each in (p, q))
-    shared = sum(p[token] * (before[token] - after[token]) for token in tokens)
-    return max(shared + rest_p * math.log(rest_p / rest_q), 0.0)
 
 
 def main() -> None:

@@ -26,8 +26,9 @@ import triton
 from kvlab.codecs import PageCodec
 from kvlab.codecs.addresses import Addresses
 from kvlab.codecs.lossless import LosslessCodec
+from kvlab.codecs.rotated import RotatedCodec
 from kvlab.codecs.scaled import ScaledCodec
-from kvlab.codecs.staging import Staging
+from kvlab.codecs.staging import Codec, Staging
 from kvlab.errors import FormatError
 from kvlab.machine.provenance import append_rows
 from kvlab.paged import PageMap, TypedPages, page_layout
@@ -36,7 +37,7 @@ from kvlab.serde import get_serde
 
 KINDS = ("int8", "int8:k=channel,v=token", "fp8", "int4", "lossless")
 SPECS = (*KINDS, "int8:k=channel,v=channel,group=7", "fp8:k=channel,group=24", "int4:k=token,v=channel,group=0",
-         "int4:k=token,group=7", "int8:group=24")  # fmt: skip
+         "int4:k=token,group=7", "int8:group=24", "rotated4")  # fmt: skip
 SHAPES = (("NHC", 2, 64), ("HNC", 1, 128), ("NHD", 3, 80), ("HND", 16, 64), ("CPU vec", 2, 96), ("CPU amx", 2, 64),
           ("HNC", 4, 256), ("latents", 1, 576))  # fmt: skip
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -87,8 +88,10 @@ def kv_like(shape: Sequence[int], element: torch.dtype, seed: int) -> torch.Tens
     return (torch.randn(tuple(shape), generator=source) * spread).to(element)
 
 
-def codec_of(spec: str, addresses: Addresses) -> ScaledCodec | LosslessCodec:
-    return LosslessCodec(addresses) if spec == "lossless" else ScaledCodec(get_serde(spec), addresses)
+def codec_of(spec: str, addresses: Addresses) -> Codec:
+    if spec == "lossless":
+        return LosslessCodec(addresses)
+    return RotatedCodec(get_serde(spec), addresses) if spec == "rotated4" else ScaledCodec(get_serde(spec), addresses)
 
 
 def cases(small: bool) -> Iterator[tuple[str, tuple[str, int, int], torch.dtype, int]]:
@@ -154,7 +157,7 @@ def check(spec: str, shape: tuple[str, int, int], element: torch.dtype, tokens: 
 def check_ends(device: str, small: bool) -> int:
     """Numbers at a dtype's end and groups of zeros are the twin's; NaN and infinity are told."""
     checked = 0
-    for spec in ("int8", "fp8", "int4", "int4:k=token,group=7"):
+    for spec in ("int8", "fp8", "int4", "int4:k=token,group=7", "rotated4"):
         for element in FLOATS[: 1 if small and spec != "int4" else 3]:
             page_map = map_of("HNC", 1, 32, element)
             kv = kv_like(page_map.shape(LAYERS, 20), torch.float32, 0)

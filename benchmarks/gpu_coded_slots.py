@@ -25,11 +25,12 @@ from kvlab.machine.provenance import append_rows
 from kvlab.paged.cuda import CudaTransfer
 from kvlab.serde import get_serde
 
-SPECS = ("int8", "fp8", "int4", "int8:k=channel,v=token", "int4:k=token,group=7")
+SPECS = ("int8", "fp8", "int4", "int8:k=channel,v=token", "int4:k=token,group=7", "rotated4", "centered",
+         "centered:bits=8,style=pairs,rotary=32")  # fmt: skip
 SHAPES = (("NHC", 2, 64), ("HNC", 1, 128), ("NHD", 3, 80), ("HND", 8, 64), ("latents", 1, 576))
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LAYERS, BLOCKS, SLOTS, OPERATIONS = 3, 24, 20, 12
-KINDS = ("int8", "fp8", "int4")
+KINDS = ("int8", "fp8", "int4", "rotated4", "centered")
 
 
 def filled(spec: str, shape: tuple[str, int, int], element: torch.dtype, seed: int) -> tuple[Engine, BlockCodec]:
@@ -43,7 +44,9 @@ def filled(spec: str, shape: tuple[str, int, int], element: torch.dtype, seed: i
 def check(seed: int) -> int:
     """One engine and one order of copies; how many copies there were."""
     random = Random(seed)
-    spec, shape, element = SPECS[seed % 5], SHAPES[seed // 5 % 5], FLOATS[seed % 3]
+    spec, shape, element = SPECS[seed % len(SPECS)], SHAPES[seed // len(SPECS) % 5], FLOATS[seed % 3]
+    if shape[0] == "latents" and spec.startswith("centered"):
+        shape = SHAPES[0]  # which it has none of
     pages, codec = filled(spec, shape, element, seed)
     want = pages.all().transpose(0, 1).contiguous()  # by block
     held = torch.zeros(SLOTS, codec.slot_bytes, dtype=torch.uint8)

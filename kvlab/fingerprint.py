@@ -37,7 +37,6 @@ from kvlab.system import fcntl, num_cores
 FORMATS = {False: "kvlab-files/blake3/1", True: "kvlab-files/xxh3/1"}  # by `fast`; part of every digest
 PIECE_BYTES = 32 << 20
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors"})
-TABLES = "kvlab-cachegen.safetensors"  # what `kvlab profile` lays beside a model; no weights
 # A file changed this recently may change again and show no other time: within one tick of its file system's clock, or
 # through a mapping of a page that is still to be written back, which the system does within half a minute.
 RACY_NS = 60 * 10**9
@@ -189,8 +188,6 @@ def _is_shard_of(file: Path, stem: str) -> bool:
 
 def _decides(file: Path) -> bool:
     name = file.name.lower()
-    if name == TABLES:
-        return False
     settings = name.endswith(".index.json") or ("quant" in name and ".json" in name)  # an index chooses among files
     return file.suffix.lower() in WEIGHT_SUFFIXES or name.endswith(".py") or settings
 

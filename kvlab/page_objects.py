@@ -18,7 +18,7 @@ from kvlab.errors import ConfigError, FormatError
 from kvlab.hashing import Namespace, versioned
 from kvlab.hostmemory import PAGE, address, scratch
 from kvlab.objects import HEADROOM_BYTES, Found, SealedObjects, check_range
-from kvlab.stated import Expected, is_coded, metadata_of, stated
+from kvlab.stated import Expected, is_chunked, is_coded, metadata_of, stated
 from kvlab.stores import Store
 from kvlab.stores.base import ValueTooLongError, cut
 
@@ -48,13 +48,15 @@ class PageObjects(SealedObjects):
         self._misfit_reasons = misfits
         self._in_place = serde == slots
         self._as_they_are = _AsTheyAre(slots)
-        self._codec: Any = None if self._in_place or is_coded(serde) else _Codec(serde)
+        waits = self._in_place or is_coded(serde) or is_chunked(serde)  # for what `know_pages` tells
+        self._codec: Any = None if waits else _Codec(serde)
 
     def know_pages(self, page_map: object, num_layers: int) -> None:
-        """What lies where in pages, as `PageMap.as_json` tells it: to code their blocks on the way to the store.
+        """What lies where in pages, as `PageMap.as_json` tells it: to code them on the way to the store.
         ConfigError where they cannot be."""
         if self._codec is None and not self._in_place:
-            self._codec = _BlockCodec(self._serde, page_map, num_layers)
+            made = _BlockCodec if is_coded(self._serde) else _ChunkCodec
+            self._codec = made(self._serde, page_map, num_layers)
 
     def under(self, namespace: Namespace, version: str = "") -> "PageObjects":
         """The same under another namespace, in this `version`; its counters are these."""
@@ -94,10 +96,10 @@ class PageObjects(SealedObjects):
     def load(self, key: str, out: NDArray[np.uint8], *, first_token: int, end_token: int) -> bool:
         """Fill `out` with the object of these tokens under `key`. False on any miss; then `out` may hold anything."""
         check_range(first_token, end_token)
-        axes, shape = self._as_they_are.axes, out.shape
-        if isinstance(self._codec, _BlockCodec):
-            axes, shape = CODED_AXES, (len(out), 1, self._codec.slot_bytes)
-        expected = Expected(axes, shape, "uint8", out.nbytes, (first_token, end_token))
+        tokens = (first_token, end_token)
+        expected = Expected(self._as_they_are.axes, out.shape, "uint8", out.nbytes, tokens)
+        if isinstance(self._codec, _BlockCodec | _ChunkCodec):
+            expected = self._codec.expected(out, tokens)
 
         def decode(value: Found) -> bool:
             self._decode(value, key, out, expected)
@@ -222,6 +224,9 @@ class _BlockCodec:
         self.slot_bytes = self._blocks.slot_bytes
         self._stored = _AsTheyAre(serde)
 
+    def expected(self, out: NDArray[np.uint8], tokens: tuple[int, int]) -> Expected:
+        return Expected(CODED_AXES, (len(out), 1, self.slot_bytes), "uint8", out.nbytes, tokens)
+
     def encode(self, pages: NDArray[np.uint8], num_tokens: int) -> tuple[Mapping[str, Part], Mapping[str, str]]:
         coded = np.empty((len(pages), 1, self.slot_bytes), np.uint8)
         for block, slot in zip(pages, coded, strict=True):
@@ -239,6 +244,42 @@ class _BlockCodec:
     def _tokens_of(self, num_tokens: int) -> int:
         """Of each block in an object of so many tokens: one of less than a block fills its blocks in part."""
         return min(num_tokens, self._blocks.map.block_tokens)
+
+
+class _ChunkCodec:
+    """Whole chunks of pages, whose inside is known, by a serde that must tell K from V."""
+
+    def __init__(self, spec: str, page_map: object, num_layers: int) -> None:
+        from kvlab.codecs import PageCodec
+        from kvlab.paged.typed import PageMap
+        from kvlab.serde import get_serde
+
+        self._map, self._layers = PageMap.of(page_map), num_layers
+        serde = get_serde(spec)
+        self._pages = PageCodec(serde, self._map)
+        serde.prepare()
+
+    def expected(self, out: NDArray[np.uint8], tokens: tuple[int, int]) -> Expected:
+        from kvlab.geometry import AXES
+
+        shape = self._map.shape(self._layers, tokens[1] - tokens[0])
+        return Expected(AXES, shape, str(self._map.element).removeprefix("torch."), out.nbytes, tokens)
+
+    def encode(self, pages: NDArray[np.uint8], num_tokens: int) -> tuple[Mapping[str, Part], Mapping[str, str]]:
+        from kvlab.serde.wire import to_parts
+
+        return to_parts(self._pages.encode(_tensor(pages), num_tokens))
+
+    def decode(self, container: Container, out: NDArray[np.uint8], expected: Expected) -> None:
+        from kvlab.serde.wire import from_parts
+
+        encoded = from_parts(container.parts, container.metadata, expected)
+        if encoded.serde != self._pages.serde.name:
+            raise FormatError(
+                f"chunks are {self._pages.serde.name!r} here, the object {encoded.serde!r}", reason="serde"
+            )
+        out[:] = 0  # what is none of the tokens'
+        self._pages.decode(encoded, _tensor(out))
 
 
 def _tensor(array: NDArray[np.uint8]) -> Any:

@@ -19,7 +19,8 @@ KV_DTYPES = {
     "uint8": "U8", "int8": "I8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int16": "I16", "uint16": "U16",
     "float16": "F16", "bfloat16": "BF16", "int32": "I32", "uint32": "U32", "float32": "F32", "int64": "I64",
 }  # fmt: skip
-CODED_KINDS = ("int8", "int4", "fp8")  # serdes that give every block of pages the same size
+CODED_KINDS = ("int8", "int4", "fp8", "rotated4", "centered")  # serdes that give every block of pages the same size
+CHUNKED_KINDS = ("cachegen", "cachegen-lmcache")  # serdes of whole chunks that must tell K from V
 MAX_ELEMENTS = 1 << 40  # of a tensor, an empty axis counted as one: strides are computed for those too
 MAX_NAME = 64  # characters of the name of a serde or an axis
 MAX_DECODED_BYTES = 1 << 30  # of KV that a reader takes who does not say what it expects
@@ -66,6 +67,11 @@ ANYTHING = Expected()
 def is_coded(serde: str) -> bool:
     """Whether this serde codes blocks of pages one by one, each to the same size."""
     return serde.partition(":")[0] in CODED_KINDS
+
+
+def is_chunked(serde: str) -> bool:
+    """Whether this serde codes whole chunks of pages whose inside is known, to a size that depends on their content."""
+    return serde.partition(":")[0] in CHUNKED_KINDS
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,16 @@ from tests.test_codec_staging import engine
 from tests.test_page_codecs import LAYERS, filled, page_map_of, random_pages
 
 ROOT = Path(__file__).resolve().parent.parent
-SPECS = ["int8", "fp8", "int4", "int8:k=channel,group=10", "int4:k=token"]
+SPECS = [
+    "int8",
+    "fp8",
+    "int4",
+    "int8:k=channel,group=10",
+    "int4:k=token",
+    "rotated4",
+    "centered",
+    "centered:bits=8,rotary=4",
+]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -91,7 +100,11 @@ from kvlab.serde import get_serde
 from tests.test_codec_staging import engine
 from tests.test_page_codecs import LAYERS, filled, page_map_of
 
-for name, spec, slack in (("NHC", "int4", 0), ("CPU amx", "int8", 0), ("NHC", "int8:k=channel,group=10", 32)):
+CASES = (
+    ("NHC", "int4", 0), ("CPU amx", "int8", 0), ("NHC", "int8:k=channel,group=10", 32), ("CPU amx", "rotated4", 0),
+    ("NHC", "centered", 32), ("CPU vec", "centered:bits=8,style=pairs,rotary=4", 0),
+)
+for name, spec, slack in CASES:
     page_map = page_map_of(name, slack=slack)
     typed = engine(page_map)
     pages, _ = filled(page_map, 16 * 6)

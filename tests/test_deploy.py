@@ -52,7 +52,7 @@ def metrics_of_kvlab():
         if isinstance(node, ast.Assign) and node.targets[0].id in ("DOCUMENTATION", "TIER_COUNTERS", "TIER_GAUGES")
     }
     counters = tables["DOCUMENTATION"] | tables["TIER_COUNTERS"] | {"loaded_bytes", "misses"}
-    histogram = {f"load_seconds{kind}" for kind in KINDS[1:]}
+    histogram = {f"{name}{kind}" for name in ("load_seconds", "quality_error") for kind in KINDS[1:]}
     return {f"vllm:kvlab_{name}" for name in {f"{name}_total" for name in counters} | histogram | tables["TIER_GAUGES"]}
 
 

@@ -1,5 +1,6 @@
 """Serdes over typed pages: the twins."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,13 @@ from kvlab.codecs import PageCodec
 from kvlab.container import unpack
 from kvlab.errors import ConfigError, FormatError
 from kvlab.geometry import AXES
+from kvlab.hashing import Namespace
+from kvlab.page_objects import PageObjects
 from kvlab.paged import Opaque
 from kvlab.paged.known import KNOWN, known_maps
 from kvlab.serde import get_serde
 from kvlab.serde.cachegen import CacheGenSerde
-from kvlab.serde.tables import profile
+from kvlab.serde.tables import profile, save_tables
 from kvlab.serde.wire import from_parts, to_parts
 from kvlab.testing.serde import kv_like, mutants, raw
 from tests.serde.test_golden import GOLDEN, serde_of
@@ -182,3 +185,30 @@ def test_golden_objects_come_out_of_pages(kind):
         name: bytes(part.data) for name, part in opened.parts.items()
     }
     assert metadata == {key: opened.metadata[key] for key in metadata}
+
+
+@pytest.mark.parametrize("spec", ["cachegen", "cachegen-lmcache"])
+def test_chunks_go_to_a_store_and_come_back_as_the_twin_has_them(spec, tmp_path):
+    """As a tier worker codes them, of pages that a message tells of."""
+    if spec == "cachegen":
+        text = kv_like((LAYERS, 64, 2, 2, 64), "float32")
+        save_tables(tmp_path / "tables", [profile([text], AXES, 0.25)])
+        spec = f"cachegen:tables={tmp_path / 'tables'},level=0.25"
+    page_map = page_map_of("CPU amx", slack=32)
+    objects = PageObjects("memory://?size=16MiB", namespace=Namespace("m"), serde=spec)
+    objects.know_pages(json.loads(json.dumps(page_map.as_json())), LAYERS)
+    twin = PageCodec(get_serde(spec), page_map)
+    for num_tokens in (5, 40, 64):
+        pages, _ = filled(page_map, num_tokens)
+        key = objects.namespace.key(bytes([num_tokens]) * 16)
+        assert objects.save(key, pages.numpy(), first_token=0, end_token=num_tokens)
+        found, want = torch.full_like(pages, 0x5A), torch.zeros_like(pages)
+        assert objects.load(key, found.numpy(), first_token=0, end_token=num_tokens)
+        twin.decode(twin.encode(pages, num_tokens), want)
+        assert found.equal(want), "and what is none of the tokens' is zero"
+        assert not objects.load(key, found.numpy(), first_token=0, end_token=num_tokens - 1)
+    nan = pages.clone()
+    page_map.write(torch.full(page_map.shape(LAYERS, 64), float("nan"), dtype=torch.bfloat16), nan)
+    assert not objects.save(objects.namespace.key(bytes(16)), nan.numpy(), first_token=0, end_token=64)
+    with pytest.raises(ConfigError, match="must tell K from V, and"):
+        PageCodec(get_serde(spec), Opaque("its swizzle"))

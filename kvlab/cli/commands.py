@@ -45,6 +45,11 @@ COMMANDS = {
     "warm": Command(
         "kvlab.cli.warm", "send prompts to a running server, so that it keeps their KV", "kvlab warm prompt.txt --pin"
     ),
+    "quality": Command(
+        "kvlab.cli.quality",
+        "what a codec costs in words: prompts to a running server, computed and decoded",
+        "kvlab quality prompts.jsonl --url http://gpu-1:8000",
+    ),
     "watch": Command(
         "kvlab.cli.watch", "follow the KV events of a running vLLM: what is held, where", "kvlab watch tcp://gpu-1:5557"
     ),

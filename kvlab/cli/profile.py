@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from kvlab.cli.parser import Parser
 from kvlab.cli.show import print_json
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         raise missing_package(error, "it") from error
     from kvlab.geometry import AXES
-    from kvlab.serde.centered import constants, rope_frequencies
+    from kvlab.serde.centered import constants, rope_frequencies, rope_of
     from kvlab.serde.tables import FILE, LEVELS, profile, save_tables
 
     try:
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise ConfigError(f"cannot write {str(out)!r}: {error.strerror or error}; give another --out") from error
     num_tokens = sum(chunk.shape[1] for chunk in chunks)
-    theta, rotary = _rope(model.config, chunks[0].shape[-1])
+    theta, rotary = rope_of(model.config, chunks[0].shape[-1])
     seen = [chunk for chunk in chunks if chunk.shape[1] >= ENOUGH_TOKENS]
     found = [constants(chunk, AXES, rope_frequencies(rotary, theta)) for chunk in seen]
     largest = [max(of_layer) for of_layer in zip(*found, strict=True)]
@@ -84,20 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _rope(config: Any, head_dim: int) -> tuple[float, int]:
-    """The base of the model's RoPE, and how many channels of a head turn."""
-    told = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if told and all(isinstance(value, dict) for value in told.values()):  # one for each kind of layer
-        told = next(iter(told.values()))
-    theta = told.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
-    share = told.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
-    return float(theta), int(head_dim * share) // 2 * 2
-
-
 def _warning(large: dict[int, float], theta: float, rotary: int) -> str:
     """What is said of layers whose keys carry a large constant, and what to do."""
     layers = ", ".join(map(str, large))
-    spec = f"centered:theta={theta:g}" + (f",rotary={rotary}" if rotary else "")
+    spec = f"centered:theta={theta:.12g}" + (f",rotary={rotary}" if rotary else "")
     return (
         f"warning: keys of layers {layers} carry a constant up to {max(large.values()):g} times as large as what "
         "differs between tokens; int8, int4, fp8, rotated4 and cachegen spend their bits on it and lose the rest. "

@@ -11,11 +11,9 @@ from functools import cache
 import torch
 
 from kvlab.codecs.pages import PageCodec
-from kvlab.codecs.plan import Plan, scaled_plan
-from kvlab.errors import ConfigError
+from kvlab.codecs.plan import Plan, fixed_plan, no_fixed_size
 from kvlab.paged.typed import Opaque, PageMap
 from kvlab.serde.base import Serde
-from kvlab.serde.quantized import ScaledSerde
 
 
 class BlockCodec:
@@ -28,13 +26,13 @@ class BlockCodec:
     """
 
     def __init__(self, serde: Serde, page_map: PageMap | Opaque, num_layers: int) -> None:
-        fixed = fixed_rate(serde)
         self._pages = PageCodec(serde, page_map)
-        assert isinstance(page_map, PageMap)  # or the line before has refused it
-        self.serde, self.map, self.num_layers = fixed, page_map, num_layers
+        if isinstance(page_map, Opaque):  # which kinds take that have no fixed size
+            raise no_fixed_size(serde)
+        self.serde, self.map, self.num_layers = serde, page_map, num_layers
         self.dtype = str(page_map.element).removeprefix("torch.")
         self.plan = cache(self._plan)
-        self.slot_bytes = slot_bytes(fixed, page_map.shape(num_layers, page_map.block_tokens), self.dtype)
+        self.slot_bytes = slot_bytes(serde, page_map.shape(num_layers, page_map.block_tokens), self.dtype)
 
     def encode(self, pages: torch.Tensor, num_tokens: int, slot: torch.Tensor) -> None:
         """The first `num_tokens` tokens of a block's pages, uint8 (layers, page_bytes), into `slot`, uint8
@@ -50,21 +48,12 @@ class BlockCodec:
         self._pages.decode(self.plan(num_tokens).encoded(slot), pages[None])
 
     def _plan(self, num_tokens: int) -> Plan:
-        return scaled_plan(self.serde, self.map.shape(self.num_layers, num_tokens), self.dtype)
-
-
-def fixed_rate(serde: Serde) -> ScaledSerde:
-    """`serde`, or ConfigError where its objects have no size that is known beforehand."""
-    if not isinstance(serde, ScaledSerde):
-        raise ConfigError(
-            f"serde {serde.spec!r} has no fixed size, which slots of host memory need; use int8, int4 or fp8 there"
-        )
-    return serde
+        return fixed_plan(self.serde, self.map.shape(self.num_layers, num_tokens), self.dtype)
 
 
 def slot_bytes(serde: Serde, shape: Sequence[int], dtype: str) -> int:
     """Bytes of a slot for a block of typed KV of this shape (layers, tokens, kv_heads, kv, head_dim), or of its first
     tokens: these may have shorter groups, in parts of their own."""
     layers, block_tokens, *rest = shape
-    plans = (scaled_plan(fixed_rate(serde), (layers, n, *rest), dtype) for n in range(1, block_tokens + 1))
+    plans = (fixed_plan(serde, (layers, n, *rest), dtype) for n in range(1, block_tokens + 1))
     return max(plan.num_bytes for plan in plans)

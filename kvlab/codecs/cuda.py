@@ -16,7 +16,7 @@ import torch
 
 from kvlab.codecs.addresses import Addresses
 from kvlab.codecs.blocks import BlockCodec
-from kvlab.codecs.scaled import ScaledCodec
+from kvlab.codecs.device import device_codec
 from kvlab.errors import ConfigError
 from kvlab.paged.cuda import CudaTransfer, Timing
 from kvlab.paged.driver import copy_to_device
@@ -36,7 +36,7 @@ class CodedMover(PageMover):
     def __init__(self, layout: PageLayout, codec: BlockCodec) -> None:
         super().__init__(layout)
         self._blocks = codec
-        self._codec = ScaledCodec(codec.serde, Addresses(TypedPages(layout, codec.map, layout.num_layers)))
+        self._codec = device_codec(codec.serde, Addresses(TypedPages(layout, codec.map, layout.num_layers)))
         self._device = layout.pages[0].device
         self._streams: dict[int, Any] = {}
         self._ids: dict[int, torch.Tensor] = {}  # of each stream, which reads them before they become others

@@ -17,12 +17,13 @@ import torch
 
 from kvlab.codecs.lossless import LosslessCodec
 from kvlab.codecs.plan import Plan, num_tokens_of
+from kvlab.codecs.rotated import RotatedCodec
 from kvlab.codecs.scaled import ScaledCodec
 from kvlab.errors import ConfigError, FormatError
 from kvlab.serde.base import Encoded
 
 RING_DEPTH = 4
-Codec = ScaledCodec | LosslessCodec
+Codec = ScaledCodec | RotatedCodec | LosslessCodec
 ESCAPES = "payload.escapes"
 
 

@@ -9,7 +9,8 @@ from urllib.parse import urlencode
 from kvlab.auth import AuthKey, auth_key
 from kvlab.chunking import Chunker
 from kvlab.errors import ConfigError, among
-from kvlab.stated import CODED_KINDS, is_coded
+from kvlab.installed import options_of
+from kvlab.stated import CHUNKED_KINDS, CODED_KINDS, is_chunked, is_coded
 from kvlab.stores import check_url
 from kvlab.stores.admission import get_rule
 from kvlab.stores.eviction import get_policy
@@ -59,6 +60,9 @@ class ConnectorConfig:
         share of the memory tier that requests may pin; 0 refuses pins.
     max_salt_share
         share of the memory tier that the objects of one ``cache_salt`` may take; beyond it a salt's own leave first.
+    quality_check
+        share of the requests with a hit in host memory that are computed instead, from 0 to 1: what is held of one
+        block is compared with what was computed, and the difference counted.
     report
         attach a row (tokens hit, bytes, ms, tier) to each finished request's ``kv_transfer_params``.
     namespace
@@ -82,6 +86,7 @@ class ConnectorConfig:
     transform: str = ""
     max_pinned_share: float = 0.5
     max_salt_share: float = 1.0
+    quality_check: float = 0.0
     report: bool = False
     namespace: str = ""
     enabled: bool = True
@@ -124,7 +129,7 @@ class ConnectorConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e9:
                 raise ConfigError(f"{name} must be a number from 0 to 10^9, got {value!r}")
-        for name in ("max_pinned_share", "max_salt_share"):
+        for name in ("max_pinned_share", "max_salt_share", "quality_check"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
                 raise ConfigError(f"{name} must be a number from 0 to 1, got {value!r}")
@@ -184,6 +189,11 @@ class ConnectorConfig:
             raise ConfigError(
                 f"{shown_url(served[0])!r} must be the only secondary tier: a cache server brings its own"
             )
+        if served and any(map(is_chunked, serdes)):
+            raise ConfigError(
+                f"a cache server has no tables of models and codes no chunks as {sorted(serdes)[0]!r}: take "
+                f"{', '.join(CODED_KINDS)} or lossless at {shown_url(served[0])!r}"
+            )
         if len(serdes) > 1:
             raise ConfigError(
                 f"all secondary tiers must use one serde, got {sorted(serdes)}; objects move between them as they are"
@@ -203,12 +213,14 @@ class ConnectorConfig:
         if not self.memory_bytes and is_coded(self.serde):
             put(self, "slot_serde", self.serde)
         put(self, "secondary_tiers", tuple(lower))
+        if self.quality_check and not self.memory_bytes:
+            raise ConfigError("quality_check compares what host memory holds: give memory:// as the first tier, or 0")
         if self.store_rule:
             get_rule(self.store_rule)
         if self.transform:
             get_transform(self.transform)
             put(self, "transform_id", transform_id(self.transform))
-            if is_coded(self.serde):
+            if is_coded(self.serde) or is_chunked(self.serde):
                 raise ConfigError(f"a transform works on KV as it is, use naive or lossless tiers; got {self.serde!r}")
 
     def __repr__(self) -> str:
@@ -223,7 +235,7 @@ class ConnectorConfig:
     @property
     def is_lossy(self) -> bool:
         """Whether what the tiers give back is not bit for bit what was computed."""
-        return is_coded(self.serde) or bool(self.transform)
+        return is_coded(self.serde) or is_chunked(self.serde) or bool(self.transform)
 
     @property
     def slots_are_exact(self) -> bool:
@@ -254,12 +266,30 @@ def _checked_serde(spec: str) -> str:
     """The whole name of the serde that `spec` chooses; ConfigError where no tier can have it."""
     if spec in ("naive", "lossless"):
         return spec  # without PyTorch, which a machine that only writes a configuration need not have
+    if spec.partition(":")[0] == "cachegen":
+        check_cachegen(spec)  # its tables lie beside a model, which is known once an engine starts
+        return spec
     from kvlab.serde import get_serde
 
     serde = get_serde(spec)
-    if serde.needs_kv_axes and not is_coded(spec):
-        raise ConfigError(f"serde {spec!r} is not for an engine's pages; use naive, lossless, {', '.join(CODED_KINDS)}")
+    if serde.needs_kv_axes and not is_coded(spec) and not is_chunked(spec):
+        known = ", ".join((*CODED_KINDS, *CHUNKED_KINDS))
+        raise ConfigError(f"serde {spec!r} is not for an engine's pages; use naive, lossless, {known}")
     return serde.spec if is_coded(spec) else spec
+
+
+def check_cachegen(spec: str) -> dict[str, str]:
+    """The options of ``cachegen:tables=PATH,level=0.25``, both of which may be left out. ConfigError for others."""
+    options = options_of("serde", spec, "level=0.25")
+    if unknown := sorted(set(options) - {"tables", "level"}):
+        raise ConfigError(f"cachegen takes tables and level, got {unknown[0]!r} in {spec!r}")
+    try:
+        level = float(options.get("level", "1"))
+    except ValueError:
+        level = 0.0
+    if not 0 < level < float("inf"):
+        raise ConfigError(f"level must be a number like 0.25, got {options['level'][:40]!r} in {spec!r}")
+    return options
 
 
 def _shown(tiers: object) -> str:

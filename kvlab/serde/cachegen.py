@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kvlab.errors import ConfigError, FormatError
+from kvlab.geometry import AXES
 from kvlab.serde import rans
 from kvlab.serde.anchors import GROUP, Anchors, anchor_codes, planes_of, residue
 from kvlab.serde.base import Encoded, Serde, checked_out
@@ -66,6 +67,11 @@ class CacheGenSerde(Serde):
     @property
     def spec(self) -> str:
         return f"{self.name}:tables={self.tables.digest},level={self.tables.level}"
+
+    def prepare(self) -> None:
+        planes, channels = self.tables.unit.shape
+        heads = self.tables.kv_heads
+        self.decode(self.encode(torch.zeros(planes // 2, GROUP + 1, heads, 2, channels // heads), AXES))
 
     def encode(self, kv: torch.Tensor, axes: tuple[str, ...]) -> Encoded:
         need_kv_axes(self.name, kv, axes)

@@ -11,6 +11,8 @@ quality and nothing else. They stand in the object.
 """
 
 from collections.abc import Sequence
+from math import prod
+from typing import Any
 
 import torch
 
@@ -18,7 +20,8 @@ from kvlab.errors import ConfigError, FormatError
 from kvlab.geometry import AXES
 from kvlab.serde.base import Encoded, Serde, checked_out
 from kvlab.serde.groups import checked_axes, need_kv_axes
-from kvlab.serde.quantized import Int4Serde, Int8Serde, ScaledSerde, checked_parts
+from kvlab.serde.quantized import BATCH, Int4Serde, Int8Serde, ScaledSerde, checked_parts
+from kvlab.serde.sums import summed
 
 STYLES = ("half", "pairs")  # channel i turns with i + rotary / 2 (Llama, Qwen), or with its neighbour (GPT-J)
 ROOM = 0.25  # what is coded is so much smaller: neither a turn nor a mean takes float32 to its end
@@ -69,11 +72,11 @@ class CenteredSerde(Serde):
         layers, _, heads, _, dim = host.shape
         frequencies = self.frequencies(dim)
         left, mean = torch.empty(host.shape), torch.empty(layers, heads, dim)
-        for layer in range(layers):  # one at a time: float64 is four times as large
-            turned = rotated(host[layer, ..., 0, :].double(), frequencies, self.style, -1.0) * ROOM
-            mean[layer] = centre(turned)
-            left[layer, ..., 0, :] = turned - mean[layer].double()
-            left[layer, ..., 1, :] = host[layer, ..., 1, :].double() * ROOM
+        for some in batches(host.shape):
+            turned = rotated(host[some, ..., 0, :].double(), frequencies, self.style, -1.0) * ROOM
+            mean[some] = centre(turned)
+            left[some, ..., 0, :] = turned - mean[some].double()[:, None]
+            left[some, ..., 1, :] = host[some, ..., 1, :].double() * ROOM
         inner = self._inner.encode(left, AXES)
         parts = {**inner.parts, "tables.mean": mean, "tables.frequencies": frequencies}
         params = {"bits": self.bits, "style": self.style, **inner.params}
@@ -97,12 +100,17 @@ class CenteredSerde(Serde):
         left = _inner(bits, 0).decode(Encoded(self.name, shape, "float32", AXES, encoded.parts, params))
         result = checked_out(encoded, out)
         target, limit = result.permute([encoded.axes.index(axis) for axis in AXES]), torch.finfo(result.dtype).max
-        for layer in range(layers):
-            keys = left[layer, ..., 0, :].double() + encoded.parts["tables.mean"][layer].double()
+        for some in batches(shape):
+            keys = left[some, ..., 0, :].double() + encoded.parts["tables.mean"][some].double()[:, None]
             turned = rotated(keys, frequencies, style, 1.0)
-            for kv, values in enumerate((turned, left[layer, ..., 1, :].double())):
-                target[layer, ..., kv, :] = (values / ROOM).clamp_(-limit, limit)
+            for kv, values in enumerate((turned, left[some, ..., 1, :].double())):
+                target[some, ..., kv, :] = (values / ROOM).clamp_(-limit, limit)
         return result
+
+    @property
+    def inner(self) -> ScaledSerde:
+        """What codes that which is left."""
+        return self._inner
 
     def frequencies(self, head_dim: int) -> torch.Tensor:
         """Radians that each pair of channels turns a token, float32."""
@@ -124,11 +132,20 @@ def rope_frequencies(rotary: int, theta: float) -> torch.Tensor:
     return (theta ** -(torch.arange(0, rotary, 2, dtype=torch.float64) / max(rotary, 1))).float()
 
 
+def rope_of(config: Any, head_dim: int) -> tuple[float, int]:
+    """The base of a model's RoPE, and how many channels of a head turn, by its config as transformers has it."""
+    told = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if told and all(isinstance(value, dict) for value in told.values()):  # one for each kind of layer
+        told = next(iter(told.values()))
+    theta = told.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+    share = told.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    return float(theta), int(head_dim * share) // 2 * 2
+
+
 def rotated(keys: torch.Tensor, frequencies: torch.Tensor, style: str, sign: float) -> torch.Tensor:
-    """`keys` (tokens, kv_heads, head_dim), float64, turned forth (1) or back (-1) by their place in the chunk."""
+    """`keys` (..., tokens, kv_heads, head_dim), float64, turned forth (1) or back (-1) by their place in the chunk."""
     half = len(frequencies)
-    angles = torch.arange(keys.shape[0], dtype=torch.float64)[:, None] * frequencies.double()
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None] * sign
+    cos, sin = (each[:, None] for each in turns(keys.shape[-3], frequencies, sign))
     out = keys.clone()
     first, second = (slice(0, half), slice(half, 2 * half)) if style == "half" else (
         slice(0, 2 * half, 2), slice(1, 2 * half, 2)
@@ -139,9 +156,22 @@ def rotated(keys: torch.Tensor, frequencies: torch.Tensor, style: str, sign: flo
     return out
 
 
+def turns(num_tokens: int, frequencies: torch.Tensor, sign: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (tokens, pairs), float64, of a turn forth (1) or back (-1)."""
+    angles = torch.arange(num_tokens, dtype=torch.float64)[:, None] * frequencies.double()
+    return angles.cos(), angles.sin() * sign
+
+
 def centre(turned: torch.Tensor) -> torch.Tensor:
-    """The mean of each channel over the tokens, (kv_heads, head_dim)."""
-    return turned.mean(0) if len(turned) else turned.new_zeros(turned.shape[1:])
+    """The mean of each channel over the tokens of (..., tokens, kv_heads, head_dim)."""
+    tokens = turned.shape[-3]
+    return (summed(turned, -3).squeeze(-3) / max(tokens, 1)).add_(0.0)  # -0.0 is made 0.0
+
+
+def batches(shape: Sequence[int]) -> list[slice]:
+    """A few layers at a time, of typed KV with this shape: float64 is four times as large."""
+    step = max(1, BATCH // max(prod(shape[1:]), 1))
+    return [slice(at, min(at + step, shape[0])) for at in range(0, shape[0], step)]
 
 
 def constants(kv: torch.Tensor, axes: tuple[str, ...], frequencies: torch.Tensor, style: str = "half") -> list[float]:

@@ -21,7 +21,7 @@ from kvlab.errors import ConfigError, FormatError
 from kvlab.serde.anchors import GROUP, anchor_codes, planes_of, residue, rest_of
 from kvlab.serde.rans import Model, normalized
 
-FILE = "kvlab-cachegen.safetensors"
+FILE = "kvlab-cachegen.tables"  # in the form of safetensors; named so, vLLM would load it as weights
 LEVELS = (0.0625, 0.125, 0.25, 0.5, 1.0)
 BINS = (0.5, 1.0, 1.5)  # arXiv 2310.07240, section 5.2: three equal groups of layers, coarser as they get deeper
 # Choices the paper leaves open. The unit of a bin is the standard deviation of a channel's deltas over the profiled

@@ -2,20 +2,15 @@
 
 import json
 import math
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from kvlab.errors import ConfigError, StoreError
+from kvlab.errors import ConfigError
 from kvlab.progress import Progress
-
-Prompt = str | list[int] | list[dict[str, Any]]
-MOST_ANSWER_BYTES = 16 << 20
+from kvlab.serving.api import ApiServer, Prompt, prompt_tokens_of, row_of
 
 
 @dataclass(frozen=True)
@@ -73,9 +68,6 @@ def warm(
     >>> warm(["You are a helpful assistant. " * 100], url="http://127.0.0.1:8000", pin=True)  # doctest: +SKIP
     [Warmed(prompt_tokens=601, hit_tokens=0, pinned_objects=3)]
     """
-    place = urlsplit(url)
-    if place.scheme not in ("http", "https") or not place.hostname or place.username or place.password:
-        raise ConfigError(f"url must be like http://127.0.0.1:8000, got {place.scheme or 'no scheme'}://...")
     if not 1 <= concurrency <= 1024:
         raise ConfigError(f"concurrency must be from 1 to 1024, got {concurrency}")
     if not prompts:
@@ -84,7 +76,7 @@ def warm(
         raise ConfigError(f"ttl_s must be a number of seconds above 0, got {ttl_s}")
     if ttl_s is not None and not pin:
         raise ConfigError("ttl_s is how long a pin lasts: give pin=True as well")
-    server = _Server(url.rstrip("/").removesuffix("/v1").rstrip("/"), api_key, timeout_s)
+    server = ApiServer(url, api_key, timeout_s)
     hints = {"pin": pin} | ({"ttl_s": ttl_s} if ttl_s is not None else {})
     body = {"model": model or server.first_model(), "max_tokens": 1, "temperature": 0}
     body["kv_transfer_params"] = {"kvlab": hints}
@@ -137,58 +129,7 @@ def _parsed(path: Path, lines: Iterable[str]) -> Iterable[Prompt]:
         yield given
 
 
-def _send(server: "_Server", prompt: Prompt, body: dict[str, Any]) -> Warmed:
-    is_chat = isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
-    path, field = ("/v1/chat/completions", "messages") if is_chat else ("/v1/completions", "prompt")
-    answer = server.call(path, {**body, field: prompt})
-    usage, params = answer.get("usage"), answer.get("kv_transfer_params")
-    row = params.get("kvlab") if isinstance(params, dict) else None
-    row = row if isinstance(row, dict) else {}
-    tokens = usage.get("prompt_tokens", 0) if isinstance(usage, dict) else 0
-    return Warmed(int(tokens), row.get("hit_tokens"), row.get("pinned_objects"))
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another server."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-class _Server:
-    """An OpenAI-compatible server: errors are one line, and never show the key."""
-
-    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
-        self._url = url
-        self._timeout_s = timeout_s
-        self._opener = urllib.request.build_opener(_NoRedirects)
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-
-    def first_model(self) -> str:
-        answer = self.call("/v1/models")
-        listed = answer.get("data")
-        if not isinstance(listed, list) or not listed or not isinstance(listed[0], dict) or "id" not in listed[0]:
-            raise StoreError(f"{self._url} lists no models; give model=")
-        return str(listed[0]["id"])
-
-    def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(self._url + path, data, self._headers)
-        try:
-            with self._opener.open(request, timeout=self._timeout_s) as response:
-                text = response.read(MOST_ANSWER_BYTES)
-        except urllib.error.HTTPError as error:
-            said = " ".join(error.read(2000).decode(errors="replace").split())[:300]
-            raise StoreError(f"{self._url}{path} answered {error.code}: {said}") from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise StoreError(f"{self._url} does not answer ({reason}); is vLLM's server running there?") from None
-        try:
-            answer = json.loads(text)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise StoreError(f"{self._url}{path} answered with something else than a JSON object")
-        return answer
+def _send(server: ApiServer, prompt: Prompt, body: dict[str, Any]) -> Warmed:
+    answer = server.complete(prompt, body)
+    row = row_of(answer)
+    return Warmed(prompt_tokens_of(answer), row.get("hit_tokens"), row.get("pinned_objects"))

@@ -14,6 +14,7 @@ from kvlab.errors import ConfigError, KVLabError, StoreError
 from kvlab.hashing import HASH_BYTES, Namespace
 from kvlab.objects import OF_A_PEER
 from kvlab.page_objects import PageObjects
+from kvlab.stated import is_chunked
 from kvlab.stores import Store, open_stores
 from kvlab.stores.closing import close_store
 from kvlab.stores.sealed import MOST_BYTES
@@ -227,6 +228,8 @@ class TierServer:
         try:
             if self._token and opening.tiers:
                 raise ConfigError("an attached engine brings no tiers of its own; name the socket alone")
+            if self._token and is_chunked(opening.serde):  # whose tables are a file of the engine's choice
+                raise ConfigError(f"a cache server codes no chunks as {opening.serde[:80]!r}; use int4 or lossless")
             store = self._given if self._given is not None else open_stores(opening.tiers)
             named = [Namespace(str(each["model"]), dict(each["fields"])) for each in opening.namespaces]
             auth = auth_key(opening.auth)

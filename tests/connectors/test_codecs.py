@@ -3,12 +3,14 @@
 import json
 import logging
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kvlab.codecs import PageCodec
 from kvlab.codecs.transfer import CodedCPUTransfer
+from kvlab.connectors.vllm.pages import warn_of_rope
 from kvlab.errors import ConfigError
 from kvlab.machine.redis_server import RedisServer
 from kvlab.paged import Opaque
@@ -18,6 +20,7 @@ from tests.connectors.damage import cut_short, flip_a_bit, objects
 from tests.connectors.engine import BLOCK, connector, drain, empty_memory, engine, generate, prompt, worker
 from tests.connectors.models import TOKEN_BYTES, gemma
 from tests.forged import data_of, forged, header_of
+from tests.test_page_codecs import page_map_of
 
 LENGTHS = [2, 31, 33, 64, 97, 300]
 
@@ -58,7 +61,12 @@ class Watched:
 
 @pytest.mark.parametrize(
     ("spec", "dtype", "times"),
-    [("int8", "float32", 3.7), ("int4", "bfloat16", 2.9), ("fp8", "bfloat16", 1.8)],
+    [
+        ("int8", "float32", 3.7),
+        ("int4", "bfloat16", 2.9),
+        ("rotated4", "bfloat16", 3.3),
+        ("centered:theta=100000", "bfloat16", 2.7),  # the demo model's
+    ],
 )
 def test_pages_hold_what_the_twin_makes_of_them(spec, dtype, times):
     size = 1200 * TOKEN_BYTES // (1 if dtype == "float32" else 2)
@@ -73,6 +81,23 @@ def test_pages_hold_what_the_twin_makes_of_them(spec, dtype, times):
         assert connector(llm).num_slots * BLOCK > 1200 * times, "so many times the tokens"
         assert worker(llm).transfer.arena.numel() <= size
         assert not connector(llm).hook_errors
+
+
+def test_a_rope_that_is_not_the_models_is_told(caplog):
+    page_map = page_map_of("NHC")
+    config = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=SimpleNamespace(rope_theta=1e6)))
+    with caplog.at_level(logging.WARNING, "vllm.kvlab"):
+        for fine in ("int4", "centered:theta=1000000", "centered:theta=1000000,rotary=64"):
+            warn_of_rope(fine, config, page_map)
+        assert not caplog.records
+        warn_of_rope("centered", config, page_map)
+        config.model_config.hf_text_config.partial_rotary_factor = 0.5
+        warn_of_rope("centered:theta=1000000", config, page_map)
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.rpartition("give ")[2] for line in told] == [
+        "?serde=centered:theta=1000000",
+        "?serde=centered:theta=1000000,rotary=32",
+    ]
 
 
 def test_groups_with_windows_are_coded_alike(tmp_path):

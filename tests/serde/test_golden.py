@@ -15,7 +15,8 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "serde"
 KINDS = sorted(path.parent.name for path in GOLDEN.glob("*/v2.safetensors"))
 
 
-INEXACT = {"rotated4", "centered"}
+DECODED_OTHERWISE = {"rotated4", "centered"}  # by a matrix product then; a cosine may round otherwise on another CPU
+ENCODED_OTHERWISE = {"centered"}
 
 
 def serde_of(kind: str) -> Serde:
@@ -33,7 +34,7 @@ def test_golden_bytes_decode_to_what_they_did(kind: str) -> None:
     opened = unpack((GOLDEN / kind / "v2.safetensors").read_bytes(), "golden")
     expected = load_file(GOLDEN / kind / "v2.expected.safetensors")
     back = serde_of(kind).decode(from_parts(opened.parts, opened.metadata))
-    if kind in INEXACT:  # a matrix product or a cosine may round otherwise on another CPU
+    if kind in DECODED_OTHERWISE:
         assert (back.float() - expected["decoded"].float()).abs().max() <= 2**-7 * expected[
             "decoded"
         ].float().abs().max()
@@ -41,7 +42,7 @@ def test_golden_bytes_decode_to_what_they_did(kind: str) -> None:
         assert raw(back).equal(raw(expected["decoded"]))
 
 
-@pytest.mark.parametrize("kind", sorted({*KINDS} - INEXACT))
+@pytest.mark.parametrize("kind", sorted({*KINDS} - ENCODED_OTHERWISE))
 def test_todays_bytes_are_the_golden_ones(kind: str) -> None:
     opened = unpack((GOLDEN / kind / "v2.safetensors").read_bytes(), "golden")
     kv = load_file(GOLDEN / kind / "v2.expected.safetensors")["kv"]

@@ -71,6 +71,9 @@ def test_no_server_is_one_clear_line(tmp_path):
 def test_tiers_of_its_own_an_attached_engine_may_not_bring(server, tmp_path):
     with pytest.raises(ConfigError, match="no tiers of its own"):
         TierClient(Opening([f"file://{tmp_path}/x"], "naive", None, NAMESPACES), path=str(server.path))
+    spec = f"cachegen:tables={tmp_path}/x"  # a file that the server would open for a client
+    with pytest.raises(ConfigError, match="a cache server codes no chunks as 'cachegen:tables="):
+        TierClient(Opening([], spec, None, NAMESPACES), path=str(server.path))
     assert not (tmp_path / "x").exists()
 
 

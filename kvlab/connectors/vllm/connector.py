@@ -9,10 +9,9 @@ counted. It reaches the engine only where a step would read pages known to be em
 be served are refused at start.
 """
 
-import functools
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
@@ -21,12 +20,23 @@ from kvlab.connectors.config import ConnectorConfig
 from kvlab.connectors.vllm import compat, states
 from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.by_hand.written import ByHand
+from kvlab.connectors.vllm.chunk_serde import tier_serde
+from kvlab.connectors.vllm.hooks import never_raise
 from kvlab.connectors.vllm.messages import RequestLoad, StepMetadata, WorkerReport
 from kvlab.connectors.vllm.metrics import KVLabPromMetrics, KVLabStats
 from kvlab.connectors.vllm.namespace import engine_namespace, rank_namespace
-from kvlab.connectors.vllm.pages import codec_of, open_engine_transfer, proven_map, slot_bytes_of, what_is_used
+from kvlab.connectors.vllm.pages import (
+    codec_of,
+    map_below,
+    open_engine_transfer,
+    proven_map,
+    slot_bytes_of,
+    warn_of_rope,
+    what_is_used,
+)
 from kvlab.connectors.vllm.scheduler.scheduler import Scheduler
 from kvlab.connectors.vllm.scheduler.slots import SlotIndex
+from kvlab.connectors.vllm.worker.checks import QualityChecks
 from kvlab.connectors.vllm.worker.worker import Worker
 from kvlab.errors import ConfigError
 from kvlab.hashing import Namespace, cache_namespace
@@ -39,24 +49,6 @@ from kvlab.units import format_bytes
 __all__ = ["KVLabConnector"]
 
 logger = logging.getLogger("vllm.kvlab")
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _never_raise(default: Callable[[], Any]) -> Callable[[F], F]:
-    """A hook that fails is counted, logged the first time, and returns `default()`: a cache must not stop an engine."""
-
-    def wrap(hook: F) -> F:
-        @functools.wraps(hook)
-        def guarded(self: "KVLabConnector", *args: Any, **kwargs: Any) -> Any:
-            try:
-                return hook(self, *args, **kwargs)
-            except Exception:
-                self._hook_failed(hook.__name__)
-                return default()
-
-        return guarded  # type: ignore[return-value]
-
-    return wrap
 
 
 class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
@@ -91,11 +83,12 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 f"host memory of {format_bytes(self.config.arena_bytes)} must hold a block of "
                 f"{format_bytes(slot_bytes)}; give a larger size"
             )
+        self._tier_serde = tier_serde(self.config, vllm_config, kv_cache_config)
         named = engine_namespace(
             vllm_config,
             kv_cache_config,
             extra=self.config.namespace,
-            serde=self.config.namespace_serde,
+            serde=self._tier_serde.name,
             outlives=outlives,
             loaded_here=role == KVConnectorRole.WORKER,
         )
@@ -148,7 +141,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         path = self.config.server_socket
         opening = Opening(
             [] if path else list(self.config.secondary_tiers),
-            self.config.serde,
+            self._tier_serde.spec,
             self.config.auth_file or None,
             [{"model": namespace.model, "fields": dict(namespace.fields)} for namespace in namespaces],
             self.config.slot_serde,
@@ -194,8 +187,9 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             content_bytes=states.content_bytes(engine_groups),
         )
         page_map: PageMap | Opaque = Opaque("no serde asks for more")
-        if self.config.is_lossy:
+        if self.config.is_lossy or self.config.quality_check:
             page_map = proven_map(self._vllm_config, self._kv_cache_config, kv_caches, self._pages)
+        warn_of_rope(self.config.serde, self._vllm_config, page_map)
         codec = codec_of(self.config.slot_serde, page_map, layout, self.config.transform)
         slot_bytes = layout.block_bytes if codec is None else codec.slot_bytes
         if slot_bytes * self.num_slots > self.config.arena_bytes:
@@ -207,8 +201,9 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         if self.tiers is not None:
             shared = SharedSlots(self.num_slots, slot_bytes)
             shape = (layout.num_layers, layout.page_bytes) if codec is None else (1, slot_bytes)
-            below = codec_of(self.config.serde, page_map, layout) if codec is None and self.config.is_lossy else None
-            self.tiers.share(Memory(self.num_slots, *shape, None if below is None else below.map.as_json()), shared)
+            is_coded_below = codec is None and self.config.is_lossy
+            below = map_below(self._tier_serde.spec, page_map, layout) if is_coded_below else None
+            self.tiers.share(Memory(self.num_slots, *shape, below), shared)
         transfer = open_engine_transfer(
             layout, codec, self.num_slots, staging_bytes=self.config.gpu_staging, shared=shared
         )
@@ -221,6 +216,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
             load_timeout_s=self.config.load_timeout_ms / 1e3,
             borrows=not self.config.keeps_memory,
             padding=states.Padding(layout, kv_caches, engine_groups) if self.groups.recurrent else None,
+            checks=QualityChecks(transfer, page_map, codec) if self.config.quality_check else None,
         )
         logger.info(
             "kvlab: %s, objects of %d tokens, namespace %s",
@@ -233,7 +229,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_connector_metadata(connector_metadata)
         self._begin_step()
 
-    @_never_raise(lambda: None)
+    @never_raise(lambda: None)
     def _begin_step(self) -> None:
         if self.worker is not None and isinstance(self._connector_metadata, StepMetadata):
             self.worker.begin(self._connector_metadata)
@@ -244,7 +240,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         if getattr(self._connector_metadata, "loads", None):  # in few steps
             self._start_loads()
 
-    @_never_raise(lambda: None)
+    @never_raise(lambda: None)
     def _start_loads(self) -> None:
         if self.worker is not None and isinstance(self._connector_metadata, StepMetadata):
             self.worker.load(self._connector_metadata)
@@ -255,16 +251,16 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Does nothing, for the same reason."""
 
-    @_never_raise(lambda: None)
+    @never_raise(lambda: None)
     def wait_for_save(self) -> None:
         if self.worker is not None and isinstance(self._connector_metadata, StepMetadata):
             self.worker.save(self._connector_metadata)
 
-    @_never_raise(lambda: (None, None))
+    @never_raise(lambda: (None, None))
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return None, (self.worker.take_finished()[0] or None) if self.worker is not None else None
 
-    @_never_raise(lambda: compat.TransferResults())
+    @never_raise(lambda: compat.TransferResults())
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """vLLM versions that have it call it in place of `get_finished`; it reports failed loads by request."""
         filled = self.by_hand.take_filled() if self.by_hand is not None else set()
@@ -317,7 +313,7 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
         """False: saves are best effort, a dropped save only causes a later miss."""
         return False
 
-    @_never_raise(lambda: (0, False))
+    @never_raise(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self.scheduler is not None
         if self.by_hand is not None and self.by_hand.owns(request):
@@ -360,13 +356,13 @@ class KVLabConnector(KVConnectorBase_V1, SupportsHMA):
                 page for load in loads for page in load.lost_blocks
             }
 
-    @_never_raise(lambda: None)
+    @never_raise(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:
         report = connector_output.kv_connector_worker_meta
         if self.scheduler is not None and isinstance(report, WorkerReport):
             self.scheduler.absorb(report)
 
-    @_never_raise(lambda: (False, None))
+    @never_raise(lambda: (False, None))
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self.scheduler is not None
         return False, self.scheduler.finished(request)

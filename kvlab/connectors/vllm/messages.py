@@ -82,6 +82,28 @@ class SaveOp:
 
 
 @dataclass
+class CheckOp:
+    """Compare the page `block_id`, which the step has computed in full, with the slot of `generation` that holds the
+    same block."""
+
+    request_id: str
+    generation: int
+    slot: int
+    block_id: int
+    adapter: Adapter | None = None
+
+
+@dataclass
+class CheckRow:
+    """What a comparison found: the error of each plane (k, v, or latent) in its worst layer, in units of what differs
+    between tokens; and the layer that is worst of all."""
+
+    request_id: str
+    errors: dict[str, float]
+    worst_layer: int
+
+
+@dataclass
 class StepMetadata(KVConnectorMetadata):
     """One step's copies but for loads within it. `num_tokens` are those the step computes, `prefill_tokens` those of
     them that belong to prompts; `new_blocks` are the pages that requests have been given for it; those in
@@ -97,6 +119,7 @@ class StepMetadata(KVConnectorMetadata):
     unclean_blocks: list[int] = field(default_factory=list)
     state_pages: dict[int, list[int]] = field(default_factory=dict)
     version: str = ""
+    checks: list[CheckOp] = field(default_factory=list)
 
 
 @dataclass
@@ -112,6 +135,13 @@ class LoadRow:
     seconds: float
     tier: str
     delay: float
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Of the request's row."""
+        return {
+            "bytes": self.num_bytes, "ms": self.seconds * 1e3, "tier": self.tier, "hit_tokens": self.num_tokens,
+        }  # fmt: skip
 
 
 @dataclass
@@ -156,6 +186,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     broken: set[int] = field(default_factory=set)  # generations whose slots do not hold their object
     absent: set[bytes] = field(default_factory=set)  # hashes that secondary tiers hold broken or not at all
     rows: list[LoadRow] = field(default_factory=list)
+    checks: list[CheckRow] = field(default_factory=list)
     overdue: list[tuple[str, str, int, float]] = field(default_factory=list)  # loads given up: request, tier, tokens, s
     forwards: list[tuple[int, float]] = field(default_factory=list)  # prefill tokens and seconds of forward passes
     tiers: dict[str, TierRow] = field(default_factory=dict)  # secondary tiers by name, now and then
@@ -171,6 +202,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.broken |= other.broken
             self.absent |= other.absent
             self.rows += other.rows
+            self.checks += other.checks
             self.overdue += other.overdue
             self.forwards += other.forwards
             self.events.update(other.events)

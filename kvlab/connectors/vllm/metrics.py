@@ -26,11 +26,14 @@ DOCUMENTATION = {
     "tier_worker_deaths": "Times the process of the secondary tiers was lost: it ended, or hung and was killed.",
     "tier_worker_restarts": "Times it was started again.",
     "weights_changed": "Times the model got other weights without a reset, which turns the cache off.",
+    "quality_checks": "Requests that were computed in spite of a hit, and compared with it; see quality_check.",
     "saves_over_quota": "Objects not kept in memory because their cache_salt has its share of the memory tier.",
 }
 LOADED_BYTES = "Bytes of KV loaded into pages, by the tier they came from."
 LOAD_SECONDS = "Seconds of one request's load, to the end of the copy, by the tier it came from."
 LOAD_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+QUALITY_ERROR = "How far K or V in host memory is from what was computed, in units of what differs between tokens."
+QUALITY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 TIER_GAUGES = {
     "tier_used_bytes": ("used_bytes", "Bytes that a tier holds."),
     "tier_max_bytes": ("max_bytes", "Bytes that a tier may hold."),
@@ -45,7 +48,7 @@ TIER_COUNTERS = {
 
 class KVLabStats(KVConnectorStats):
     """What was counted since the last interval, in `data`: increments by name; under ``loads`` tier, bytes and seconds
-    of each load, under ``tiers`` the latest row of each tier."""
+    of each load, under ``checks`` what each comparison found, under ``tiers`` the latest row of each tier."""
 
     def reset(self) -> None:
         self.data.clear()
@@ -56,15 +59,15 @@ class KVLabStats(KVConnectorStats):
                 tiers = self.data.setdefault("tiers", {})
                 for tier, row in value.items():
                     tiers[tier] = asdict(TierRow(**row).after(TierRow(**tiers.get(tier, {}))))
-            elif name == "loads":
-                self.data["loads"] = self.data.get("loads", []) + value
+            elif name in ("loads", "checks"):
+                self.data[name] = self.data.get(name, []) + value
             else:
                 self.data[name] = self.data.get(name, 0) + value
         return self
 
     def reduce(self) -> dict[str, int | float]:
         """For the log line: the counters, and the rate they give (GB are 10**9 bytes)."""
-        counts = {name: value for name, value in self.data.items() if name not in ("loads", "tiers")}
+        counts = {name: value for name, value in self.data.items() if name not in ("loads", "checks", "tiers")}
         shown = {name: round(value, 4) for name, value in sorted(counts.items())}
         if self.data.get("load_seconds"):
             shown["load_gb_per_s"] = round(self.data.get("loaded_bytes", 0) / self.data["load_seconds"] / 1e9, 2)
@@ -82,6 +85,7 @@ class Counters(Counter[str]):
         self._are_new = False
         self._told: dict[str, int] = {}
         self._loads: list[tuple[str, int, float]] = []
+        self._checks: list[dict[str, float]] = []
         self._tiers: dict[str, TierRow] = {}
 
     def loaded(self, tier: str, num_bytes: int, seconds: float) -> None:
@@ -89,6 +93,11 @@ class Counters(Counter[str]):
         self["loaded_bytes"] += num_bytes
         self["load_seconds"] += seconds  # type: ignore[assignment]  # a Counter adds floats too
         self._loads.append((tier, num_bytes, seconds))
+
+    def checked(self, errors: Mapping[str, float]) -> None:
+        """One comparison: the error of each plane."""
+        self["quality_checks"] += 1
+        self._checks.append(dict(errors))
 
     def see_tiers(self, rows: Mapping[str, TierRow]) -> None:
         for tier, row in rows.items():
@@ -111,6 +120,8 @@ class Counters(Counter[str]):
         }
         if self._loads:
             data["loads"], self._loads = self._loads, []
+        if self._checks:
+            data["checks"], self._checks = self._checks, []
         if self._tiers:
             data["tiers"] = {tier: dict(vars(row)) for tier, row in self._tiers.items()}
             self._tiers = {}
@@ -148,6 +159,12 @@ class KVLabPromMetrics(KVConnectorPromMetrics):
         self._load_seconds = self._histogram_cls(
             name="vllm:kvlab_load_seconds", documentation=LOAD_SECONDS, labelnames=by_tier, buckets=LOAD_BUCKETS_S
         )
+        self._quality_error = self._histogram_cls(
+            name="vllm:kvlab_quality_error",
+            documentation=QUALITY_ERROR,
+            labelnames=[*labelnames, "plane"],
+            buckets=QUALITY_BUCKETS,
+        )
         self._tier_gauges = {
             field: self._gauge_cls(name=f"vllm:kvlab_{name}", documentation=text, labelnames=by_tier)
             for name, (field, text) in TIER_GAUGES.items()
@@ -167,6 +184,9 @@ class KVLabPromMetrics(KVConnectorPromMetrics):
         for tier, num_bytes, seconds in transfer_stats_data.get("loads", ()):
             self._loaded_bytes.labels(*labels, tier).inc(num_bytes)
             self._load_seconds.labels(*labels, tier).observe(seconds)
+        for errors in transfer_stats_data.get("checks", ()):
+            for plane, error in errors.items():
+                self._quality_error.labels(*labels, plane).observe(error)
         for tier, row in transfer_stats_data.get("tiers", {}).items():
             for field, gauge in self._tier_gauges.items():
                 gauge.labels(*labels, tier).set(row[field])

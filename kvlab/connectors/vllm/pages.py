@@ -4,6 +4,7 @@ Which byte of a page is which is proven by the engine's own write operator when 
 there are is told earlier, and to a process that has no pages: by the specs, with which the proven map must then agree.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,14 @@ from kvlab.paged import Opaque, PageLayout, PageMap, Transfer, open_transfer, un
 from kvlab.paged.pools import outside_pools
 from kvlab.paged.vllm_operators import of_layer
 from kvlab.sharedmemory import SharedSlots
+from kvlab.stated import is_coded
 from kvlab.stores.url import shown_url
 from kvlab.units import format_bytes
 
 if TYPE_CHECKING:
     from kvlab.codecs.blocks import BlockCodec
+
+logger = logging.getLogger("vllm.kvlab")
 
 
 def slot_bytes_of(vllm_config: Any, kv_cache_config: Any, serde: str) -> int:
@@ -105,6 +109,32 @@ def codec_of(serde: str, page_map: PageMap | Opaque, layout: PageLayout, transfo
     from kvlab.serde import get_serde
 
     return BlockCodec(get_serde(serde), page_map, layout.num_layers)
+
+
+def warn_of_rope(spec: str, vllm_config: Any, page_map: PageMap | Opaque) -> None:
+    """`centered` turns keys back by a rope that its options name; by another one it loses what it is there for."""
+    from kvlab.serde import get_serde
+    from kvlab.serde.centered import CenteredSerde, rope_of
+
+    serde = get_serde(spec) if spec.startswith("centered") else None
+    if not isinstance(serde, CenteredSerde) or isinstance(page_map, Opaque):
+        return
+    theta, rotary = rope_of(vllm_config.model_config.hf_text_config, page_map.head_dim)
+    if (serde.theta, serde.rotary or page_map.head_dim) != (theta, rotary):
+        wanted = f"centered:theta={theta:.12g}" + ("" if rotary == page_map.head_dim else f",rotary={rotary}")
+        logger.warning("kvlab: %s is not this model's rope, which costs quality; give ?serde=%s", spec, wanted)
+
+
+def map_below(spec: str, page_map: PageMap | Opaque, layout: PageLayout) -> dict[str, Any]:
+    """What the process of the tiers must know of pages to code them. ConfigError where the serde cannot."""
+    from kvlab.codecs import PageCodec
+    from kvlab.codecs.blocks import BlockCodec
+    from kvlab.serde import get_serde
+
+    serde = get_serde(spec)
+    made = BlockCodec(serde, page_map, layout.num_layers) if is_coded(spec) else PageCodec(serde, page_map)
+    assert isinstance(made.map, PageMap)  # or the line before has refused it
+    return made.map.as_json()
 
 
 def open_engine_transfer(

@@ -30,6 +30,7 @@ class SkipReason(enum.Enum):
     NOT_WORTH_WAITING = "not_worth_waiting"  # they did not answer at once
     NOT_WORTH_LOADING = "not_worth_loading"  # computing is faster
     KV_PRODUCER = "kv_producer"  # the engine's role loads nothing
+    QUALITY_CHECK = "quality_check"  # it is computed, to be compared with what is held
 
 
 @dataclass
@@ -56,6 +57,9 @@ class RequestState:
     missing: dict[bytes, str] = field(default_factory=dict)  # why the secondary tiers lack an object, as they said
     skip: SkipReason | None = None  # of the latest match
     is_exact: bool = True  # no KV that it is computed from came from a lossy tier
+    is_drawn: bool = False  # whether it is to be checked has been decided
+    is_checked: bool = False  # it goes without its hit, see `CheckPlanner`
+    check: ObjectRef | None = None  # what is still to be compared of it
     given_up: bool = False  # a promise to it could not be kept
     local_tokens: int = 0  # that the engine's own prefix cache held when it was last asked for
     expected_tokens: int = 0  # computed when it begins: those found in the engine, and those promised

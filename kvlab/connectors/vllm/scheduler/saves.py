@@ -18,6 +18,7 @@ from kvlab.connectors.vllm.adapters import ADAPTERS
 from kvlab.connectors.vllm.kv_groups import NO_PAGE, KVGroups
 from kvlab.connectors.vllm.messages import SaveOp
 from kvlab.connectors.vllm.scheduler.admission import SaveAdmission
+from kvlab.connectors.vllm.scheduler.checks import CheckPlanner
 from kvlab.connectors.vllm.scheduler.requests import ObjectRef, RequestState
 from kvlab.connectors.vllm.scheduler.residency import Residency
 from kvlab.connectors.vllm.scheduler.slots import Entry
@@ -84,6 +85,7 @@ class SavePlanner:
         self._ranks = ranks
         self._counters = counters
         self._admission = SaveAdmission(config.store_threshold, config.store_rule)
+        self.checks = CheckPlanner(config.quality_check, chunker, groups, self._index)
         self._states: dict[str, RequestState] = {}  # requests that may still have something to save
         self._in_company = in_company
         self._may_find_old_pages = False  # in vLLM's prefix cache, of an earlier version
@@ -155,6 +157,7 @@ class SavePlanner:
                 continue
             num_computed = before + output.num_scheduled_tokens[req_id]
             self._save_request(state, before, num_computed, saves, left.get(req_id, {}))
+            self.checks.collect(state, before, num_computed)
             self.stop_at_object(req_id, num_computed)
             if num_computed >= state.request.num_prompt_tokens and not self._config.save_generated:
                 del self._states[req_id]

@@ -170,6 +170,8 @@ class Scheduler:
         tokens = end - num_computed_tokens
         if tokens < max(self.config.min_hit_tokens, 1):
             return 0, False
+        if self.saves.checks.takes(state, plan, num_computed_tokens):
+            return 0, False
         state.plan, state.plan_tokens = plan, end
         return tokens, self.loads.are_async(plan, request)
 
@@ -258,6 +260,7 @@ class Scheduler:
         try:
             enabled = self.enabled and self.may_save
             self.saves.collect(output, metadata.saves, metadata.unclean_blocks, enabled=enabled)
+            metadata.checks = self.saves.checks.take()
         except (Exception, SystemExit):  # a save is only a later miss; the loads above must reach the workers
             self.counters["errors"] += 1
             if self.counters["errors"] == 1:
@@ -290,17 +293,15 @@ class Scheduler:
             if written is not None:
                 self._release(written)
         for row in report.rows:
-            state = self._states.get(row.request_id)
-            if state is not None:
-                state.row |= {
-                    "bytes": row.num_bytes,
-                    "ms": row.seconds * 1e3,
-                    "tier": row.tier,
-                    "hit_tokens": row.num_tokens,
-                }
+            if (state := self._states.get(row.request_id)) is not None:
+                state.row |= row.told
             self.counters.loaded(row.tier, row.num_bytes, row.seconds)
             is_secondary = row.tier not in ("memory", "none")
             self.admission.loaded("secondary" if is_secondary else "memory", row.num_tokens, row.delay)
+        for check in report.checks:
+            self.counters.checked(check.errors)
+            if (state := self._states.get(check.request_id)) is not None:
+                state.row["quality"] = check.errors
         for request_id, tier, num_tokens, seconds in report.overdue:
             self.counters["loads_overdue"] += 1
             self.admission.loaded(tier, num_tokens, seconds)
@@ -340,8 +341,7 @@ class Scheduler:
         if self.config.keeps_memory:
             evictions, self._told_evictions = self.index.num_evictions - self._told_evictions, self.index.num_evictions
             used = (self.index.num_slots - self.index.num_free) * self._slot_bytes
-            row = TierRow(used, self.index.num_slots * self._slot_bytes, evictions)
-            self.counters.see_tiers({"memory": row})
+            self.counters.see_tiers({"memory": TierRow(used, self.index.num_slots * self._slot_bytes, evictions)})
         return self.counters.take_increments()
 
     def secondary_tokens(self, request_id: str) -> int:

@@ -8,6 +8,7 @@ from itertools import takewhile
 
 from kvlab.connectors.vllm import states
 from kvlab.connectors.vllm.messages import LoadOp, RequestLoad, SaveOp, StepMetadata, WorkerReport
+from kvlab.connectors.vllm.worker.checks import QualityChecks
 from kvlab.connectors.vllm.worker.lent import Lent
 from kvlab.connectors.vllm.worker.model_weights import ModelWeights
 from kvlab.connectors.vllm.worker.pending import PendingLoad, load_row, page_tokens
@@ -51,13 +52,13 @@ class Worker:
         load_timeout_s: float = LOAD_TIMEOUT_S,
         padding: states.Padding | None = None,
         borrows: bool = False,
+        checks: QualityChecks | None = None,
     ) -> None:
-        self.transfer = transfer
+        self.transfer, self._checks = transfer, checks
         self._lent = Lent(tiers, transfer, is_wanted=borrows)
         self._saved = Saved(transfer)
         self._padding = padding
-        self.tiers = tiers
-        self._shared = shared
+        self.tiers, self._shared = tiers, shared
         self._writes_early = writes_early
         self.counters: Counter[str] = Counter()
         self._owner: list[int | None] = [None] * num_slots  # generations
@@ -137,8 +138,8 @@ class Worker:
     def save(self, metadata: StepMetadata) -> None:
         """All of a step's saves as one copy: few large copies are faster than many small ones."""
         self._timed.end(self._reports)
-        if not metadata.saves:
-            return
+        if self._checks is not None and not self._saved:  # else it is not known whether slots hold their blocks
+            self._checks.step(metadata.checks, self._owner, self._weights, self._reports)
         ops, metadata.saves = [op for op in metadata.saves if self._may_save(op)], []
         if not ops:
             return
