@@ -8,6 +8,7 @@ To pin 26 GiB of it took a GPU's connector 14 s. First writes run 3 times as fas
 import ctypes
 import logging
 import mmap
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -123,13 +124,15 @@ def pin(memory: NDArray[np.uint8], *, is_readonly: bool = False) -> Callable[[],
     driver = ctypes.CDLL("libcuda.so.1")
     address = ctypes.c_void_p(memory.ctypes.data)
     torch.cuda.synchronize()  # this thread has a context then
-    flags = _READ_ONLY if is_readonly else 0
+    flags, owner = _READ_ONLY if is_readonly else 0, os.getpid()
     status = int(driver.cuMemHostRegister_v2(address, ctypes.c_size_t(memory.nbytes), ctypes.c_uint(flags)))
     if status:
         log.warning("memory is not pinned: cuMemHostRegister of %d bytes answered %d", memory.nbytes, status)
         return None
 
     def unpin() -> None:
+        if os.getpid() != owner:  # a forked child has no CUDA, and nothing pinned
+            return
         torch.cuda.synchronize()  # as above; nor is anything copied any more
         if status := int(driver.cuMemHostUnregister(address)):
             log.warning("memory stays pinned: cuMemHostUnregister of %d bytes answered %d", memory.nbytes, status)

@@ -101,11 +101,12 @@ from tests.test_codec_staging import engine
 from tests.test_page_codecs import LAYERS, filled, page_map_of
 
 CASES = (
-    ("NHC", "int4", 0), ("CPU amx", "int8", 0), ("NHC", "int8:k=channel,group=10", 32), ("CPU amx", "rotated4", 0),
-    ("NHC", "centered", 32), ("CPU vec", "centered:bits=8,style=pairs,rotary=4", 0),
+    ("NHC", "int4", 0, 2), ("CPU amx", "int8", 0, 2), ("NHC", "int8:k=channel,group=10", 32, 2),
+    ("CPU amx", "rotated4", 0, 2), ("HNC", "centered", 32, 1),
+    ("CPU vec", "centered:bits=8,style=pairs,rotary=4", 0, 2),
 )
-for name, spec, slack in CASES:
-    page_map = page_map_of(name, slack=slack)
+for name, spec, slack, heads in CASES:
+    page_map = page_map_of(name, slack=slack, heads=heads)
     typed = engine(page_map)
     pages, _ = filled(page_map, 16 * 6)
     for layer, view in enumerate(typed.layout.pages):

@@ -17,7 +17,7 @@ from kvlab.codecs.scaled import ScaledCodec
 from kvlab.codecs.scaled_triton import FLOATS, WORDS
 from kvlab.errors import ConfigError
 from kvlab.paged import PageMap, TypedPages, page_layout
-from kvlab.paged.known import known_maps
+from kvlab.paged.known import KNOWN
 from kvlab.serde.centered import CenteredSerde, turns
 
 TILE = 2048  # elements that a program works on at once
@@ -143,11 +143,9 @@ class _Room:
 def _plain(page_map: PageMap) -> PageMap:
     """Of the same block as float32: tokens, heads, K before V, channels."""
     size = page_map.block_tokens * page_map.kv_heads * 2 * page_map.head_dim * 4
-    found = known_maps(
-        block_tokens=page_map.block_tokens, kv_heads=page_map.kv_heads, head_dim=page_map.head_dim,
-        element=torch.float32, page_bytes=size, latent=False,
-    )  # fmt: skip
-    return next(each for each in found if each.name == "NHC")
+    sizes = {"tokens": page_map.block_tokens, "heads": page_map.kv_heads, "kv": 2, "channels": page_map.head_dim}
+    planes = (KNOWN["NHC"].plane(kv, sizes, 4) for kv in range(2))
+    return PageMap("NHC", torch.float32, size, tuple(plane for plane in planes if plane is not None))
 
 
 def _pairs(dim: int, num_turning: int, style: str) -> tuple[list[int], list[int]]:

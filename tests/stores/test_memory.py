@@ -1,3 +1,4 @@
+import gc
 import threading
 import time
 
@@ -121,3 +122,20 @@ def test_a_value_that_replaced_a_leased_one_can_leave():
         with store.lease("a"):
             store.put("a", pattern(3 * PAGE))
             assert store.put("b", pattern(3 * PAGE))
+
+
+def test_memory_that_is_pinned_is_given_back_by_a_store_that_is_forgotten(monkeypatch):
+    """Where it is not, CUDA maps nothing more in this process."""
+    from kvlab.stores.memory import arena
+
+    told = []
+    monkeypatch.setattr(arena, "pin", lambda memory: lambda: told.append("unpinned"))
+    store = MemoryStore(1 << 20, pinned=True)
+    assert store.stats()["pinned"] == 1
+    del store
+    gc.collect()
+    assert told == ["unpinned"]
+    with MemoryStore(1 << 20, pinned=True) as store:
+        store.close()
+    assert store.stats()["pinned"] == 0
+    assert told == ["unpinned"] * 2

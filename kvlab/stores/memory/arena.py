@@ -2,8 +2,9 @@
 
 import os
 import sys
+import weakref
 from bisect import insort
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,12 +43,14 @@ class Arena:
         memory = LendingMemory(self.max_bytes) if lending else None
         self.fd = -1 if memory is None else memory.fd
         self._bytes = reserve(self.max_bytes) if memory is None else memory.bytes
-        self._unpin: Callable[[], None] | None = pin(self._bytes) if pinned else None
-        self._pid = os.getpid()
+        unpin = pin(self._bytes) if pinned else None
+        # At the latest when the arena is forgotten: CUDA maps nothing more where memory that it holds has been given
+        # back, and no engine starts in this process any more.
+        self._release = None if unpin is None else weakref.finalize(self, unpin)
 
     @property
     def is_pinned(self) -> bool:
-        return self._unpin is not None
+        return self._release is not None and self._release.alive
 
     @property
     def largest_hole(self) -> int:
@@ -88,9 +91,8 @@ class Arena:
         return self._bytes[region.start : region.start + region.size]
 
     def close(self) -> None:
-        if self._unpin is not None and self._pid == os.getpid():  # a forked child has no CUDA, and nothing pinned
-            self._unpin()
-        self._unpin = None
+        if self._release is not None:
+            self._release()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
