@@ -153,7 +153,8 @@ class Backend:
     def __init__(self, name: str) -> None:
         self.name = name
         command = [sys.executable, __file__, *sys.argv[1:], "--serve", name]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        env = {**os.environ, "PYTHONHASHSEED": "0"}  # LMCache's ranks name tokens by Python's hash
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def answer(self) -> str:
         line = self._process.stdout.readline()
