@@ -14,6 +14,7 @@ from typing import Any
 from kvlab.errors import ConfigError
 from kvlab.simulation.cost import Prefill
 from kvlab.simulation.replay import cut, find
+from kvlab.simulation.replay_connector import ConnectorRules
 from kvlab.simulation.simulate import BOUND, Policy, Simulation, Trace, as_traffic, default_chunk, simulate
 from kvlab.simulation.tiers import Tier, as_tier
 from kvlab.simulation.traffic import Traffic, traffic_of_prompts
@@ -57,7 +58,8 @@ class MissPage:
 
     `policies`: tokens that each eviction policy would have found, with the hit rate of all traffic so far beside it.
     `keeps`: the smallest capacity found, as a multiple of the one there is, that keeps all that was seen; None where
-    nothing had left, or no larger one keeps it. `refused_tokens`: what admission did not store of an earlier prompt.
+    nothing had left, or no larger one keeps it. `refused_tokens`: what admission did not store of an earlier prompt;
+    `too_short_tokens`: what was held and is less than the connector's `min_hit_tokens`.
     `cause` and `notes` are what the replay does not know, of an engine that does (`AttachedCache.why`).
     """
 
@@ -73,15 +75,18 @@ class MissPage:
     unit: str
     ms: dict[str, float]
     refused_tokens: int = 0
+    too_short_tokens: int = 0
     cause: str = ""
     notes: tuple[str, ...] = ()
 
     @property
     def reason(self) -> str:
-        """``hit``, ``evicted``, ``not_stored`` (by admission), ``differs``, or ``first``: no earlier prompt begins like
-        it; or the `cause`."""
+        """``hit``, ``too_short`` (for `min_hit_tokens`), ``evicted``, ``not_stored`` (by admission), ``differs``, or
+        ``first``: no earlier prompt begins like it; or the `cause`. Of the first block that is missing."""
         if self.cause:
             return self.cause
+        if self.too_short_tokens:
+            return "too_short"
         if self.eviction is not None:
             return "evicted"
         if self.refused_tokens:
@@ -93,9 +98,12 @@ class MissPage:
     def lines(self) -> list[str]:
         """The page in words."""
         told = [f"{self.hit_tokens:,} of {self.tokens:,} tokens were found in {self.tiers}."]
+        if self.too_short_tokens:
+            told.append(f"{self.too_short_tokens:,} tokens were held, too few to be loaded: min_hit_tokens.")
+        held = max(self.hit_tokens, self.too_short_tokens)
         if (gone := self.eviction) is not None:
             told.append(
-                f"{self.seen_tokens - self.hit_tokens:,} tokens had been there: block {gone.block:,} was last used by "
+                f"{self.seen_tokens - held:,} tokens had been there: block {gone.block:,} was last used by "
                 f"request {gone.used_by:,} and left while request {gone.left_at:,} was stored, after "
                 f"{self._amount(gone.stored)} had come in."
             )
@@ -234,20 +242,40 @@ def why_of(
     whole = simulate(traffic, "unbounded", **settings)
     admitted = simulate(traffic, "unbounded", **{**settings, "admission": None}) if settings.get("admission") else whole
     hit, seen = int(run.hit_blocks[-1]), int(whole.hit_blocks[-1])
+    connector = settings.get("connector")
+    rules = connector if isinstance(connector, ConnectorRules) else ConnectorRules()
+    most = rules.most_blocks(asked.num_tokens, len(asked.block_ids), traffic.block_tokens)
+    notes: list[str] = []
+    if most < len(asked.block_ids):
+        notes.append(f"{most * traffic.block_tokens:,} tokens can be served: whole blocks before its last token.")
+    held = 0 if hit else _held(traffic, rules, given, policy, settings)
     eviction, keeps, rows = None, None, []
-    if seen > hit:
-        eviction = _eviction(traffic, hit, given, policy, settings)
+    if seen > max(hit, held):
+        eviction = _eviction(traffic, max(hit, held), given, policy, settings)
         keeps = _keeps(traffic, stack, seen, policy, settings)
         for one in policies:
             tried = simulate(traffic, stack, policy=one, **settings)
             rate = {"hit_tokens": int(tried.hit_tokens[-1]), "token_hit_rate": tried.row["token_hit_rate"]}
             rows.append({"policy": policy_name(one), **rate})
     ms = {} if prefill is None else _ms(prefill, run, whole)
+    difference = None if hit >= most else _difference(traffic, prompts)
     return MissPage(
-        at, asked.num_tokens, int(run.hit_tokens[-1]), int(whole.hit_tokens[-1]), _difference(traffic, prompts),
-        eviction, tuple(rows), keeps, str(run.row["tiers"]), str(run.row["unit"]), ms,
-        int(admitted.hit_tokens[-1] - whole.hit_tokens[-1]),
+        at, asked.num_tokens, int(run.hit_tokens[-1]), int(whole.hit_tokens[-1]), difference, eviction, tuple(rows),
+        keeps, str(run.row["tiers"]), str(run.row["unit"]), ms, int(admitted.hit_tokens[-1] - whole.hit_tokens[-1]),
+        held * traffic.block_tokens, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _held(traffic: Traffic, rules: ConnectorRules, tiers: Any, policy: Policy | None, settings: dict[str, Any]) -> int:
+    """Blocks that the last request could have been served, and was not, as they are fewer than `min_hit_tokens`."""
+    last, asked = len(traffic.requests) - 1, traffic.requests[-1]
+    if rules.min_hit_tokens == 1 or not last or not asked.loads:
+        return 0
+    objects = cut(traffic, settings.get("chunk_tokens") or default_chunk(traffic))
+    held = {key for tier in simulate(traffic.head(last), tiers, policy=policy, **settings).held for key in tier}
+    found = find(objects.block_ids[last], objects.keys[last], objects.step, dict.fromkeys(held, 1))[1]
+    found = min(found, rules.most_blocks(asked.num_tokens, len(asked.block_ids), traffic.block_tokens))
+    return found if rules.is_too_short(found, asked.num_tokens, traffic.block_tokens) else 0
 
 
 def _difference(traffic: Traffic, prompts: Sequence[Sequence[int]] | None) -> Difference | None:

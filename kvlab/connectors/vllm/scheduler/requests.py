@@ -29,6 +29,7 @@ class SkipReason(enum.Enum):
     NOT_WORTH_ASKING = "not_worth_asking"  # no load from the secondary tiers would pay for the question
     NOT_WORTH_WAITING = "not_worth_waiting"  # they did not answer at once
     NOT_WORTH_LOADING = "not_worth_loading"  # computing is faster
+    TOO_SHORT = "too_short"  # for `min_hit_tokens`
 
 
 @dataclass
@@ -52,10 +53,12 @@ class RequestState:
     lookup_started_s: float = 0.0
     secondary_tokens: int = 0  # tokens of the latest hit that secondary tiers supply
     missing: dict[bytes, str] = field(default_factory=dict)  # why the secondary tiers lack an object, as they said
+    unanswered: bool = False  # they did not say in time what they hold, or could not
     skip: SkipReason | None = None  # of the latest match
     is_exact: bool = True  # no KV that it is computed from came from a lossy tier
     given_up: bool = False  # a promise to it could not be kept
     local_tokens: int = 0  # that the engine's own prefix cache held when it was last asked for
+    promised_tokens: int = 0  # of the latest load
     expected_tokens: int = 0  # computed when it begins: those found in the engine, and those promised
     counted: bool = False  # its miss, if any, is in the counters
     row: dict[str, Any] = field(default_factory=dict)

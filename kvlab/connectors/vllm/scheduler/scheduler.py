@@ -21,7 +21,7 @@ from kvlab.connectors.vllm.scheduler.hits import end_block, find_hit, ready_run,
 from kvlab.connectors.vllm.scheduler.loads import LoadPlanner
 from kvlab.connectors.vllm.scheduler.lookup import Lookup
 from kvlab.connectors.vllm.scheduler.media import MediaNames
-from kvlab.connectors.vllm.scheduler.misses import miss_reason
+from kvlab.connectors.vllm.scheduler.misses import count_miss, miss_reason
 from kvlab.connectors.vllm.scheduler.pins import Pins
 from kvlab.connectors.vllm.scheduler.requests import (
     ObjectRef,
@@ -75,7 +75,7 @@ class Scheduler:
         self._num_ranks = num_ranks
         self.may_load, self.may_save = role != "kv_producer", role != "kv_consumer"
         self._unfilled_groups = unfilled_groups
-        self._keeps_partial_block = config.save_partial_block and not whole_blocks
+        self.keeps_partial_block = config.save_partial_block and not whole_blocks
         self.enabled = config.enabled
         self._load_now = load_now
         self.counters = Counters()
@@ -91,16 +91,11 @@ class Scheduler:
         self._rollback = StepRollback(chunker.block_tokens, self.counters)
         self.pins = Pins(index, int(index.num_slots * config.max_pinned_share) if config.keeps_memory else 0)
         self.loads = LoadPlanner(chunker, groups, index, at_once=at_once, lossy=config.is_lossy)
+        has_secondary = tiers is not None
         self.saves = SavePlanner(
-            config,
-            chunker,
-            groups,
-            self.residency,
-            self.counters,
-            has_secondary=tiers is not None,
-            ranks=num_ranks,
+            config, chunker, groups, self.residency, self.counters, has_secondary=has_secondary, ranks=num_ranks,
             in_company=in_company,
-        )
+        )  # fmt: skip
         wait_s = config.lookup_timeout_ms / 1e3
         self._lookup = Lookup(tiers, chunker, wait_s, self.admission, self.residency, self.counters)
 
@@ -138,7 +133,7 @@ class Scheduler:
             return 0, False
         block = self.chunker.block_tokens
         usable = request.num_tokens - 1  # the last token must be computed
-        if not self._keeps_partial_block:
+        if not self.keeps_partial_block:
             usable -= usable % block
         if usable <= num_computed_tokens:
             return 0, False
@@ -168,7 +163,8 @@ class Scheduler:
         if not is_worth and not self._is_worth(plan, end, num_computed_tokens):
             return 0, False
         tokens = end - num_computed_tokens
-        if tokens < max(self.config.min_hit_tokens, 1):
+        if tokens < self.config.min_hit_tokens:
+            state.skip = state.skip or (SkipReason.TOO_SHORT if tokens > 0 else None)
             return 0, False
         state.plan, state.plan_tokens = plan, end
         return tokens, self.loads.are_async(plan, request)
@@ -206,10 +202,10 @@ class Scheduler:
             if reason := miss_reason(
                 state, plan, self.chunker, self.residency, lossy=self.config.is_lossy, asks=self.tiers is not None
             ):
-                state.row["miss"] = reason
-                self.counters[f"miss_{reason}"] += 1
+                count_miss(state, reason, self.counters)
         if num_external_tokens == 0:
             return
+        state.promised_tokens = num_external_tokens
         state.expected_tokens += num_external_tokens
         self.loads.place(state, plan, end, block_ids, num_external_tokens)
         # Some tier holds these already. (The rest of a prompt is an object beside the block that it may grow into.)
@@ -292,12 +288,10 @@ class Scheduler:
         for row in report.rows:
             state = self._states.get(row.request_id)
             if state is not None:
-                state.row |= {
-                    "bytes": row.num_bytes,
-                    "ms": row.seconds * 1e3,
-                    "tier": row.tier,
-                    "hit_tokens": row.num_tokens,
-                }
+                told = {"bytes": row.num_bytes, "ms": row.seconds * 1e3, "tier": row.tier}
+                state.row |= {**told, "hit_tokens": row.num_tokens}
+                if row.num_tokens < state.promised_tokens:
+                    count_miss(state, "load_failed", self.counters)
             self.counters.loaded(row.tier, row.num_bytes, row.seconds)
             is_secondary = row.tier not in ("memory", "none")
             self.admission.loaded("secondary" if is_secondary else "memory", row.num_tokens, row.delay)
@@ -306,6 +300,7 @@ class Scheduler:
             self.admission.loaded(tier, num_tokens, seconds)
             if (state := self._states.get(request_id)) is not None:
                 state.given_up = True
+                count_miss(state, "load_overdue", self.counters)
         self.counters.see_tiers(report.tiers)
         for name, count in report.events.items():
             self.counters[name] += count
@@ -389,7 +384,7 @@ class Scheduler:
                 self.counters["unnameable_requests"] += 1
                 return None
             hints = Hints.of(request)
-            state = RequestState(request, extras, keeps_partial_block=self._keeps_partial_block, hints=hints)
+            state = RequestState(request, extras, keeps_partial_block=self.keeps_partial_block, hints=hints)
             state.has_states = bool(self.groups.recurrent)
             state.row = {"hint": hints.wrong} if hints.wrong else {}
             if adapter is not None:
