@@ -29,7 +29,8 @@ TRIES = 7  # bisections of the capacity that keeps a prompt: within a hundredth 
 class Difference:
     """Where the prompt leaves all others: the request nearest to it, the block, and the token where tokens are known.
 
-    `block` is the first that no earlier request holds; -1 for `nearest` where none shares a block.
+    `block` is the first that no earlier request holds; -1 for `nearest` where none shares a block. `is_within`: the
+    nearest holds all of its blocks, the last ones in a chunk that ends behind the prompt.
     """
 
     nearest: int
@@ -37,6 +38,7 @@ class Difference:
     token: int | None = None
     ours: int | None = None
     theirs: int | None = None
+    is_within: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ class MissPage:
 
     @property
     def reason(self) -> str:
-        """``hit``, ``too_short`` (for `min_hit_tokens`), ``evicted``, ``not_stored`` (by admission), ``differs``, or
-        ``first``: no earlier prompt begins like it; or the `cause`. Of the first block that is missing."""
+        """Of the first block that is missing: ``evicted``, ``not_stored`` (by admission), ``differs``, ``within_chunk``
+        (an earlier prompt has it in a chunk that ends behind this prompt), or ``first``: no earlier prompt begins like
+        it; the `cause`; ``too_short`` (for `min_hit_tokens`); or ``hit``."""
         if self.cause:
             return self.cause
         if self.too_short_tokens:
@@ -93,6 +96,8 @@ class MissPage:
             return "not_stored"
         if self.difference is None:
             return "hit"
+        if self.difference.is_within:
+            return "within_chunk"
         return "differs" if self.difference.nearest >= 0 else "first"
 
     def lines(self) -> list[str]:
@@ -119,6 +124,8 @@ class MissPage:
         if (differs := self.difference) is not None:
             if differs.nearest < 0:
                 told.append(f"No earlier prompt{' that could serve it' if self.cause else ''} begins like this one.")
+            elif differs.is_within:
+                told.append(f"Request {differs.nearest:,} has all of it, in a chunk that ends behind this prompt.")
             elif differs.token is None:
                 told.append(f"From block {differs.block:,} on it is new; request {differs.nearest:,} is nearest.")
             elif differs.theirs is None:
@@ -246,7 +253,9 @@ def why_of(
     rules = connector if isinstance(connector, ConnectorRules) else ConnectorRules()
     most = rules.most_blocks(asked.num_tokens, len(asked.block_ids), traffic.block_tokens)
     notes: list[str] = []
-    if most < len(asked.block_ids):
+    if not asked.loads:
+        notes.append("A cache may not serve it.")
+    elif most < len(asked.block_ids):
         notes.append(f"{most * traffic.block_tokens:,} tokens can be served: whole blocks before its last token.")
     held = 0 if hit else _held(traffic, rules, given, policy, settings)
     eviction, keeps, rows = None, None, []
@@ -258,11 +267,14 @@ def why_of(
             rate = {"hit_tokens": int(tried.hit_tokens[-1]), "token_hit_rate": tried.row["token_hit_rate"]}
             rows.append({"policy": policy_name(one), **rate})
     ms = {} if prefill is None else _ms(prefill, run, whole)
-    difference = None if hit >= most else _difference(traffic, prompts)
+    cause = "" if asked.loads else "not_loaded"
+    difference = None if hit >= most or cause else _difference(traffic, prompts)
+    if difference is not None and difference.is_within and (eviction or held):
+        difference = None
     return MissPage(
         at, asked.num_tokens, int(run.hit_tokens[-1]), int(whole.hit_tokens[-1]), difference, eviction, tuple(rows),
         keeps, str(run.row["tiers"]), str(run.row["unit"]), ms, int(admitted.hit_tokens[-1] - whole.hit_tokens[-1]),
-        held * traffic.block_tokens, notes=tuple(notes),
+        held * traffic.block_tokens, cause, tuple(notes),
     )  # fmt: skip
 
 
@@ -278,8 +290,8 @@ def _held(traffic: Traffic, rules: ConnectorRules, tiers: Any, policy: Policy | 
     return found if rules.is_too_short(found, asked.num_tokens, traffic.block_tokens) else 0
 
 
-def _difference(traffic: Traffic, prompts: Sequence[Sequence[int]] | None) -> Difference | None:
-    """Where the last request leaves all that came before; None where one of them holds all its blocks."""
+def _difference(traffic: Traffic, prompts: Sequence[Sequence[int]] | None) -> Difference:
+    """Where the last request leaves all that came before."""
     *earlier, asked = traffic.requests
     places = {block: place for place, block in enumerate(asked.block_ids)}
     nearest, shared = -1, 0
@@ -294,7 +306,7 @@ def _difference(traffic: Traffic, prompts: Sequence[Sequence[int]] | None) -> Di
         if length and length >= shared:
             nearest, shared = number, length
     if shared == len(places):
-        return None
+        return Difference(nearest, shared, is_within=True)
     if prompts is None:
         return Difference(nearest, shared)
     ours, best, length = prompts[len(earlier)], nearest, shared * traffic.block_tokens
@@ -306,8 +318,8 @@ def _difference(traffic: Traffic, prompts: Sequence[Sequence[int]] | None) -> Di
             best, length = number, same
     if best < 0:
         return Difference(-1, shared)
-    tokens = [prompt[length] if length < len(prompt) else None for prompt in (ours, prompts[best])]
-    return Difference(best, shared, length, *tokens)
+    our_token, their_token = (prompt[length] if length < len(prompt) else None for prompt in (ours, prompts[best]))
+    return Difference(best, shared, length, our_token, their_token)
 
 
 def _shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:

@@ -48,13 +48,12 @@ class History:
         loads, saves = _refusals(request, state, scheduler)
         tokens, extras = tuple(request.prompt_token_ids or ()), {} if state is None else state.extras
         arrival_s, output_tokens = float(request.arrival_time), int(request.num_output_tokens)
-        miss, pins = ("", False) if state is None else (state.row.get("miss", ""), state.hints.pin)
-        cached = getattr(request, "num_cached_tokens", -1)  # below 0 while it has not begun
-        cached_tokens = cached if cached >= 0 else None
+        miss, loaded, pins = "", None, False
+        if state is not None:
+            miss, loaded, pins = state.row.get("miss", ""), state.row.get("hit_tokens", 0), state.hints.pin
         self.ended.append(
             Ended(
-                arrival_s, tokens, output_tokens, extras, loads, saves, self.resets, miss, cached_tokens,
-                pins, time.time(),
+                arrival_s, tokens, output_tokens, extras, loads, saves, self.resets, miss, loaded, pins, time.time()
             )
         )  # fmt: skip
 
@@ -93,8 +92,9 @@ class History:
         notes = [*page.notes, *([said] if said else [])]
         if unknown:
             notes.append(f"Not in the replay: {', '.join(unknown)}.")
-        if asked.cached_tokens is not None and asked.cached_tokens != min(page.hit_tokens, page.tokens - 1):
-            notes.append(f"The engine itself began with {asked.cached_tokens:,} tokens.")
+        replayed = min(page.hit_tokens, page.tokens - 1) // block
+        if not prefix_cache and asked.loaded_tokens is not None and asked.loaded_tokens // block != replayed:
+            notes.append(f"The engine itself loaded {asked.loaded_tokens:,} tokens.")
         return replace(page, cause=cause, notes=tuple(notes))
 
 
@@ -145,7 +145,7 @@ def _cause(ended: Sequence[Ended], page: MissPage, chunker: Chunker, rules: Conn
     would serve most is told of, then one of the same salt, adapter and media, then the latest."""
     *earlier, asked = ended
     if asked.not_loaded:
-        return "not_loaded", f"Nothing was loaded for it: {asked.not_loaded}."
+        return page.cause, f"Nothing was loaded for it: {asked.not_loaded}."
     if asked.miss in SKIPPED:
         return asked.miss, f"The engine did not load what it could have: {SKIPPED[asked.miss]}."
     if page.eviction is not None or page.too_short_tokens:

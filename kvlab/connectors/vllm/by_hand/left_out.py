@@ -9,7 +9,7 @@ from kvlab.simulation.replay_connector import ConnectorRules
 
 class Ended(NamedTuple):
     """A request that is done. `not_loaded` and `not_saved` say why nothing could be found for it, or was kept of it;
-    `resets`: of the cache, before it ended. `miss` is the engine's own reason, `cached_tokens` what it began with, None
+    `resets`: of the cache, before it ended. `miss` is the engine's own reason, `loaded_tokens` what it loaded, None
     where that is not known."""
 
     arrival_s: float
@@ -20,7 +20,7 @@ class Ended(NamedTuple):
     not_saved: str = ""
     resets: int = 0
     miss: str = ""
-    cached_tokens: int | None = None
+    loaded_tokens: int | None = None
     pins: bool = False
     ended_s: float = 0.0
 
