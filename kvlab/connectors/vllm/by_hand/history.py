@@ -25,6 +25,8 @@ SKIPPED = {  # where the engine did not load what it could have: its reason -> i
     SkipReason.NOT_WORTH_ASKING.value: "a load from the secondary tiers would take longer than computing",
     SkipReason.NOT_WORTH_WAITING.value: "the secondary tiers did not answer at once, and there was little to win",
     SkipReason.NOT_WORTH_LOADING.value: "computing was measured to be faster",
+    SkipReason.NOT_READY.value: "another request's load of it had not ended in time",
+    SkipReason.NO_ROOM.value: "loads and writes under way had all the room in memory",
     SkipReason.TOO_SHORT.value: "what was held is shorter than min_hit_tokens",
 }
 TAGS = {  # of what names a block besides its tokens -> (a page's reason, in words)

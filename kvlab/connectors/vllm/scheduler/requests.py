@@ -29,6 +29,8 @@ class SkipReason(enum.Enum):
     NOT_WORTH_ASKING = "not_worth_asking"  # no load from the secondary tiers would pay for the question
     NOT_WORTH_WAITING = "not_worth_waiting"  # they did not answer at once
     NOT_WORTH_LOADING = "not_worth_loading"  # computing is faster
+    NOT_READY = "not_ready"  # another request's load of it has not ended in time
+    NO_ROOM = "no_room"  # operations under way have all the room in memory
     TOO_SHORT = "too_short"  # for `min_hit_tokens`
 
 

@@ -152,13 +152,14 @@ class Scheduler:
             if not self._lookup.is_overdue(state):
                 self._waiting = True
                 return None, False  # another request is fetching it right now
-            plan = ready_run(plan, self.residency)
+            plan, state.skip = ready_run(plan, self.residency), SkipReason.NOT_READY
         plan, end = served_part(plan, usable, have_windows=self.groups.have_windows)
         fetched = sum(self.loads.num_slots(ref) for ref in plan if not ref.in_memory)
         is_worth = self._is_worth(plan, end, num_computed_tokens)
         if not is_worth:
             state.skip = state.skip or SkipReason.NOT_WORTH_LOADING
         if fetched and not (is_worth and self._has_room(plan, fetched)):
+            state.skip = state.skip or SkipReason.NO_ROOM
             plan, end = served_part(ready_run(plan, self.residency), usable, have_windows=self.groups.have_windows)
         if not is_worth and not self._is_worth(plan, end, num_computed_tokens):
             return 0, False
