@@ -1,7 +1,6 @@
 """Which tokens of a request hand-written KV serves, and what is remembered of requests that ended."""
 
 import dataclasses
-import random
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from kvlab.connectors.vllm.scheduler.residency import Residency
 from kvlab.connectors.vllm.scheduler.slots import SlotIndex
 from kvlab.errors import ConfigError
 from kvlab.simulation.trace_files import load_traffic, save_traffic
+from tests.support.asked import agree, random_requests
 
 
 def request_of(salt, tokens, num_generated=0):
@@ -353,34 +353,12 @@ class Serving(Engine):
         return end_block(plan) * chunker.block_tokens, reason
 
 
-def agree(page, row):
-    """Whether a page and an engine's row tell the same of the same block. The row knows no other names of it."""
-    if row in ("evicted", "not_wanted"):
-        return page.reason == {"evicted": "evicted", "not_wanted": "not_loaded"}[row]
-    if row == "never_stored":
-        return page.reason in ("first", "differs", "within_chunk", "other_salt", "not_saved", "reset")
-    return row == "" and page.hit_tokens // 16 >= (page.tokens - 1) // 16  # what lacks is in the last token's block
-
-
-def random_requests(seed, count, vocabulary=1000):
-    """(tokens, whether under a salt, hints), and None for a reset, of documents that are asked for again."""
-    draw = random.Random(seed)
-    documents = [[draw.randrange(vocabulary) for _ in range(144)] for _ in range(4)]
-    for _ in range(count):
-        tokens = draw.choice(documents)[: draw.randrange(17, 144)]
-        if draw.random() < 0.4:
-            tokens[draw.randrange(len(tokens))] = draw.randrange(vocabulary)
-        if draw.random() < 0.03:
-            yield None
-        yield tokens, draw.random() < 0.25, draw.choice([{}] * 7 + [{"save": False}, {"load": False}])
-
-
 @pytest.mark.parametrize("chunk_tokens", [16, 32, 64])
 def test_the_reason_of_a_page_is_that_of_the_engines_row(chunk_tokens):
     reasons = Counter()
     for seed in range(4):
         engine = Serving(24, chunk_tokens)
-        for asked in random_requests(seed, 70):
+        for asked in random_requests(seed, 70, 144):
             if asked is None:
                 engine.reset()
                 continue
@@ -389,7 +367,7 @@ def test_the_reason_of_a_page_is_that_of_the_engines_row(chunk_tokens):
             page = engine.why()
             reasons[page.reason] += 1
             assert page.hit_tokens == hit
-            assert agree(page, row), (page, row)
+            assert agree(page, row, 16), (page, row)
     assert {"hit", "evicted", "differs", "other_salt", "not_saved", "not_loaded", "reset", "first"} <= set(reasons)
 
 
