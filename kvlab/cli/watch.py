@@ -1,6 +1,7 @@
 """``kvlab watch``: what a running vLLM says of its KV blocks, in lines, and as a trace."""
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from kvlab.cli.parser import Parser
 from kvlab.cli.show import print_json
 from kvlab.errors import ConfigError
-from kvlab.serving.events import KVEvents, watch
+from kvlab.serving.events import MOST_HELD, KVEvents, watch
 from kvlab.simulation.trace_files import save_traffic
 
 LOOK_S = 0.5  # so that `--for-s` ends in time
@@ -34,13 +35,16 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(list(argv))
     if not args.every_s > 0 or (args.for_s is not None and not args.for_s > 0):
         raise ConfigError("--every-s and --for-s must be seconds above 0")
-    state, started, told = KVEvents(), time.monotonic(), 0.0
+    state, started, told, has_forgotten = KVEvents(), time.monotonic(), 0.0, False
     try:
         for state in watch(args.endpoint, topic=args.topic, wait_s=min(args.every_s, LOOK_S)):
             now = time.monotonic() - started
             if now - told >= args.every_s and not args.json:
                 told = now
                 print(state, flush=True)
+            if state.forgotten and not has_forgotten:
+                has_forgotten = True
+                print(f"more than {MOST_HELD:,} blocks are held: from now on the oldest are forgotten", file=sys.stderr)
             if args.for_s is not None and now >= args.for_s:
                 break
     except KeyboardInterrupt:

@@ -8,7 +8,8 @@ Nothing of a prompt's tokens is kept.
 Events come from a network: a batch is checked as a whole before any of it is folded in.
 """
 
-from collections import Counter
+from array import array
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from html import escape
 from typing import Any, NamedTuple
@@ -21,9 +22,15 @@ from kvlab.simulation.traffic import Request, Traffic, checked
 STORED = ("block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium")
 REMOVED = ("block_hashes", "medium")
 MOST_PROMPTS, MOST_BLOCKS = 100_000, 10_000_000  # of a trace; what comes later is not in it
+MOST_NAMED = 2_000_000  # different blocks of a trace
+MOST_HELD = 1_000_000  # blocks; of more, the oldest are forgotten
+MOST_MEDIA = 8  # kept apart by name; vLLM has three
 LARGEST_BLOCK = 1 << 20  # tokens
 LATEST_S = 1e11  # seconds since 1970 that a batch may be of
 LONGEST_NAME = 64  # of a medium
+LONGEST_HASH = 64  # bytes
+SHOWN_NAME = 24  # letters of it
+OTHERS = "others"  # media beyond `MOST_MEDIA`
 SHOWN_BRANCHES = 12
 
 
@@ -47,36 +54,75 @@ _Event = _Stored | _Removed | _Cleared
 
 
 class _Prompt:
-    """What was computed: when it began, its blocks by number, and the last one's hash."""
+    """What was computed: when it began, and the number of its last block."""
 
-    __slots__ = ("began_s", "last", "numbers")
+    __slots__ = ("began_s", "last")
 
-    def __init__(self, began_s: float, numbers: list[int], last: Any) -> None:
-        self.began_s, self.numbers, self.last = began_s, numbers, last
+    def __init__(self, began_s: float, last: int) -> None:
+        self.began_s, self.last = began_s, last
+
+
+class _Blocks:
+    """Blocks of a trace by number, each behind one of a lower number: so a walk to the first block ends."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Any, int] = {}  # by hash, the latest
+        self._above = array("q")  # the number of the block before; -1: none is known
+        self._depths = array("q")  # blocks from the first to this one
+
+    def __len__(self) -> int:
+        return len(self._above)
+
+    def number(self, block: Any) -> int:
+        """-1 where it is not known."""
+        return self._numbers.get(block, -1)
+
+    def depth(self, number: int) -> int:
+        return self._depths[number] if number >= 0 else 0
+
+    def add(self, block: Any, above: int) -> int:
+        """The number of `block` behind `above`: a new one where it stood elsewhere before, as its first blocks may have
+        been stored before the watch began."""
+        number = self._numbers.get(block, -1)
+        if number < 0 or self._above[number] != above:
+            number = self._numbers[block] = len(self._above)
+            self._above.append(above)
+            self._depths.append(self.depth(above) + 1)
+        return number
+
+    def chain(self, number: int) -> list[int]:
+        """All numbers from the first block to this one."""
+        chain = []
+        while number >= 0:
+            chain.append(number)
+            number = self._above[number]
+        return chain[::-1]
 
 
 class KVEvents:
     """The state that events describe. `taken` counts batches that were read, `missed` those that were lost on the way,
     by their sequence numbers; `broken` those that could not be read, of which nothing is taken. `block_tokens` is that
     of the first prompt; `left_out` counts what is in no trace: prompts and parts of blocks of another size, and those
-    beyond a limit."""
+    beyond a limit. `forgotten` counts blocks that may be held and are forgotten, the oldest beyond `MOST_HELD`."""
 
     def __init__(self) -> None:
-        self.taken = self.missed = self.broken = self.block_tokens = self.left_out = 0
-        self.counts: dict[str, Counter[str]] = {}  # by medium: stored, removed
-        self._held: dict[Any, set[str]] = {}  # block -> the media it lies in
-        self._parents: dict[Any, Any] = {}  # without a circle
+        self.taken = self.missed = self.broken = self.block_tokens = self.left_out = self.forgotten = 0
+        self.counts: dict[str, Counter[str]] = {}  # by medium: held, stored, removed
+        self._held: OrderedDict[Any, int] = OrderedDict()  # block -> a bit for each medium it lies in; the oldest first
+        self._bits: dict[str, int] = {}  # of the media
+        self._parents: dict[Any, Any] = {}  # of blocks that are held; without a circle
         self._children: Counter[Any] = Counter()  # of a block, in `_parents`
-        self._numbers: dict[Any, int] = {}  # a block's, by hash, for traffic
+        self._blocks = _Blocks()  # of prompts
         self._prompts: list[_Prompt] = []  # by time
         self._num_blocks = 0  # of all prompts
         self._latest_s = 0.0
         self._sequence: int | None = None
 
     def __repr__(self) -> str:
-        held = ", ".join(f"{row['medium']} {row['held']:,}" for row in self.rows()) or "none"
+        held = ", ".join(f"{_shown(row['medium'])} {row['held']:,}" for row in self.rows()) or "none"
+        forgotten = f", {self.forgotten:,} forgotten" if self.forgotten else ""
         return (
-            f"KVEvents(blocks held: {held}; {len(self._prompts):,} prompts; {self.missed:,} batches missed, "
+            f"KVEvents(blocks held: {held}{forgotten}; {len(self._prompts):,} prompts; {self.missed:,} batches missed, "
             f"{self.broken:,} unreadable)"
         )
 
@@ -89,7 +135,7 @@ class KVEvents:
             if sequence is not None and not 0 <= sequence < 1 << 64:
                 raise ValueError("no sequence number")
             read = [found for event in events if (found := _read(_named(event))) is not None]
-            self._check_parents(read)
+            _check_parents(read)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # msgspec's own are ValueErrors
             self.broken += 1
             return
@@ -103,10 +149,10 @@ class KVEvents:
             self._apply(event)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each medium: blocks held, stored and removed."""
-        held = Counter(medium for media in self._held.values() for medium in media)
+        """A row for each medium: blocks held, stored and removed. Its name is as it came from the network, in at most
+        64 letters; media beyond the first eight are one row, ``others``."""
         return [
-            {"medium": medium, "held": held[medium], "stored": count["stored"], "removed": count["removed"]}
+            {"medium": medium, "held": count["held"], "stored": count["stored"], "removed": count["removed"]}
             for medium, count in sorted(self.counts.items())
         ]
 
@@ -139,14 +185,18 @@ class KVEvents:
         if not self._prompts:
             raise ConfigError("no prompt was seen: are KV events on, and is the endpoint the engine's?")
         start, size = self._prompts[0].began_s, self.block_tokens
-        made = [Request(p.began_s - start, size * len(p.numbers), 0, list(p.numbers)) for p in self._prompts]
+        chains = [self._blocks.chain(prompt.last) for prompt in self._prompts]
+        made = [
+            Request(prompt.began_s - start, size * len(chain), 0, chain)
+            for prompt, chain in zip(self._prompts, chains, strict=True)
+        ]
         return checked(Traffic(name, size, made))
 
     def _repr_html_(self) -> str:
         rows = self.rows()
         head = "<tr><th>medium</th><th>held</th><th>stored</th><th>removed</th></tr>"
         cells = "".join(
-            "<tr>" + "".join(f"<td>{escape(str(value))}</td>" for value in row.values()) + "</tr>" for row in rows
+            "<tr>" + "".join(f"<td>{escape(_shown(value))}</td>" for value in row.values()) + "</tr>" for row in rows
         )
         branches = self.branches()
         most = max((each["blocks"] for each in branches), default=1)
@@ -160,40 +210,25 @@ class KVEvents:
 
     # ----
 
-    def _check_parents(self, events: list[_Event]) -> None:
-        """ValueError where a block would be its own ancestor."""
-        new: dict[Any, Any] = {}
-        for event in events:
-            for block, parent in _chain(event) if isinstance(event, _Stored) else ():
-                if parent is not None and self._parents.get(block) is None:
-                    new.setdefault(block, parent)
-        known = (
-            self._parents if any(block in self._children for block in new) else {}
-        )  # else none stands behind new ones
-        ends: set[Any] = {None}  # from where every walk ends
-        for block in new:
-            at, seen = block, set()
-            while at not in ends:
-                if at in seen:
-                    raise ValueError("a circle of blocks")
-                seen.add(at)
-                at = new.get(at, known.get(at))
-            ends |= seen
-
     def _apply(self, event: _Event) -> None:
         if isinstance(event, _Cleared):
             self._held.clear()
             self._parents.clear()
             self._children.clear()
+            for count in self.counts.values():
+                count["held"] = 0
             return
-        count = self.counts.setdefault(event.medium, Counter())
+        medium = event.medium if event.medium in self.counts or len(self.counts) < MOST_MEDIA else OTHERS
+        count = self.counts.setdefault(medium, Counter())
+        bit = self._bits.setdefault(medium, 1 << len(self._bits))
         if isinstance(event, _Removed):
             count["removed"] += len(event.blocks)
             for block in event.blocks:
-                media = self._held.get(block)
-                if media is not None:
-                    media.discard(event.medium)
-                    if not media:
+                media = self._held.get(block, 0)
+                if media & bit:
+                    count["held"] -= 1
+                    self._held[block] = media & ~bit
+                    if media == bit:
                         del self._held[block]
                         self._forget_parent(block)
             return
@@ -201,11 +236,23 @@ class KVEvents:
         if event.block_tokens and event.blocks:
             self._remember(event)
         for block, parent in _chain(event):
-            self._held.setdefault(block, set()).add(event.medium)
-            if self._parents.get(block) is None:
+            media = self._held.get(block, 0)
+            count["held"] += not media & bit
+            self._held[block] = media | bit
+            # One that comes after its children begins a branch: so no block is its own ancestor.
+            if self._parents.get(block) is None and block not in self._children:
                 self._parents[block] = parent
                 if parent is not None:
                     self._children[parent] += 1
+        while len(self._held) > MOST_HELD:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        block, media = self._held.popitem(last=False)
+        self._forget_parent(block)
+        self.forgotten += 1
+        for medium, bit in self._bits.items():
+            self.counts[medium]["held"] -= bool(media & bit)
 
     def _forget_parent(self, block: Any) -> None:
         parent = self._parents.pop(block, None)
@@ -217,26 +264,26 @@ class KVEvents:
     def _remember(self, event: _Stored) -> None:
         """A prompt whose last blocks are those of `event`. What goes on where a late prompt ended is more of it: a
         prompt that is computed in pieces, or its answer."""
-        blocks, parent = event.blocks, event.parent
         self.block_tokens = self.block_tokens or event.block_tokens
-        full = len(self._prompts) >= MOST_PROMPTS or self._num_blocks + len(blocks) > MOST_BLOCKS
-        if full or event.block_tokens != self.block_tokens:
+        above = self._blocks.number(event.parent) if event.parent is not None else -1
+        late = self._prompts[-64:] if above >= 0 else []
+        grown = next((prompt for prompt in reversed(late) if prompt.last == above), None)
+        more = len(event.blocks) + (self._blocks.depth(above) if grown is None else 0)
+        is_full = (
+            len(self._prompts) >= MOST_PROMPTS
+            or self._num_blocks + more > MOST_BLOCKS
+            or len(self._blocks) + len(event.blocks) > MOST_NAMED
+        )
+        if is_full or event.block_tokens != self.block_tokens:
             self.left_out += 1
             return
-        numbers = [self._numbers.setdefault(block, len(self._numbers)) for block in blocks]
-        if parent is not None:
-            for prompt in reversed(self._prompts[-64:]):
-                if prompt.last == parent and not set(numbers).intersection(prompt.numbers):
-                    prompt.numbers += numbers
-                    prompt.last = blocks[-1]
-                    self._num_blocks += len(numbers)
-                    return
-        chain = []
-        while parent is not None and parent in self._numbers:
-            chain.append(self._numbers[parent])
-            parent = self._parents.get(parent)
-        self._prompts.append(_Prompt(self._latest_s, chain[::-1] + numbers, blocks[-1]))
-        self._num_blocks += len(chain) + len(numbers)
+        for block in event.blocks:
+            above = self._blocks.add(block, above)
+        self._num_blocks += more
+        if grown is None:
+            self._prompts.append(_Prompt(self._latest_s, above))
+        else:
+            grown.last = above
 
 
 def watch(endpoint: str = "tcp://127.0.0.1:5557", *, topic: str = "", wait_s: float = 1.0) -> Iterator[KVEvents]:
@@ -271,6 +318,31 @@ def watch(endpoint: str = "tcp://127.0.0.1:5557", *, topic: str = "", wait_s: fl
     finally:
         socket.close(linger=0)
         context.term()
+
+
+def _shown(value: object) -> str:
+    """What came from the network, without what would upset a terminal, in few letters."""
+    text = str(value)
+    text = text if text.isprintable() else text.encode("unicode_escape", "surrogatepass").decode()
+    return text if len(text) <= SHOWN_NAME else f"{text[: SHOWN_NAME - 3]}..."
+
+
+def _check_parents(events: list[_Event]) -> None:
+    """ValueError where a block would be its own ancestor, by what these events say."""
+    new: dict[Any, Any] = {}
+    for event in events:
+        for block, parent in _chain(event) if isinstance(event, _Stored) else ():
+            if parent is not None:
+                new.setdefault(block, parent)
+    ends: set[Any] = {None}  # from where every walk ends
+    for block in new:
+        at, seen = block, set()
+        while at not in ends:
+            if at in seen:
+                raise ValueError("a circle of blocks")
+            seen.add(at)
+            at = new.get(at)
+        ends |= seen
 
 
 def _named(event: Any) -> dict[str, Any]:
@@ -317,7 +389,7 @@ def _chain(event: _Stored) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_hash(value: object) -> bool:
-    return type(value) is int or isinstance(value, bytes)
+    return type(value) is int or (isinstance(value, bytes) and len(value) <= LONGEST_HASH)
 
 
 def _is_number(value: object) -> bool:

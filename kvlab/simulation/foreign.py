@@ -1,10 +1,11 @@
-"""Policies and rules of other packages, whose mistakes are told as theirs."""
+"""What users put into a simulation: policies and rules, whose mistakes are told as theirs, and arguments."""
 
-from collections.abc import Callable, Container, Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 from kvlab.errors import ConfigError
 from kvlab.installed import told
+from kvlab.simulation.cost import Prefill
 from kvlab.stores.admission import AdmissionRule, get_rule
 from kvlab.stores.eviction import POLICIES, EvictionPolicy, get_policy, policy_class, policy_name
 
@@ -22,6 +23,14 @@ def policy_of(policy: str | type[EvictionPolicy]) -> EvictionPolicy:
 def rule_of(rule: str | type[AdmissionRule]) -> AdmissionRule:
     """`get_rule`; what it raises is a ConfigError with its name."""
     return _Rule(get_rule(rule))
+
+
+def check_asked(policies: object, prefill: object) -> None:
+    """ConfigError unless a miss page can be made with these."""
+    if isinstance(policies, str) or not isinstance(policies, Sequence):
+        raise ConfigError(f"policies must be a list of policies, got {policies!r}"[:200])
+    if prefill is not None and not isinstance(prefill, Prefill):
+        raise ConfigError(f"prefill must be a Prefill, got {prefill!r}"[:200])
 
 
 class _Policy(EvictionPolicy):

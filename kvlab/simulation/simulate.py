@@ -1,7 +1,7 @@
 """`simulate`: what a cache would do for given traffic."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from kvlab.simulation.cost import CostModel, Ints, Served
 from kvlab.simulation.foreign import policy_of
 from kvlab.simulation.generate import KINDS, generate_traffic
 from kvlab.simulation.replay import Objects, Replay, TierCount, cut, replay
-from kvlab.simulation.replay_connector import replay_connector
+from kvlab.simulation.replay_connector import ConnectorRules, replay_connector
 from kvlab.simulation.replay_tiers import Admission, replay_tiers
 from kvlab.simulation.reuse import reuse_histogram
 from kvlab.simulation.tiers import Tier, tier_and_policy
@@ -78,7 +78,7 @@ def simulate(
     admission: Admission | int | None = None,
     cost: CostModel | None = None,
     object_bytes: Callable[[int], int] | None = None,
-    connector: bool = False,
+    connector: bool | ConnectorRules = False,
 ) -> Simulation:
     """What a cache of these tiers would do for `trace`; no KV is moved.
 
@@ -110,7 +110,9 @@ def simulate(
     object_bytes
         bytes of an object of so many tokens, instead of `model`'s and `serde`'s.
     connector
-        replay as vLLM's connector uses its tiers, host memory and at most one below, instead of `CacheEngine`.
+        replay as vLLM's connector uses its tiers, host memory and at most one below, instead of `CacheEngine`: True at
+        the connector's default settings, else the `ConnectorRules` of others. Recurrent states, sliding windows and
+        blocks that prompts fill in part are not replayed.
 
     Raises
     ------
@@ -125,6 +127,8 @@ def simulate(
     >>> sorted(name for name in run.row if name.endswith("hit_rate"))
     ['block_hit_rate', 'request_hit_rate', 'token_hit_rate']
     """
+    if not isinstance(connector, bool | ConnectorRules):
+        raise ConfigError(f"connector must be true, false or ConnectorRules, got {connector!r}")
     traffic = as_traffic(trace)
     step_tokens = chunk_tokens or default_chunk(traffic)
     objects = cut(traffic, step_tokens)
@@ -141,6 +145,7 @@ def simulate(
             f"{traffic.name} holds prompts that a cache may not serve or not keep; connector=True replays them, with "
             "the policy of a store"
         )
+    rules = connector if isinstance(connector, ConnectorRules) else ConnectorRules()
     policies: list[Policy] = [BOUND] if policy == BOUND else [named or policy for _, named in given]
     ratio = serde_ratio(serde)
     sizes, in_bytes = _sizes(traffic.block_tokens, objects.step, model, ratio, object_bytes)
@@ -158,7 +163,7 @@ def simulate(
         whole = bound.hit_last
     else:
         if connector:
-            done = _as_connector(traffic, objects, policies, capacities, sizes, admission)
+            done = _as_connector(traffic, objects, policies, capacities, sizes, admission, rules)
         elif len(stack) == 1 and admission is None and capacities[0] >= max(sizes):
             done = replay(objects, policy_of(policies[0]), capacities[0], sizes)
         else:
@@ -188,6 +193,8 @@ def simulate(
         "loaded": sum(sum(count.loaded) for count in done.tiers),
         "stored": sum(count.put_size for count in done.tiers),
     }
+    if connector:
+        row |= asdict(rules)
     tier_rows = [_tier_row(tier, size, count) for tier, size, count in zip(stack, capacities, done.tiers, strict=True)]
     if cost is None:
         return Simulation(row, tier_rows, traffic, hit_blocks, hit_tokens, held=done.held)
@@ -209,11 +216,12 @@ def _as_connector(
     capacities: Sequence[int],
     sizes: list[int],
     admission: Admission | None,
+    rules: ConnectorRules,
 ) -> Replay:
     if len(capacities) > 2 or admission is not None:
         raise ConfigError("connector=True simulates host memory and at most one tier below, without admission")
     pairs = [(policy_of(one), capacity) for one, capacity in zip(policies, capacities, strict=True)]
-    return replay_connector(objects, traffic.requests, pairs, sizes)
+    return replay_connector(objects, traffic.requests, pairs, sizes, rules, block_tokens=traffic.block_tokens)
 
 
 def as_traffic(trace: Trace) -> Traffic:

@@ -13,7 +13,9 @@ from typing import Any
 
 from kvlab.errors import ConfigError
 from kvlab.simulation.cost import Prefill
+from kvlab.simulation.foreign import check_asked
 from kvlab.simulation.replay import cut, find
+from kvlab.simulation.replay_connector import ConnectorRules
 from kvlab.simulation.simulate import BOUND, Policy, Simulation, Trace, as_traffic, default_chunk, simulate
 from kvlab.simulation.tiers import Tier, as_tier
 from kvlab.simulation.traffic import Traffic, traffic_of_prompts
@@ -28,7 +30,8 @@ TRIES = 7  # bisections of the capacity that keeps a prompt: within a hundredth 
 class Difference:
     """Where the prompt leaves all others: the request nearest to it, the block, and the token where tokens are known.
 
-    `block` is the first that no earlier request holds; -1 for `nearest` where none shares a block.
+    `block` is the first that no earlier request holds; -1 for `nearest` where none shares a block. `is_within`: the
+    nearest holds all of its blocks, the last ones in a chunk that ends behind the prompt.
     """
 
     nearest: int
@@ -36,6 +39,7 @@ class Difference:
     token: int | None = None
     ours: int | None = None
     theirs: int | None = None
+    is_within: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class MissPage:
 
     `policies`: tokens that each eviction policy would have found, with the hit rate of all traffic so far beside it.
     `keeps`: the smallest capacity found, as a multiple of the one there is, that keeps all that was seen; None where
-    nothing had left, or no larger one keeps it. `refused_tokens`: what admission did not store of an earlier prompt.
+    nothing had left, or no larger one keeps it. `refused_tokens`: what admission did not store of an earlier prompt;
+    `too_short_tokens`: what was held and is less than the connector's `min_hit_tokens`.
     `cause` and `notes` are what the replay does not know, of an engine that does (`AttachedCache.why`).
     """
 
@@ -73,29 +78,38 @@ class MissPage:
     unit: str
     ms: dict[str, float]
     refused_tokens: int = 0
+    too_short_tokens: int = 0
     cause: str = ""
     notes: tuple[str, ...] = ()
 
     @property
     def reason(self) -> str:
-        """``hit``, ``evicted``, ``not_stored`` (by admission), ``differs``, or ``first``: no earlier prompt begins like
-        it; or the `cause`."""
+        """Of the first block that is missing: ``evicted``, ``not_stored`` (by admission), ``differs``, ``within_chunk``
+        (an earlier prompt has it in a chunk that ends behind this prompt), or ``first``: no earlier prompt begins like
+        it; the `cause`; ``too_short`` (for `min_hit_tokens`); or ``hit``."""
         if self.cause:
             return self.cause
+        if self.too_short_tokens:
+            return "too_short"
         if self.eviction is not None:
             return "evicted"
         if self.refused_tokens:
             return "not_stored"
         if self.difference is None:
             return "hit"
+        if self.difference.is_within:
+            return "within_chunk"
         return "differs" if self.difference.nearest >= 0 else "first"
 
     def lines(self) -> list[str]:
         """The page in words."""
         told = [f"{self.hit_tokens:,} of {self.tokens:,} tokens were found in {self.tiers}."]
+        if self.too_short_tokens:
+            told.append(f"{self.too_short_tokens:,} tokens were held, too few to be loaded: min_hit_tokens.")
+        held = max(self.hit_tokens, self.too_short_tokens)
         if (gone := self.eviction) is not None:
             told.append(
-                f"{self.seen_tokens - self.hit_tokens:,} tokens had been there: block {gone.block:,} was last used by "
+                f"{self.seen_tokens - held:,} tokens had been there: block {gone.block:,} was last used by "
                 f"request {gone.used_by:,} and left while request {gone.left_at:,} was stored, after "
                 f"{self._amount(gone.stored)} had come in."
             )
@@ -111,6 +125,8 @@ class MissPage:
         if (differs := self.difference) is not None:
             if differs.nearest < 0:
                 told.append(f"No earlier prompt{' that could serve it' if self.cause else ''} begins like this one.")
+            elif differs.is_within:
+                told.append(f"Request {differs.nearest:,} has all of it, in a chunk that ends behind this prompt.")
             elif differs.token is None:
                 told.append(f"From block {differs.block:,} on it is new; request {differs.nearest:,} is nearest.")
             elif differs.theirs is None:
@@ -226,10 +242,7 @@ def why_of(
     asked = traffic.requests[at]
     if not asked.block_ids:
         raise ConfigError(f"request {at} has no full block of {traffic.block_tokens} tokens, so nothing is kept of it")
-    if isinstance(policies, str) or not isinstance(policies, Sequence):
-        raise ConfigError(f"policies must be a list of policies, got {policies!r}"[:200])
-    if prefill is not None and not isinstance(prefill, Prefill):
-        raise ConfigError(f"prefill must be a Prefill, got {prefill!r}"[:200])
+    check_asked(policies, prefill)
     if policy == BOUND:
         raise ConfigError("why needs the policy of a store; belady knows the future and tells no reason")
     stack = [as_tier(tier) for tier in ([tiers] if isinstance(tiers, Tier | str | int) else tiers)]
@@ -238,55 +251,76 @@ def why_of(
     whole = simulate(traffic, "unbounded", **settings)
     admitted = simulate(traffic, "unbounded", **{**settings, "admission": None}) if settings.get("admission") else whole
     hit, seen = int(run.hit_blocks[-1]), int(whole.hit_blocks[-1])
+    connector = settings.get("connector")
+    rules = connector if isinstance(connector, ConnectorRules) else ConnectorRules()
+    most = rules.most_blocks(asked.num_tokens, len(asked.block_ids), traffic.block_tokens)
+    notes: list[str] = []
+    if not asked.loads:
+        notes.append("A cache may not serve it.")
+    elif most < len(asked.block_ids):
+        notes.append(f"{most * traffic.block_tokens:,} tokens can be served: whole blocks before its last token.")
+    held = 0 if hit else _held(traffic, rules, given, policy, settings)
     eviction, keeps, rows = None, None, []
-    if seen > hit:
-        eviction = _eviction(traffic, hit, given, policy, settings)
+    if seen > max(hit, held):
+        eviction = _eviction(traffic, max(hit, held), given, policy, settings)
         keeps = _keeps(traffic, stack, seen, policy, settings)
         for one in policies:
             tried = simulate(traffic, stack, policy=one, **settings)
             rate = {"hit_tokens": int(tried.hit_tokens[-1]), "token_hit_rate": tried.row["token_hit_rate"]}
             rows.append({"policy": policy_name(one), **rate})
     ms = {} if prefill is None else _ms(prefill, run, whole)
+    cause = "" if asked.loads else "not_loaded"
+    difference = None if hit >= most or cause else _difference(traffic, prompts)
+    if difference is not None and difference.is_within and (eviction or held):
+        difference = None
     return MissPage(
-        at, asked.num_tokens, int(run.hit_tokens[-1]), int(whole.hit_tokens[-1]), _difference(traffic, prompts),
-        eviction, tuple(rows), keeps, str(run.row["tiers"]), str(run.row["unit"]), ms,
-        int(admitted.hit_tokens[-1] - whole.hit_tokens[-1]),
+        at, asked.num_tokens, int(run.hit_tokens[-1]), int(whole.hit_tokens[-1]), difference, eviction, tuple(rows),
+        keeps, str(run.row["tiers"]), str(run.row["unit"]), ms, int(admitted.hit_tokens[-1] - whole.hit_tokens[-1]),
+        held * traffic.block_tokens, cause, tuple(notes),
     )  # fmt: skip
 
 
-def _difference(traffic: Traffic, prompts: Sequence[Sequence[int]] | None) -> Difference | None:
-    """Where the last request leaves all that came before; None where one of them holds all its blocks."""
+def _held(traffic: Traffic, rules: ConnectorRules, tiers: Any, policy: Policy | None, settings: dict[str, Any]) -> int:
+    """Blocks that the last request could have been served, and was not, as they are fewer than `min_hit_tokens`."""
+    last, asked = len(traffic.requests) - 1, traffic.requests[-1]
+    if rules.min_hit_tokens == 1 or not last or not asked.loads:
+        return 0
+    objects = cut(traffic, settings.get("chunk_tokens") or default_chunk(traffic))
+    held = {key for tier in simulate(traffic.head(last), tiers, policy=policy, **settings).held for key in tier}
+    found = find(objects.block_ids[last], objects.keys[last], objects.step, dict.fromkeys(held, 1))[1]
+    found = min(found, rules.most_blocks(asked.num_tokens, len(asked.block_ids), traffic.block_tokens))
+    return found if rules.is_too_short(found, asked.num_tokens, traffic.block_tokens) else 0
+
+
+def _difference(traffic: Traffic, prompts: Sequence[Sequence[int]] | None) -> Difference:
+    """Where the last request leaves all that came before."""
     *earlier, asked = traffic.requests
     places = {block: place for place, block in enumerate(asked.block_ids)}
     nearest, shared = -1, 0
     for number, other in enumerate(earlier):
         if not other.saves:
             continue
-        length = 0
-        for mine, theirs in zip(asked.block_ids, other.block_ids, strict=False):
-            if mine != theirs:
-                break
-            length += 1
+        length = _num_shared(asked.block_ids, other.block_ids)
         if length and length >= shared:
             nearest, shared = number, length
     if shared == len(places):
-        return None
+        return Difference(nearest, shared, is_within=True)
     if prompts is None:
         return Difference(nearest, shared)
     ours, best, length = prompts[len(earlier)], nearest, shared * traffic.block_tokens
     for number in (
         number for number, other in enumerate(earlier) if other.saves
     ):  # the block that differs may begin with tokens that are shared
-        same = _shared_tokens(ours, prompts[number])
+        same = _num_shared(ours, prompts[number])
         if same > length or best < 0 < same:
             best, length = number, same
     if best < 0:
         return Difference(-1, shared)
-    tokens = [prompt[length] if length < len(prompt) else None for prompt in (ours, prompts[best])]
-    return Difference(best, shared, length, *tokens)
+    our_token, their_token = (prompt[length] if length < len(prompt) else None for prompt in (ours, prompts[best]))
+    return Difference(best, shared, length, our_token, their_token)
 
 
-def _shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
     count = 0
     for a, b in zip(one, other, strict=False):
         if a != b:

@@ -17,6 +17,7 @@ from kvlab.reuse.rope import rope_of
 from kvlab.simulation.trace_files import load_traffic, save_traffic
 from tests.connectors.engine import BLOCK, connector, engine, generate, prompt, shared, text_ids
 from tests.connectors.models import WINDOW, gemma, short_demo
+from tests.support.asked import agree, random_requests
 
 TIERS = "memory://?size=64MiB"
 
@@ -302,6 +303,30 @@ def test_the_miss_page_of_an_engines_request_is_what_the_engine_did(tmp_path):
     assert [request.num_tokens for request in trace.requests] == [len(tokens) for tokens in asked]
     run = kvlab.simulate(trace, f"{slots} blocks", chunk_tokens=64, connector=True)
     assert run.hit_tokens.tolist() == [page.hit_tokens for page in pages]
+
+
+def test_the_reason_of_a_page_is_that_of_the_engines_row():
+    """Without partial blocks, of which a replay knows nothing: then every hit is the replay's too."""
+    rows, pages, traces = [], [], []
+    with engine(["memory://?size=6MiB"], save_partial_block=False) as llm:
+        cache, slots = kvlab.attach(llm), connector(llm).num_slots
+        for asked in random_requests(1, 90, 288):
+            if asked is None:
+                traces.append(cache.traffic())
+                assert llm.reset_prefix_cache(reset_connector=True)
+                continue
+            tokens, salted, hints = asked
+            more = {"extra_args": {"kv_transfer_params": {"kvlab": hints}}} if hints else {}
+            rows += [generate(llm, [tokens], salt="bob's" if salted else None, max_tokens=1, **more)[0].row]
+            pages.append(cache.why())
+        rules = cache.rules
+    hits = [row["hit_tokens"] for row in rows]
+    assert [page.hit_tokens for page in pages] == hits
+    assert not [each for each in zip(pages, rows, strict=True) if not agree(each[0], each[1].get("miss", ""), BLOCK)]
+    assert {"hit", "evicted", "differs", "other_salt", "not_saved", "not_loaded", "reset"} <= {p.reason for p in pages}
+    assert not any("The engine itself" in line or "Not in the replay" in line for p in pages for line in p.lines())
+    run = kvlab.simulate(traces[0], f"{slots} blocks", chunk_tokens=64, connector=rules)
+    assert run.hit_tokens.tolist() == hits[: len(traces[0].requests)]
 
 
 def test_nothing_is_asked_of_an_engine_that_has_requests_of_others(llm):

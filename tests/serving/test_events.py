@@ -7,7 +7,8 @@ import zmq
 import kvlab
 from kvlab.__main__ import main
 from kvlab.errors import ConfigError
-from kvlab.serving.events import KVEvents, watch
+from kvlab.serving import events
+from kvlab.serving.events import MOST_MEDIA, KVEvents, watch
 from kvlab.simulation.trace_files import load_traffic, save_traffic
 
 
@@ -142,7 +143,7 @@ def hostile(**changes):
         batch(stored([5, 6], 6)),
         batch(stored([5], 2), stored([6], 7), stored([7], 6)),
         batch(stored([5, 5])),
-        *(hostile(block_hashes=wrong) for wrong in ("abc", {"a": 1}, [[1]], [None], [True], [1.5], None)),
+        *(hostile(block_hashes=wrong) for wrong in ("abc", {"a": 1}, [[1]], [None], [True], [1.5], [b"x" * 65], None)),
         *(hostile(parent_block_hash=wrong) for wrong in ([1], "x", 1.5)),
         *(hostile(block_size=wrong) for wrong in (float("inf"), float("nan"), 0, -5, 2**63, "16", 1.5, None, True)),
         *(hostile(medium=wrong) for wrong in ([1], "x" * 65, 7)),
@@ -171,9 +172,10 @@ def test_a_circle_that_closes_later_is_none(state):
     state.take(batch(stored([1, 2], 9)))
     state.take(batch(stored([8])))
     state.take(batch(stored([9], 2)))
-    assert state.broken == 1
+    assert state.branches() == [{"blocks": 3, "longest": 3}, {"blocks": 1, "longest": 1}]
+    assert [request.block_ids for request in state.traffic().requests] == [[0, 1, 3], [2]]
     state.take(batch(removed([1, 2, 8]), stored([9], 4), stored([1], 9)))
-    assert (state.broken, state.branches()) == (1, [{"blocks": 2, "longest": 2}])
+    assert (state.broken, state.branches()) == (0, [{"blocks": 2, "longest": 2}])
 
 
 def test_tiers_that_name_no_parent_make_no_chain_of_blocks_of_other_prompts(state):
@@ -204,3 +206,72 @@ def test_blocks_of_another_size_are_held_and_in_no_trace(state):
     assert (traffic.block_tokens, state.left_out) == (16, 1)
     assert [(request.num_tokens, request.block_ids) for request in traffic.requests] == [(32, [0, 1])]
     assert state.rows()[0]["held"] == 3
+
+
+NAME = "\x1b[2J\x1b[31mGPU\nfake line 7 blocks\x07<b>"
+
+
+def test_a_name_from_the_network_is_shown_escaped_and_cut(state):
+    state.take(batch(stored([1], medium=NAME), stored([2], medium="\u202eUPG")))
+    assert state.broken == 0
+    for shown in (repr(state), state._repr_html_()):
+        assert shown.replace("\n", "x").isprintable()
+        assert "\\x1b[2J\\x1b[31mGPU" in shown
+        assert "fake line" not in shown
+        assert "<b>" not in shown
+    assert "\n" not in repr(state)
+    assert state.rows()[0]["medium"] == NAME
+
+
+def test_media_of_many_names_are_one_short_line(state):
+    state.take(batch(*(stored([number], medium=f"{number}" * 15) for number in range(2000, 4000))))
+    assert len(repr(state)) < 500
+    assert len(state._repr_html_()) < 5_000
+    rows = {row["medium"]: row["held"] for row in state.rows()}
+    assert len(rows) == MOST_MEDIA + 1
+    assert (sum(rows.values()), rows["others"]) == (2000, 2000 - MOST_MEDIA)
+    state.take(batch(removed([3999], medium="3999" * 15)))
+    assert {row["medium"]: row["held"] for row in state.rows()}["others"] == 1999 - MOST_MEDIA
+
+
+class Counting(dict):
+    """A dict that counts what is looked up."""
+
+    num_lookups = 0
+
+    def get(self, *key):
+        self.num_lookups += 1
+        return super().get(*key)
+
+
+def test_a_batch_below_a_long_chain_costs_no_walk_along_it(state):
+    """Also where its blocks have children already."""
+    state.take(batch(stored(list(range(5_000)))))
+    state.take(batch(stored([6_000 + at for at in range(50)], 7_000)))
+    state._parents = Counting(state._parents)
+    state.take(batch(stored([7_000], 4_999), stored([8_000], 4_999)))
+    assert state.broken == 0
+    assert state._parents.num_lookups < 20
+    assert len(state.traffic().requests[-1].block_ids) == 5_001
+    for number in range(9_000, 9_100):  # one prompt, a block a batch
+        state.take(batch(stored([number], number - 1 if number > 9_000 else 4_999)))
+    assert len(state.traffic().requests[-1].block_ids) == 5_100
+    assert state._parents.num_lookups < 1_000
+
+
+def test_beyond_a_bound_the_oldest_blocks_are_forgotten(state, monkeypatch, capsys):
+    monkeypatch.setattr(events, "MOST_HELD", 10)
+    monkeypatch.setattr(events, "MOST_NAMED", 30)
+    for number in range(40):
+        state.take(batch(stored([number], number - 1 if number else None), stored([number], medium="CPU")))
+    assert {row["medium"]: (row["held"], row["stored"]) for row in state.rows()} == {"GPU": (10, 40), "CPU": (10, 40)}
+    assert (state.forgotten, state.left_out) == (30, 10)
+    assert "GPU 10, 30 forgotten; 1 prompts" in repr(state)
+    assert state.branches() == [{"blocks": 10, "longest": 10}]
+    assert len(state._parents) == len(state._children) == 10
+    assert [request.block_ids for request in state.traffic().requests] == [list(range(30))]
+    state.take(batch(removed([0, 39])))
+    assert state.rows()[1]["held"] == 9
+    monkeypatch.setattr("kvlab.cli.watch.watch", lambda *_, **__: iter([state, state]))
+    assert main(["watch", "--json"]) == 0
+    assert capsys.readouterr().err.count("from now on the oldest are forgotten") == 1

@@ -8,6 +8,7 @@ import pytest
 import kvlab
 from kvlab.errors import ConfigError, FormatError
 from kvlab.simulation.cost import Prefill
+from kvlab.simulation.replay_connector import ConnectorRules
 from kvlab.simulation.trace_files import load_traffic, save_traffic
 from kvlab.simulation.traffic import Request, Traffic, traffic_of_prompts
 from kvlab.simulation.why import why
@@ -98,6 +99,34 @@ def test_the_first_of_its_kind_and_a_whole_hit():
     page = why([SYSTEM, SYSTEM], chunk_tokens=16)
     assert (page.reason, page.difference, page.eviction) == ("hit", None, None)
     assert page.hit_tokens == page.tokens
+
+
+def test_a_prompt_that_ends_within_anothers_chunk_is_no_hit():
+    page = why([SYSTEM, SYSTEM[:32]], chunk_tokens=64)
+    assert (page.reason, page.hit_tokens) == ("within_chunk", 0)
+    assert "Request 0 has all of it, in a chunk that ends behind this prompt." in page.lines()
+    assert why([SYSTEM[:32], SYSTEM, SYSTEM[:32]], chunk_tokens=64).reason == "hit"
+
+
+def test_a_prompt_that_a_cache_may_not_serve_is_no_hit():
+    requests = [Request(float(at), 32, 0, [1, 2], loads=not at) for at in range(2)]
+    assert why(Traffic("marked", 16, requests), chunk_tokens=16, connector=True).reason == "not_loaded"
+
+
+def test_what_is_held_and_too_short_to_load_is_told_beside_what_left():
+    rules = ConnectorRules(min_hit_tokens=33)
+    prompts = [SYSTEM, [99] * 32, SYSTEM]
+    page = why(prompts, -1, "4 blocks", chunk_tokens=16, connector=rules)
+    assert (page.reason, page.too_short_tokens, page.hit_tokens, page.eviction.block) == ("too_short", 32, 0, 2)
+    assert page.lines()[2].startswith("32 tokens had been there: block 2 was last used by request 0 and left while")
+
+
+@pytest.mark.parametrize("wrong", [{"save_partial_block": "no"}, {"min_hit_tokens": 0}, {"min_hit_tokens": True}])
+def test_rules_that_are_none_are_refused(wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be"):
+        ConnectorRules(**wrong)
+    with pytest.raises(ConfigError, match="connector must be true, false or ConnectorRules, got 'yes'"):
+        kvlab.simulate([SYSTEM], connector="yes")
 
 
 def test_the_page_is_html_and_says_milliseconds():

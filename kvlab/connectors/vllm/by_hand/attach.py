@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_
 from kvlab.connectors.captured import KV
 from kvlab.connectors.proven_file import FEWEST_TOKENS, Proof, read_proven, write_proven
 from kvlab.connectors.vllm.by_hand.answers import Asking, Change, Logprobs
+from kvlab.connectors.vllm.by_hand.left_out import rules_of
 from kvlab.connectors.vllm.by_hand.pages import EnginePages
 from kvlab.connectors.vllm.by_hand.prompts import Prompt, named
 from kvlab.connectors.vllm.by_hand.written import ByHand
@@ -22,6 +23,7 @@ from kvlab.errors import ConfigError, FormatError
 from kvlab.fingerprint import files_fingerprint, weight_files
 from kvlab.geometry import AXES
 from kvlab.serde import get_serde
+from kvlab.simulation.replay_connector import ConnectorRules
 from kvlab.simulation.traffic import Traffic
 from kvlab.simulation.why import MissPage
 
@@ -76,6 +78,7 @@ def attach(llm: Any) -> "AttachedCache":
             config, copies._kv_cache_config, copies.kv_caches, copies.worker.transfer.layout, copies.groups
         )
         decides.by_hand = copies.by_hand = ByHand(pages)
+        decides.by_hand.history.began_empty = decides.scheduler is None or not len(decides.scheduler.index)
         core.preprocess_add_request = _salting(core.preprocess_add_request)
     return AttachedCache(llm, decides)
 
@@ -275,7 +278,7 @@ class AttachedCache:
         """The same as traffic for `kvlab.simulate`, with times of arrival; `save_traffic` writes a file. Blocks are
         numbers there, so a trace tells what is shared and no token. What an engine keeps apart shares nothing: salts,
         adapters, media, and prompts before and behind a reset. Prompts that hints kept from being loaded or saved are
-        marked, and need ``connector=True``.
+        marked, and need ``connector=``: replay the trace with `rules`.
 
         Raises
         ------
@@ -284,11 +287,16 @@ class AttachedCache:
         """
         return self._by_hand.history.traffic(self._connector.chunker.block_tokens)
 
+    @property
+    def rules(self) -> ConnectorRules:
+        """What of a prompt this engine serves: ``kvlab.simulate(cache.traffic(), ..., connector=cache.rules)``."""
+        return rules_of(self._connector)
+
     def why(self, request: int = -1) -> MissPage:
         """The miss page of a request of `history`, by replay of it through a memory tier like this engine's: see
         `kvlab.why`. Reasons beside its own: ``not_loaded`` and ``not_saved`` (hints, prompt logprobs), ``reset``,
-        ``other_salt``, ``other_adapter``, ``other_media``. What came before the cache was attached, partial blocks,
-        pins, secondary tiers and vLLM's prefix cache are not in the replay.
+        ``other_salt``, ``other_adapter``, ``other_media``, and the engine's own where it did not load what it could
+        have. What is in use and not in the replay is named (`kvlab.connectors.vllm.by_hand.left_out`).
         """
         prefix_cache = bool(self._config.cache_config.enable_prefix_caching)
         return self._by_hand.history.why(request, self._connector, prefix_cache)

@@ -5,20 +5,33 @@ tokens (a salt, an adapter, media), whether it might be served and kept (hints),
 before.
 """
 
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
+from kvlab.chunking import Chunker
+from kvlab.connectors.vllm.by_hand.left_out import Ended, Seen, left_out, rules_of
 from kvlab.connectors.vllm.namespace import rank_namespace
-from kvlab.connectors.vllm.scheduler.requests import wants_recompute
+from kvlab.connectors.vllm.scheduler.requests import SkipReason, wants_recompute
 from kvlab.errors import ConfigError, StoreError
 from kvlab.hashing import Extra, block_hashes
 from kvlab.page_objects import PageObjects
+from kvlab.simulation.replay_connector import ConnectorRules
 from kvlab.simulation.traffic import Request, Traffic, traffic_of_prompts
 from kvlab.simulation.why import MissPage, why_of
 
 MOST_REMEMBERED = 10_000  # prompts
+SKIPPED = {  # where the engine did not load what it could have: its reason -> in words
+    SkipReason.NOT_WORTH_ASKING.value: "a load from the secondary tiers would take longer than computing",
+    SkipReason.NOT_WORTH_WAITING.value: "the secondary tiers did not answer at once, and there was little to win",
+    SkipReason.NOT_WORTH_LOADING.value: "computing was measured to be faster",
+    SkipReason.NOT_READY.value: "another request's load of it had not ended in time",
+    SkipReason.NO_ROOM.value: "loads and writes under way had all the room in memory",
+    SkipReason.TOO_SHORT.value: "what was held is shorter than min_hit_tokens",
+    SkipReason.QUALITY_CHECK.value: "it was computed, to be compared with what was held",
+}
 TAGS = {  # of what names a block besides its tokens -> (a page's reason, in words)
     "cache_salt": ("other_salt", "another cache_salt"),
     "lora": ("other_adapter", "another LoRA adapter"),
@@ -26,24 +39,12 @@ TAGS = {  # of what names a block besides its tokens -> (a page's reason, in wor
 }
 
 
-class Ended(NamedTuple):
-    """A request that is done. `not_loaded` and `not_saved` say why nothing could be found for it, or was kept of it;
-    `resets`: of the cache, before it ended."""
-
-    arrival_s: float
-    token_ids: tuple[int, ...]
-    output_tokens: int
-    extras: Mapping[int, Sequence[Extra]] = {}
-    not_loaded: str = ""
-    not_saved: str = ""
-    resets: int = 0
-
-
 class History:
-    """What ended since the cache was attached, the latest last."""
+    """What ended since the cache was attached, the latest last. `began_empty`: nothing was in memory then."""
 
     def __init__(self) -> None:
         self.ended: deque[Ended] = deque(maxlen=MOST_REMEMBERED)
+        self.began_empty = True
         self.resets = 0
 
     def add(self, request: Any, scheduler: Any) -> None:
@@ -52,7 +53,14 @@ class History:
         loads, saves = _refusals(request, state, scheduler)
         tokens, extras = tuple(request.prompt_token_ids or ()), {} if state is None else state.extras
         arrival_s, output_tokens = float(request.arrival_time), int(request.num_output_tokens)
-        self.ended.append(Ended(arrival_s, tokens, output_tokens, extras, loads, saves, self.resets))
+        miss, loaded, pins = "", None, False
+        if state is not None:
+            miss, loaded, pins = state.row.get("miss", ""), state.row.get("hit_tokens", 0), state.hints.pin
+        self.ended.append(
+            Ended(
+                arrival_s, tokens, output_tokens, extras, loads, saves, self.resets, miss, loaded, pins, time.time()
+            )
+        )  # fmt: skip
 
     def traffic(self, block_tokens: int) -> Traffic:
         """By time of arrival. ConfigError where no prompt had a full block."""
@@ -73,6 +81,7 @@ class History:
             )
         first = next(number for number, each in enumerate(ended) if each.resets == asked.resets)
         part = ended[first : at + 1]
+        rules = rules_of(connector)
         page = why_of(
             _traffic(part, block),
             [each.token_ids if each.extras == asked.extras else () for each in part],
@@ -80,12 +89,19 @@ class History:
             f"{connector.num_slots} blocks",
             policy=connector.config.policy,
             chunk_tokens=connector.chunker.chunk_tokens,
-            connector=True,
+            connector=rules,
         ).behind(first)
-        cause, said = _cause(ended[: at + 1], page, block)
+        cause, said = _cause(ended[: at + 1], page, connector.chunker, rules)
         if page.reason in ("first", "differs") and not cause:
             cause, said = _of_others(asked, connector)
-        notes = ([said] if said else []) + _left_out(part, connector, prefix_cache, block)
+        is_cut = first == 0 and len(ended) == MOST_REMEMBERED
+        unknown = left_out(Seen(part, connector, prefix_cache, self.began_empty or asked.resets > 0, is_cut))
+        notes = [*page.notes, *([said] if said else [])]
+        if unknown:
+            notes.append(f"Not in the replay: {', '.join(unknown)}.")
+        replayed = min(page.hit_tokens, page.tokens - 1) // block
+        if not prefix_cache and asked.loaded_tokens is not None and asked.loaded_tokens // block != replayed:
+            notes.append(f"The engine itself loaded {asked.loaded_tokens:,} tokens.")
         return replace(page, cause=cause, notes=tuple(notes))
 
 
@@ -130,23 +146,26 @@ def _traffic(ended: Sequence[Ended], block_tokens: int, *, resets: bool = False)
     return Traffic("recorded", block_tokens, requests)
 
 
-def _cause(ended: Sequence[Ended], page: MissPage, block_tokens: int) -> tuple[str, str]:
-    """What the replay does not know of the latest request's miss: a reason and a line; empty where there is none. An
-    earlier prompt that begins with more of its blocks than were seen could not serve it; of several, that with most
-    blocks is told of, then one of the same salt, adapter and media, then the latest."""
+def _cause(ended: Sequence[Ended], page: MissPage, chunker: Chunker, rules: ConnectorRules) -> tuple[str, str]:
+    """What the replay does not know of the first block that the latest request misses: a reason and a line; empty where
+    there is none. Of earlier prompts that would serve more of it than was seen, were it not for one thing, that which
+    would serve most is told of, then one of the same salt, adapter and media, then the latest."""
     *earlier, asked = ended
     if asked.not_loaded:
-        return "not_loaded", f"Nothing was loaded for it: {asked.not_loaded}."
+        return page.cause, f"Nothing was loaded for it: {asked.not_loaded}."
+    if asked.miss in SKIPPED:
+        return asked.miss, f"The engine did not load what it could have: {SKIPPED[asked.miss]}."
+    if page.eviction is not None or page.too_short_tokens:
+        return "", ""  # what was lost first was there: other prompts decide of later blocks at most
     best, found = (page.seen_tokens, True), ("", "")
     for number, other in enumerate(earlier):
-        shared = _shared(asked.token_ids, other.token_ids) // block_tokens * block_tokens
-        rank = shared, other.extras == asked.extras
-        if rank < best or shared <= page.seen_tokens:
+        rank = _could_serve(asked, other, chunker, rules), other.extras == asked.extras
+        if rank < best or rank[0] <= page.seen_tokens:
             continue
         told = _apart(asked, other)
         if told is not None:
             best = rank
-            found = told[0], f"Request {number:,} begins with the same {shared:,} tokens, {told[1]}."
+            found = told[0], f"Request {number:,} begins with the same {rank[0]:,} tokens, {told[1]}."
     return found
 
 
@@ -168,6 +187,16 @@ def _of_others(asked: Ended, connector: Any) -> tuple[str, str]:
     return "", ""
 
 
+def _could_serve(asked: Ended, other: Ended, chunker: Chunker, rules: ConnectorRules) -> int:
+    """Tokens that the objects of `other` would serve, had they the names of those of `asked`: whole chunks, and the
+    tail where `asked` has all of it."""
+    block, step = chunker.block_tokens, chunker.chunk_blocks
+    shared, whole = _shared(asked.token_ids, other.token_ids) // block, len(other.token_ids) // block
+    hit = whole if whole <= shared else shared - shared % step
+    tokens = len(asked.token_ids)
+    return rules.served(hit, tokens, tokens // block, block) * block
+
+
 def _apart(asked: Ended, other: Ended) -> tuple[str, str] | None:
     """Why `other` cannot serve `asked`."""
     if other.extras != asked.extras:
@@ -180,21 +209,6 @@ def _apart(asked: Ended, other: Ended) -> tuple[str, str] | None:
     if other.resets != asked.resets:
         return "reset", "and the cache was reset since"
     return None
-
-
-def _left_out(part: Sequence[Ended], connector: Any, prefix_cache: bool, block_tokens: int) -> list[str]:
-    config, found = connector.config, []
-    if config.save_partial_block and any(len(each.token_ids) % block_tokens > 1 for each in part):
-        found.append("last blocks that prompts fill in part")
-    if connector.scheduler.tiers is not None:
-        found.append("secondary tiers")
-    if prefix_cache:
-        found.append("vLLM's prefix cache")
-    if config.store_threshold > 1 or config.store_rule:
-        found.append("what is not saved by store_threshold and store_rule")
-    if len(part) == MOST_REMEMBERED:
-        found.append(f"prompts before the latest {MOST_REMEMBERED:,}")
-    return [f"Not in the replay: {', '.join(found)}."] if found else []
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

@@ -72,7 +72,9 @@ class Lookup:
             if not (late or state.skip):
                 return None
             self._counters["lookup_late"] += late
+            state.unanswered = True
             return {}
+        state.unanswered = question.held is None
         if question.held is None:
             self._counters["lookup_failed"] += 1
             return {}

@@ -1,5 +1,6 @@
 """Why is a request not served in full? The first block that no tier holds says it."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from kvlab.chunking import Chunker
@@ -35,6 +36,16 @@ def miss_reason(
         return Where.CORRUPT.value
     if index.get(key) is not None:
         return ""
-    if key in index.evicted:
-        return "evicted"
-    return state.missing.get(key, "not_asked" if asks else "never_stored")
+    if state.unanswered:
+        return "not_asked"
+    said = state.missing.get(key, "")
+    if said in ("", "never_stored") and any(name in index.evicted for name in hashes[at:chunk_end]):
+        return "evicted"  # a chunk or a tail that began with this block
+    return said or ("not_asked" if asks else "never_stored")
+
+
+def count_miss(state: RequestState, reason: str, counters: Counter[str]) -> None:
+    """The request's row has the latest reason; the counters have its first."""
+    if "miss" not in state.row:
+        counters[f"miss_{reason}"] += 1
+    state.row["miss"] = reason

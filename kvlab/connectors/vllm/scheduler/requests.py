@@ -31,6 +31,9 @@ class SkipReason(enum.Enum):
     NOT_WORTH_LOADING = "not_worth_loading"  # computing is faster
     KV_PRODUCER = "kv_producer"  # the engine's role loads nothing
     QUALITY_CHECK = "quality_check"  # it is computed, to be compared with what is held
+    NOT_READY = "not_ready"  # another request's load of it has not ended in time
+    NO_ROOM = "no_room"  # operations under way have all the room in memory
+    TOO_SHORT = "too_short"  # for `min_hit_tokens`
 
 
 @dataclass
@@ -55,6 +58,7 @@ class RequestState:
     lookup_started_s: float = 0.0
     secondary_tokens: int = 0  # tokens of the latest hit that secondary tiers supply
     missing: dict[bytes, str] = field(default_factory=dict)  # why the secondary tiers lack an object, as they said
+    unanswered: bool = False  # they did not say in time what they hold, or could not
     skip: SkipReason | None = None  # of the latest match
     is_exact: bool = True  # no KV that it is computed from came from a lossy tier
     is_drawn: bool = False  # whether it is to be checked has been decided
@@ -62,6 +66,7 @@ class RequestState:
     check: ObjectRef | None = None  # what is still to be compared of it
     given_up: bool = False  # a promise to it could not be kept
     local_tokens: int = 0  # that the engine's own prefix cache held when it was last asked for
+    promised_tokens: int = 0  # of the latest load
     expected_tokens: int = 0  # computed when it begins: those found in the engine, and those promised
     counted: bool = False  # its miss, if any, is in the counters
     row: dict[str, Any] = field(default_factory=dict)

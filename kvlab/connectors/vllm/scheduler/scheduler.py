@@ -21,7 +21,7 @@ from kvlab.connectors.vllm.scheduler.hits import end_block, find_hit, ready_run,
 from kvlab.connectors.vllm.scheduler.loads import LoadPlanner
 from kvlab.connectors.vllm.scheduler.lookup import Lookup
 from kvlab.connectors.vllm.scheduler.media import MediaNames
-from kvlab.connectors.vllm.scheduler.misses import miss_reason
+from kvlab.connectors.vllm.scheduler.misses import count_miss, miss_reason
 from kvlab.connectors.vllm.scheduler.pins import Pins
 from kvlab.connectors.vllm.scheduler.requests import (
     ObjectRef,
@@ -75,7 +75,7 @@ class Scheduler:
         self._num_ranks, self._ahead = num_ranks, groups.ahead
         self.may_load, self.may_save = role != "kv_producer", role != "kv_consumer"
         self._unfilled_groups = unfilled_groups
-        self._keeps_partial_block = config.save_partial_block and not whole_blocks
+        self.keeps_partial_block = config.save_partial_block and not whole_blocks
         self.enabled = config.enabled
         self._load_now = load_now
         self.counters = Counters()
@@ -91,16 +91,11 @@ class Scheduler:
         self._rollback = StepRollback(chunker.block_tokens, self.counters)
         self.pins = Pins(index, int(index.num_slots * config.max_pinned_share) if config.keeps_memory else 0)
         self.loads = LoadPlanner(chunker, groups, index, at_once=at_once, lossy=config.is_lossy)
+        has_secondary = tiers is not None
         self.saves = SavePlanner(
-            config,
-            chunker,
-            groups,
-            self.residency,
-            self.counters,
-            has_secondary=tiers is not None,
-            ranks=num_ranks,
+            config, chunker, groups, self.residency, self.counters, has_secondary=has_secondary, ranks=num_ranks,
             in_company=in_company,
-        )
+        )  # fmt: skip
         wait_s = config.lookup_timeout_ms / 1e3
         self._lookup = Lookup(tiers, chunker, wait_s, self.admission, self.residency, self.counters)
 
@@ -138,7 +133,7 @@ class Scheduler:
             return 0, False
         block = self.chunker.block_tokens
         usable = request.num_tokens - 1  # the last token must be computed
-        if not self._keeps_partial_block:
+        if not self.keeps_partial_block:
             usable -= usable % block
         if usable <= num_computed_tokens:
             return 0, False
@@ -157,18 +152,20 @@ class Scheduler:
             if not self._lookup.is_overdue(state):
                 self._waiting = True
                 return None, False  # another request is fetching it right now
-            plan = ready_run(plan, self.residency)
+            plan, state.skip = ready_run(plan, self.residency), SkipReason.NOT_READY
         plan, end = served_part(plan, usable, have_windows=self.groups.have_windows)
         fetched = sum(self.loads.num_slots(ref) for ref in plan if not ref.in_memory)
         is_worth = self._is_worth(plan, end, num_computed_tokens)
         if not is_worth:
             state.skip = state.skip or SkipReason.NOT_WORTH_LOADING
         if fetched and not (is_worth and self._has_room(plan, fetched)):
+            state.skip = state.skip or SkipReason.NO_ROOM
             plan, end = served_part(ready_run(plan, self.residency), usable, have_windows=self.groups.have_windows)
         if not is_worth and not self._is_worth(plan, end, num_computed_tokens):
             return 0, False
         tokens = end - num_computed_tokens
-        if tokens < max(self.config.min_hit_tokens, 1):
+        if tokens < self.config.min_hit_tokens:
+            state.skip = state.skip or (SkipReason.TOO_SHORT if tokens > 0 else None)
             return 0, False
         if self.saves.checks.takes(state, plan, num_computed_tokens):
             return 0, False
@@ -208,10 +205,10 @@ class Scheduler:
             if reason := miss_reason(
                 state, plan, self.chunker, self.residency, lossy=self.config.is_lossy, asks=self.tiers is not None
             ):
-                state.row["miss"] = reason
-                self.counters[f"miss_{reason}"] += 1
+                count_miss(state, reason, self.counters)
         if num_external_tokens == 0:
             return
+        state.promised_tokens = num_external_tokens
         state.expected_tokens += num_external_tokens
         self.loads.place(state, plan, end, block_ids, num_external_tokens)
         # Some tier holds these already. (The rest of a prompt is an object beside the block that it may grow into.)
@@ -295,6 +292,8 @@ class Scheduler:
         for row in report.rows:
             if (state := self._states.get(row.request_id)) is not None:
                 state.row |= row.told
+                if row.num_tokens < state.promised_tokens:
+                    count_miss(state, "load_failed", self.counters)
             self.counters.loaded(row.tier, row.num_bytes, row.seconds)
             is_secondary = row.tier not in ("memory", "none")
             self.admission.loaded("secondary" if is_secondary else "memory", row.num_tokens, row.delay)
@@ -307,6 +306,7 @@ class Scheduler:
             self.admission.loaded(tier, num_tokens, seconds)
             if (state := self._states.get(request_id)) is not None:
                 state.given_up = True
+                count_miss(state, "load_overdue", self.counters)
         self.counters.see_tiers(report.tiers)
         for name, count in report.events.items():
             self.counters[name] += count
@@ -389,7 +389,7 @@ class Scheduler:
                 self.counters["unnameable_requests"] += 1
                 return None
             hints = Hints.of(request)
-            state = RequestState(request, extras, keeps_partial_block=self._keeps_partial_block, hints=hints)
+            state = RequestState(request, extras, keeps_partial_block=self.keeps_partial_block, hints=hints)
             state.has_states, state.ahead = bool(self.groups.recurrent), self._ahead
             state.row = {"hint": hints.wrong} if hints.wrong else {}
             if adapter is not None:

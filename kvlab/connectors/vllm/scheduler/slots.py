@@ -157,9 +157,10 @@ class SlotIndex:
             self._give_back(entry.slots)
 
     def clear(self) -> None:
-        """Drop every object."""
+        """Drop every object, and what is known of those before."""
         for entry in list(self._entries.values()):
             self.drop(entry)
+        self.evicted.clear()
 
     def _take(self, wanted: int) -> tuple[int, ...]:
         """Free slots, in one run where there is one: contiguous slots move in one copy."""
