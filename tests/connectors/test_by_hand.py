@@ -187,6 +187,8 @@ def uses(what, engine):
         engine.ends(TOKENS, [("cache_salt", "bob's")])
     elif what == "loads that admission did not make":
         engine.ends(TOKENS, row={"miss": "not_worth_loading"})
+    elif what == "hits that quality_check computed":
+        engine.ends(TOKENS, row={"miss": "quality_check"})
     elif what == "layers with a sliding window":
         connector.groups.have_windows = True
     elif what == "recurrent states":
