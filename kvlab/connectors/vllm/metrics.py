@@ -70,7 +70,8 @@ class KVLabStats(KVConnectorStats):
         counts = {name: value for name, value in self.data.items() if name not in ("loads", "checks", "tiers")}
         shown = {name: round(value, 4) for name, value in sorted(counts.items())}
         if self.data.get("load_seconds"):
-            shown["load_gb_per_s"] = round(self.data.get("loaded_bytes", 0) / self.data["load_seconds"] / 1e9, 2)
+            rate = self.data.get("loaded_bytes", 0) / self.data["load_seconds"] / 1e9
+            shown["load_gb_per_s"] = float(f"{rate:.3g}")  # a slow tier's is no 0
         return shown
 
     def is_empty(self) -> bool:
