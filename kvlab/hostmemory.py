@@ -50,12 +50,12 @@ def aligned(num_bytes: int) -> memoryview:
 
 
 def scratch(owner: str, num_bytes: int) -> memoryview:
-    """Page-aligned memory of this thread, which its next call with the same `owner` gets again: to fill fresh memory
-    takes as long as a disk."""
+    """Page-aligned memory of this thread, whole pages for `num_bytes`, which its next call with the same `owner` gets
+    again: to fill fresh memory takes as long as a disk."""
     kept: dict[str, memoryview] = vars(_local)
     if owner not in kept or kept[owner].nbytes < num_bytes:
         kept[owner] = aligned(num_bytes)
-    return kept[owner]
+    return kept[owner][: -(-max(num_bytes, 1) // PAGE) * PAGE]  # no longer, whatever was asked for before
 
 
 def address(view: memoryview) -> int:

@@ -84,6 +84,7 @@ def test_scratch_is_a_threads_own_and_an_owners_own():
     mine = scratch("a", 100)
     assert address(scratch("a", PAGE)) == address(mine)
     assert scratch("a", PAGE + 1).nbytes == 2 * PAGE
+    assert scratch("a", 100).nbytes == PAGE, "no longer than asked for: what does not fit is seen"
     assert address(scratch("b", 100)) != address(scratch("a", 100))
     others = []
     thread = threading.Thread(target=lambda: others.append(scratch("a", 100)))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kvlab.cli.parser import Parser
 from kvlab.errors import ConfigError
+from kvlab.hostmemory import PAGE
 from kvlab.stores import Store, check_url, open_store
 from kvlab.stores.memory import MemoryStore
 from kvlab.stores.tiered import TieredStore
@@ -53,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Serve until a signal; raises KVLabError, which the dispatcher turns into one line and exit status 2."""
     args = parser().parse_args(list(argv))
-    if parse_bytes(args.memory) < 1:
-        raise ConfigError(f"--memory must be at least one byte, got {args.memory!r}")
+    if parse_bytes(args.memory) < PAGE:
+        raise ConfigError(f"--memory must be at least {PAGE} bytes, got {args.memory!r}")
     for url in args.tier:
         if StoreURL.parse(url).scheme in ("memory", "kvlab"):
             raise ConfigError(

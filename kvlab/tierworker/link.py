@@ -38,6 +38,7 @@ class Link:
         self.queued_bytes = 0
         self._queue: deque[tuple[memoryview, int]] = deque()  # what is to be sent, and a descriptor with it or -1
         self._lock = threading.Lock()
+        self._is_closed = False
         self._received = bytearray()
         self._fds: list[int] = []
 
@@ -48,6 +49,8 @@ class Link:
             raise LinkError(f"a message of {len(text)} and {len(data)} bytes is too long")
         frame = memoryview(b"".join((_LENGTHS.pack(len(text), len(data)), text, data)))
         with self._lock:
+            if self._is_closed:  # another may have its descriptor's number by now
+                raise LinkError("the link is closed")
             self._queue.append((frame, fd))
             self.queued_bytes += frame.nbytes
             self._flush()
@@ -136,12 +139,19 @@ class Link:
     @property
     def is_up(self) -> bool:
         """Whether the peer has not closed its end, whatever has come and was not received."""
+        if self._is_closed:
+            return False
         poller = select.poll()
         poller.register(self.socket, select.POLLRDHUP)
         return not poller.poll(0)
 
     def close(self) -> None:
+        """No message is sent any more once this returns, by no thread."""
+        with self._lock:
+            self._is_closed = True
+            self._queue.clear()
+            self.queued_bytes = 0
+            self.socket.close()
         for fd in self._fds:
             os.close(fd)
         self._fds.clear()
-        self.socket.close()

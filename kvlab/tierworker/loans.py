@@ -2,19 +2,23 @@
 
 import logging
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterable
 
 from kvlab.errors import FormatError
 from kvlab.page_objects import PageObjects
 from kvlab.stores import Store
 from kvlab.stores.memory import Loan, MemoryStore
+from kvlab.stores.memory.arena import Region
 from kvlab.stores.tiered import TieredStore
-from kvlab.tierworker.budget import Share
 from kvlab.tierworker.link import Message
 from kvlab.tierworker.messages import Place, given_back
 
 logger = logging.getLogger("kvlab.serve")
-MOST_LENT = 0.5  # of the memory, by all sessions: what is lent cannot be evicted
+MOST_LENT = 0.5  # of the memory, to all sessions: what is lent cannot be evicted
+MOST_LOANS = 8192  # of all sessions: each eviction looks at them
+LOAN_S = 30.0  # a copy takes milliseconds; objects that stay where they are leave no room for longer ones
 
 
 class Lender:
@@ -27,16 +31,38 @@ class Lender:
         self.name = first.name
         self.fd = -1 if self._memory is None else self._memory.fd
         self.num_bytes = 0 if self._memory is None else self._memory.lent_bytes
-        self.lent = Share(int(self.num_bytes * MOST_LENT))
+        self.most_bytes = int(self.num_bytes * MOST_LENT)
+        self.lent_bytes = self.num_loans = 0  # an object counts once, however many have it
+        self._readers: Counter[Region] = Counter()
+        self._lock = threading.Lock()
 
     def lend(self, key: str) -> Loan | None:
         if self._memory is None or (self._guard is not None and not self._guard.may_read(key)):
             return None
-        return self._memory.lend(key)
+        return self._memory.lend(key, counts_miss=False)  # it is asked for again, and counted then
 
     def end(self, loan: Loan, *, was_hit: bool) -> None:
         assert self._memory is not None
         self._memory.end(loan, was_hit=was_hit)
+
+    def take(self, loan: Loan) -> bool:
+        """Whether a session may have it until `give_back`."""
+        with self._lock:
+            more = 0 if self._readers[loan.region] else loan.region.span
+            if self.num_loans >= MOST_LOANS or self.lent_bytes + more > self.most_bytes:
+                return False
+            self._readers[loan.region] += 1
+            self.lent_bytes += more
+            self.num_loans += 1
+            return True
+
+    def give_back(self, loan: Loan) -> None:
+        with self._lock:
+            self.num_loans -= 1
+            self._readers[loan.region] -= 1
+            if not self._readers[loan.region]:
+                del self._readers[loan.region]
+                self.lent_bytes -= loan.region.span
 
     def offset(self, loan: Loan) -> int:
         """Of the value in the memory."""
@@ -50,7 +76,7 @@ class Loans:
     def __init__(self, lender: Lender) -> None:
         self.name, self.fd, self.num_bytes = lender.name, lender.fd, lender.num_bytes
         self._lender = lender
-        self._loans: dict[int, Loan] = {}  # by the number of the request
+        self._loans: dict[int, tuple[Loan, float]] = {}  # by the number of the request, with its time, the oldest first
         self._is_closed = False
         self._lock = threading.Lock()
 
@@ -62,10 +88,9 @@ class Loans:
             return None
         loan, at = found
         with self._lock:
-            if self._is_closed or place.id in self._loans or not self._lender.lent.take(loan.region.span):
-                is_kept = False
-            else:
-                self._loans[place.id], is_kept = loan, True
+            is_kept = not self._is_closed and place.id not in self._loans and self._lender.take(loan)
+            if is_kept:
+                self._loans[place.id] = (loan, time.monotonic())
         if not is_kept:
             self._lender.end(loan, was_hit=False)
             return None
@@ -76,6 +101,13 @@ class Loans:
         if found := self._checked(place, objects, shape):
             self._lender.end(found[0], was_hit=False)
 
+    @property
+    def are_overdue(self) -> bool:
+        """Whether one has been kept for longer than `LOAN_S`."""
+        with self._lock:
+            oldest = next(iter(self._loans.values()), None)
+        return oldest is not None and time.monotonic() - oldest[1] > LOAN_S
+
     def hear(self, message: Message) -> None:
         """The engine gives objects back; LinkError where it does not say which."""
         self.give_back(given_back(message))
@@ -83,10 +115,10 @@ class Loans:
     def give_back(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             with self._lock:
-                loan = self._loans.pop(number, None)
-            if loan is not None:
-                self._lender.lent.give_back(loan.region.span)
-                self._lender.end(loan, was_hit=True)
+                found = self._loans.pop(number, None)
+            if found is not None:
+                self._lender.give_back(found[0])
+                self._lender.end(found[0], was_hit=True)
 
     def close(self) -> None:
         with self._lock:

@@ -125,6 +125,8 @@ class TierServer:
             raise LinkError("it takes no answers")
         if self._token and self.objects is None and time.monotonic() > self._born + OPENING_S:
             raise LinkError(f"it has not said what it wants within {OPENING_S:g} s")
+        if self._loans is not None and self._loans.are_overdue:
+            raise LinkError("it does not give back what it was lent")
         if self._parent and os.getppid() != self._parent:
             raise LinkError("its process has ended")
 

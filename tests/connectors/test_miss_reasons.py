@@ -33,7 +33,7 @@ BLOCKS = [bytes([at]) * 16 for at in range(8)]  # hashes of two chunks of four b
 def reason_of(*, evicted=(), asks=True, **state):
     index = SlotIndex(8)
     index.evicted.update(dict.fromkeys(evicted))
-    request = SimpleNamespace(num_tokens=129)
+    request = SimpleNamespace(num_tokens=129, all_token_ids=range(129))
     asked = RequestState(request, {}, hints=Hints(), hashes=list(BLOCKS), **state)
     residency = Residency(index, keeps_memory=True)
     return miss_reason(asked, [], Chunker(64, 16), residency, lossy=False, asks=asks)

@@ -124,7 +124,7 @@ def lent_where_it_lies(llm, server, prompts, expected):
         assert (answer.row["hit_tokens"], answer.tokens) == (0, expected(prompts[0]))
     answer = generate(llm, prompts)[-1]
     assert answer.tokens == expected(prompts[-1])
-    until(lambda: server._lender.lent._taken == 0)
+    until(lambda: server._lender.lent_bytes == 0)
     assert not side.counters
 
 

@@ -15,6 +15,7 @@ from kvlab.stores.memory import MemoryStore
 from kvlab.stores.tiered import TieredStore
 from kvlab.tierworker.client import TierClient
 from kvlab.tierworker.host import CacheServer
+from kvlab.tierworker.link import LinkError
 from kvlab.tierworker.messages import Fill, Opening
 from tests.support.served import Attached, opened
 from tests.tierworker.test_process import LAYERS, PAGE, until
@@ -48,7 +49,7 @@ def reader(server):
 
 
 def lent_bytes(server):
-    return server._lender.lent._taken
+    return server._lender.lent_bytes
 
 
 def fill_memory(server):
@@ -175,7 +176,7 @@ def test_a_reader_with_a_key_is_not_lent_what_carries_no_mac(server, reader, tmp
 
 
 def test_where_too_much_is_lent_it_is_copied(server, reader):
-    server._lender.lent.most = OBJECT
+    server._lender.most_bytes = OBJECT
     reader.shared.slots[:] = 7
     assert reader.borrow("aa", range(8, 12))[1:] == ("memory", None)
     assert np.array_equal(reader.shared.slots[8:12], reader.bytes[:4])
@@ -257,3 +258,72 @@ def test_a_forked_child_has_memory_of_its_own():
             os._exit(0 if is_right else 1)
         assert os.waitpid(pid, 0)[1] == 0
         assert bytes(store.get("k")) == b"parent"
+
+
+def test_a_session_that_keeps_what_it_was_lent_is_ended(server, reader, monkeypatch):
+    """Objects that stay where they are leave no room between them."""
+    from kvlab.tierworker import loans
+
+    reader.borrow("aa")
+    session = reader.client.session
+    monkeypatch.setattr(loans, "LOAN_S", -1.0)
+    until(lambda: not reader.client.has_kept(session))
+    until(lambda: lent_bytes(server) == 0)
+    fill_memory(server)
+    assert server.store.why_missing(KEY) == "evicted"
+
+
+def test_an_object_counts_once_however_many_have_it(server, reader, monkeypatch):
+    from kvlab.tierworker import loans
+
+    numbers = [reader.borrow("aa")[0] for _ in range(20)]
+    assert lent_bytes(server) < 2 * OBJECT
+    assert server._lender.num_loans == 20
+    monkeypatch.setattr(loans, "MOST_LOANS", 20)
+    assert reader.borrow("aa", range(8, 12))[1:] == ("memory", None), "a loan more would be too many"
+    reader.client.give_back(reader.client.session, numbers)
+    until(lambda: server._lender.num_loans == 0)
+    assert lent_bytes(server) == 0
+
+
+def test_what_is_not_there_is_one_miss(server, reader):
+    before = server.store.counters.misses
+    assert reader.borrow("bb")[1:] == ("", None)
+    assert server.store.counters.misses == before + 1
+
+
+def test_a_link_that_is_closed_sends_nothing_more(server):
+    """Its descriptor's number may be another's by then."""
+    link = opened(server)
+    other = opened(server)
+    link.close()
+    with pytest.raises(LinkError, match="the link is closed"):
+        link.send({"op": "x"})
+    assert not link.is_up
+    assert other.is_up
+    other.close()
+
+
+@pytest.mark.parametrize("at", [True, False, -1, 1 << 60, 0.5, "0", None])
+def test_a_place_that_is_none_is_a_miss_to_an_engine(at):
+    from types import SimpleNamespace
+
+    from kvlab.connectors.vllm.worker.lent import Lent
+
+    arena = np.zeros((4, PAGE), np.uint8)
+    tiers = SimpleNamespace(lent=SimpleNamespace(bytes=np.zeros(8 * PAGE, np.uint8)), session=1)
+    transfer = SimpleNamespace(arena=arena, map_lent=lambda memory: True)
+    lent = Lent(tiers, transfer, is_wanted=True)
+    op, fill = SimpleNamespace(slots=(0, 1), generation=1), SimpleNamespace(lend=True, id=1)
+    assert lent.take(op, fill, at) is False
+    assert lent.take(op, fill, 6 * PAGE) is True
+    assert lent.take(op, fill, 6 * PAGE + 1) is False
+    fill.lend = False
+    assert lent.take(op, fill, 0) is False
+
+
+def test_memory_of_less_than_a_page_is_one_line(capsys):
+    from kvlab.__main__ import main
+
+    assert main(["serve", "--memory", "4095", "--listen", "/nowhere/x.sock"]) == 2
+    assert "--memory must be at least 4096 bytes, got '4095'" in capsys.readouterr().err

@@ -130,12 +130,12 @@ class MemoryStore(Store, ForkAware):
         finally:
             self.end(loan)
 
-    def lend(self, key: str) -> Loan | None:
+    def lend(self, key: str, *, counts_miss: bool = True) -> Loan | None:
         """The value in place, until `end`; None if absent."""
         with self._lock:
             region = self._held.get(key)
             if region is None:
-                self.counters.misses += 1
+                self.counters.misses += counts_miss
                 return None
             self._policy.touch(key)
             region.readers += 1

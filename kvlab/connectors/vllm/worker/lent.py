@@ -45,7 +45,8 @@ class Lent:
 
     def take(self, op: LoadOp, fill: Fill, at: object) -> bool:
         """The answer to `fill` says that the object begins at this byte. False if that is no place for it."""
-        if not (isinstance(at, int) and fill.lend and 0 <= at <= self._num_bytes - len(op.slots) * self._block_bytes):
+        most = self._num_bytes - len(op.slots) * self._block_bytes
+        if not (isinstance(at, int) and not isinstance(at, bool) and fill.lend and 0 <= at <= most):
             return False
         assert self._tiers is not None
         self._places[op.generation] = Place(self._tiers.session, fill.id, at)
