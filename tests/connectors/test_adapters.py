@@ -16,6 +16,7 @@ from kvlab.connectors.vllm.messages import WorkerReport
 from kvlab.connectors.vllm.scheduler.requests import request_extras
 from tests.connectors.engine import MAX_TOKENS, Answer, connector, drain, engine, prompt
 from tests.connectors.models import KEPT
+from tests.support.tiers import cache_server
 
 RANK, HIDDEN, LAYERS = 8, 576, len(KEPT)
 
@@ -61,14 +62,29 @@ def answers(tmp_path_factory) -> dict[int, list[int]]:
 
 
 def test_adapters_do_not_share(tmp_path, expected, answers):
+    """Nor in the memory of a cache server: another engine, which names them otherwise, is lent each its own."""
     one, two = adapter(tmp_path / "one", 1), adapter(tmp_path / "two", 2)
     asked = [(None, "", ""), (1, one, "x"), (2, two, "y")]
-    with engine(["memory://?size=256MiB"], SETTINGS) as llm:
+    with cache_server(tmp_path / "kvlab.sock", "256MiB") as server:
+        tiers = [f"kvlab://{server.path}"]
+        adapters_do_not_share(["memory://?size=256MiB", *tiers], asked, expected, answers)
+        with engine(tiers, SETTINGS) as llm:
+            turns = [[ask(llm, *each) for each in [(None, "", ""), (7, two, "x"), (8, one, "y")]] for _ in range(2)]
+            assert [[answer.hit for answer in turn] for turn in turns] == [[299, 0, 0], [299, 299, 299]]
+            for turn in turns:
+                assert [answer.tokens for answer in turn] == [expected(prompt(300)), answers[2], answers[1]]
+            assert {answer.row["tier"] for answer in turns[1]} == {"serve:memory"}
+            assert not connector(llm).hook_errors
+
+
+def adapters_do_not_share(tiers, asked, expected, answers):
+    with engine(tiers, SETTINGS) as llm:
         turns = [[ask(llm, *each) for each in asked] for _ in range(3)]
         # An adapter is known once it is loaded, which its first request does: that one goes without the cache.
         assert [[answer.hit for answer in turn] for turn in turns] == [[0, 0, 0], [299, 0, 0], [299, 299, 299]]
         for turn in turns:
             assert [answer.tokens for answer in turn] == [expected(prompt(300)), answers[1], answers[2]]
+        drain(llm)
         assert not connector(llm).hook_errors
 
 
