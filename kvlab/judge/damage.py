@@ -1,6 +1,7 @@
 """What may happen to the objects of a folder."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 SMALL = 8  # files below this part of the largest are not objects: indexes, locks, journals
@@ -8,7 +9,11 @@ SMALL = 8  # files below this part of the largest are not objects: indexes, lock
 
 def objects(folder: Path) -> list[Path]:
     """The files that hold KV, by their sizes: what a connector calls them is its own affair."""
-    sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    sizes: dict[Path, int] = {}
+    for path in sorted(folder.rglob("*")):
+        with suppress(FileNotFoundError):  # a connector may remove it at any time
+            if path.is_file():
+                sizes[path] = path.stat().st_size
     largest = max(sizes.values(), default=0)
     return [path for path, size in sizes.items() if size and size * SMALL >= largest]
 

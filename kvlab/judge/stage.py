@@ -8,7 +8,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,14 @@ class Stage:
         return bool(self.llm.reset_prefix_cache(reset_connector=connector))
 
     def damage(self, kind: Harm) -> int:
-        """`kind` is done to each object of the storage; how many there were."""
-        found = objects(self.storage)
+        """`kind` is done to each object of the storage; to how many it was. One may leave meanwhile, as where the
+        connector removes what was damaged before."""
+        found, count = objects(self.storage), 0
         for path in found:
-            kind(path, found)
-        return len(found)
+            with suppress(FileNotFoundError):
+                kind(path, found)
+                count += 1
+        return count
 
     @contextmanager
     def damaged_after_lookups(self, kind: Harm) -> Iterator[None]:

@@ -11,6 +11,7 @@ from kvlab.judge.answers import Answer, Ask, Book, difference
 from kvlab.judge.child import line_of
 from kvlab.judge.damage import cut_short, flip_bits, make_empty, objects, remove, swap_content
 from kvlab.judge.run import _last_line, _shared
+from kvlab.judge.stage import Stage
 from kvlab.judge.traps import GROUPS, TRAPS
 
 ASK = Ask((1, 2, 3), salt="s")
@@ -98,6 +99,20 @@ def test_damage_is_done_to_objects_alone(tmp_path):
     for path in found:
         remove(path, found)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["index"]
+
+
+def test_an_object_that_leaves_while_others_are_damaged_is_no_crash(tmp_path):
+    for name in "abc":
+        (tmp_path / name).write_bytes(bytes(80_000))
+    stage = Stage.__new__(Stage)
+    stage.storage = tmp_path
+
+    def and_the_next(path, others):
+        cut_short(path, others)
+        others[(others.index(path) + 1) % 3].unlink(missing_ok=True)
+
+    assert stage.damage(and_the_next) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_every_trap_is_described_and_has_a_group():
