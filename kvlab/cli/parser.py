@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from pathlib import Path
 from typing import NoReturn
 
 from kvlab.errors import ConfigError
@@ -51,3 +52,16 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return [*parser._actions, *(action for one in subcommands(parser).values() for action in one._actions)]
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """The arguments of commands that send prompts in files to a running server."""
+    parser.add_argument(
+        "file", nargs="+", type=Path, help="a prompt, or .jsonl: one a line, as text, token ids or chat messages"
+    )
+    parser.add_argument(
+        "--url",
+        default="http://127.0.0.1:8000",
+        help="of vLLM's API server, or its /v1 (default: %(default)s)",
+    )
+    parser.add_argument("--model", help="as the server names it; default its first")

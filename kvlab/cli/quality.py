@@ -4,9 +4,8 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-from kvlab.cli.parser import Parser
+from kvlab.cli.parser import Parser, add_prompts
 from kvlab.cli.show import print_json
 from kvlab.cli.warm import KEY
 from kvlab.serving.quality import quality, summary
@@ -18,15 +17,7 @@ def parser() -> argparse.ArgumentParser:
     examples = ("kvlab quality prompts.jsonl", "kvlab quality prompts.jsonl --url http://host:8000 --reset --json")
     about = "Have a running vLLM server answer prompts twice, computed and from decoded KV, and compare."
     p = Parser("kvlab quality", about, examples=examples, more=f"The server's API key is read from {KEY}.")
-    p.add_argument(
-        "file", nargs="+", type=Path, help="a prompt, or .jsonl: one a line, as text, token ids or chat messages"
-    )
-    p.add_argument(
-        "--url",
-        default="http://127.0.0.1:8000",
-        help="of vLLM's API server, or its /v1 (default: %(default)s)",
-    )
-    p.add_argument("--model", help="as the server names it; default its first")
+    add_prompts(p)
     p.add_argument("--greedy", type=int, default=16, help="tokens to generate (default: %(default)s)")
     p.add_argument(
         "--reset",

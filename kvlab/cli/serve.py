@@ -13,9 +13,8 @@ from pathlib import Path
 from kvlab.cli.parser import Parser
 from kvlab.errors import ConfigError
 from kvlab.hostmemory import PAGE
-from kvlab.stores import Store, check_url, open_store
+from kvlab.stores import check_url, open_stores
 from kvlab.stores.memory import MemoryStore
-from kvlab.stores.tiered import TieredStore
 from kvlab.stores.url import StoreURL, shown_url
 from kvlab.tierworker.host import CacheServer
 from kvlab.tierworker.metrics import MetricsServer
@@ -67,7 +66,9 @@ def main(argv: Sequence[str]) -> int:
     password = _password(args.password_file) if args.password_file else ""
     form = "%(levelname)s %(asctime)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%m-%d %H:%M:%S")
-    store = _open(parse_bytes(args.memory), args.policy, args.tier, lending=not args.copy)
+    lending = not args.copy and sys.platform == "linux"
+    memory = MemoryStore(parse_bytes(args.memory), policy=args.policy, pinned=False, lending=lending)
+    store = open_stores([memory, *args.tier])
     _raise_file_limit()
     server = CacheServer(store, args.listen)
     with contextlib.ExitStack() as beside:
@@ -87,18 +88,6 @@ def main(argv: Sequence[str]) -> int:
     logger.info("kvlab serve: ended")
     logging.shutdown()
     os._exit(0)  # a thread may be stuck in a store
-
-
-def _open(max_bytes: int, policy: str, below: Sequence[str], *, lending: bool) -> Store:
-    lending &= sys.platform == "linux"
-    stores: list[Store] = [MemoryStore(max_bytes, policy=policy, pinned=False, lending=lending)]
-    try:
-        stores.extend(open_store(url) for url in below)
-    except BaseException:
-        for store in stores:
-            store.close()
-        raise
-    return TieredStore(stores) if below else stores[0]
 
 
 def _password(file: Path) -> str:

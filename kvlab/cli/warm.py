@@ -4,9 +4,8 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-from kvlab.cli.parser import Parser
+from kvlab.cli.parser import Parser, add_prompts
 from kvlab.cli.show import print_json
 from kvlab.serving.warm import read_prompts, warm
 
@@ -18,15 +17,7 @@ def parser() -> argparse.ArgumentParser:
     examples = ("kvlab warm system-prompt.txt --pin", "kvlab warm prompts.jsonl --url http://host:8000 --json")
     about = "Have a running vLLM server compute prompts and keep their KV."
     p = Parser("kvlab warm", about, examples=examples, more=f"The server's API key is read from {KEY}.")
-    p.add_argument(
-        "file", nargs="+", type=Path, help="a prompt, or .jsonl: one a line, as text, token ids or chat messages"
-    )
-    p.add_argument(
-        "--url",
-        default="http://127.0.0.1:8000",
-        help="of vLLM's API server, or its /v1 (default: %(default)s)",
-    )
-    p.add_argument("--model", help="as the server names it; default its first")
+    add_prompts(p)
     p.add_argument("--pin", action="store_true", help="keep them in the memory tier")
     p.add_argument("--ttl-s", type=float, metavar="SECONDS", help="how long a pin lasts; needs --pin")
     p.add_argument("--cache-salt", help="the salt of the requests that are to find them")

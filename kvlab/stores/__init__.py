@@ -116,15 +116,16 @@ def _class_of(url: StoreURL) -> tuple[Any, str]:
     return class_at(GROUP, url.scheme, target), label(GROUP, url.scheme, target)
 
 
-def open_stores(urls: Sequence[str]) -> Store:
-    """Open `urls`, fastest first, stacked as one `TieredStore`; a single one is opened as it is."""
+def open_stores(urls: Sequence[str | Store]) -> Store:
+    """Open `urls`, fastest first, stacked as one `TieredStore`; a single one is opened as it is. One that is open
+    already is taken over."""
     from kvlab.stores.tiered import TieredStore
 
     if not urls:
         raise ConfigError('name at least one store, like ["memory://?size=1GiB"]')
     stores: list[Store] = []
     try:
-        stores.extend(open_store(url) for url in urls)
+        stores.extend(open_store(url) if isinstance(url, str) else url for url in urls)
         return stores[0] if len(stores) == 1 else TieredStore(stores)
     except BaseException:
         for store in stores:
